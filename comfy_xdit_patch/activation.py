@@ -1,0 +1,117 @@
+"""Put everything in place once ComfyUI's modules are imported.
+
+Runs in: host process, called by ``bootstrap`` from inside an import.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from comfy_xdit_patch import __version__
+from comfy_xdit_patch.bootstrap import SAMPLING_MODULES
+from comfy_xdit_patch.errors import Refusal, SettingsError
+from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
+from comfy_xdit_patch.patching.host import Host
+from comfy_xdit_patch.patching.patchset import PatchSet
+from comfy_xdit_patch.patching.points import sampling_points, server_points
+from comfy_xdit_patch.patching.wrappers import Wrappers
+from comfy_xdit_patch.planning.eligibility import Pristine
+from comfy_xdit_patch.planning.topology import choose_devices
+from comfy_xdit_patch.settings import Settings, read_settings
+from comfy_xdit_patch.workers.environment import capture_host_state
+from comfy_xdit_patch.workers.pool import Pool
+
+log = logging.getLogger("comfy_xdit_patch")
+
+
+class Activation:
+    """What became of us in this process: active with a host, or refused with a reason."""
+
+    def __init__(self) -> None:
+        self.host: Host | None = None
+        self.refused: str | None = None
+        self.sampling: PatchSet | None = None
+        self.server: PatchSet | None = None
+
+    def modules_ready(self, names: frozenset[str], root: str) -> None:
+        """Act on a complete set of ComfyUI's modules."""
+        if names == SAMPLING_MODULES:
+            self._activate_sampling(root)
+        else:
+            self.server = PatchSet(server_points(self._around_add_routes))
+            misfit = self.server.install()
+            if misfit is not None:
+                log.warning("xDiT: GET /xdit/status is not available: %s", misfit)
+
+    def deactivate(self) -> None:
+        """Have all wrappers call through, and end the workers."""
+        for patch_set in (self.sampling, self.server):
+            if patch_set is not None:
+                patch_set.uninstall()
+        if self.host is not None:
+            self.host.pool.stop()
+
+    def status(self) -> dict[str, Any]:
+        """The status object of ``GET /xdit/status``."""
+        body: dict[str, Any] = {"version": __version__}
+        if self.host is None:
+            return {**body, "state": "refused", "reason": self.refused}
+        settings = self.host.settings
+        shown = {name: repr(getattr(settings, name)) for name in Settings.__slots__}
+        return {**body, "settings": shown, **self.host.status()}
+
+    def _activate_sampling(self, root: str) -> None:
+        try:
+            settings = read_settings()
+            devices = () if settings.is_off else choose_devices(settings.gpus)
+        except SettingsError as error:
+            self.refused = str(error)
+            log.error("xDiT: %s ComfyUI goes on alone.", error)
+            return
+        if isinstance(devices, Refusal):
+            self.refused = devices.reason
+            log.info("xDiT: not active: %s.", devices.reason)
+            return
+        if not devices:
+            self.refused = "switched off"
+            return
+        pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
+        host = Host(settings=settings, pool=pool, pristine=Pristine(sys.modules))
+        patch_set = PatchSet(sampling_points(Wrappers(host)))
+        misfit = patch_set.install()
+        if misfit is not None:
+            self.refused = f"this ComfyUI does not fit: {misfit}"
+            log.error("xDiT: %s. ComfyUI goes on alone.", self.refused)
+            return
+        self.host, self.sampling = host, patch_set
+        atexit.register(pool.stop)
+        log.info(
+            "xDiT: active on %d %s, strategy %s.",
+            len(devices),
+            host.device_word,
+            settings.strategy,
+        )
+
+    def _around_add_routes(
+        self, wrapped: Callable[..., Any], server: Any, args: Any, kwargs: Any
+    ) -> Any:
+        with our_faults_stay_ours("adding the status route"):
+            from aiohttp import web
+
+            async def answer(_: web.Request) -> web.Response:
+                return web.json_response(self.status())
+
+            server.routes.get("/xdit/status")(answer)
+        return wrapped(*args, **kwargs)
+
+
+ACTIVATION = Activation()
+
+
+def modules_ready(names: frozenset[str], root: str) -> None:
+    """Entry point for ``bootstrap``."""
+    ACTIVATION.modules_ready(names, root)

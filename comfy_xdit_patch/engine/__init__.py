@@ -1,0 +1,1 @@
+"""One rank's share of the computation."""

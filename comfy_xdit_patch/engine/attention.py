@@ -1,0 +1,120 @@
+"""Attention over a sharded sequence: DeepSpeed-Ulysses with unequal shares.
+
+Runs in: worker process.
+
+Dimension letters in this file
+    B  batch
+    S  sequence, all tokens of it, in rank order: [text 0, image 0, text 1, image 1, ...]
+    L  local sequence, this rank's shard of S
+    H  heads
+    G  local heads, those that this rank computes attention for
+    K  head width
+
+One all-to-all turns (all heads, my tokens) into (my heads, all tokens), ComfyUI's own attention
+function runs on that, and a second one turns the output back. Both have unequal splits, so no
+length and no head count has to divide anything, and nothing is padded.
+
+Attention does not care in which order keys come, so rank order is as good as any. RoPE is applied
+by ComfyUI before attention is called, with this rank's own positions.
+
+Source: DeepSpeed-Ulysses, arXiv:2309.14509. Unequal splits: every rank knows all sizes from the
+plan, no size is ever communicated. (xfuser's ``USP`` demands equal lengths and heads that divide.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from comfy_xdit_patch.planning.plan import SequenceShares, bounds
+
+
+class UlyssesAttention:
+    """ComfyUI's ``optimized_attention_override`` for one call on one rank.
+
+    ``bytes_sent`` counts what this rank sent to the others.
+    """
+
+    def __init__(self, *, shares: SequenceShares, index: int, group: dist.ProcessGroup) -> None:
+        """Prepare for a call.
+
+        Args:
+            shares: tokens and heads of every rank in the sequence group.
+            index: this rank's place in the group.
+        """
+        self._tokens = shares.joint
+        self._heads = shares.heads
+        self._head_bounds = bounds(shares.heads)
+        self._index = index
+        self._group = group
+        self.bytes_sent = 0
+
+    def __call__(
+        self,
+        attention: Callable[..., torch.Tensor],
+        q_BHLK: torch.Tensor,
+        k_BHLK: torch.Tensor,
+        v_BHLK: torch.Tensor,
+        heads: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run ComfyUI's ``attention`` on this rank's heads over the whole sequence.
+
+        Shapes:
+            q, k, v (B, H, L, K) -> output (B, L, H * K), as ``skip_reshape=True`` has it
+
+        Collective:
+            Every rank of the sequence group must call this, in the same order.
+        """
+        batch, _, _, head_width = q_BHLK.shape
+        q, k, v = self._tokens_for_heads(q_BHLK, k_BHLK, v_BHLK)
+        local_heads = self._heads[self._index]
+        if local_heads:
+            out = attention(q, k, v, local_heads, *args, **kwargs)
+        else:
+            out = q.new_empty((batch, sum(self._tokens), 0))
+        return self._heads_for_tokens(out, head_width)
+
+    def _tokens_for_heads(self, *qkv_BHLK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Exchange (B, H, L, K) for (B, G, S, K), q, k and v in one all-to-all."""
+        batch, _, length, width = qkv_BHLK[0].shape
+        stacked_LTBHK = torch.stack([t.permute(2, 0, 1, 3) for t in qkv_BHLK], dim=1)
+        chunks = [stacked_LTBHK[:, :, :, start:end] for start, end in self._head_bounds]
+        row = len(qkv_BHLK) * batch * width
+        received = self._all_to_all(
+            torch.cat([chunk.reshape(-1) for chunk in chunks]),
+            sent=[length * row * heads for heads in self._heads],
+            received=[tokens * row * self._heads[self._index] for tokens in self._tokens],
+        )
+        # Shards follow each other along S, so what arrives is whole already, in rank order.
+        whole_STBGK = received.view(
+            sum(self._tokens), len(qkv_BHLK), batch, self._heads[self._index], width
+        )
+        return tuple(t_SBGK.permute(1, 2, 0, 3) for t_SBGK in whole_STBGK.unbind(1))
+
+    def _heads_for_tokens(self, out_BSD: torch.Tensor, width: int) -> torch.Tensor:
+        """Exchange (B, S, G * K) for (B, L, H * K)."""
+        batch = out_BSD.shape[0]
+        local_tokens = self._tokens[self._index]
+        received = self._all_to_all(
+            out_BSD.transpose(0, 1).reshape(-1),
+            sent=[tokens * batch * out_BSD.shape[2] for tokens in self._tokens],
+            received=[local_tokens * batch * heads * width for heads in self._heads],
+        )
+        sizes = [local_tokens * batch * heads * width for heads in self._heads]
+        parts = torch.split(received, sizes)
+        return torch.cat(
+            [part.view(local_tokens, batch, -1) for part in parts if part.numel()], dim=2
+        ).transpose(0, 1)
+
+    def _all_to_all(
+        self, data: torch.Tensor, *, sent: Sequence[int], received: Sequence[int]
+    ) -> torch.Tensor:
+        out = data.new_empty(sum(received))
+        dist.all_to_all_single(out, data, list(received), list(sent), group=self._group)
+        self.bytes_sent += (sum(sent) - sent[self._index]) * data.element_size()
+        return out

@@ -1,0 +1,108 @@
+"""ComfyUI's own FLUX forward on this rank's shard of the tokens.
+
+Runs in: worker process.
+
+Nothing of FLUX is written here a second time. ``Flux._forward`` makes tokens of the whole latent;
+``Flux.forward_orig`` is then given this rank's tokens with their positions, and attention is ours;
+its output tokens are gathered, and ``_forward`` goes on with the whole. Everything else in FLUX
+works on one token at a time.
+
+Arguments are bound by name, since their order differs between ComfyUI versions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.engine.attention import UlyssesAttention
+from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, bounds
+
+# Arguments of ``Flux.forward_orig`` with one row for each token, by the stream they belong to.
+TEXT_ARGUMENTS = ("txt", "txt_ids")
+IMAGE_ARGUMENTS = ("img", "img_ids")
+
+
+def forward_share(
+    flux: Any, arguments: Mapping[str, Any], *, plan: ParallelPlan, groups: Groups
+) -> tuple[torch.Tensor, int]:
+    """Compute the rows of this rank's batch share, together with its sequence group.
+
+    Args:
+        flux: ComfyUI's ``Flux`` module.
+        arguments: keyword arguments of ``Flux._forward`` for the whole batch.
+
+    Returns:
+        The output for this rank's rows, whole on every rank of the sequence group, and the bytes
+        this rank sent to other ranks.
+
+    Collective:
+        Every rank of the plan must call this with the same arguments.
+    """
+    first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
+    mine = _rows(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
+    mine["transformer_options"] = dict(mine.get("transformer_options") or {})
+    if plan.ulysses_degree == 1:
+        return type(flux)._forward(flux, **mine), 0
+    with _sharded_sequence(flux, plan=plan, groups=groups) as attentions:
+        out = type(flux)._forward(flux, **mine)
+    return out, sum(attention.bytes_sent for attention in attentions)
+
+
+@contextmanager
+def _sharded_sequence(
+    flux: Any, *, plan: ParallelPlan, groups: Groups
+) -> Iterator[list[UlyssesAttention]]:
+    """Shard the tokens inside ``flux.forward_orig`` while this lasts."""
+    group = groups.of_plan(plan).sequence
+    assert group is not None
+    original = flux.forward_orig
+    signature = inspect.signature(original)
+    index = plan.sequence_index(groups.rank)
+    used: list[UlyssesAttention] = []
+
+    def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        values = call.arguments
+        shares = SequenceShares.even(
+            num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
+            num_image_tokens=values["img"].shape[SEQUENCE_DIM],
+            num_heads=flux.num_heads,
+            num_shards=plan.ulysses_degree,
+        )
+        for names, sizes in ((TEXT_ARGUMENTS, shares.text), (IMAGE_ARGUMENTS, shares.image)):
+            start, end = bounds(sizes)[index]
+            for name in names:
+                values[name] = values[name].narrow(SEQUENCE_DIM, start, end - start)
+        attention = UlyssesAttention(shares=shares, index=index, group=group)
+        used.append(attention)
+        values["transformer_options"] = {
+            **values["transformer_options"],
+            "optimized_attention_override": attention,
+        }
+        out = original(*call.args, **call.kwargs)
+        return gather_sequence(out, sizes=shares.image, group=group)
+
+    flux.forward_orig = forward_orig
+    try:
+        yield used
+    finally:
+        del flux.forward_orig
+
+
+def _rows(value: Any, first: int, end: int) -> Any:
+    """Take rows of the batch from every tensor of an argument."""
+    if isinstance(value, torch.Tensor):
+        return value[first:end]
+    if isinstance(value, list):
+        return [_rows(item, first, end) for item in value]
+    if isinstance(value, dict):
+        return {key: _rows(item, first, end) for key, item in value.items()}
+    return value

@@ -1,0 +1,66 @@
+"""The exceptions we raise on purpose, and ``Refusal``, which is not one.
+
+Runs in: host and worker.
+
+A refusal is a polite no with a reason: ComfyUI runs that step alone, exactly as it would without
+us. An exception is a fault, ours or the user's.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class XditError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class SettingsError(XditError):
+    """A variable has a value that is not legal; the text names variable, value, legal values."""
+
+
+class PlanError(XditError):
+    """Numbers that cannot be shared among ranks as asked."""
+
+
+class ChannelClosedError(XditError):
+    """The other process ended, or closed its side of the channel."""
+
+
+class DeadlineExceededError(XditError):
+    """A wait took longer than its deadline."""
+
+
+class MessageError(XditError):
+    """Bytes on the channel that are not one of our messages."""
+
+
+class WorkerError(XditError):
+    """A worker failed or died. The text names rank, phase and cause, and quotes its log."""
+
+
+class FallBackError(XditError):
+    """``XDIT_STRICT=1`` and a step could not run in parallel."""
+
+
+class Scope(enum.Enum):
+    """How long a refusal lasts."""
+
+    STEP = "step"
+    """This call only; the next call of the same run may be parallel."""
+
+    RUN = "run"
+    """The rest of this sampling run, so that a GPU's memory does not change owner in every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a step runs on one GPU in ComfyUI's own process.
+
+    The reason is a sentence without figures that change from step to step: each distinct reason
+    is logged once and counted.
+    """
+
+    reason: str
+    scope: Scope = Scope.RUN

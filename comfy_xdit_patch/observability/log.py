@@ -1,0 +1,34 @@
+"""One line for each reason, one line for each run.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_xdit_patch.observability.status import RunReport
+
+log = logging.getLogger("comfy_xdit_patch")
+_said: set[str] = set()
+
+
+def warn_once(reason: str) -> None:
+    """Say why steps run on one GPU, once for each reason."""
+    if reason not in _said:
+        _said.add(reason)
+        log.warning("xDiT: running on one GPU as ComfyUI does: %s.", reason)
+
+
+def summary(run: RunReport, *, device_word: str) -> str:
+    """The line for a finished sampling run."""
+    if not run.steps_parallel:
+        reasons = "; ".join(run.fall_back_reasons)
+        return f"xDiT: {run.steps} steps on one GPU ({reasons})"
+    text = (
+        f"xDiT: {run.steps_parallel} steps on {run.ranks} {device_word} ({run.plan}), "
+        f"{run.steps_fell_back} fell back, {run.ms_per_step:.0f} ms/step"
+    )
+    if run.fall_back_reasons:
+        text += f" ({'; '.join(run.fall_back_reasons)})"
+    return text

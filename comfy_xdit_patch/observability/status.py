@@ -1,0 +1,89 @@
+"""The one status object: every figure in it was counted or measured.
+
+Runs in: host process. Tests, the summary line, the doctor and ``GET /xdit/status`` read it.
+
+A *step* here is one call of the diffusion model, which is what the ranks compute together; some
+samplers make two in a denoising step.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """One finished sampling run. ``ms_per_step`` is the median over parallel steps."""
+
+    steps: int
+    steps_parallel: int
+    steps_fell_back: int
+    fall_back_reasons: dict[str, int]
+    ms_per_step: float | None
+    strategy: str | None
+    plan: str | None
+    ranks: int
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """Counts of a run that is going on."""
+
+    plan: str | None = None
+    parallel_seconds: list[float] = field(default_factory=list)
+    fall_backs: Counter[str] = field(default_factory=Counter)
+
+    def report(self, *, ranks: int) -> RunReport:
+        parallel = len(self.parallel_seconds)
+        fell_back = sum(self.fall_backs.values())
+        return RunReport(
+            steps=parallel + fell_back,
+            steps_parallel=parallel,
+            steps_fell_back=fell_back,
+            fall_back_reasons=dict(self.fall_backs),
+            ms_per_step=statistics.median(self.parallel_seconds) * 1000 if parallel else None,
+            strategy="ulysses" if parallel else None,
+            plan=self.plan,
+            ranks=ranks if parallel else 1,
+        )
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts since ComfyUI started."""
+
+    runs: int = 0
+    steps_parallel: int = 0
+    fall_backs: Counter[str] = field(default_factory=Counter)
+    bytes_to_workers: int = 0
+    bytes_from_workers: int = 0
+    bytes_between_ranks: int = 0
+    num_forwards: dict[int, int] = field(default_factory=dict)
+    load_seconds: dict[int, float] = field(default_factory=dict)
+    last_loss_unix_s: float | None = None
+    """When a worker was last lost and its step handed back to ComfyUI."""
+    last_run: RunReport | None = None
+    last_error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part of the status that is counts."""
+        last = self.last_run
+        return {
+            "runs": self.runs,
+            "steps_parallel": self.steps_parallel,
+            "steps_fell_back": sum(self.fall_backs.values()),
+            "fall_back_reasons": dict(self.fall_backs),
+            "bytes": {
+                "to_workers": self.bytes_to_workers,
+                "from_workers": self.bytes_from_workers,
+                "between_ranks": self.bytes_between_ranks,
+            },
+            "last_loss_unix_s": self.last_loss_unix_s,
+            "last_run": None
+            if last is None
+            else {name: getattr(last, name) for name in RunReport.__slots__},
+            "last_error": self.last_error,
+        }

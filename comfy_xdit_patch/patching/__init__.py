@@ -1,0 +1,1 @@
+"""Touching ComfyUI: reversible, checked, listed."""

@@ -1,0 +1,242 @@
+"""Decide for each call of FLUX's forward: on the workers, or as ComfyUI does; and count it.
+
+Runs in: host process. One object for the process, made when ComfyUI's modules are ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import FallBackError, Refusal, Scope, WorkerError
+from comfy_xdit_patch.observability.log import summary, warn_once
+from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
+from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.planning.eligibility import (
+    CARRIED_ARGUMENTS,
+    Pristine,
+    check_arguments,
+    check_grad,
+    check_patcher,
+)
+from comfy_xdit_patch.planning.plan import Workload
+from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.transport.slots import UncarriedArgumentError
+from comfy_xdit_patch.workers.pool import Pool, PoolState
+
+log = logging.getLogger("comfy_xdit_patch")
+
+
+@dataclass(slots=True)
+class Run:
+    """One sampling run. A refusal of scope RUN holds until its end."""
+
+    counts: RunCounts = field(default_factory=RunCounts)
+    refusal: Refusal | None = None
+    base_model: Any = None
+    model: KnownModel | None = None
+    generation: int = 0
+
+
+class Host:
+    """Everything of ours in ComfyUI's process."""
+
+    def __init__(self, *, settings: Settings, pool: Pool, pristine: Pristine) -> None:
+        self.settings = settings
+        self.pool = pool
+        self.totals = Totals()
+        self.models = ModelRegistry()
+        self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
+        self._run: ContextVar[Run | None] = ContextVar("run", default=None)
+        self._pristine = pristine
+        self._remote = RemoteForward(pool, self.totals)
+        self._lock = threading.Lock()
+
+    @property
+    def device_word(self) -> str:
+        return "CPU ranks" if self.pool.devices[0].is_cpu else "GPUs"
+
+    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
+        """Note a model's source; start the workers if it is one for them."""
+        if type(patcher.model.diffusion_model) is self._pristine.flux_class:
+            self.models.remember(patcher.model, loader, path, options)
+            self.pool.start()
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Around one sampling run. Says one line about it at the end, if FLUX took part."""
+        run = Run()
+        token = self._run.set(run)
+        try:
+            yield
+        finally:
+            self._run.reset(token)
+            report = run.counts.report(ranks=self.pool.world_size)
+            if report.steps:
+                self.totals.runs += 1
+                self.totals.last_run = report
+                log.info("%s", summary(report, device_word=self.device_word))
+
+    def forward(self, flux: Any, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+        """Compute one call on the workers.
+
+        Args:
+            arguments: the arguments of ``Flux._forward`` by name.
+
+        Returns:
+            The model's output, or None: the caller runs ComfyUI's own forward.
+
+        Raises:
+            FallBackError: ``XDIT_STRICT=1`` and the call cannot be parallel.
+            InterruptProcessingException: the user cancelled.
+        """
+        run = self._run.get() or Run()
+        begin = time.perf_counter()
+        with self._lock:
+            outcome = run.refusal or self._forward(flux, arguments, run)
+        if not isinstance(outcome, Refusal):
+            run.counts.parallel_seconds.append(time.perf_counter() - begin)
+            self.totals.steps_parallel += 1
+            return outcome
+        if outcome.scope is Scope.RUN:
+            run.refusal = outcome
+        run.counts.fall_backs[outcome.reason] += 1
+        self.totals.fall_backs[outcome.reason] += 1
+        if self.settings.strict:
+            detail = f" Last error: {self.totals.last_error}" if self.totals.last_error else ""
+            raise FallBackError(
+                f"XDIT_STRICT=1, and this step cannot run in parallel: {outcome.reason}.{detail}"
+            )
+        warn_once(outcome.reason)
+        return None
+
+    def release(self) -> None:
+        """Have the workers drop their weights (ComfyUI's Free and Unload)."""
+        if self.pool.state is PoolState.READY:
+            with self._lock:
+                self._remote.unload()
+
+    def _forward(self, flux: Any, arguments: Mapping[str, Any], run: Run) -> torch.Tensor | Refusal:
+        import comfy.model_management
+
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        base_model = self.base_model.get()
+        if base_model is None or base_model.diffusion_model is not flux:
+            return Refusal("FLUX was called outside ComfyUI's sampling", Scope.STEP)
+        refusal = (
+            self._pristine.check_step(flux)
+            or check_patcher(base_model)
+            or check_arguments(arguments, default_ref_method=flux.params.default_ref_method)
+            or check_grad(arguments["x"])
+        )
+        if refusal is not None:
+            return refusal
+        plan = plan_call(_workload(flux, arguments), world_size=self.pool.world_size)
+        if isinstance(plan, Refusal):
+            return plan
+        try:
+            self.pool.wait_until_ready(poll)
+        except WorkerError as error:
+            self.totals.last_error = str(error)
+            return Refusal("the workers did not start")
+        try:
+            refusal = self._prepare_model(flux, base_model, run, poll)
+            if refusal is not None:
+                return refusal
+            assert run.model is not None
+            out = self._remote.forward(
+                run.model,
+                arguments,
+                plan=plan,
+                out_channels=flux.params.out_channels,
+                poll=poll,
+            )
+        except WorkerError as error:
+            self.totals.last_error = str(error)
+            self.totals.last_loss_unix_s = time.time()
+            return Refusal("a worker was lost")
+        except UncarriedArgumentError as error:
+            return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+        run.counts.plan = plan.name
+        return out
+
+    def _prepare_model(self, flux: Any, base_model: Any, run: Run, poll: Any) -> Refusal | None:
+        """Once a run: scan the modules, load the weights, compare them."""
+        if run.base_model is base_model and run.generation == self.pool.generation:
+            return None
+        if run.base_model not in (None, base_model):
+            return Refusal("two models alternate in one sampling run")
+        refusal = self._pristine.check_modules(flux)
+        known = self.models.find(base_model)
+        if refusal is not None or isinstance(known, Refusal):
+            return refusal or known  # type: ignore[return-value]
+        refusal = self._remote.load(base_model, known, poll=poll)
+        if refusal is None:
+            run.base_model, run.model = base_model, known
+            run.generation = self.pool.generation
+        return refusal
+
+    def status(self) -> dict[str, Any]:
+        """Everything a user or a test may want to know, as JSON."""
+        pool = self.pool
+        last = self.totals.last_run
+        ranks = []
+        for rank, device in enumerate(pool.devices):
+            joined = pool.joined.get(rank)
+            alive = rank < len(pool.workers) and pool.workers[rank].process.poll() is None
+            ranks.append(
+                {
+                    "rank": rank,
+                    "pid": joined.pid if joined and alive else None,
+                    "device": device.name,
+                    "state": "ready" if alive else pool.state.value,
+                    "forwards": self.totals.num_forwards.get(rank, 0),
+                    "log": str(pool.workers[rank].log_path) if alive else None,
+                    "start_s": joined.seconds if joined else None,
+                    "load_s": self.totals.load_seconds.get(rank),
+                }
+            )
+        plan = None
+        if last is not None and last.plan is not None:
+            plan = {"strategy": last.strategy, "world_size": last.ranks, "degrees": last.plan}
+        return {
+            "state": pool.state.value,
+            "reason": pool.error,
+            "plan": plan,
+            "ranks": ranks,
+            "start_s": round(pool.start_seconds, 3),
+            **self.totals.to_dict(),
+        }
+
+
+def _workload(flux: Any, arguments: Mapping[str, Any]) -> Workload:
+    x, side = arguments["x"], flux.patch_size
+    latents = [x, *(arguments.get("ref_latents") or ())]
+    batch = x.shape[0]
+    return Workload(
+        batch_size=batch,
+        num_text_tokens=arguments["context"].shape[1],
+        num_image_tokens=sum(-(-t.shape[-2] // side) * -(-t.shape[-1] // side) for t in latents),
+        num_heads=flux.num_heads,
+        is_batch_divisible=all(
+            t.ndim > 0 and t.shape[0] == batch
+            for name in CARRIED_ARGUMENTS
+            for t in _tensors(arguments.get(name))
+        ),
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []

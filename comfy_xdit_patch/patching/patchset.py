@@ -1,0 +1,89 @@
+"""Wrap attributes of ComfyUI: all or none, and switched off again.
+
+Runs in: host process. The only module that imports wrapt.
+
+Three facts about Python shape this file.
+    Another extension may wrap the same attribute after us, so a wrapper is never peeled off. Ours
+        stays in place and, when inactive, calls straight through.
+    ComfyUI changes between versions, so each point names what it expects, and one point that does
+        not fit keeps all of them out.
+    Dynamo traces through plain Python wrappers, and a compiled FLUX would then run on one GPU
+        unseen; it does not look into wrapt's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import wrapt
+
+Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""wrapt's signature: (wrapped, instance, args, kwargs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchPoint:
+    """One attribute of ComfyUI that we wrap, and why."""
+
+    module: str
+    attribute: str
+    wrapper: Wrapper
+    parameters: frozenset[str]
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+    def misfit(self) -> str | None:
+        """Why this point does not fit this ComfyUI, or None."""
+        try:
+            _, _, original = wrapt.resolve_path(
+                importlib.import_module(self.module), self.attribute
+            )
+        except (ImportError, AttributeError) as error:
+            return f"{self.name} is missing ({error})"
+        missing = self.parameters - set(inspect.signature(original).parameters)
+        return f"{self.name} has no parameter {', '.join(sorted(missing))}" if missing else None
+
+
+class PatchSet:
+    """A table of patch points with two states, active and not."""
+
+    def __init__(self, points: Sequence[PatchPoint]) -> None:
+        self.points = tuple(points)
+        self.active = False
+        self._is_wrapped = False
+
+    def install(self) -> str | None:
+        """Wrap every point, or none.
+
+        Returns:
+            Why the points do not fit this ComfyUI; None when all are in place.
+        """
+        for point in self.points:
+            misfit = point.misfit()
+            if misfit is not None:
+                return misfit
+        if not self._is_wrapped:
+            for point in self.points:
+                wrapt.wrap_object(
+                    importlib.import_module(point.module),
+                    point.attribute,
+                    wrapt.FunctionWrapper,
+                    (point.wrapper, self._is_active),
+                )
+            self._is_wrapped = True
+        self.active = True
+        return None
+
+    def uninstall(self) -> None:
+        """Have every wrapper call straight through from now on."""
+        self.active = False
+
+    def _is_active(self) -> bool:
+        return self.active

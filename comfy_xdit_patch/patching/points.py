@@ -1,0 +1,76 @@
+"""The table of every attribute of ComfyUI that we touch. docs/patch-points.md is made from it.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from comfy_xdit_patch.patching.patchset import PatchPoint
+from comfy_xdit_patch.patching.wrappers import Wrappers
+
+
+def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
+    """The points that make sampling parallel: all of them or none."""
+    return (
+        PatchPoint(
+            "comfy.ldm.flux.model",
+            "Flux._forward",
+            wrappers.flux_forward,
+            frozenset({"x", "timestep", "context", "transformer_options"}),
+            "The narrowest place that every FLUX call of every sampler crosses: after all of "
+            "ComfyUI's own wrappers ran, before tokens exist. The payload is the latent.",
+        ),
+        PatchPoint(
+            "comfy.model_base",
+            "BaseModel._apply_model",
+            wrappers.apply_model,
+            frozenset({"x", "t"}),
+            "Tells the forward below which BaseModel and which current ModelPatcher it belongs to.",
+        ),
+        PatchPoint(
+            "comfy.samplers",
+            "CFGGuider.outer_sample",
+            wrappers.outer_sample,
+            frozenset({"noise", "sigmas"}),
+            "Begin and end of a sampling run: a lost worker keeps the rest of the run on one GPU, "
+            "and the end says one line.",
+        ),
+        PatchPoint(
+            "comfy.sd",
+            "load_diffusion_model",
+            wrappers.load_diffusion_model,
+            frozenset({"unet_path", "model_options"}),
+            "Which file a model came from, so that the workers load the same one. Starts the "
+            "workers while ComfyUI goes on with the text encoder.",
+        ),
+        PatchPoint(
+            "comfy.sd",
+            "load_checkpoint_guess_config",
+            wrappers.load_checkpoint,
+            frozenset({"ckpt_path", "output_model", "model_options"}),
+            "The same for checkpoints.",
+        ),
+        PatchPoint(
+            "comfy.model_management",
+            "unload_all_models",
+            wrappers.unload_all_models,
+            frozenset(),
+            "Free and Unload reach the workers' memory too.",
+        ),
+    )
+
+
+def server_points(add_routes: Callable[..., Any]) -> tuple[PatchPoint, ...]:
+    """The point that lets ComfyUI's own server answer ``GET /xdit/status``."""
+    return (
+        PatchPoint(
+            "server",
+            "PromptServer.add_routes",
+            add_routes,
+            frozenset(),
+            "Adds the route GET /xdit/status to ComfyUI's server before its routes are fixed.",
+        ),
+    )

@@ -1,0 +1,92 @@
+"""The wrappers of all patch points.
+
+Runs in: host process.
+
+Each one begins with the way out, keeps our faults inside ``our_faults_stay_ours``, and calls the
+original once, outside of it, with the original arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
+from comfy_xdit_patch.patching.host import Host
+
+Call = Callable[..., Any]
+
+
+class Wrappers:
+    """One method for each patch point, all on one host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._strict = host.settings.strict
+        self._signatures: dict[Any, inspect.Signature] = {}
+
+    def flux_forward(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
+        """Compute ``Flux._forward`` on the workers if this call can be parallel."""
+        out = None
+        with our_faults_stay_ours("a step", strict=self._strict):
+            out = self._host.forward(flux, self._bind(wrapped, args, kwargs))
+        return wrapped(*args, **kwargs) if out is None else out
+
+    def apply_model(self, wrapped: Call, base_model: Any, args: Any, kwargs: Any) -> Any:
+        """Tell the call below which BaseModel, and so which ModelPatcher, it belongs to."""
+        token = self._host.base_model.set(base_model)
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            self._host.base_model.reset(token)
+
+    def outer_sample(self, wrapped: Call, guider: Any, args: Any, kwargs: Any) -> Any:
+        """Mark one sampling run."""
+        with ExitStack() as stack:
+            with our_faults_stay_ours("the start of a run"):
+                stack.enter_context(self._host.run())
+            return wrapped(*args, **kwargs)
+
+    def load_diffusion_model(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Note which file a diffusion model came from."""
+        patcher = wrapped(*args, **kwargs)
+        with our_faults_stay_ours("noting a model's file"):
+            call = self._bind(wrapped, args, kwargs)
+            self._host.model_loaded(
+                patcher, "load_diffusion_model", call["unet_path"], call["model_options"]
+            )
+        return patcher
+
+    def load_checkpoint(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Note which file a checkpoint's diffusion model came from."""
+        loaded = wrapped(*args, **kwargs)
+        with our_faults_stay_ours("noting a model's file"):
+            if loaded[0] is not None:
+                call = self._bind(wrapped, args, kwargs)
+                self._host.model_loaded(
+                    loaded[0],
+                    "load_checkpoint_guess_config",
+                    call["ckpt_path"],
+                    call["model_options"],
+                )
+        return loaded
+
+    def unload_all_models(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Free the workers' memory when ComfyUI frees its own."""
+        out = wrapped(*args, **kwargs)
+        with our_faults_stay_ours("freeing memory"):
+            self._host.release()
+        return out
+
+    def _bind(self, wrapped: Call, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Name all arguments: their order differs between ComfyUI versions."""
+        function = getattr(wrapped, "__func__", wrapped)
+        signature = self._signatures.get(function)
+        if signature is None:
+            signature = self._signatures[function] = inspect.signature(wrapped)
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        named = dict(call.arguments)
+        return {**named, **named.pop("kwargs", {})}

@@ -1,0 +1,1 @@
+"""Decide what runs where: numbers and values in, a plan or a refusal out."""

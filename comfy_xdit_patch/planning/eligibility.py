@@ -1,0 +1,160 @@
+"""Whether one call of FLUX's forward is exactly what the workers would compute.
+
+Runs in: host. Reads ComfyUI's objects, changes nothing.
+
+The workers run ComfyUI's own forward on the model's own file. Whatever a node pack, a LoRA or a
+user changed between the file and this call must therefore be seen here, or the image would
+silently differ: everything is refused that is not known to be carried over. Two scans: a cheap
+one for every step, a full one of all modules once a run.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_xdit_patch.errors import Refusal, Scope
+
+BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
+# ``forward`` and ``_forward`` are not listed: when our wrapper is reached, whatever lies above it
+# has run in this process already. What lies below runs in the workers, and must be ComfyUI's own.
+FLUX_METHODS = ("forward_orig", "process_img")
+LAYER_CLASSES = (*BLOCK_CLASSES, "LastLayer", "EmbedND", "MLPEmbedder", "Modulation", "QKNorm")
+FUNCTIONS = {
+    "comfy.ldm.flux.layers": ("attention", "apply_mod", "timestep_embedding"),
+    "comfy.ldm.flux.math": ("optimized_attention", "apply_rope", "rope"),
+    "comfy.ldm.flux.model": ("timestep_embedding",),
+}
+CARRIED_ARGUMENTS = (
+    "x",
+    "timestep",
+    "context",
+    "y",
+    "guidance",
+    "ref_latents",
+    "ref_latents_method",
+)
+
+
+class Pristine:
+    """ComfyUI's own FLUX code as it was when ComfyUI imported it, before any node pack ran."""
+
+    def __init__(self, modules: Mapping[str, types.ModuleType]) -> None:
+        """Remember classes, methods and functions.
+
+        Args:
+            modules: ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``.
+        """
+        self.flux_class: type[Any] = modules["comfy.ldm.flux.model"].Flux
+        layers = modules["comfy.ldm.flux.layers"]
+        self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
+        classes = [
+            self.flux_class,
+            *(getattr(layers, n) for n in LAYER_CLASSES if hasattr(layers, n)),
+        ]
+        self._methods = [
+            (cls, name, cls.__dict__[name])
+            for cls in classes
+            for name in (FLUX_METHODS if cls is self.flux_class else ("forward",))
+            if name in cls.__dict__
+        ]
+        self._functions = [
+            (modules[module], name, getattr(modules[module], name))
+            for module, names in FUNCTIONS.items()
+            for name in names
+            if hasattr(modules[module], name)
+        ]
+
+    def check_step(self, flux: Any) -> Refusal | None:
+        """See what others changed in FLUX's code: classes, methods, functions. Every step."""
+        if type(flux) is not self.flux_class:
+            return Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")
+        for cls, name, function in self._methods:
+            if cls.__dict__.get(name) is not function:
+                return Refusal(f"{cls.__name__}.{name} was replaced by another extension")
+        for module, name, function in self._functions:
+            if getattr(module, name, None) is not function:
+                return Refusal(f"{module.__name__}.{name} was replaced by another extension")
+        for name in FLUX_METHODS:
+            # An object patch that was taken back leaves the bound original behind as an instance
+            # attribute: compare functions, not presence.
+            own = flux.__dict__.get(name)
+            if own is not None and getattr(own, "__func__", own) is not self._own_method(name):
+                return Refusal(f"a node replaced {name} of this model")
+        blocks: list[Any] = [*flux.double_blocks, *flux.single_blocks]
+        for block in blocks:
+            if type(block) not in self._block_classes:
+                return Refusal(f"a node replaced a block of this model by {type(block).__name__}")
+        return None
+
+    def _own_method(self, name: str) -> Any:
+        return self.flux_class.__dict__[name]
+
+    def check_modules(self, flux: Any) -> Refusal | None:
+        """See what others hung on single modules. Once a run."""
+        for name, module in flux.named_modules():
+            if "forward" in module.__dict__ and module is not flux:
+                return Refusal(f"a node replaced the forward of {_without_index(name)}")
+            if module._forward_hooks or module._forward_pre_hooks:
+                return Refusal(f"a forward hook is set on {_without_index(name) or 'the model'}")
+        return None
+
+
+def check_patcher(base_model: Any) -> Refusal | None:
+    """See what the current ModelPatcher changed in the weights or the module. Once a run."""
+    patcher = base_model.current_patcher
+    if patcher is None:
+        return Refusal("the model has no current ModelPatcher")
+    if patcher.patches:
+        return Refusal("the model has weight patches (a LoRA or a merge)")
+    if getattr(patcher, "weight_wrapper_patches", None):
+        return Refusal("the model has weight wrappers")
+    if getattr(patcher, "is_injected", False):
+        return Refusal("a node injected code into the model's modules")
+    if getattr(patcher, "hook_patches", None) or getattr(patcher, "current_hooks", None):
+        return Refusal("the model has hook-scheduled weight patches")
+    for key in patcher.object_patches:
+        if key.split(".")[0] in ("diffusion_model", "manual_cast_dtype"):
+            return Refusal(f"a node patched {_without_index(key)} of the model")
+    return None
+
+
+def check_arguments(arguments: Mapping[str, Any], *, default_ref_method: str) -> Refusal | None:
+    """See whether the workers can be given everything that this call's result depends on.
+
+    Other keyword arguments than the carried ones are swallowed by ``Flux._forward`` unread.
+    """
+    options = arguments.get("transformer_options") or {}
+    if "multigpu_thread_device" in options:
+        return Refusal("ComfyUI's own MultiGPU split is active", Scope.STEP)
+    if arguments.get("control") is not None:
+        return Refusal("a ControlNet is active", Scope.STEP)
+    if arguments.get("attention_mask") is not None:
+        return Refusal("an attention mask is set", Scope.STEP)
+    ref_method = arguments.get("ref_latents_method") or default_ref_method
+    if arguments.get("ref_latents") is not None and ref_method == "index_timestep_zero":
+        return Refusal("reference latents use index_timestep_zero", Scope.STEP)
+    if options.get("optimized_attention_override") is not None:
+        return Refusal("a node overrides the attention function", Scope.STEP)
+    for kind, patches in (options.get("patches") or {}).items():
+        if patches:
+            return Refusal(f"a node set a {kind} patch", Scope.STEP)
+    for kind, patches in (options.get("patches_replace") or {}).items():
+        if patches:
+            return Refusal(f"a node replaces {kind} blocks", Scope.STEP)
+    return None
+
+
+def check_grad(x: Any) -> Refusal | None:
+    """See whether this is training: gradients do not cross processes."""
+    import torch
+
+    if torch.is_grad_enabled() and x.requires_grad:
+        return Refusal("gradients are wanted", Scope.STEP)
+    return None
+
+
+def _without_index(name: str) -> str:
+    """``double_blocks.7.img_mlp`` -> ``double_blocks.N.img_mlp``: one reason, not 57."""
+    return ".".join("N" if part.isdigit() else part for part in name.split("."))

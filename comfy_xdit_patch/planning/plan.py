@@ -1,0 +1,124 @@
+"""Which rank does what in one call, as plain numbers.
+
+Runs in: host and worker. No torch, no ComfyUI: the same arithmetic on both sides, tested in
+milliseconds.
+
+One equation: ``batch_degree * ulysses_degree == world_size``. Ranks form a grid in which the
+sequence axis varies fastest (xfuser's rank order "tp-sp-pp-cfg-dp"):
+
+    world_size 4, batch_degree 2, ulysses_degree 2
+        rank 0, 1   rows of the first half of the batch, its tokens in two shards
+        rank 2, 3   rows of the second half
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from comfy_xdit_patch.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The size of one call of the diffusion model.
+
+    ``num_image_tokens`` counts reference tokens too: they are one sequence.
+    ``batch_size`` counts rows, conditional and unconditional alike.
+    """
+
+    batch_size: int
+    num_text_tokens: int
+    num_image_tokens: int
+    num_heads: int
+    is_batch_divisible: bool = True
+    """Whether every tensor of the call has one row for each row of the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelPlan:
+    """The degrees of one call, and each rank's place in the grid."""
+
+    world_size: int
+    batch_degree: int
+    ulysses_degree: int
+
+    def __post_init__(self) -> None:
+        if self.batch_degree * self.ulysses_degree != self.world_size:
+            raise PlanError(
+                f"batch_degree {self.batch_degree} x ulysses_degree {self.ulysses_degree} "
+                f"is not world_size {self.world_size}."
+            )
+
+    @property
+    def name(self) -> str:
+        """The plan as users write and read it, e.g. ``batch=2,ulysses=2``."""
+        parts = [("batch", self.batch_degree), ("ulysses", self.ulysses_degree)]
+        return ",".join(f"{axis}={n}" for axis, n in parts if n > 1) or "single"
+
+    def batch_index(self, rank: int) -> int:
+        return rank // self.ulysses_degree
+
+    def sequence_index(self, rank: int) -> int:
+        return rank % self.ulysses_degree
+
+    def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
+        """First and end row of the batch that this rank computes."""
+        return bounds(shard_sizes(batch_size, self.batch_degree))[self.batch_index(rank)]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceShares:
+    """How many text tokens, image tokens and heads each rank of one sequence group holds.
+
+    A rank keeps ``[its text tokens | its image tokens]`` through double and single blocks, so
+    nothing is moved between the two kinds. Shares of the joint sequence differ by at most one
+    token: the text is shared larger-first and the image fills up.
+    """
+
+    text: tuple[int, ...]
+    image: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    @classmethod
+    def even(
+        cls, *, num_text_tokens: int, num_image_tokens: int, num_heads: int, num_shards: int
+    ) -> SequenceShares:
+        """Share as evenly as whole numbers allow. Nothing has to divide anything.
+
+        Raises:
+            PlanError: a rank would hold no text token or no image token (ComfyUI's blocks cannot
+                reshape an empty stream). No heads is legal: that rank waits in attention.
+        """
+        joint = shard_sizes(num_text_tokens + num_image_tokens, num_shards)
+        text = shard_sizes(num_text_tokens, num_shards)
+        image = tuple(whole - part for whole, part in zip(joint, text, strict=True))
+        if min(text) < 1 or min(image) < 1:
+            raise PlanError(
+                f"Cannot share {num_text_tokens} text tokens and {num_image_tokens} image tokens "
+                f"among {num_shards} ranks: one of them would hold none."
+            )
+        return cls(text=text, image=image, heads=shard_sizes(num_heads, num_shards))
+
+    @property
+    def joint(self) -> tuple[int, ...]:
+        """Tokens of either kind on each rank."""
+        return tuple(t + i for t, i in zip(self.text, self.image, strict=True))
+
+
+def shard_sizes(num_items: int, num_shards: int) -> tuple[int, ...]:
+    """Share items as evenly as whole numbers allow, larger shards first.
+
+    Source:
+        The partition rule of ``torch.tensor_split``, without a tensor.
+    """
+    if num_shards < 1:
+        raise PlanError(f"Cannot share {num_items} items among {num_shards} shards.")
+    size, num_larger = divmod(num_items, num_shards)
+    return (size + 1,) * num_larger + (size,) * (num_shards - num_larger)
+
+
+def bounds(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Start and end of each shard in the whole."""
+    ends = tuple(accumulate(sizes))
+    return tuple((end - size, end) for end, size in zip(ends, sizes, strict=True))

@@ -1,0 +1,192 @@
+"""Every XDIT_* variable, read once into one frozen ``Settings``.
+
+Runs in: host and worker (and the command line). Standard library only.
+
+This is the only module that reads settings from ``os.environ``. ``docs/settings.md`` is
+generated from the table below, and a test freezes the set of names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from comfy_xdit_patch.errors import SettingsError
+
+T = TypeVar("T")
+
+STRATEGIES = ("auto", "ulysses", "off")
+GPUS_LEGAL = (
+    "all, a count such as 4, a list of indices such as 0,2,3, GPU UUIDs such as GPU-1a2b..., "
+    "cpu:N for N CPU ranks, or 0 to switch off"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest:
+    """What ``XDIT_GPUS`` asks for.
+
+    ``indices`` are as ComfyUI's own process sees the GPUs, after ``--cuda-device``.
+    """
+
+    kind: Literal["all", "count", "indices", "uuids", "cpu", "off"]
+    count: int = 0
+    indices: tuple[int, ...] = ()
+    uuids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One XDIT_* variable: what a user may write and what it means."""
+
+    name: str
+    default: str
+    legal: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable(
+        "XDIT_GPUS",
+        "all",
+        GPUS_LEGAL,
+        "Which GPUs make one image together. A lone number is a count, a list (with a comma) is "
+        "indices as ComfyUI's own process sees them. `cpu:N` starts N CPU ranks, for trying it "
+        "out without a GPU.",
+    ),
+    Variable(
+        "XDIT_STRATEGY",
+        "auto",
+        "auto, ulysses or off",
+        "How the work is shared. `auto` picks among the exact strategies; a batch (also the "
+        "conditional and unconditional half of CFG) is shared first, then the token sequence. "
+        "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
+    ),
+    Variable(
+        "XDIT_STRICT",
+        "0",
+        "0 or 1",
+        "1 turns every fall-back to one GPU into an error. For tests and benchmarks.",
+    ),
+    Variable(
+        "XDIT_START_TIMEOUT",
+        "180",
+        "seconds, a number above 0",
+        "How long all workers together may take to start, import ComfyUI and join. After that "
+        "the missing ranks are named with the last lines of their logs, and ComfyUI goes on alone.",
+    ),
+    Variable(
+        "XDIT_STEP_TIMEOUT",
+        "600",
+        "seconds, a number above 0",
+        "How long the workers may take to load a model or to compute one step before they count "
+        "as hung. They are then ended and the step is run on one GPU.",
+    ),
+    Variable(
+        "XDIT_CPU_THREADS",
+        "1",
+        "a whole number from 1",
+        "Threads of one CPU rank.",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of this process, checked."""
+
+    gpus: DeviceRequest
+    strategy: str
+    strict: bool
+    start_timeout_s: float
+    step_timeout_s: float
+    cpu_threads: int
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the user asked for stock ComfyUI."""
+        return self.strategy == "off" or self.gpus.kind == "off"
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and check all variables.
+
+    Raises:
+        SettingsError: a value is not legal, or an XDIT_* variable is not one of ours (a typing
+            error in a name must not silently mean the default).
+    """
+    env = os.environ if environ is None else environ
+    known = {variable.name for variable in VARIABLES}
+    for name in env:
+        if name.startswith("XDIT_") and name not in known:
+            raise SettingsError(
+                f"{name} is not a setting of comfy-xdit-patch. Known: {', '.join(sorted(known))}."
+            )
+
+    def parsed(name: str, parse: Callable[[str], T]) -> T:
+        variable = next(v for v in VARIABLES if v.name == name)
+        value = env.get(name, "").strip() or variable.default
+        try:
+            return parse(value)
+        except ValueError:
+            raise SettingsError(
+                f'{name}="{value}" is not legal. Legal: {variable.legal}.'
+            ) from None
+
+    return Settings(
+        gpus=parsed("XDIT_GPUS", parse_gpus),
+        strategy=parsed("XDIT_STRATEGY", _one_of(STRATEGIES)),
+        strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
+        start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
+        step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
+        cpu_threads=parsed("XDIT_CPU_THREADS", _count),
+    )
+
+
+def parse_gpus(value: str) -> DeviceRequest:
+    """Parse ``XDIT_GPUS``.
+
+    Raises:
+        ValueError: the value is none of ``GPUS_LEGAL``.
+    """
+    text = value.strip()
+    if text.lower() == "all":
+        return DeviceRequest("all")
+    if match := re.fullmatch(r"cpu:([1-9]\d{0,2})", text.lower()):
+        return DeviceRequest("cpu", count=int(match[1]))
+    if re.fullmatch(r"\d{1,3}", text):
+        return DeviceRequest("count", count=int(text)) if int(text) else DeviceRequest("off")
+    items = tuple(item.strip() for item in text.rstrip(",").split(","))
+    if len(set(items)) != len(items):
+        raise ValueError(value)
+    if all(re.fullmatch(r"\d{1,3}", item) for item in items):
+        return DeviceRequest("indices", indices=tuple(int(item) for item in items))
+    if all(re.fullmatch(r"(GPU|MIG)-[0-9a-fA-F-]{4,}", item) for item in items):
+        return DeviceRequest("uuids", uuids=items)
+    raise ValueError(value)
+
+
+def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value.lower() not in values:
+            raise ValueError(value)
+        return value.lower()
+
+    return parse
+
+
+def _positive(value: str) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(value)
+    return number
+
+
+def _count(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise ValueError(value)
+    return number

@@ -1,0 +1,1 @@
+"""How a call and its tensors cross the process boundary."""

@@ -1,0 +1,143 @@
+"""Framed messages over a connected Unix socket, every wait with a deadline.
+
+Runs in: host and worker.
+
+The two ends are a socket pair that the worker inherits: there is no address to connect to, so
+nobody else can. A frame is a four byte length and one message; a file descriptor may ride along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterable
+
+from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError, MessageError
+from comfy_xdit_patch.transport.messages import Message, decode, encode
+
+MAX_MESSAGE_BYTES = 16 << 20
+_LENGTH = struct.Struct("!I")
+
+
+class Channel:
+    """One end of the control connection between the host and one worker."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._socket.setblocking(False)
+        self._received = bytearray()
+        self._fds: list[int] = []
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Channel:
+        """Take over an inherited socket."""
+        return cls(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message, *, deadline_s: float, fd: int | None = None) -> int:
+        """Send one message, with a file descriptor beside it or not; return its bytes.
+
+        Raises:
+            ChannelClosedError: the other end is gone.
+            DeadlineExceededError: the other end does not read.
+        """
+        body = encode(message)
+        frame = memoryview(_LENGTH.pack(len(body)) + body)
+        end = time.monotonic() + deadline_s
+        sent = 0
+        while sent < len(frame):
+            try:
+                if fd is None:
+                    sent += self._socket.send(frame[sent:])
+                else:
+                    sent += socket.send_fds(self._socket, [frame[sent:]], [fd])
+                    fd = None
+            except BlockingIOError:
+                self._wait(select.POLLOUT, end, "send")
+            except OSError as error:
+                raise ChannelClosedError(f"The other process is gone ({error}).") from None
+        return len(frame)
+
+    def receive(self, *, deadline_s: float) -> Message:
+        """Return the next message.
+
+        Raises:
+            ChannelClosedError: the other end is gone and everything it sent has been read.
+            DeadlineExceededError: nothing came in time.
+            MessageError: something came that is not a message.
+        """
+        end = time.monotonic() + deadline_s
+        while True:
+            message = self._next_message()
+            if message is not None:
+                return message
+            self._wait(select.POLLIN, end, "receive")
+            with contextlib.suppress(BlockingIOError):
+                self._fill()
+
+    def poll(self) -> Message | None:
+        """Return the next message if it is here already. Same errors as ``receive``."""
+        message = self._next_message()
+        while message is None:
+            try:
+                self._fill()
+            except BlockingIOError:
+                return None
+            message = self._next_message()
+        return message
+
+    def take_fd(self) -> int:
+        """Return the file descriptor that came with the message received last."""
+        if not self._fds:
+            raise MessageError("A message should have brought a file descriptor and did not.")
+        return self._fds.pop(0)
+
+    def close(self) -> None:
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _next_message(self) -> Message | None:
+        if len(self._received) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._received)
+        if length > MAX_MESSAGE_BYTES:
+            raise MessageError(f"A message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}.")
+        end = _LENGTH.size + length
+        if len(self._received) < end:
+            return None
+        body = bytes(self._received[_LENGTH.size : end])
+        del self._received[:end]
+        return decode(body)
+
+    def _fill(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 8)
+        except ConnectionError as error:
+            raise ChannelClosedError(f"The other process is gone ({error}).") from None
+        self._fds.extend(fds)
+        if not data:
+            raise ChannelClosedError("The other process closed the channel.")
+        self._received += data
+
+    def _wait(self, event: int, end: float, what: str) -> None:
+        poller = select.poll()
+        poller.register(self._socket, event)
+        remaining = end - time.monotonic()
+        if remaining <= 0 or not poller.poll(max(remaining * 1000, 1)):
+            raise DeadlineExceededError(f"No progress in {what} before the deadline.")
+
+
+def wait_readable(channels: Iterable[Channel], *, timeout_s: float) -> list[Channel]:
+    """Return the channels that can be read now, waiting at most ``timeout_s`` for the first."""
+    by_fd = {channel.fileno(): channel for channel in channels}
+    poller = select.poll()
+    for fd in by_fd:
+        poller.register(fd, select.POLLIN)
+    return [by_fd[fd] for fd, _ in poller.poll(max(timeout_s, 0) * 1000)]

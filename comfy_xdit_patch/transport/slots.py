@@ -1,0 +1,206 @@
+"""Places for tensors in memory that host and workers share.
+
+Runs in: host and worker.
+
+    host                                                    every worker
+    SlotTable.place("context", t) -> SlotRef(slot 3, v 7)   SlotMap.tensor(SlotRef) -> view or
+       writes only if no slot of "context" holds             device copy, made once a version
+       these very bytes already
+
+Facts that shape this file.
+    A slot is an anonymous file (memfd): no name in /dev/shm, no limit of /dev/shm, and the kernel
+        frees it when the last process that maps it ends, however that process ends.
+    ComfyUI makes new conditioning tensors for every step, so identity says nothing: bytes are
+        compared. A changed latent differs within the first bytes, which ends the comparison.
+    The host writes only while no worker computes, so slots need no lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.transport.messages import SlotRef, Tree
+
+SLOTS_A_PATH = 4
+"""How many tensors of one argument are kept: cond and uncond of two regions."""
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
+
+
+class UncarriedArgumentError(TypeError):
+    """A value that can go neither into a message nor into a slot."""
+
+
+class Slot:
+    """One piece of shared memory, as seen by this process."""
+
+    def __init__(self, number: int, fd: int, size_bytes: int) -> None:
+        self.number = number
+        self.size_bytes = size_bytes
+        self._memory = mmap.mmap(fd, size_bytes)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """The slot's first bytes as a tensor; shared, not copied."""
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        if num_bytes > self.size_bytes:
+            raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
+        return self._bytes[:num_bytes].view(dtype).view(shape)
+
+
+@dataclass(slots=True)
+class _Entry:
+    slot: Slot
+    version: int = 0
+    dtype: torch.dtype | None = None
+    shape: tuple[int, ...] = ()
+    device_copy: torch.Tensor | None = None
+    last_used: int = 0
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        if self.dtype != tensor.dtype or self.shape != tuple(tensor.shape):
+            return False
+        if tensor.device.type != "cpu":
+            # Compared where the tensor lives: reading it back would cost more than sending it.
+            return self.device_copy is not None and torch.equal(self.device_copy, tensor)
+        here = self.slot.view(tensor.dtype, self.shape)
+        return bool(_memcmp(here.data_ptr(), tensor.data_ptr(), tensor.nbytes) == 0)
+
+
+class SlotTable:
+    """The host's side: puts the tensors of a call into slots, and only what changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, list[_Entry]] = {}
+        self._created: list[tuple[Slot, int]] = []
+        self._dropped: list[int] = []
+        self._num_slots = 0
+        self._clock = 0
+        self.bytes_written = 0
+
+    def place(self, path: str, value: Any) -> Tree:
+        """Turn an argument into a tree whose tensors lie in slots.
+
+        Args:
+            path: the argument's name; inner values get ``name.0``, ``name.key``.
+
+        Raises:
+            UncarriedArgumentError: a value of another type is in it.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._place_tensor(path, value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [self.place(f"{path}.{i}", item) for i, item in enumerate(value)]
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: self.place(f"{path}.{key}", item) for key, item in value.items()}
+        raise UncarriedArgumentError(f"{path} is a {type(value).__name__}")
+
+    def result_slot(self, size_bytes: int) -> Slot:
+        """Return the slot for results, large enough."""
+        return self._entry_for("result", size_bytes, max_entries=1).slot
+
+    def take_created(self) -> list[tuple[Slot, int]]:
+        """Slots made since the last call, with their file descriptors, which the caller closes."""
+        created, self._created = self._created, []
+        return created
+
+    def take_dropped(self) -> list[int]:
+        """Numbers of the slots given up since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _place_tensor(self, path: str, tensor: torch.Tensor) -> Tree:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_sparse:
+            raise UncarriedArgumentError(f"{path} is a {type(tensor).__name__}")
+        tensor = tensor.detach().contiguous()
+        self._clock += 1
+        entry = next((e for e in self._entries.get(path, ()) if e.holds(tensor)), None)
+        if entry is None:
+            entry = self._entry_for(path, max(tensor.nbytes, 1), max_entries=SLOTS_A_PATH)
+            entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
+            entry.version += 1
+            entry.dtype, entry.shape = tensor.dtype, tuple(tensor.shape)
+            entry.device_copy = None if tensor.device.type == "cpu" else tensor.clone()
+            self.bytes_written += tensor.nbytes
+        entry.last_used = self._clock
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        ref = SlotRef(entry.slot.number, entry.version, dtype, tuple(tensor.shape))
+        return {"$slot": [ref.slot, ref.version, ref.dtype, list(ref.shape)]}
+
+    def _entry_for(self, path: str, size_bytes: int, *, max_entries: int) -> _Entry:
+        entries = self._entries.setdefault(path, [])
+        if len(entries) >= max_entries:
+            oldest = min(entries, key=lambda entry: entry.last_used)
+            if oldest.slot.size_bytes >= size_bytes:
+                return oldest
+            entries.remove(oldest)
+            self._dropped.append(oldest.slot.number)
+        entry = _Entry(self._create(size_bytes))
+        entries.append(entry)
+        return entry
+
+    def _create(self, size_bytes: int) -> Slot:
+        size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        fd = os.memfd_create("comfy-xdit-slot", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+        slot = Slot(self._num_slots, fd, size_bytes)
+        self._num_slots += 1
+        self._created.append((slot, fd))
+        return slot
+
+
+class SlotMap:
+    """A worker's side: slots by number, and tensors on the worker's device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots: dict[int, Slot] = {}
+        self._on_device: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def add(self, number: int, fd: int, size_bytes: int) -> None:
+        """Map a slot; the descriptor is closed."""
+        self._slots[number] = Slot(number, fd, size_bytes)
+        os.close(fd)
+
+    def drop(self, numbers: list[int]) -> None:
+        """Forget slots that the host gave up."""
+        for number in numbers:
+            self._slots.pop(number, None)
+            self._on_device.pop(number, None)
+
+    def __getitem__(self, number: int) -> Slot:
+        return self._slots[number]
+
+    def fetch(self, tree: Tree) -> Any:
+        """Turn a tree of ``SlotTable.place`` back into arguments."""
+        if isinstance(tree, dict):
+            if "$slot" in tree:
+                slot, version, dtype, shape = tree["$slot"]
+                return self._tensor(SlotRef(slot, version, dtype, tuple(shape)))
+            return {key: self.fetch(item) for key, item in tree.items()}
+        if isinstance(tree, list):
+            return [self.fetch(item) for item in tree]
+        return tree
+
+    def _tensor(self, ref: SlotRef) -> torch.Tensor:
+        shared = self._slots[ref.slot].view(getattr(torch, ref.dtype), ref.shape)
+        if self._device.type == "cpu":
+            return shared
+        version, tensor = self._on_device.get(ref.slot, (-1, shared))
+        if version != ref.version:
+            tensor = shared.to(self._device)
+            self._on_device[ref.slot] = (ref.version, tensor)
+        return tensor

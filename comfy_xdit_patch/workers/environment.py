@@ -1,0 +1,107 @@
+"""What a worker inherits from the host: variables, module search path, ComfyUI's own options.
+
+Runs in: host (``capture_*``, ``worker_variables``) and worker (``restore_*``).
+
+A worker must compute with ComfyUI's own code under the host's own options, so that ops, attention
+backend and dtype rules are the host's. What crosses is a hand-picked list, all of it plain data.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_xdit_patch.bootstrap import WORKER_MARK
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.transport.messages import Start
+
+# ``torchrun`` and other launchers leave these behind; a worker must not join somebody else's job.
+_FOREIGN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What every worker of a pool is told about the host's ComfyUI."""
+
+    comfyui_root: str
+    sys_path: list[str]
+    argv: list[str]
+    parses_arguments: bool
+    arguments: dict[str, Any]
+
+
+def capture_host_state(comfyui_root: str) -> HostState:
+    """Read ComfyUI's options in the host, after ComfyUI parsed them.
+
+    Options with values that are not plain (enumerations, sets) come from parsing the same command
+    line again; plain ones are laid over, since main.py and node packs change some at run time.
+    """
+    import comfy.cli_args
+    import comfy.options
+
+    options = vars(comfy.cli_args.args)
+    plain = {
+        name: value
+        for name, value in options.items()
+        if isinstance(value, _PLAIN)
+        or (isinstance(value, list) and all(isinstance(item, _PLAIN) for item in value))
+    }
+    return HostState(
+        comfyui_root=comfyui_root,
+        sys_path=[path for path in sys.path if isinstance(path, str)],
+        argv=list(sys.argv),
+        parses_arguments=bool(comfy.options.args_parsing),
+        arguments=plain,
+    )
+
+
+def restore_host_state(start: Start) -> None:
+    """Import ComfyUI in a worker as the host has it: same tree, same options."""
+    sys.path[:] = start.sys_path
+    if start.comfyui_root not in sys.path:
+        sys.path.insert(0, start.comfyui_root)
+    sys.argv[:] = start.argv
+    import comfy.options
+
+    if start.parses_arguments:
+        comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    for name, value in start.arguments.items():
+        setattr(comfy.cli_args.args, name, value)
+    import comfy.model_management
+    import comfy.sd
+
+
+def worker_variables(device: Device, *, cpu_threads: int) -> dict[str, str]:
+    """Return the environment of one worker.
+
+    GPU: exactly one device, named by UUID, since CUDA's, NVML's and the host's numbers differ, and
+    torch's default allocator: ComfyUI puts cudaMallocAsync into the variable for its own process.
+    CPU: thread counts must be set before torch starts its thread pools.
+    """
+    variables = dict(os.environ)
+    for name in _FOREIGN_VARIABLES:
+        variables.pop(name, None)
+    variables[WORKER_MARK] = "1"
+    # Nothing of ours listens beyond loopback. A user's own choice stands.
+    variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    variables.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    variables["PYTHONUNBUFFERED"] = "1"
+    if device.uuid is None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            variables[name] = str(cpu_threads)
+    else:
+        variables["CUDA_VISIBLE_DEVICES"] = device.uuid
+        variables.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    return variables

@@ -1,0 +1,104 @@
+"""Start one worker process on this machine, and end it.
+
+Runs in: host process.
+
+The seam for other launchers: a pool needs nothing of a worker but what ``Worker`` offers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.transport.channel import Channel
+from comfy_xdit_patch.workers.environment import worker_variables
+
+TAIL_LINES = 12
+GRACE_S = 4.0
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process, as the host sees it."""
+
+    rank: int
+    device: Device
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    log_path: Path
+
+    def exit_text(self) -> str:
+        """How the process ended, in words."""
+        code = self.process.poll()
+        if code is None:
+            return "is alive"
+        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+    def log_tail(self) -> str:
+        """The last lines of the worker's log."""
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except OSError as error:
+            return f"(no log: {error})"
+        return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (its log is empty)"
+
+    def end(self, *, grace_s: float = GRACE_S) -> None:
+        """Wait a little for the process to end by itself, then kill it."""
+        try:
+            self.process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.channel.close()
+
+
+def launch_worker(
+    *, rank: int, device: Device, store_fd: int, cpu_threads: int, log_dir: Path
+) -> Worker:
+    """Start a worker.
+
+    Not ``multiprocessing`` spawn, which would run ComfyUI's main.py again, and not fork, which is
+    illegal after CUDA has started.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    log_path = log_dir / f"worker-{rank}.log"
+    command = [
+        sys.executable,
+        "-m",
+        "comfy_xdit_patch.workers.process",
+        f"--rank={rank}",
+        f"--channel-fd={theirs.fileno()}",
+        f"--host-pid={os.getpid()}",
+    ]
+    with theirs, open(log_path, "wb") as log_file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env=worker_variables(device, cpu_threads=cpu_threads),
+            pass_fds=(theirs.fileno(), store_fd),
+        )
+    return Worker(rank, device, process, Channel(ours), log_path)
+
+
+def make_log_dir() -> Path:
+    """Return a private directory for this host's worker logs; clear those of ended hosts."""
+    base = Path(tempfile.gettempdir()) / f"comfy-xdit-patch-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
+        return Path(tempfile.mkdtemp(prefix="comfy-xdit-patch-"))
+    for old in base.iterdir():
+        if old.name.isdigit() and not Path(f"/proc/{old.name}").exists():
+            for file in old.iterdir():
+                file.unlink(missing_ok=True)
+            old.rmdir()
+    log_dir = base / str(os.getpid())
+    log_dir.mkdir(mode=0o700, exist_ok=True)
+    return log_dir

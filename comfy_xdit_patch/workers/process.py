@@ -1,0 +1,186 @@
+"""One worker: join the other ranks, serve the host, leave.
+
+Runs in: worker process, as ``python -m comfy_xdit_patch.workers.process``.
+
+A worker ends with its host, whatever ends the host: the kernel kills it when the host's process
+ends (PR_SET_PDEATHSIG), and its channel reports end of file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
+from comfy_xdit_patch.transport.channel import Channel
+from comfy_xdit_patch.transport.messages import (
+    Failed,
+    Forward,
+    Joined,
+    Load,
+    Map,
+    Message,
+    Start,
+    Stop,
+    Unload,
+    Unloaded,
+    Unmap,
+)
+
+if TYPE_CHECKING:
+    from comfy_xdit_patch.engine.engine import Engine
+    from comfy_xdit_patch.engine.groups import Groups
+    from comfy_xdit_patch.transport.slots import SlotMap
+
+PR_SET_PDEATHSIG = 1
+IDLE_WAIT_S = 3600.0
+REPLY_DEADLINE_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """The serve loop of one rank."""
+
+    def __init__(self, *, rank: int, channel: Channel) -> None:
+        self._rank = rank
+        self._channel = channel
+        self._phase = "start"
+
+    def run(self) -> None:
+        """Start, then serve until the host says stop or is gone."""
+        request = 0
+        try:
+            start = self._channel.receive(deadline_s=IDLE_WAIT_S)
+            assert isinstance(start, Start)
+            engine, slots, groups = self._join(start)
+            while True:
+                message = self._next_message()
+                if isinstance(message, Stop):
+                    groups.leave()
+                    return
+                request = getattr(message, "request", 0)
+                self._serve(message, engine, slots)
+        except ChannelClosedError:
+            log.info("the host is gone")
+        except Exception as error:
+            # A rank that failed leaves the others inside a collective: it reports and ends, and
+            # the host ends the rest. Nothing is computed by half a world.
+            log.exception("failed in %s", self._phase)
+            text = f"{type(error).__name__}: {error}"
+            report = Failed(request, self._phase, text, traceback.format_exc())
+            self._channel.send(report, deadline_s=REPLY_DEADLINE_S)
+            _leave_at_once(1)
+
+    def _join(self, start: Start) -> tuple[Engine, SlotMap, Groups]:
+        seconds: dict[str, float] = {}
+        clock = time.perf_counter()
+
+        def phase_done(name: str, next_phase: str) -> None:
+            nonlocal clock
+            seconds[name] = round(time.perf_counter() - clock, 3)
+            clock = time.perf_counter()
+            self._phase = next_phase
+
+        self._phase = "import of torch"
+        import torch
+
+        if start.num_threads is not None:
+            torch.set_num_threads(start.num_threads)
+        phase_done("torch", "import of ComfyUI")
+        from comfy_xdit_patch.workers.environment import restore_host_state
+
+        restore_host_state(start)
+        phase_done("comfyui", "import of xfuser")
+        import xfuser.core.distributed  # noqa: F401
+
+        phase_done("xfuser", "joining the other ranks")
+        from comfy_xdit_patch.engine.engine import Engine
+        from comfy_xdit_patch.engine.groups import Groups
+        from comfy_xdit_patch.transport.slots import SlotMap
+
+        device = torch.device("cpu" if start.num_threads is not None else "cuda:0")
+        groups = Groups.join(
+            rank=self._rank,
+            world_size=start.world_size,
+            device=device,
+            store_fd=start.store_fd,
+            join_timeout_s=start.join_timeout_s,
+            step_timeout_s=start.step_timeout_s,
+        )
+        phase_done("join", "waiting for work")
+        joined = Joined(self._rank, os.getpid(), str(device), seconds)
+        self._channel.send(joined, deadline_s=REPLY_DEADLINE_S)
+        log.info("joined %d ranks: %s", start.world_size, seconds)
+        slots = SlotMap(device)
+        return Engine(groups=groups, slots=slots), slots, groups
+
+    def _next_message(self) -> Message:
+        while True:
+            try:
+                return self._channel.receive(deadline_s=IDLE_WAIT_S)
+            except DeadlineExceededError:
+                continue  # Nothing to do for an hour is no fault.
+
+    def _serve(self, message: Message, engine: Engine, slots: SlotMap) -> None:
+        if isinstance(message, Map):
+            slots.add(message.slot, self._channel.take_fd(), message.size_bytes)
+        elif isinstance(message, Unmap):
+            slots.drop(message.slots)
+        elif isinstance(message, Load):
+            self._phase = f"loading {message.source.path}"
+            self._channel.send(engine.load(message), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Unload):
+            self._phase = "unloading"
+            engine.unload()
+            self._channel.send(Unloaded(message.request), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Forward):
+            self._phase = "forward"
+            self._channel.send(engine.forward(message), deadline_s=REPLY_DEADLINE_S)
+        else:
+            raise TypeError(f"A worker cannot serve {type(message).__name__}.")
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End without running exit handlers: a process group with a lost peer can hang in them."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when the thread that started it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # It ended before the call above.
+        _leave_at_once(1)
+
+
+def main() -> None:
+    """Entry point; all arguments come from ``pool.py``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--host-pid", type=int, required=True)
+    options = parser.parse_args()
+    _die_with(options.host_pid)
+    faulthandler.enable()
+    # Ctrl+C in the terminal reaches the whole process group; the host decides, not the signal.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s [rank {options.rank}] %(levelname)s %(name)s: %(message)s",
+    )
+    Worker(rank=options.rank, channel=Channel.from_fd(options.channel_fd)).run()
+    _leave_at_once(0)
+
+
+if __name__ == "__main__":
+    main()
