@@ -160,11 +160,12 @@ def parse_gpus(value: str) -> DeviceRequest:
     if re.fullmatch(r"\d{1,3}", text):
         return DeviceRequest("count", count=int(text)) if int(text) else DeviceRequest("off")
     items = tuple(item.strip() for item in text.rstrip(",").split(","))
-    if len(set(items)) != len(items):
-        raise ValueError(value)
     if all(re.fullmatch(r"\d{1,3}", item) for item in items):
-        return DeviceRequest("indices", indices=tuple(int(item) for item in items))
-    if all(re.fullmatch(r"(GPU|MIG)-[0-9a-fA-F-]{4,}", item) for item in items):
+        indices = tuple(int(item) for item in items)
+        if len(set(indices)) == len(indices):
+            return DeviceRequest("indices", indices=indices)
+    is_uuids = all(re.fullmatch(r"(GPU|MIG)-[0-9a-fA-F-]{4,}", item) for item in items)
+    if is_uuids and len({item.lower() for item in items}) == len(items):
         return DeviceRequest("uuids", uuids=items)
     raise ValueError(value)
 

@@ -38,7 +38,10 @@ class Engine:
         if self._model != message.model:
             self.unload()
             self._patcher = load_patcher(message.source)
-            self._fingerprint = fingerprint(self._patcher.model)
+            model = self._patcher.model
+            self._fingerprint = fingerprint(
+                model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype
+            )
             self._model = message.model
             import comfy.model_management
 

@@ -131,7 +131,9 @@ class Host:
 
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         base_model = self.base_model.get()
-        if base_model is None or base_model.diffusion_model is not flux:
+        # A compiled model stands in for the module it was made from.
+        own = getattr(base_model, "diffusion_model", None)
+        if flux not in (own, getattr(own, "_orig_mod", None)):
             return Refusal("FLUX was called outside ComfyUI's sampling", Scope.STEP)
         refusal = (
             self._pristine.check_step(flux)
@@ -180,7 +182,9 @@ class Host:
         known = self.models.find(base_model)
         if refusal is not None or isinstance(known, Refusal):
             return refusal or known  # type: ignore[return-value]
-        refusal = self._remote.load(base_model, known, poll=poll)
+        refusal = self._remote.load(
+            flux, known, manual_cast_dtype=base_model.manual_cast_dtype, poll=poll
+        )
         if refusal is None:
             run.base_model, run.model = base_model, known
             run.generation = self.pool.generation

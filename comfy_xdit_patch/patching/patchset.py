@@ -7,8 +7,8 @@ Three facts about Python shape this file.
         stays in place and, when inactive, calls straight through.
     ComfyUI changes between versions, so each point names what it expects, and one point that does
         not fit keeps all of them out.
-    Dynamo traces through plain Python wrappers, and a compiled FLUX would then run on one GPU
-        unseen; it does not look into wrapt's.
+    Dynamo looks through wrapt's wrapper (by ``__wrapped__``) and would compile the original, so
+        that a compiled FLUX ran on one GPU unseen. A mark on the original stops it there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ import wrapt
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """wrapt's signature: (wrapped, instance, args, kwargs)."""
 
+DYNAMO_MARK = "_torchdynamo_disable"
+"""What ``torch.compiler.disable`` sets on a function. Set by hand, since calling it costs the
+import of all of Dynamo (1.2 s) and puts one more wrapper around every call."""
+
 
 @dataclass(frozen=True, slots=True)
 class PatchPoint:
@@ -34,10 +38,16 @@ class PatchPoint:
     wrapper: Wrapper
     parameters: frozenset[str]
     reason: str
+    hidden_from_dynamo: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.attribute}"
+
+    def original(self) -> Any:
+        """The attribute below every wrapper."""
+        module = importlib.import_module(self.module)
+        return inspect.unwrap(wrapt.resolve_path(module, self.attribute)[2])
 
     def misfit(self) -> str | None:
         """Why this point does not fit this ComfyUI, or None."""
@@ -78,12 +88,19 @@ class PatchSet:
                     (point.wrapper, self._is_active),
                 )
             self._is_wrapped = True
+        self._mark_for_dynamo(True)
         self.active = True
         return None
 
     def uninstall(self) -> None:
         """Have every wrapper call straight through from now on."""
         self.active = False
+        self._mark_for_dynamo(False)
+
+    def _mark_for_dynamo(self, hidden: bool) -> None:
+        for point in self.points:
+            if point.hidden_from_dynamo:
+                setattr(point.original(), DYNAMO_MARK, hidden)
 
     def _is_active(self) -> bool:
         return self.active

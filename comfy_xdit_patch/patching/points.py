@@ -22,6 +22,7 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             frozenset({"x", "timestep", "context", "transformer_options"}),
             "The narrowest place that every FLUX call of every sampler crosses: after all of "
             "ComfyUI's own wrappers ran, before tokens exist. The payload is the latent.",
+            hidden_from_dynamo=True,
         ),
         PatchPoint(
             "comfy.model_base",

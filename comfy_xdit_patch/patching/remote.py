@@ -46,7 +46,14 @@ class RemoteForward:
         self._fds: Sequence[tuple[Slot, int]] = ()
         self._generation = 0
 
-    def load(self, base_model: Any, known: KnownModel, *, poll: Poll) -> Refusal | None:
+    def load(
+        self,
+        flux: Any,
+        known: KnownModel,
+        *,
+        manual_cast_dtype: torch.dtype | None,
+        poll: Poll,
+    ) -> Refusal | None:
         """Have every rank hold this model's weights, and check that they are the host's.
 
         Raises:
@@ -54,7 +61,7 @@ class RemoteForward:
         """
         self._follow_generation()
         try:
-            expected = fingerprint(base_model)
+            expected = fingerprint(flux, manual_cast_dtype=manual_cast_dtype)
         except ForeignTensorError as error:
             return Refusal(f"the model has {error} weights")
         replies = self._pool.request(

@@ -23,15 +23,17 @@ class ForeignTensorError(TypeError):
     """A weight is of a tensor class whose contents cannot be compared plainly."""
 
 
-def fingerprint(base_model: Any) -> str:
-    """Return the fingerprint of ``base_model.diffusion_model``.
+def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None) -> str:
+    """Return the fingerprint of a diffusion model.
+
+    Args:
+        manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
 
     Raises:
         ForeignTensorError: a weight is a tensor subclass (quantised weights).
     """
     digest = hashlib.sha256()
-    flux = base_model.diffusion_model
-    digest.update(f"{flux.dtype} {base_model.manual_cast_dtype}\n".encode())
+    digest.update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
     for name, module in flux.named_modules():
         digest.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
     for name, tensor in (*flux.named_parameters(), *flux.named_buffers()):

@@ -1,0 +1,36 @@
+"""``python -m comfy_xdit_patch doctor`` and ``comfy-xdit doctor``.
+
+Runs in: a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from comfy_xdit_patch import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="comfy-xdit", description="comfy-xdit-patch tools")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what is patched, planned and refused, and why")
+    doctor.add_argument("--comfyui", metavar="PATH", help="check the patch points of this ComfyUI")
+    doctor.add_argument(
+        "--url",
+        default="http://127.0.0.1:8188",
+        help="a running ComfyUI to ask (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    from comfy_xdit_patch.observability.doctor import examine
+
+    report, is_well = examine(comfyui=options.comfyui, url=options.url)
+    sys.stdout.write(report + "\n")
+    return 0 if is_well else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Install comfy_xdit_patch into the Python that runs this file, or show it, or test it.
+
+Runs in: ComfyUI's own Python, also when ComfyUI-Manager starts it (standard library only).
+
+    python install.py              install and enable the patch for this Python
+    python install.py --check      say what would happen; change nothing
+    python install.py --uninstall  remove every trace from this Python
+    python install.py demo ...     the same image on stock ComfyUI and on several ranks
+    python install.py test ...     the test suite; further arguments go to pytest
+
+Installing never replaces what ComfyUI brought along: its packages are held at their versions, so
+pip fails with a reason where it would have to change one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PACKAGE = "comfy-xdit-patch"
+START_FILES = ("comfy_xdit_patch.pth", "comfy_xdit_patch.start")
+# What ComfyUI and its GPU stack stand on; diffusers and the like may be added or raised.
+HELD = re.compile(
+    r"(torch|torchvision|torchaudio|torchsde|triton|pytorch-triton.*|nvidia-.*|cuda-.*|xformers"
+    r"|flash-attn|sageattention|numpy|scipy|pillow|transformers|tokenizers|safetensors"
+    r"|huggingface-hub|accelerate|einops|kornia|spandrel|sentencepiece|aiohttp|yarl|av|pyyaml"
+    r"|psutil|pydantic|pydantic-core|pydantic-settings|sqlalchemy|alembic|comfyui-.*|comfy-.*)"
+)
+NODE_FILE = HERE / "__init__.py"
+NODE_TEXT = f'''"""Written by {PACKAGE}'s install.py: ComfyUI loads every folder in custom_nodes.
+
+The patch itself starts from site-packages; there are no nodes here.
+"""
+
+NODE_CLASS_MAPPINGS = {{}}
+'''
+TAIL_LINES = 25
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the first argument names."""
+    if arguments and arguments[0] in ("demo", "test"):
+        return _in_environment(arguments[0], arguments[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--uninstall", action="store_true", help="remove every trace")
+    options = parser.parse_args(arguments)
+    if options.uninstall:
+        return _uninstall(check=options.check)
+    return _check() if options.check else _install()
+
+
+def _install() -> int:
+    print(f"Installing {PACKAGE} into {sys.executable}")
+    code, output = _pip_install()
+    if code:
+        print(_advice(output), file=sys.stderr)
+        return 1
+    place = _start_file()
+    if place is None:
+        print(f"{PACKAGE} is installed, but {START_FILES[0]} is not where Python reads it from:")
+        print(f"{', '.join(map(str, _site_folders()))}. Not enabled.", file=sys.stderr)
+        return 1
+    _mark_node_folder()
+    print(f"{PACKAGE} {_version(PACKAGE)} is enabled by {place}")
+    print("Restart ComfyUI, then queue any FLUX workflow as it is. XDIT_GPUS chooses the GPUs.")
+    print(f"What was found and planned: {sys.executable} -m comfy_xdit_patch doctor")
+    return 0
+
+
+def _check() -> int:
+    print(f"Python     {sys.executable} ({sys.version.split()[0]})")
+    for name in ("torch", "xfuser", PACKAGE):
+        print(f"{name:10} {_version(name) or 'not installed'}")
+    print(f"enabled    {_start_file() or 'no'}")
+    print(f"would hold {', '.join(_held()) or 'nothing: no package of ComfyUI is installed here'}")
+    if _version("torch") is None:
+        print("torch is not installed here: is this the Python that runs ComfyUI?")
+    code, output = _pip_install("--dry-run")
+    would = [line for line in output.splitlines() if line.startswith("Would install")]
+    print(_advice(output) if code else "\n".join(would) or "pip would change nothing")
+    return 1 if code else 0
+
+
+def _uninstall(*, check: bool) -> int:
+    files = [folder / name for folder in _site_folders() for name in START_FILES]
+    if NODE_FILE.is_file() and NODE_FILE.read_text() == NODE_TEXT:
+        files.append(NODE_FILE)
+    installed = _version(PACKAGE)
+    if check:
+        print(f"would uninstall {PACKAGE} {installed or '(not installed)'} and remove what is left")
+        print("of: " + " ".join(str(path) for path in files if path.exists()))
+        return 0
+    if installed:
+        command = [sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(_tail(done.stdout + done.stderr), file=sys.stderr)
+            return 1
+    for path in files:
+        path.unlink(missing_ok=True)
+    print(f"{PACKAGE} is removed from {sys.executable}. Restart ComfyUI.")
+    return 0
+
+
+def _pip_install(*options: str) -> tuple[int, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{pin}\n" for pin in _held()))
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+        command += ["--no-input", "--progress-bar", "off", *options, "-c", str(constraints)]
+        done = subprocess.run([*command, str(HERE)], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _held() -> list[str]:
+    pins = set()
+    for distribution in metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        if name != PACKAGE and HELD.fullmatch(name):
+            pins.add(f"{name}=={distribution.version}")
+    return sorted(pins)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _site_folders() -> list[Path]:
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return [Path(folder) for folder in dict.fromkeys(folders)]
+
+
+def _start_file() -> Path | None:
+    places = (folder / START_FILES[0] for folder in _site_folders())
+    return next((place for place in places if place.is_file()), None)
+
+
+def _mark_node_folder() -> None:
+    """Inside custom_nodes ComfyUI imports this folder as a node pack: let that succeed."""
+    if HERE.parent.name != "custom_nodes" or NODE_FILE.exists():
+        return
+    NODE_FILE.write_text(NODE_TEXT)
+    if (HERE / ".git").is_dir():
+        exclude = HERE / ".git" / "info" / "exclude"
+        exclude.parent.mkdir(exist_ok=True)
+        with exclude.open("a") as handle:
+            handle.write("/__init__.py\n")
+
+
+def _advice(output: str) -> str:
+    return f"{_tail(output)}\npip could not install {PACKAGE}; nothing of ComfyUI's was changed."
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
+
+
+def _in_environment(command: str, arguments: list[str]) -> int:
+    """Run the demo or the tests in the rig's own environment, with this checkout's wheel."""
+    sys.path.insert(0, str(HERE / "tests"))
+    from rig import environment, trees
+
+    try:
+        print(f"{PACKAGE} {command}: preparing {environment.environment_path()}", flush=True)
+        python = environment.ensure_environment()
+        version = environment.install_wheel(python, HERE)
+        print(f"{PACKAGE} {version} is installed there", flush=True)
+        if command == "test":
+            found = ", ".join(tree.version for tree in trees.trees_for_tests())
+            print(f"ComfyUI {found}", flush=True)
+    except environment.RigError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 1
+    line = [str(python), "-m", "rig.demo", *arguments]
+    if command == "test":
+        line = [str(python), "-m", "pytest", "--import-mode=importlib", *arguments]
+        os.chdir(HERE)
+    os.execve(python, line, {**os.environ, "PYTHONPATH": str(HERE / "tests")})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""Fixtures that are factories: ComfyUI processes, models, environments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from inside.client import Inside
+from rig.checkpoints import Sizes, models_directory
+from rig.trees import Tree, trees_for_tests
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No XDIT_* variable of the developer reaches a test."""
+    for name in os.environ:
+        if name.startswith("XDIT_"):
+            monkeypatch.delenv(name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for ``tree`` on every ComfyUI found."""
+    if "tree" in metafunc.fixturenames:
+        trees = trees_for_tests()
+        metafunc.parametrize("tree", trees, ids=[t.version for t in trees], scope="session")
+
+
+@pytest.fixture(scope="session")
+def flux_dev() -> Callable[..., str]:
+    """Path of a tiny FLUX.1-dev file: ``flux_dev(hidden=512)``."""
+
+    def path(**sizes: int) -> str:
+        return str(models_directory(Sizes(**sizes)) / "diffusion_models/flux1-dev.safetensors")
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def inside() -> Iterator[Callable[..., Inside]]:
+    """Long-lived ComfyUI processes: ``inside(tree, XDIT_GPUS="cpu:2")``, one for each setting."""
+    started: dict[tuple[str, tuple[tuple[str, str], ...]], Inside] = {}
+
+    def process(tree: Tree, **env: str) -> Inside:
+        key = (tree.version, tuple(sorted(env.items())))
+        if key not in started:
+            # One pool of workers at a time: two cores, 24 GiB.
+            for other, running in list(started.items()):
+                if "XDIT_GPUS" in dict(other[1]) and "XDIT_GPUS" in env:
+                    running.close()
+                    del started[other]
+            started[key] = Inside(tree, env)
+        return started[key]
+
+    yield process
+    for running in started.values():
+        running.close()

@@ -1,0 +1,175 @@
+"""Pages made from code are current, and every text that a user can meet is explained.
+
+Texts are collected from the source: the reason of every ``Refusal``, the message of every exception
+of ours, and every line that is logged. Values in them are wildcards.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from comfy_xdit_patch import errors
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = REPO / "comfy_xdit_patch"
+DOCS = REPO / "docs"
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
+
+EXCEPTIONS = {
+    name for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)
+} | {"UncarriedArgumentError"}
+LOG_LEVELS = ("info", "warning", "error", "exception")
+# Functions that make a text which somebody else raises, logs or quotes.
+TEXT_FUNCTIONS = ("_check_tree", "_death", "_failure", "exit_text", "log_tail", "misfit")
+VALUE = "\0"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of the package; ``VALUE`` stands for what is filled in."""
+
+    place: str
+    template: str
+    is_refusal: bool
+    lasts: str
+
+    def explains(self, entry: str) -> bool:
+        """Whether an entry of the page is this text."""
+        parts = [re.escape(part) for part in self.template.split(VALUE)]
+        return re.fullmatch(".+?".join(parts), entry) is not None
+
+
+def templates(node: ast.expr | None) -> list[str]:
+    """Every text that an expression of literals can be."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.JoinedStr):
+        return [
+            "".join(str(v.value) if isinstance(v, ast.Constant) else VALUE for v in node.values)
+        ]
+    if isinstance(node, ast.IfExp):
+        return [*templates(node.body), *templates(node.orelse)]
+    if isinstance(node, ast.BoolOp):
+        return [text for value in node.values for text in templates(value)]
+    return []
+
+
+def is_user_text(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    is_logged = isinstance(call.func, ast.Attribute) and call.func.attr in LOG_LEVELS
+    return bool(call.args) and (
+        name in ("Refusal", "self._fail") or name in EXCEPTIONS or (is_logged and "log" in name)
+    )
+
+
+def collect() -> list[Text]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        expressions: list[tuple[ast.expr | None, bool, str]] = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and is_user_text(node):
+                rest = " ".join(ast.unparse(arg) for arg in node.args[1:])
+                lasts = "step" if "Scope.STEP" in rest else "run"
+                expressions.append((node.args[0], ast.unparse(node.func) == "Refusal", lasts))
+            if isinstance(node, ast.FunctionDef) and node.name in TEXT_FUNCTIONS:
+                returns = [n.value for n in ast.walk(node) if isinstance(n, ast.Return)]
+                expressions += [(value, False, "") for value in returns]
+        for expression, is_refusal, lasts in expressions:
+            for raw in templates(expression):
+                text = re.sub(r"%(\.\d)?[sdfg]", VALUE, " ".join(raw.split()))
+                if re.search(r"[a-z]{3}", text.replace("xDiT: ", "")):  # more than a frame
+                    place = path.relative_to(REPO).as_posix()
+                    found.append(Text(place, text, is_refusal, lasts))
+    return found
+
+
+def rows() -> list[list[str]]:
+    """Every row of the page's tables whose first cell is a text in code marks."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in TROUBLESHOOTING.read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    return [[row[0].strip("`| "), *row[1:]] for row in cells]
+
+
+TEXTS = collect()
+
+
+@pytest.mark.parametrize("name", ["settings.md", "patch-points.md"])
+def test_pages_made_from_code_are_there(name):
+    assert "Made by docs/generate.py" in (DOCS / name).read_text()
+
+
+def test_pages_made_from_code_are_what_the_code_says():
+    command = [sys.executable, str(DOCS / "generate.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_texts_are_found_in_every_part_of_the_package():
+    assert sum(text.is_refusal for text in TEXTS) >= 30
+    assert len(TEXTS) >= 60
+    parts = {text.place.split("/")[1] for text in TEXTS}
+    assert parts >= {"engine", "patching", "planning", "settings.py", "transport", "workers"}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda t: t.template.replace(VALUE, "*")[:60])
+def test_every_text_has_an_entry(text):
+    assert any(text.explains(row[0]) for row in rows()), (
+        f"{text.place} can say {text.template.replace(VALUE, '<...>')!r}; "
+        f"docs/troubleshooting.md does not explain it"
+    )
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0][:60])
+def test_every_entry_is_a_text_of_the_package_with_a_cause_and_a_remedy(row):
+    entry, *cells = row
+    assert any(text.explains(entry) for text in TEXTS), "no text of the package is like this"
+    assert len(cells) >= 2
+    assert all(len(cell) > 3 for cell in cells[-2:])
+
+
+@pytest.mark.parametrize("row", [row for row in rows() if len(row) == 4], ids=lambda row: row[0])
+def test_an_entry_says_how_long_a_refusal_lasts(row):
+    lasts = {text.lasts for text in TEXTS if text.is_refusal and text.explains(row[0])}
+    assert lasts == {row[1]}
+
+
+def links() -> list[tuple[str, str]]:
+    pages = [*DOCS.rglob("*.md"), REPO / "README.md", REPO / "CHANGELOG.md"]
+    return [
+        (page.relative_to(REPO).as_posix(), target)
+        for page in pages
+        if page.exists()
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    ]
+
+
+def test_every_link_between_pages_leads_somewhere():
+    broken = [
+        (page, target)
+        for page, target in links()
+        if not (REPO / page).parent.joinpath(target).exists()
+    ]
+    assert len(links()) > 10
+    assert broken == []
+
+
+def test_every_file_that_the_docs_name_exists():
+    named = {
+        (page.name, name)
+        for page in DOCS.rglob("*.md")
+        for name in re.findall(r"`((?:comfy_xdit_patch|tests|docs)/[\w./-]+)`", page.read_text())
+    }
+    assert len(named) > 10
+    assert [pair for pair in named if not (REPO / pair[1]).exists()] == []

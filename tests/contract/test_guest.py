@@ -1,0 +1,159 @@
+"""ComfyUI with us in it: what we leave alone, what we refuse, and what happens when we are wrong.
+
+Every case runs in a real ComfyUI process with two CPU ranks, and compares with stock ComfyUI in
+another process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from inside.client import Inside
+from rig.trees import Tree
+
+RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
+
+REFUSED = {
+    "lora": "the model has weight patches (a LoRA or a merge)",
+    "forward_orig": "a node replaced forward_orig of this model",
+    "block class": "a node replaced a block of this model by OtherBlock",
+    "block method": "SingleStreamBlock.forward was replaced by another extension",
+    "attention function": "comfy.ldm.flux.layers.attention was replaced by another extension",
+    "optimized attention": (
+        "comfy.ldm.flux.math.optimized_attention was replaced by another extension"
+    ),
+    "module hook": "a forward hook is set on double_blocks.N",
+    "edited weight": "the model in ComfyUI's memory is not what its file holds",
+    "attention override": "a node overrides the attention function",
+    "block patch": "a node replaces dit blocks",
+    "multigpu": "ComfyUI's own MultiGPU split is active",
+}
+
+
+class Pair:
+    """The same body in stock ComfyUI and with ranks."""
+
+    def __init__(self, stock: Inside, ranks: Inside, path: str, tmp_path: Path) -> None:
+        self.stock, self.ranks = stock, ranks
+        self.path, self.tmp = path, tmp_path
+
+    def call(self, body: str, **kwargs: object) -> tuple[float, dict[str, object]]:
+        """Run a body with ranks and its plain twin in stock; return the error and the counts."""
+        stock_body = body if body == "disturbed_call" else "plain_call"
+        stock_kwargs = kwargs if body == "disturbed_call" else {}
+        outs = [str(self.tmp / name) for name in ("stock.pt", "ranks.pt")]
+        self.stock.call(f"host_checks:{stock_body}", path=self.path, out=outs[0], **stock_kwargs)
+        counts = self.ranks.call(f"host_checks:{body}", path=self.path, out=outs[1], **kwargs)
+        expected, got = (torch.load(out) for out in outs)
+        return ((got - expected).abs().max() / expected.abs().max()).item(), counts
+
+
+@pytest.fixture
+def pair(
+    tree: Tree,
+    inside: Callable[..., Inside],
+    flux_dev: Callable[..., str],
+    tmp_path: Path,
+) -> Pair:
+    stock = inside(tree, XDIT_STRATEGY="off")
+    return Pair(stock, inside(tree, **RANKS), flux_dev(hidden=512), tmp_path)
+
+
+def test_switched_off_nothing_of_ours_is_in_the_process(
+    tree: Tree, inside: Callable[..., Inside]
+) -> None:
+    stock = inside(tree, XDIT_STRATEGY="off")
+    found = stock.call("host_checks:ours_in_process")
+    assert set(found["points"].values()) == {"function"}
+    assert not found["activation_imported"]
+    assert not found["finder"]
+
+
+def test_every_patch_point_is_wrapped_once_and_fits(pair: Pair) -> None:
+    found = pair.ranks.call("host_checks:ours_in_process")
+    assert set(found["points"].values()) == {"FunctionWrapper"}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_node_pack_changed_is_refused_and_gives_the_stock_result(
+    pair: Pair, kind: str
+) -> None:
+    error, counts = pair.call("disturbed_call", kind=kind)
+    assert counts == {"parallel": 0, "fell_back": {REFUSED[kind]: 1}}
+    assert error == 0
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}, "parallel again when it is taken back"
+    assert error <= 1e-5
+
+
+def test_a_restored_object_patch_is_not_mistaken_for_a_replaced_method(pair: Pair) -> None:
+    error, counts = pair.call("disturbed_call", kind="forward_orig restored")
+    assert counts == {"parallel": 1, "fell_back": {}}
+    assert error <= 1e-5
+
+
+def test_any_fault_of_ours_costs_no_image(pair: Pair) -> None:
+    import ast
+
+    source = (Path(__file__).parents[1] / "inside" / "host_checks.py").read_text()
+    names = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "HOST_FUNCTIONS"
+    )
+    for where in names:
+        error, counts = pair.call("planted_call", where=where)
+        assert counts["planted"] >= 1, f"{where} was not reached"
+        # Without the run's bookkeeping a call is still parallel; without anything else it is not.
+        is_parallel = where.endswith("Host.run")
+        assert counts["parallel"] == is_parallel, where
+        assert error <= (1e-5 if is_parallel else 0), where
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}, "the next call is parallel again"
+
+
+def test_a_wrapper_that_somebody_put_on_top_stays_when_we_are_switched_off(pair: Pair) -> None:
+    error, counts = pair.call("wrapped_on_top")
+    assert counts["theirs"] == 3
+    assert [counts[when]["parallel"] for when in ("on", "off", "again")] == [1, 0, 1]
+    assert error <= 1e-5
+
+
+def test_a_compiled_model_is_still_computed_by_the_ranks(pair: Pair) -> None:
+    error, counts = pair.call("compiled_call")
+    assert counts["parallel"] == 1, counts
+    assert error <= 1e-5
+
+
+IMPORT_ORDERS = (
+    "import comfy.sd, comfy.samplers",
+    "import comfy.samplers, comfy.sd",
+    "import comfy.ldm.flux.model; import comfy.sample; import comfy.sd",
+    "import nodes",
+)
+
+
+@pytest.mark.parametrize("order", IMPORT_ORDERS)
+def test_the_patch_is_active_in_every_import_order(tree: Tree, order: str) -> None:
+    code = (
+        "import sys; sys.path.insert(0, '.'); sys.argv = ['main.py', '--cpu']\n"
+        "import comfy.options; comfy.options.enable_args_parsing()\n"
+        f"{order}\n"
+        "from comfy_xdit_patch.activation import ACTIVATION\n"
+        "assert ACTIVATION.sampling.active"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree.path,
+        env={"PATH": "/usr/bin:/bin", "XDIT_GPUS": "cpu:2", "HOME": str(Path.home())},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

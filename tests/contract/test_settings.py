@@ -1,0 +1,43 @@
+"""The set of settings is frozen here: a new one fails until somebody decides that it is needed."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from comfy_xdit_patch.settings import VARIABLES, Settings
+
+PACKAGE = Path(__file__).resolve().parents[2] / "comfy_xdit_patch"
+NAMES = {
+    "XDIT_GPUS",
+    "XDIT_STRATEGY",
+    "XDIT_STRICT",
+    "XDIT_START_TIMEOUT",
+    "XDIT_STEP_TIMEOUT",
+    "XDIT_CPU_THREADS",
+}
+
+
+def test_there_are_these_settings_and_no_others():
+    assert [v.name for v in VARIABLES] == list(dict.fromkeys(v.name for v in VARIABLES))
+    assert {v.name for v in VARIABLES} == NAMES
+    assert len(Settings.__slots__) == len(NAMES)
+
+
+def test_no_other_setting_is_named_anywhere_in_the_package():
+    named = {
+        name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for name in re.findall(r"(?<![A-Z_])XDIT_[A-Z][A-Z_]*[A-Z]", node.value)
+    }
+    assert named == NAMES
+
+
+def test_every_setting_says_its_default_its_legal_values_and_its_meaning():
+    for variable in VARIABLES:
+        assert variable.default
+        assert variable.legal
+        assert variable.meaning.endswith(".")

@@ -1,0 +1,40 @@
+"""Real servers, started once and shared: stock, and one at a time with ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from rig.checkpoints import Sizes, models_directory
+from rig.server import Server, base_directory
+from rig.trees import Tree
+
+Servers = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable."""
+    running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
+
+    def server(tree: Tree, *, hidden: int = 768, **env: str) -> Server:
+        key = (tree.version, (("hidden", str(hidden)), *sorted(env.items())))
+        if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
+            return running[key][0]
+        # One server with ranks at a time; stock ones stay.
+        for other, (_, stack) in list(running.items()):
+            if "XDIT_GPUS" in dict(other[1]) and "XDIT_GPUS" in env:
+                stack.close()
+                del running[other]
+        stack = ExitStack()
+        path = Path(tmp_path_factory.mktemp("comfyui"))
+        models = models_directory(Sizes(hidden=hidden))
+        base = stack.enter_context(base_directory(path, models))
+        running[key] = (stack.enter_context(Server(tree, base, env=env)), stack)
+        return running[key][0]
+
+    yield server
+    for _, stack in running.values():
+        stack.close()

@@ -1,0 +1,285 @@
+"""Bodies that look at, disturb and switch off our side of a ComfyUI process.
+
+Runs in: a ComfyUI process of ``process.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
+import comfy.ldm.flux.model
+import comfy.model_management
+import forwards
+import torch
+import wrapt
+
+CASE = {"height": 16, "width": 12, "batch": 1, "text_tokens": 256}
+
+
+def ours_in_process() -> dict[str, Any]:
+    """What of ours is in this process: wrapped points and imported modules."""
+    from comfy_xdit_patch.patching.points import sampling_points  # the table only
+
+    points = sampling_points(types.SimpleNamespace(**dict.fromkeys(WRAPPER_NAMES)))  # type: ignore[arg-type]
+    kinds = {}
+    for point in points:
+        owner, name, _ = wrapt.resolve_path(importlib.import_module(point.module), point.attribute)
+        kinds[point.name] = type(vars(owner)[name]).__name__
+    return {
+        "points": kinds,
+        "activation_imported": "comfy_xdit_patch.activation" in sys.modules,
+        "finder": any(type(f).__module__.startswith("comfy_xdit") for f in sys.meta_path),
+    }
+
+
+WRAPPER_NAMES = (
+    "flux_forward",
+    "apply_model",
+    "outer_sample",
+    "load_diffusion_model",
+    "load_checkpoint",
+    "unload_all_models",
+)
+
+
+def modules_of_ours() -> list[str]:
+    return sorted(name for name in sys.modules if name.startswith("comfy_xdit_patch"))
+
+
+def _activation() -> Any:
+    from comfy_xdit_patch.activation import ACTIVATION
+
+    return ACTIVATION
+
+
+def _call(path: str, out: str, patcher: Any = None, **transformer_options: Any) -> dict[str, Any]:
+    """One model call as samplers make it; returns what our counters say of it."""
+    patcher = patcher or forwards.patcher_of(path)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    host = _activation().host if "comfy_xdit_patch.activation" in sys.modules else None
+    before = (host.totals.steps_parallel, dict(host.totals.fall_backs)) if host else (0, {})
+    with torch.inference_mode():
+        arguments = forwards.inputs(patcher.model, **CASE)
+        result = patcher.model.apply_model(**arguments, transformer_options=transformer_options)
+    torch.save(result, out)
+    if host is None:
+        return {}
+    reasons = {
+        reason: count - before[1].get(reason, 0)
+        for reason, count in host.totals.fall_backs.items()
+        if count != before[1].get(reason, 0)
+    }
+    return {"parallel": host.totals.steps_parallel - before[0], "fell_back": reasons}
+
+
+def plain_call(path: str, out: str) -> dict[str, Any]:
+    return _call(path, out)
+
+
+def compiled_call(path: str, out: str) -> dict[str, Any]:
+    """The whole diffusion model compiled, as ComfyUI's and other packs' compile nodes do."""
+    patcher = forwards.patcher_of(path).clone()
+    original = patcher.model.diffusion_model
+    compiled = torch.compile(original, backend="eager")
+    patcher.model.diffusion_model = compiled
+    try:
+        # ComfyUI's own node swaps the module only while apply_model runs; the call below goes
+        # through the compiled module like any call of a node pack that leaves it in place.
+        return _call(path, out, patcher)
+    finally:
+        patcher.model.diffusion_model = original
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    missing = object()
+    old = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if old is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, old)
+
+
+def disturbed_call(path: str, out: str, kind: str) -> dict[str, Any]:
+    """Change something as a node pack does, call, and change it back."""
+    patcher = forwards.patcher_of(path).clone()
+    flux = patcher.model.diffusion_model
+    layers, math = comfy.ldm.flux.layers, comfy.ldm.flux.math
+    block = flux.double_blocks[0]
+    if kind == "lora":
+        key = "diffusion_model.single_blocks.0.linear2.weight"
+        shape = flux.single_blocks[0].linear2.weight.shape
+        patcher.add_patches({key: ("diff", (torch.full(shape, 0.01),))}, 1.0)
+        try:
+            return _call(path, out, patcher)
+        finally:
+            patcher.detach()
+    if kind == "forward_orig":
+        replaced = types.MethodType(_passing_on(type(flux).forward_orig), flux)
+        with _attribute(flux, "forward_orig", replaced):
+            return _call(path, out)
+    if kind == "forward_orig restored":
+        # What ComfyUI leaves after an object patch was taken back.
+        with _attribute(flux, "forward_orig", flux.forward_orig):
+            return _call(path, out)
+    if kind == "block class":
+        changed = type("OtherBlock", (type(block),), {})
+        block.__class__ = changed
+        try:
+            return _call(path, out)
+        finally:
+            block.__class__ = changed.__mro__[1]
+    if kind == "block method":
+        cls = layers.SingleStreamBlock
+        with _attribute(cls, "forward", _passing_on(cls.forward)):
+            return _call(path, out)
+    if kind == "attention function":
+        with _attribute(layers, "attention", _passing_on(layers.attention)):
+            return _call(path, out)
+    if kind == "optimized attention":
+        with _attribute(math, "optimized_attention", _passing_on(math.optimized_attention)):
+            return _call(path, out)
+    if kind == "module hook":
+        handle = block.register_forward_hook(lambda *_: None)
+        try:
+            return _call(path, out)
+        finally:
+            handle.remove()
+    if kind == "edited weight":
+        weight = flux.single_blocks[0].linear2.weight
+        with torch.inference_mode(False), torch.no_grad():
+            weight.mul_(2.0)
+        try:
+            return _call(path, out)
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                weight.mul_(0.5)
+    if kind == "attention override":
+        def override(function: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return _call(path, out, optimized_attention_override=override)
+    if kind == "block patch":
+        def replace(args: Any, extra: Any) -> Any:
+            return extra["original_block"](args)
+
+        return _call(path, out, patches_replace={"dit": {("double_block", 0): replace}})
+    if kind == "multigpu":
+        return _call(path, out, multigpu_thread_device="cpu")
+    raise ValueError(kind)
+
+
+def _passing_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    def passing_on(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return passing_on
+
+
+# Every function of ours that ComfyUI's process runs in a call or a run.
+HOST_FUNCTIONS = (
+    "comfy_xdit_patch.patching.host:Host.forward",
+    "comfy_xdit_patch.patching.host:Host._forward",
+    "comfy_xdit_patch.patching.host:Host._prepare_model",
+    "comfy_xdit_patch.patching.host:Host.run",
+    "comfy_xdit_patch.patching.host:_workload",
+    "comfy_xdit_patch.patching.host:plan_call",
+    "comfy_xdit_patch.patching.host:check_arguments",
+    "comfy_xdit_patch.patching.host:check_patcher",
+    "comfy_xdit_patch.patching.wrappers:Wrappers._bind",
+    "comfy_xdit_patch.patching.remote:RemoteForward.load",
+    "comfy_xdit_patch.patching.remote:RemoteForward.forward",
+    "comfy_xdit_patch.patching.remote:RemoteForward._slot_messages",
+    "comfy_xdit_patch.patching.remote:RemoteForward._count",
+    "comfy_xdit_patch.patching.remote:fingerprint",
+    "comfy_xdit_patch.patching.models:ModelRegistry.find",
+    "comfy_xdit_patch.planning.eligibility:Pristine.check_step",
+    "comfy_xdit_patch.planning.eligibility:Pristine.check_modules",
+    "comfy_xdit_patch.transport.slots:SlotTable.place",
+    "comfy_xdit_patch.transport.slots:SlotTable.result_slot",
+    "comfy_xdit_patch.workers.pool:Pool.wait_until_ready",
+    "comfy_xdit_patch.workers.pool:Pool.request",
+    "comfy_xdit_patch.workers.pool:Pool._collect",
+    "comfy_xdit_patch.workers.pool:Pool._send_all",
+)
+
+
+class PlantedError(Exception):
+    """A fault that nobody expects."""
+
+
+def planted_call(path: str, out: str, where: str) -> dict[str, Any]:
+    """Run a call while one function of ours raises."""
+    module, _, qualified = where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = qualified.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    calls = []
+
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(where)
+        raise PlantedError(where)
+
+    with _attribute(owner, name, planted):
+        counted = _run_of_one_call(path, out)
+    return {**counted, "planted": len(calls)}
+
+
+def _run_of_one_call(path: str, out: str) -> dict[str, Any]:
+    """A call inside a sampling run, through our wrapper of ``CFGGuider.outer_sample``."""
+    import comfy.samplers
+
+    class OneCallGuider(comfy.samplers.CFGGuider):
+        pass
+
+    guider = OneCallGuider.__new__(OneCallGuider)
+    result: dict[str, Any] = {}
+
+    def body(*_: Any, **__: Any) -> None:
+        result.update(_call(path, out))
+
+    # The wrapper is asked for by name and given a function of the same shape to wrap around.
+    activation = _activation()
+    wrapper = next(p.wrapper for p in activation.sampling.points if "outer_sample" in p.attribute)
+    wrapper(body, guider, (), {})
+    return result
+
+
+def wrapped_on_top(path: str, out: str) -> dict[str, Any]:
+    """Somebody wraps after us; we switch off and on; theirs stays, and ours obeys."""
+    seen: list[str] = []
+
+    def theirs(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        seen.append("theirs")
+        return wrapped(*args, **kwargs)
+
+    flux_class = comfy.ldm.flux.model.Flux
+    ours = vars(flux_class)["_forward"]
+    sampling = _activation().sampling
+    flux_class._forward = wrapt.FunctionWrapper(ours, theirs)
+    try:
+        on = _call(path, out)
+        sampling.uninstall()
+        off = _call(path, out)
+        sampling.install()
+        again = _call(path, out)
+    finally:
+        flux_class._forward = ours
+    return {"on": on, "off": off, "again": again, "theirs": len(seen)}
+
+
+def worker_pids() -> list[int]:
+    return [worker.process.pid for worker in _activation().host.pool.workers]

@@ -1,0 +1,83 @@
+"""The forward on ranks equals the forward of stock ComfyUI in another process.
+
+Bound (design section 11): relative max error 1e-5 in float32. Each case also shows that every rank
+took part and that bytes moved between ranks as the plan says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inside.client import Inside
+from rig.trees import Tree
+
+BOUND = 1e-5
+STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
+
+CASES = {
+    "square": {"height": 16, "width": 16, "batch": 1, "text_tokens": 256},
+    "72x104 px, 257 tokens": {"height": 9, "width": 13, "batch": 1, "text_tokens": 257},
+    "1000x616 px": {"height": 125, "width": 77, "batch": 1, "text_tokens": 256},
+    "700 tokens": {"height": 16, "width": 16, "batch": 1, "text_tokens": 700},
+    "batch 2": {"height": 16, "width": 12, "batch": 2, "text_tokens": 256},
+    "batch 3": {"height": 16, "width": 12, "batch": 3, "text_tokens": 256},
+    "batch 4": {"height": 16, "width": 12, "batch": 4, "text_tokens": 256},
+    "two references": {
+        "height": 16,
+        "width": 16,
+        "batch": 1,
+        "text_tokens": 256,
+        "refs": [[9, 9], [16, 8]],
+    },
+    "references by index": {
+        "height": 16,
+        "width": 16,
+        "batch": 2,
+        "text_tokens": 256,
+        "refs": [[11, 9]],
+        "ref_method": "index",
+    },
+}
+
+
+def compare(
+    stock: Inside, ranks: Inside, path: str, tmp_path: Path, **case: Any
+) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """Run one case in both processes; return the relative error and the status before, after."""
+    before = ranks.call("forwards:status")
+    stock.call("forwards:forward", path=path, out=str(tmp_path / "stock.pt"), **case)
+    after = ranks.call("forwards:forward", path=path, out=str(tmp_path / "ranks.pt"), **case)
+    expected, got = (torch.load(tmp_path / f"{name}.pt") for name in ("stock", "ranks"))
+    assert got.shape == expected.shape
+    assert expected.abs().max() > 0.1, "a model that answers zero proves nothing"
+    return ((got - expected).abs().max() / expected.abs().max()).item(), before, after
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_forward_equals_stock_in_every_shape(
+    tree: Tree,
+    inside: Callable[..., Inside],
+    flux_dev: Callable[..., str],
+    tmp_path: Path,
+    num_ranks: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    # hidden 768 is 6 heads: equal on 2 and 3 ranks, unequal on 5.
+    path = flux_dev(hidden=768, double=2, single=2)
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT)
+    for name, case in CASES.items():
+        error, before, after = compare(stock, ranks, path, tmp_path, **case)
+        record_property(f"{tree.version} {num_ranks} ranks, {name}", error)
+        assert error <= BOUND, name
+        assert after["steps_parallel"] == before["steps_parallel"] + 1
+        for rank in range(num_ranks):
+            forwards = [s["ranks"][rank]["forwards"] for s in (before, after)]
+            assert forwards[1] == forwards[0] + 1
+        moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
+        # A batch that the ranks divide needs no communication at all.
+        assert (moved == 0) == (case["batch"] % num_ranks == 0 and case["batch"] > 1)

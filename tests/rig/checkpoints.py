@@ -1,0 +1,103 @@
+"""Write the tiny models as files, under the names that ComfyUI's templates ask for.
+
+Runs in: the rig's environment (numpy and torch; no ComfyUI).
+
+The same parameters give the same bytes. A directory of models is named after the hash of its
+parameters and of the code that makes it, so a stale file is never used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from rig import weights
+from rig.environment import cache_root
+from rig.weights import State
+
+TEXT_DTYPE = torch.float16
+VAE_DTYPE = torch.float32
+CHECKPOINT_DTYPE = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The parameters of a set of models; there are ``hidden // 128`` heads."""
+
+    hidden: int = 512
+    double: int = 1
+    single: int = 1
+    dtype: str = "bfloat16"
+    seed: int = 1
+
+    @property
+    def num_heads(self) -> int:
+        """Return the number of attention heads."""
+        return self.hidden // weights.HEAD_WIDTH
+
+
+def models_directory(sizes: Sizes | None = None) -> Path:
+    """Return a cached, complete ``models`` directory of this size, written if it is missing."""
+    sizes = sizes or Sizes()
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(sizes), sort_keys=True).encode())
+    for source in (Path(__file__), Path(weights.__file__)):
+        digest.update(source.read_bytes())
+    name = f"h{sizes.hidden}-{sizes.double}+{sizes.single}-{digest.hexdigest()[:12]}"
+    directory = cache_root() / "models" / name
+    if not directory.exists():
+        # Renamed when complete; if somebody else was faster, theirs has the same content.
+        building = directory.with_name(f".{name}.{uuid.uuid4().hex}")
+        write_models(building, sizes)
+        try:
+            building.rename(directory)
+        except OSError:
+            shutil.rmtree(building)
+    return directory
+
+
+def write_models(models_dir: Path, sizes: Sizes) -> None:
+    """Write every model of a set, laid out as ComfyUI's ``models`` directory."""
+    dtype = getattr(torch, sizes.dtype)
+    dev = _flux(sizes, guidance=True)
+    text = {
+        "clip_l": weights.clip_l(seed=sizes.seed + 10),
+        "t5xxl": weights.t5(seed=sizes.seed + 11),
+    }
+    vae = weights.vae(seed=sizes.seed + 12)
+    _save(models_dir / "diffusion_models" / "flux1-dev.safetensors", _cast(dev, dtype))
+    schnell = _cast(_flux(sizes, guidance=False), dtype)
+    _save(models_dir / "diffusion_models" / "flux1-schnell.safetensors", schnell)
+    _save(models_dir / "text_encoders" / "clip_l.safetensors", _cast(text["clip_l"], TEXT_DTYPE))
+    _save(models_dir / "text_encoders" / "t5xxl_fp16.safetensors", _cast(text["t5xxl"], TEXT_DTYPE))
+    _save(models_dir / "vae" / "ae.safetensors", _cast(vae, VAE_DTYPE))
+    whole = _cast(dev, CHECKPOINT_DTYPE, "model.diffusion_model.") | _cast(vae, VAE_DTYPE, "vae.")
+    for name, state in text.items():
+        whole |= _cast(state, TEXT_DTYPE, f"text_encoders.{name}.transformer.")
+    _save(models_dir / "checkpoints" / "flux1-dev-fp8.safetensors", whole)
+
+
+def _flux(sizes: Sizes, *, guidance: bool) -> State:
+    return weights.flux(
+        hidden=sizes.hidden,
+        double=sizes.double,
+        single=sizes.single,
+        guidance=guidance,
+        seed=sizes.seed + (0 if guidance else 1),
+    )
+
+
+def _cast(state: State, dtype: torch.dtype, prefix: str = "") -> State:
+    return {prefix + name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+
+
+def _save(path: Path, state: State) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)

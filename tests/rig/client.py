@@ -1,0 +1,128 @@
+"""Talk to a ComfyUI server over HTTP, as its web page does.
+
+Runs in: the rig's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+from rig.environment import RigError, tail
+from rig.graphs import Graph
+from rig.outputs import Outputs
+from rig.progress import ProgressListener
+
+REQUEST_DEADLINE_S = 30.0
+POLL_S = 0.05
+
+History = dict[str, Any]
+
+
+class Client(Outputs):
+    """Queue graphs on one server, wait for them, and read what they wrote."""
+
+    def __init__(self, port: int, base_dir: Path, log_path: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.base_dir = base_dir
+        self.log_path = log_path
+        self.client_id = uuid.uuid4().hex
+        self._progress: ProgressListener | None = None
+
+    def listen(self) -> None:
+        """Start to record progress messages."""
+        address = self.url.replace("http:", "ws:", 1)
+        self._progress = ProgressListener(address, self.client_id)
+
+    def check_alive(self) -> None:
+        """Raise if the server has ended; the owner of the process knows how."""
+
+    def post_prompt(self, graph: Graph) -> str:
+        """Queue a graph and return its prompt id; anything ComfyUI objects to is an error."""
+        reply = self.request("/prompt", {"prompt": graph, "client_id": self.client_id})
+        if reply.get("node_errors"):
+            raise RigError(f"ComfyUI refused nodes: {json.dumps(reply['node_errors'])[:2000]}")
+        return str(reply["prompt_id"])
+
+    def wait(self, prompt_id: str, deadline_s: float) -> History:
+        """Return the history entry of a prompt when it is finished."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            history = self.poll(prompt_id)
+            if history is not None:
+                return history
+            time.sleep(POLL_S)
+        raise RigError(f"{prompt_id}: not finished after {deadline_s} s.\n{tail(self.log_path)}")
+
+    def poll(self, prompt_id: str) -> History | None:
+        """Return the history entry of a prompt if it is finished; its failure is an exception."""
+        self.check_alive()
+        entry = self.request(f"/history/{prompt_id}").get(prompt_id)
+        return None if entry is None else _finished(entry)
+
+    def run(self, graph: Graph, deadline_s: float) -> History:
+        """Queue a graph and wait for it."""
+        return self.wait(self.post_prompt(graph), deadline_s)
+
+    def step_times(self, prompt_id: str) -> list[float]:
+        """Return the seconds between successive progress messages of a prompt."""
+        return self._progress.step_times(prompt_id) if self._progress else []
+
+    def num_steps_done(self, prompt_id: str) -> int:
+        """Return how many steps of a prompt have been reported so far."""
+        return self._progress.num_steps(prompt_id) if self._progress else 0
+
+    def status(self) -> dict[str, Any]:
+        """Return what comfy_xdit_patch says of itself (``GET /xdit/status``)."""
+        try:
+            return self.request("/xdit/status")
+        except RigError as error:
+            raise RigError(
+                f"comfy_xdit_patch is not active in this ComfyUI ({error}).\n{tail(self.log_path)}"
+            ) from error
+
+    def interrupt(self) -> None:
+        """Cancel the running prompt, as the Cancel button does."""
+        self.request("/interrupt", {})
+
+    def free(self) -> None:
+        """Unload models and free memory, as ComfyUI's menu does."""
+        self.request("/free", {"unload_models": True, "free_memory": True})
+
+    def log_text(self) -> str:
+        """Return everything the server has printed."""
+        return self.log_path.read_text(errors="replace")
+
+    def request(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send GET, or POST with a body, and return the JSON of the answer."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data)
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_DEADLINE_S) as reply:
+                text = reply.read()
+        except urllib.error.HTTPError as error:
+            detail = error.read().decode(errors="replace")[:2000]
+            raise RigError(f"{path}: HTTP {error.code}: {detail}") from error
+        return cast(dict[str, Any], json.loads(text)) if text else {}
+
+
+def _finished(entry: History) -> History:
+    status = entry.get("status") or {}
+    if status.get("status_str") == "success" and status.get("completed"):
+        return entry
+    for kind, message in status.get("messages", []):
+        if kind == "execution_error":
+            trace = "".join(message.get("traceback", []))
+            raise RigError(
+                f"node {message.get('node_id')} ({message.get('node_type')}): "
+                f"{message.get('exception_type')}: {message.get('exception_message')}\n{trace}"
+            )
+        if kind == "execution_interrupted":
+            raise InterruptedError("the prompt was interrupted")
+    raise RigError(f"the prompt did not succeed: {status}")

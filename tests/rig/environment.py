@@ -1,0 +1,139 @@
+"""Make the rig's Python environment once, reuse it, and put a fresh wheel of this checkout in it.
+
+Runs in: any bare Python (standard library only).
+
+The environment lives in the cache and is named after the lock file and the Python version, so a
+changed lock makes a new one. It is built under a temporary name and renamed when complete: an
+interrupted build is never reused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK_FILE = Path(__file__).with_name("requirements.lock")
+PYTHON_VERSIONS = ((3, 11), (3, 12), (3, 13), (3, 14))
+PIP_DEADLINE_S = 3600
+TAIL_LINES = 40
+
+
+class RigError(RuntimeError):
+    """The rig cannot go on; the message says what, with the value, and what to do."""
+
+
+def cache_root() -> Path:
+    """Return the cache directory of the rig, made if it is missing."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    root = Path(base) / "comfy-xdit-patch"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def tail(path: Path, num_lines: int = TAIL_LINES) -> str:
+    """Return the last lines of a log file, or a note that there is none."""
+    if not path.exists():
+        return f"(no log at {path})"
+    return "\n".join(path.read_text(errors="replace").splitlines()[-num_lines:])
+
+
+@contextlib.contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """Hold a lock among all processes that share the cache."""
+    with (cache_root() / f"{name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def run_logged(command: list[str], log_path: Path, what: str, cwd: Path | None = None) -> None:
+    """Run a command with its output in a log file; show the log's tail if it fails."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        log.write(f"$ {' '.join(command)}\n".encode())
+        log.flush()
+        try:
+            done = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=cwd, timeout=PIP_DEADLINE_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RigError(f"{what}: not finished after {PIP_DEADLINE_S} s.") from error
+    if done.returncode:
+        raise RigError(
+            f"{what}: exit code {done.returncode}. Last lines of {log_path}:\n{tail(log_path)}"
+        )
+
+
+def environment_path() -> Path:
+    """Return where the environment for this lock file and this Python belongs."""
+    digest = hashlib.sha256(LOCK_FILE.read_bytes())
+    digest.update("{}.{}".format(*sys.version_info[:2]).encode())
+    return cache_root() / f"env-{digest.hexdigest()[:12]}"
+
+
+def environment_python(environment: Path) -> Path:
+    """Return the Python program of an environment."""
+    return environment / "bin" / "python"
+
+
+def ensure_environment() -> Path:
+    """Return the Python of the rig's environment, building the environment if it is missing."""
+    if sys.version_info[:2] not in PYTHON_VERSIONS:
+        raise RigError(
+            "Python {}.{} cannot install {}; use Python {}.".format(
+                *sys.version_info[:2],
+                LOCK_FILE.name,
+                ", ".join(f"{major}.{minor}" for major, minor in PYTHON_VERSIONS),
+            )
+        )
+    environment = environment_path()
+    with exclusive(environment.name):
+        if not environment.exists():
+            _build(environment)
+    return environment_python(environment)
+
+
+def _build(environment: Path) -> None:
+    log_path = cache_root() / "logs" / f"{environment.name}.log"
+    log_path.unlink(missing_ok=True)
+    # A virtual environment's scripts hold absolute paths, so they would name the temporary
+    # directory after the renaming. Nothing here calls them; `python -m` is used throughout.
+    building = environment.with_name(f"{environment.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    run_logged([sys.executable, "-m", "venv", str(building)], log_path, "making the environment")
+    pip = [str(environment_python(building)), "-m", "pip", "--disable-pip-version-check"]
+    run_logged(
+        [*pip, "install", "--no-input", "--progress-bar", "off", "-r", str(LOCK_FILE)],
+        log_path,
+        f"installing {LOCK_FILE.name}",
+    )
+    building.rename(environment)
+
+
+def install_wheel(python: Path, checkout: Path) -> str:
+    """Build this checkout's wheel, install it afresh into the environment, return its version."""
+    log_path = cache_root() / "logs" / "wheel.log"
+    log_path.unlink(missing_ok=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    with exclusive("wheel"), tempfile.TemporaryDirectory(prefix="xdit-wheel-") as folder:
+        run_logged(
+            [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, str(checkout)],
+            log_path,
+            "building the wheel",
+        )
+        wheels = sorted(Path(folder).glob("*.whl"))
+        if len(wheels) != 1:
+            raise RigError(f"building the wheel: expected one wheel, found {wheels}.")
+        run_logged(
+            [*pip, "install", "--no-input", "--no-deps", "--force-reinstall", str(wheels[0])],
+            log_path,
+            "installing the wheel",
+        )
+        return wheels[0].name.split("-")[1]

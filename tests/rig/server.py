@@ -1,0 +1,168 @@
+"""Run a real ComfyUI server in a process group of its own.
+
+Runs in: the rig's environment; ComfyUI itself is a child process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rig.client import POLL_S, Client
+from rig.environment import RigError, tail
+from rig.trees import Tree
+
+SHIM = Path(__file__).with_name("shim")
+START_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 10.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+FRONT_END = "<!doctype html><title>ComfyUI without its web page</title>"
+FOLDERS = ("input", "output", "temp", "user", "custom_nodes", "front-end")
+
+
+class Server(Client):
+    """A ComfyUI server as a context manager.
+
+    Args:
+        tree: the ComfyUI source tree.
+        base_dir: ComfyUI's base directory; its ``models`` must exist.
+        env: settings of this server. The caller's own XDIT_* variables are not passed on.
+        device: ``cpu`` starts ComfyUI with ``--cpu``; ``gpu`` lets ComfyUI choose.
+        threads: CPU threads of the ComfyUI process; None leaves them alone.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        base_dir: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        extra_args: Sequence[str] = (),
+        python: Path | str = sys.executable,
+        log_path: Path | None = None,
+        device: str = "cpu",
+        threads: int | None = 1,
+        start_deadline_s: float = START_DEADLINE_S,
+    ) -> None:
+        if device not in ("cpu", "gpu"):
+            raise ValueError(f"device={device!r} is not one of cpu, gpu.")
+        base_dir = base_dir.resolve()
+        port = _free_port()
+        super().__init__(port, base_dir, (log_path or base_dir / "server.log").resolve())
+        self.tree = tree
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start_s = 0.0
+        self._start_deadline_s = start_deadline_s
+        self._environment = _environment(env or {}, threads)
+        self._command = [str(python), "main.py", "--listen", "127.0.0.1", "--port", str(port)]
+        self._command += ["--base-directory", str(base_dir), "--disable-auto-launch"]
+        self._command += ["--front-end-root", str(base_dir / "front-end")]
+        self._command += ["--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes"]
+        self._command += ["--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])]
+        self._command += extra_args
+
+    def __enter__(self) -> Server:
+        for folder in FOLDERS:
+            (self.base_dir / folder).mkdir(parents=True, exist_ok=True)
+        (self.base_dir / "front-end" / "index.html").write_text(FRONT_END)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                cwd=self.tree.path,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            self._await_ready()
+            self.start_s = time.monotonic() - started
+            self.listen()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server and everything in its process group."""
+        if self._progress is not None:
+            self._progress.close()
+        process = self.process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_DEADLINE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(STOP_DEADLINE_S)
+
+    def check_alive(self) -> None:
+        """Raise if ComfyUI has ended."""
+        code = self.process.poll() if self.process else None
+        if code is not None:
+            raise RigError(
+                f"ComfyUI {self.tree.version} ended with code {code}.\n{tail(self.log_path)}"
+            )
+
+    def _await_ready(self) -> None:
+        end = time.monotonic() + self._start_deadline_s
+        while time.monotonic() < end:
+            self.check_alive()
+            with contextlib.suppress(OSError):
+                self.request("/system_stats")
+                return
+            time.sleep(POLL_S)
+        raise RigError(
+            f"ComfyUI {self.tree.version} did not answer within {self._start_deadline_s} s."
+            f"\n{tail(self.log_path)}"
+        )
+
+
+@contextlib.contextmanager
+def base_directory(path: Path, models: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Make a base directory for one server around a shared ``models``; remove it at the end."""
+    path.mkdir(parents=True, exist_ok=True)
+    link = path / "models"
+    link.unlink(missing_ok=True)
+    link.symlink_to(models, target_is_directory=True)
+    try:
+        yield path
+    finally:
+        if not keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(settings: Mapping[str, str], threads: int | None) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("XDIT_")}
+    if threads is not None:
+        environment |= {name: str(threads) for name in THREAD_VARIABLES}
+    environment["PYTHONPATH"] = str(SHIM)
+    return environment | dict(settings)

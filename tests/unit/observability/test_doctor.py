@@ -1,0 +1,131 @@
+"""The doctor says what it found, and whether anything is wrong."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import sys
+import threading
+
+import pytest
+
+from comfy_xdit_patch.__main__ import main
+from comfy_xdit_patch.observability import doctor
+from comfy_xdit_patch.observability.doctor import examine
+
+START_FILE = "comfy_xdit_patch_of_a_test.pth"
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nobody answers
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The start file, under a name of its own, is on ``sys.path``; two CPU ranks are asked for."""
+    monkeypatch.setattr(doctor, "START_FILE", START_FILE)
+    (tmp_path / START_FILE).touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv("XDIT_GPUS", "cpu:2")
+    return tmp_path
+
+
+@pytest.fixture
+def server():
+    """``server(404, {...})``: the URL of something that answers every request like this."""
+    running = []
+
+    def start(code, body):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *_):
+                pass
+
+        running.append(http.server.HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=running[-1].serve_forever, args=(0.01,)).start()
+        return f"http://127.0.0.1:{running[-1].server_port}"
+
+    yield start
+    for each in running:
+        each.shutdown()
+        each.server_close()
+
+
+def test_a_good_installation_is_well(installed):
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert is_well, report
+    assert str(installed) in report
+    assert "rank 1: cpu" in report
+    assert "batch 1: ulysses=2" in report
+    assert "batch 2: batch=2" in report
+    assert "does not answer" in report
+    assert report.endswith("Nothing is wrong.")
+
+
+def test_a_missing_start_file_is_wrong(installed):
+    (installed / START_FILE).unlink()
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert f"no {START_FILE} on sys.path" in report
+    assert not is_well
+
+
+def test_a_wrong_setting_is_wrong_and_named(installed, monkeypatch):
+    monkeypatch.setenv("XDIT_GPUS", "seven")
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert '! XDIT_GPUS="seven" is not legal.' in report
+    assert not is_well
+
+
+def test_switched_off_is_not_wrong(installed, monkeypatch):
+    monkeypatch.setenv("XDIT_STRATEGY", "off")
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert "not parallel: switched off by the settings" in report
+    assert is_well
+
+
+def test_a_directory_that_is_no_comfyui_is_wrong(installed):
+    report, is_well = examine(comfyui=str(installed), url=NOWHERE)
+    assert f"{installed} is not a ComfyUI tree" in report
+    assert not is_well
+
+
+def test_a_server_without_the_package_is_told_from_one_that_is_off(installed, server):
+    report, _ = examine(comfyui=None, url=server(404, {}))
+    assert "answers 404: it runs without comfy-xdit-patch" in report
+
+
+def test_a_running_comfyui_is_asked_for_its_status(installed, server):
+    rank = {"rank": 0, "pid": 42, "device": "cpu", "state": "ready", "forwards": 7}
+    status = {
+        "state": "ready",
+        "reason": None,
+        "ranks": [rank],
+        "steps_parallel": 7,
+        "steps_fell_back": 2,
+        "fall_back_reasons": {"a ControlNet is active": 2},
+    }
+    report, _ = examine(comfyui=None, url=server(200, status))
+    assert "state: ready" in report
+    assert "rank 0: pid 42, cpu, ready, 7 forwards" in report
+    assert "7 steps parallel, 2 fell back" in report
+    assert "fell back 2 times: a ControlNet is active" in report
+
+
+def test_a_comfyui_in_which_the_package_refused_says_why(installed, server):
+    status = {"version": "0.1.0", "state": "refused", "reason": "no usable GPU is visible"}
+    report, _ = examine(comfyui=None, url=server(200, status))
+    assert "state: refused, no usable GPU is visible" in report
+
+
+@pytest.mark.parametrize("body", [[], {}, {"message": "hello"}])
+def test_another_server_that_answers_is_no_reason_to_fail(installed, server, body):
+    report, _ = examine(comfyui=None, url=server(200, body))
+    assert "Running ComfyUI" in report
+
+
+def test_the_exit_status_says_whether_anything_is_wrong(installed, capsys):
+    assert main(["doctor", "--url", NOWHERE]) == 0
+    (installed / START_FILE).unlink()
+    assert main(["doctor", "--url", NOWHERE]) == 1
+    assert START_FILE in capsys.readouterr().out

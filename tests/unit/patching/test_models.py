@@ -1,0 +1,78 @@
+"""Which file a model came from."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.patching.models import ModelRegistry
+
+UNKNOWN = "the model was not loaded from a file by Load Diffusion Model or Checkpoint"
+
+
+class BaseModel(torch.nn.Module):
+    """Stands for ComfyUI's class of that name."""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "flux1-dev.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+def test_a_model_is_found_with_loader_file_and_options(file):
+    registry, model = ModelRegistry(), BaseModel()
+    options = {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True, "n": None}
+    registry.remember(model, "load_diffusion_model", str(file), options)
+    source = registry.find(model).source
+    assert (source.loader, source.path) == ("load_diffusion_model", str(file))
+    assert source.options == {"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True, "n": None}
+    assert (source.size_bytes, source.mtime_ns) == (7, os.stat(file).st_mtime_ns)
+
+
+def test_a_relative_path_is_made_absolute_for_the_workers(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    registry, model = ModelRegistry(), BaseModel()
+    registry.remember(model, "load_diffusion_model", file.name, {})
+    assert registry.find(model).source.path == str(file)
+
+
+def test_a_model_that_was_not_seen_being_loaded_is_refused():
+    assert ModelRegistry().find(BaseModel()) == Refusal(UNKNOWN)
+
+
+def test_equal_looking_models_are_told_apart(file):
+    registry, one, other = ModelRegistry(), BaseModel(), BaseModel()
+    registry.remember(one, "load_diffusion_model", str(file), {})
+    assert registry.find(other) == Refusal(UNKNOWN)
+    registry.remember(other, "load_diffusion_model", str(file), {})
+    assert registry.find(one).number != registry.find(other).number
+
+
+@pytest.mark.parametrize("value", [object(), torch.nn.Linear, [1], lambda: None])
+def test_options_that_a_message_cannot_carry_are_refused_by_name(file, value):
+    registry, model = ModelRegistry(), BaseModel()
+    options = {"dtype": torch.float32, "custom_operations": value}
+    registry.remember(model, "load_diffusion_model", str(file), options)
+    assert registry.find(model) == Refusal("the model was loaded with its own custom_operations")
+
+
+def test_the_callers_options_are_not_changed(file):
+    options = {"dtype": torch.float32}
+    ModelRegistry().remember(BaseModel(), "load_diffusion_model", str(file), options)
+    assert options == {"dtype": torch.float32}
+
+
+def test_a_registry_does_not_keep_a_model_alive(file):
+    registry, model = ModelRegistry(), BaseModel()
+    registry.remember(model, "load_diffusion_model", str(file), {})
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

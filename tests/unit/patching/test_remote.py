@@ -1,0 +1,173 @@
+"""One call on the workers, against one worker in the same process that doubles what it gets."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+
+from comfy_xdit_patch.errors import Refusal, WorkerError
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.models import KnownModel
+from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.transport.fingerprint import fingerprint
+from comfy_xdit_patch.transport.messages import Done, Loaded, Map, ModelSource, Unloaded, Unmap
+from comfy_xdit_patch.transport.slots import SlotMap, UncarriedArgumentError
+
+KNOWN = KnownModel(1, ModelSource("load_diffusion_model", "f", {}, 1, 1))
+
+
+class Flux(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dtype = torch.float32
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+
+class Pool:
+    """A pool of one worker, which lives here and answers at once."""
+
+    def __init__(self):
+        self.generation = 1
+        self.control_bytes = 0
+        self.requests = []
+        self.fingerprint = fingerprint(Flux(), manual_cast_dtype=None)
+        self.lost = None
+        self.map = SlotMap(torch.device("cpu"))
+
+    def request(self, message, *, poll, prepare=lambda: ()):
+        if self.lost == "before the call":
+            raise WorkerError("planted")
+        for extra, fd in prepare():
+            if isinstance(extra, Map):
+                self.map.add(extra.slot, os.dup(fd), extra.size_bytes)
+            if isinstance(extra, Unmap):
+                self.map.drop(extra.slots)
+        if self.lost == "in the call":
+            raise WorkerError("planted")
+        request = message(len(self.requests) + 1)
+        self.requests.append(request)
+        self.control_bytes += 100
+        return [getattr(self, f"answer_{type(request).__name__}")(request)]
+
+    def answer_Load(self, request):  # noqa: N802 - named after the message
+        return Loaded(request.request, self.fingerprint, 1.5)
+
+    def answer_Unload(self, request):  # noqa: N802
+        return Unloaded(request.request)
+
+    def answer_Forward(self, request):  # noqa: N802
+        x = self.map.fetch(request.arguments)["x"]
+        self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
+        name = str(x.dtype).removeprefix("torch.")
+        return Done(request.request, 7, name, tuple(x.shape), 0.1, 11, x.nbytes)
+
+
+@pytest.fixture
+def pool():
+    return Pool()
+
+
+@pytest.fixture
+def remote(pool):
+    return RemoteForward(pool, Totals())
+
+
+def call(remote, x, **arguments):
+    return remote.forward(
+        KNOWN,
+        {"x": x, **arguments},
+        plan=ParallelPlan(1, 1, 1),
+        out_channels=x.shape[1],
+        poll=lambda: None,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_answer_is_what_the_workers_wrote(remote, dtype):
+    x = torch.rand(2, 4, 6, 8).to(dtype)
+    assert torch.equal(call(remote, x), 2 * x)
+
+
+def test_an_answer_does_not_change_when_the_next_one_is_written(remote):
+    first = call(remote, torch.ones(1, 4, 2, 2))
+    call(remote, torch.zeros(1, 4, 2, 2))
+    assert torch.equal(first, torch.full((1, 4, 2, 2), 2.0))
+
+
+def test_only_what_the_workers_need_of_the_options_is_carried(remote, pool):
+    options = {"rope_options": {"scale_x": 2.0}, "sigmas": object(), "callbacks": {1: object()}}
+    call(remote, torch.ones(1, 4, 2, 2), transformer_options=options, control=object())
+    tree = pool.requests[-1].arguments
+    assert set(tree) == {"x", "transformer_options"}
+    assert tree["transformer_options"] == {"rope_options": {"scale_x": 2.0}}
+
+
+def test_an_argument_that_cannot_be_carried_ends_the_call_before_it_is_sent(remote, pool):
+    with pytest.raises(UncarriedArgumentError, match=r"^y is a object$"):
+        call(remote, torch.ones(1, 4, 2, 2), y=object())
+    assert pool.requests == []
+    assert torch.equal(call(remote, torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
+
+
+def test_bytes_and_forwards_are_counted(pool):
+    totals = Totals()
+    remote = RemoteForward(pool, totals)
+    x, context = torch.ones(1, 4, 2, 2), torch.ones(1, 10, 8)
+    for _ in range(3):
+        call(remote, x.clone(), context=context.clone())
+    assert totals.bytes_to_workers == x.nbytes + context.nbytes + 3 * 100
+    assert totals.bytes_from_workers == 3 * x.nbytes
+    assert totals.bytes_between_ranks == 3 * 11
+    assert totals.num_forwards == {0: 7}
+
+
+def test_a_model_that_the_workers_have_as_the_host_has_it_is_accepted(pool):
+    totals = Totals()
+    remote = RemoteForward(pool, totals)
+    assert remote.load(Flux(), KNOWN, manual_cast_dtype=None, poll=lambda: None) is None
+    assert totals.load_seconds == {0: 1.5}
+
+
+def test_a_model_that_the_workers_have_otherwise_is_refused(remote):
+    changed = Flux()
+    changed.scale.data.fill_(2)
+    refusal = remote.load(changed, KNOWN, manual_cast_dtype=None, poll=lambda: None)
+    assert refusal == Refusal("the model in ComfyUI's memory is not what its file holds")
+
+
+def test_a_model_of_foreign_tensors_is_refused_without_asking_the_workers(remote, pool):
+    class QuantisedTensor(torch.Tensor):
+        pass
+
+    changed = Flux()
+    changed.register_buffer("q", torch.ones(2).as_subclass(QuantisedTensor))
+    refusal = remote.load(changed, KNOWN, manual_cast_dtype=None, poll=lambda: None)
+    assert refusal == Refusal("the model has QuantisedTensor weights")
+    assert pool.requests == []
+
+
+def test_new_workers_are_sent_everything_anew(remote, pool):
+    x = torch.ones(1, 4, 2, 2)
+    call(remote, x)
+    pool.map, pool.generation = SlotMap(torch.device("cpu")), 2
+    assert torch.equal(call(remote, x), 2 * x)
+
+
+@pytest.mark.parametrize("lost", ["before the call", "in the call"])
+def test_lost_workers_cost_no_file_descriptors(remote, pool, lost):
+    pool.lost = lost
+
+    def lose_workers_in_their_first_call():
+        with pytest.raises(WorkerError):
+            call(remote, torch.ones(1, 4, 2, 2))
+        pool.map = SlotMap(torch.device("cpu"))
+        pool.generation += 1
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    first = lose_workers_in_their_first_call()
+    assert [lose_workers_in_their_first_call() for _ in range(3)] == [first] * 3

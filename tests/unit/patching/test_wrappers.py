@@ -1,0 +1,232 @@
+"""Every wrapper calls ComfyUI's own function once, whatever becomes of us."""
+
+from __future__ import annotations
+
+import sys
+import types
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import SimpleNamespace
+
+import pytest
+
+from comfy_xdit_patch.errors import FallBackError
+from comfy_xdit_patch.patching.wrappers import Wrappers
+
+
+@pytest.fixture(autouse=True)
+def interrupt(monkeypatch):
+    """ComfyUI's interrupt, an ordinary exception as in 0.3.75."""
+    cls = type("InterruptProcessingException", (Exception,), {})
+    comfy, management = types.ModuleType("comfy"), types.ModuleType("comfy.model_management")
+    comfy.model_management, management.InterruptProcessingException = management, cls
+    monkeypatch.setitem(sys.modules, "comfy", comfy)
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    return cls
+
+
+class Host:
+    """A host that notes what it is told and answers a forward."""
+
+    def __init__(self, *, answer=None, strict=False):
+        self.settings = SimpleNamespace(strict=strict)
+        self.base_model = ContextVar("base_model", default=None)
+        self.answer = answer
+        self.seen = []
+
+    def forward(self, flux, arguments):
+        self.seen.append((flux, arguments))
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+    @contextmanager
+    def run(self):
+        self.seen.append("begin")
+        yield
+        self.seen.append("end")
+
+    def model_loaded(self, patcher, loader, path, options):
+        self.seen.append((patcher, loader, path, options))
+
+    def release(self):
+        self.seen.append("release")
+
+
+class FaultyHost(Host):
+    """Everything that it is asked to do fails."""
+
+    def forward(self, flux, arguments):
+        raise RuntimeError("planted")
+
+    def run(self):
+        raise RuntimeError("planted")
+
+    def model_loaded(self, *_):
+        raise RuntimeError("planted")
+
+    def release(self):
+        raise RuntimeError("planted")
+
+
+class HostThatFailsAtTheEnd(Host):
+    @contextmanager
+    def run(self):
+        yield
+        raise RuntimeError("planted")
+
+
+@pytest.fixture
+def comfy():
+    """ComfyUI's functions, which count their calls."""
+    calls = []
+
+    class Flux:
+        def _forward(self, x, timestep, context, y=None, transformer_options={}, **kwargs):  # noqa: B006
+            calls.append("_forward")
+            return "stock"
+
+    def outer_sample(noise, sigmas):
+        calls.append("outer_sample")
+        return "sampled"
+
+    def load_diffusion_model(unet_path, model_options={}):  # noqa: B006
+        calls.append("load_diffusion_model")
+        return "patcher"
+
+    def load_checkpoint_guess_config(ckpt_path, output_model=True, model_options={}):  # noqa: B006
+        calls.append("load_checkpoint_guess_config")
+        return ("patcher" if output_model else None, "clip", "vae")
+
+    def unload_all_models():
+        calls.append("unload_all_models")
+        return "unloaded"
+
+    return SimpleNamespace(**locals())
+
+
+def call_all(wrappers, comfy):
+    """Call every wrapper as wrapt does; return what ComfyUI's callers get."""
+    flux = comfy.Flux()
+    arguments = {"timestep": 1, "context": 2}
+    load_checkpoint = comfy.load_checkpoint_guess_config
+    return [
+        wrappers.flux_forward(flux._forward, flux, ("x",), arguments),
+        wrappers.outer_sample(comfy.outer_sample, object(), (1, 2), {}),
+        wrappers.load_diffusion_model(comfy.load_diffusion_model, None, ("f",), {}),
+        wrappers.load_checkpoint(load_checkpoint, None, ("f",), {}),
+        wrappers.unload_all_models(comfy.unload_all_models, None, (), {}),
+    ]
+
+
+STOCK = ["stock", "sampled", "patcher", ("patcher", "clip", "vae"), "unloaded"]
+ONCE = [
+    "_forward",
+    "outer_sample",
+    "load_diffusion_model",
+    "load_checkpoint_guess_config",
+    "unload_all_models",
+]
+
+
+@pytest.mark.parametrize("host", [Host, FaultyHost, HostThatFailsAtTheEnd])
+def test_comfyui_gets_its_own_results_each_computed_once(comfy, host):
+    assert call_all(Wrappers(host()), comfy) == STOCK
+    assert comfy.calls == ONCE
+
+
+def test_an_answer_of_the_workers_takes_the_place_of_the_call(comfy):
+    flux = comfy.Flux()
+    wrappers = Wrappers(Host(answer="parallel"))
+    assert wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {}) == "parallel"
+    assert comfy.calls == []
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        (("X", "T", "C"), {"transformer_options": {"a": 1}, "guidance": 3.5}),
+        ((), {"guidance": 3.5, "context": "C", "x": "X", "timestep": "T"}),
+        (("X", "T", "C", None, {"a": 1}), {"guidance": 3.5}),
+    ],
+)
+def test_arguments_reach_the_host_by_name_however_they_were_passed(comfy, args, kwargs):
+    host, flux = Host(), comfy.Flux()
+    Wrappers(host).flux_forward(flux._forward, flux, args, kwargs)
+    ((seen_flux, named),) = host.seen
+    assert seen_flux is flux
+    assert {name: named[name] for name in ("x", "timestep", "context", "guidance")} == {
+        "x": "X",
+        "timestep": "T",
+        "context": "C",
+        "guidance": 3.5,
+    }
+    assert "kwargs" not in named
+
+
+def test_the_base_model_is_known_below_its_own_call_only():
+    host = Host()
+    seen = []
+
+    def apply_model(*_):
+        seen.append(host.base_model.get())
+
+    Wrappers(host).apply_model(apply_model, "base model", (1,), {})
+    assert seen == ["base model"]
+    assert host.base_model.get() is None
+
+
+def test_the_base_model_is_forgotten_after_an_exception_too():
+    host = Host()
+
+    def apply_model(*_):
+        raise KeyError("theirs")
+
+    with pytest.raises(KeyError):
+        Wrappers(host).apply_model(apply_model, "base model", (), {})
+    assert host.base_model.get() is None
+
+
+def test_a_run_ends_also_when_sampling_raises(comfy):
+    host = Host()
+    error = KeyError("theirs")
+
+    def outer_sample(*_):
+        assert host.seen == ["begin"]
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        Wrappers(host).outer_sample(outer_sample, None, (), {})
+    assert caught.value is error
+
+
+def test_a_models_file_and_options_are_noted(comfy):
+    host = Host()
+    call_all(Wrappers(host), comfy)
+    assert ("patcher", "load_diffusion_model", "f", {}) in host.seen
+    assert ("patcher", "load_checkpoint_guess_config", "f", {}) in host.seen
+
+
+def test_a_checkpoint_loaded_without_its_model_is_not_noted(comfy):
+    host = Host()
+    load = comfy.load_checkpoint_guess_config
+    loaded = Wrappers(host).load_checkpoint(load, None, ("f",), {"output_model": False})
+    assert loaded == (None, "clip", "vae")
+    assert host.seen == []
+
+
+def test_the_users_interrupt_ends_the_step_and_nothing_is_computed(comfy, interrupt):
+    flux = comfy.Flux()
+    wrappers = Wrappers(Host(answer=interrupt()))
+    with pytest.raises(interrupt):
+        wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {})
+    assert comfy.calls == []
+
+
+@pytest.mark.parametrize("error", [FallBackError("no"), RuntimeError("planted")])
+def test_with_strict_a_step_that_is_not_parallel_is_an_error(comfy, error):
+    flux = comfy.Flux()
+    wrappers = Wrappers(Host(answer=error, strict=True))
+    with pytest.raises(type(error)):
+        wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {})
+    assert comfy.calls == []

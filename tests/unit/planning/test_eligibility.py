@@ -1,0 +1,296 @@
+"""Every reason for which a call stays in ComfyUI's own process."""
+
+from __future__ import annotations
+
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.planning.eligibility import (
+    CARRIED_ARGUMENTS,
+    Pristine,
+    check_arguments,
+    check_grad,
+    check_patcher,
+)
+
+
+class Module:
+    """As much of ``torch.nn.Module`` as is looked at."""
+
+    def __init__(self):
+        self._forward_hooks = {}
+        self._forward_pre_hooks = {}
+
+
+class World:
+    """ComfyUI's three FLUX modules and one model, all of plain classes."""
+
+    def __init__(self):
+        class DoubleStreamBlock(Module):
+            def forward(self):
+                pass
+
+        class SingleStreamBlock(Module):
+            def forward(self):
+                pass
+
+        class Flux(Module):
+            def forward_orig(self):
+                pass
+
+            def process_img(self):
+                pass
+
+            def named_modules(self):
+                yield "", self
+                for index, block in enumerate(self.double_blocks):
+                    yield f"double_blocks.{index}", block
+                for index, block in enumerate(self.single_blocks):
+                    yield f"single_blocks.{index}", block
+
+        self.model = types.ModuleType("comfy.ldm.flux.model")
+        self.model.Flux, self.model.timestep_embedding = Flux, lambda: None
+        self.layers = types.ModuleType("comfy.ldm.flux.layers")
+        self.layers.DoubleStreamBlock = DoubleStreamBlock
+        self.layers.SingleStreamBlock = SingleStreamBlock
+        self.layers.attention = lambda: None
+        self.math = types.ModuleType("comfy.ldm.flux.math")
+        self.math.optimized_attention = lambda: None
+        self.math.apply_rope = lambda: None
+        self.flux = Flux()
+        self.flux.double_blocks = [DoubleStreamBlock() for _ in range(2)]
+        self.flux.single_blocks = [SingleStreamBlock() for _ in range(2)]
+        self.pristine = Pristine({m.__name__: m for m in (self.model, self.layers, self.math)})
+
+
+def another(*_):
+    pass
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def test_comfyuis_own_code_is_not_refused(world):
+    assert world.pristine.check_step(world.flux) is None
+    assert world.pristine.check_modules(world.flux) is None
+
+
+def change_class(world):
+    world.flux.__class__ = type("MyFlux", (type(world.flux),), {})
+
+
+def replace_forward_orig(world):
+    world.model.Flux.forward_orig = another
+
+
+def remove_forward_orig(world):
+    del world.model.Flux.forward_orig
+
+
+def replace_block_forward(world):
+    world.layers.SingleStreamBlock.forward = another
+
+
+def replace_attention(world):
+    world.math.optimized_attention = another
+
+
+def replace_embedding(world):
+    world.model.timestep_embedding = another
+
+
+def replace_on_instance(world):
+    world.flux.process_img = another
+
+
+def replace_block(world):
+    world.flux.single_blocks[1] = type("CachedBlock", (Module,), {})()
+
+
+def subclass_block(world):
+    block = world.flux.double_blocks[0]
+    block.__class__ = type("TimedBlock", (type(block),), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_class, "the diffusion model's class was changed to MyFlux"),
+        (replace_forward_orig, "Flux.forward_orig was replaced by another extension"),
+        (remove_forward_orig, "Flux.forward_orig was replaced by another extension"),
+        (replace_block_forward, "SingleStreamBlock.forward was replaced by another extension"),
+        (
+            replace_attention,
+            "comfy.ldm.flux.math.optimized_attention was replaced by another extension",
+        ),
+        (
+            replace_embedding,
+            "comfy.ldm.flux.model.timestep_embedding was replaced by another extension",
+        ),
+        (replace_on_instance, "a node replaced process_img of this model"),
+        (replace_block, "a node replaced a block of this model by CachedBlock"),
+        (subclass_block, "a node replaced a block of this model by TimedBlock"),
+    ],
+)
+def test_changed_code_is_refused_for_the_run(world, change, reason):
+    change(world)
+    assert world.pristine.check_step(world.flux) == Refusal(reason, Scope.RUN)
+
+
+def test_an_object_patch_that_was_taken_back_is_no_change(world):
+    """ComfyUI puts the bound original back as an attribute of the instance."""
+    world.flux.forward_orig = world.flux.forward_orig
+    assert "forward_orig" in vars(world.flux)
+    assert world.pristine.check_step(world.flux) is None
+
+
+def test_what_another_extension_does_above_our_wrapper_is_no_obstacle(world):
+    world.model.Flux.forward = another
+    world.model.Flux._forward = another
+    assert world.pristine.check_step(world.flux) is None
+
+
+def set_forward_of_block(flux):
+    flux.single_blocks[1].forward = another
+
+
+def hook_block(flux):
+    flux.double_blocks[0]._forward_hooks[1] = another
+
+
+def pre_hook_model(flux):
+    flux._forward_pre_hooks[1] = another
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (set_forward_of_block, "a node replaced the forward of single_blocks.N"),
+        (hook_block, "a forward hook is set on double_blocks.N"),
+        (pre_hook_model, "a forward hook is set on the model"),
+    ],
+)
+def test_what_hangs_on_single_modules_is_refused_under_one_name_for_all_blocks(
+    world, change, reason
+):
+    change(world.flux)
+    assert world.pristine.check_modules(world.flux) == Refusal(reason)
+
+
+def patcher(**changes):
+    return SimpleNamespace(patches={}, object_patches={}, **changes)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        patcher(),
+        patcher(weight_wrapper_patches={}, is_injected=False, hook_patches={}, current_hooks=None),
+    ],
+)
+def test_a_patcher_that_changed_nothing_is_not_refused(plain):
+    assert check_patcher(SimpleNamespace(current_patcher=plain)) is None
+
+
+def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
+    current = patcher()
+    current.object_patches = {"model_sampling": object(), "latent_format": object()}
+    assert check_patcher(SimpleNamespace(current_patcher=current)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"patches": {"w": [1]}}, "the model has weight patches (a LoRA or a merge)"),
+        ({"weight_wrapper_patches": {"w": [another]}}, "the model has weight wrappers"),
+        ({"is_injected": True}, "a node injected code into the model's modules"),
+        ({"hook_patches": {"h": {}}}, "the model has hook-scheduled weight patches"),
+        ({"current_hooks": object()}, "the model has hook-scheduled weight patches"),
+        (
+            {"object_patches": {"diffusion_model.double_blocks.7.img_mlp": 1}},
+            "a node patched diffusion_model.double_blocks.N.img_mlp of the model",
+        ),
+        (
+            {"object_patches": {"manual_cast_dtype": 1}},
+            "a node patched manual_cast_dtype of the model",
+        ),
+    ],
+)
+def test_a_patcher_that_changes_the_model_is_refused(changes, reason):
+    current = SimpleNamespace(**{"patches": {}, "object_patches": {}, **changes})
+    assert check_patcher(SimpleNamespace(current_patcher=current)) == Refusal(reason)
+
+
+def test_a_model_without_a_patcher_is_refused():
+    refusal = check_patcher(SimpleNamespace(current_patcher=None))
+    assert refusal == Refusal("the model has no current ModelPatcher")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict.fromkeys(CARRIED_ARGUMENTS),
+        {"transformer_options": None},
+        {"control": None, "attention_mask": None},
+        {"transformer_options": {"patches": {"double_block": []}, "patches_replace": {"dit": {}}}},
+        {"transformer_options": {"rope_options": {"scale_x": 2.0}, "cond_or_uncond": [0]}},
+        {"ref_latents": [1], "ref_latents_method": "offset"},
+        {"ref_latents": [1], "ref_latents_method": "uxo"},
+        {"ref_latents": None, "ref_latents_method": "index_timestep_zero"},
+    ],
+)
+def test_these_arguments_are_not_refused(arguments):
+    assert check_arguments(arguments, default_ref_method="index") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            {"transformer_options": {"multigpu_thread_device": "cuda:1"}},
+            "ComfyUI's own MultiGPU split is active",
+        ),
+        ({"control": {"input": []}}, "a ControlNet is active"),
+        ({"attention_mask": 1}, "an attention mask is set"),
+        (
+            {"ref_latents": [1], "ref_latents_method": "index_timestep_zero"},
+            "reference latents use index_timestep_zero",
+        ),
+        (
+            {"transformer_options": {"optimized_attention_override": another}},
+            "a node overrides the attention function",
+        ),
+        (
+            {"transformer_options": {"patches": {"post_input": [another]}}},
+            "a node set a post_input patch",
+        ),
+        (
+            {"transformer_options": {"patches_replace": {"dit": {("double_block", 0): another}}}},
+            "a node replaces dit blocks",
+        ),
+    ],
+)
+def test_these_arguments_are_refused_for_this_step(arguments, reason):
+    refusal = check_arguments(arguments, default_ref_method="index")
+    assert refusal == Refusal(reason, Scope.STEP)
+
+
+def test_the_models_default_for_reference_latents_counts_too():
+    arguments = {"ref_latents": [1]}
+    refusal = check_arguments(arguments, default_ref_method="index_timestep_zero")
+    assert refusal is not None
+
+
+def test_training_is_refused_and_sampling_is_not():
+    x = torch.zeros(1, requires_grad=True)
+    assert check_grad(x) == Refusal("gradients are wanted", Scope.STEP)
+    assert check_grad(x.detach()) is None
+    with torch.no_grad():
+        assert check_grad(x) is None

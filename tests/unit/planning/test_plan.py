@@ -1,0 +1,97 @@
+"""Shares, bounds and the grid of ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from comfy_xdit_patch.errors import PlanError
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, bounds, shard_sizes
+
+
+@pytest.mark.parametrize(
+    ("num_items", "num_shards", "expected"),
+    [
+        (4096, 2, (2048, 2048)),  # 1024 px image
+        (4096, 3, (1366, 1365, 1365)),  # the same, odd GPU count
+        (512, 8, (64,) * 8),  # T5 prompt
+        (24, 5, (5, 5, 5, 5, 4)),  # FLUX.1 heads
+        (24, 7, (4, 4, 4, 3, 3, 3, 3)),
+        (2, 3, (1, 1, 0)),
+        (0, 2, (0, 0)),
+    ],
+)
+def test_shards_are_even_and_larger_first(num_items, num_shards, expected):
+    assert shard_sizes(num_items, num_shards) == expected
+
+
+@pytest.mark.parametrize("num_shards", [0, -1])
+def test_no_shards_is_an_error_with_the_numbers(num_shards):
+    with pytest.raises(PlanError, match=rf"^Cannot share 7 items among {num_shards} shards\.$"):
+        shard_sizes(7, num_shards)
+
+
+@pytest.mark.parametrize("num_shards", range(1, 10))
+@pytest.mark.parametrize("num_items", [0, 1, 7, 24, 257, 4096])
+def test_bounds_cover_the_whole_without_gap_or_overlap(num_items, num_shards):
+    covered = [
+        i for start, end in bounds(shard_sizes(num_items, num_shards)) for i in range(start, end)
+    ]
+    assert covered == list(range(num_items))
+
+
+@pytest.mark.parametrize(("world", "batch", "ulysses"), [(4, 2, 1), (4, 3, 2), (1, 1, 2)])
+def test_degrees_that_do_not_make_the_world_are_an_error_with_the_numbers(world, batch, ulysses):
+    with pytest.raises(PlanError, match=rf"{batch} x ulysses_degree {ulysses} is not world_size"):
+        ParallelPlan(world, batch, ulysses)
+
+
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        (ParallelPlan(1, 1, 1), "single"),
+        (ParallelPlan(4, 1, 4), "ulysses=4"),
+        (ParallelPlan(2, 2, 1), "batch=2"),
+        (ParallelPlan(4, 2, 2), "batch=2,ulysses=2"),
+    ],
+)
+def test_a_plan_is_named_by_its_degrees_above_one(plan, name):
+    assert plan.name == name
+
+
+def test_the_sequence_axis_varies_fastest_in_the_grid_of_ranks():
+    plan = ParallelPlan(4, 2, 2)
+    assert [plan.batch_index(rank) for rank in range(4)] == [0, 0, 1, 1]
+    assert [plan.sequence_index(rank) for rank in range(4)] == [0, 1, 0, 1]
+    assert [plan.batch_rows(rank, 4) for rank in range(4)] == [(0, 2), (0, 2), (2, 4), (2, 4)]
+
+
+@pytest.mark.parametrize("num_shards", range(1, 10))
+@pytest.mark.parametrize(
+    ("num_text", "num_image"), [(256, 1024), (257, 36), (700, 2394), (512, 4096), (9, 9), (10, 17)]
+)
+def test_every_rank_holds_as_many_tokens_as_any_other_but_for_one(num_text, num_image, num_shards):
+    shares = SequenceShares.even(
+        num_text_tokens=num_text, num_image_tokens=num_image, num_heads=24, num_shards=num_shards
+    )
+    assert sum(shares.text) == num_text
+    assert sum(shares.image) == num_image
+    assert sum(shares.heads) == 24
+    for sizes in (shares.text, shares.image, shares.heads, shares.joint):
+        assert len(sizes) == num_shards
+        assert max(sizes) - min(sizes) <= 1
+    assert min(shares.text + shares.image) >= 1
+
+
+def test_more_ranks_than_heads_leaves_some_without_heads():
+    shares = SequenceShares.even(num_text_tokens=64, num_image_tokens=64, num_heads=2, num_shards=3)
+    assert shares.heads == (1, 1, 0)
+
+
+@pytest.mark.parametrize(("num_text", "num_image"), [(2, 100), (100, 2), (0, 9)])
+def test_a_rank_without_text_or_image_tokens_is_an_error_with_the_numbers(num_text, num_image):
+    with pytest.raises(
+        PlanError, match=rf"share {num_text} text tokens and {num_image} image tokens among 3 ranks"
+    ):
+        SequenceShares.even(
+            num_text_tokens=num_text, num_image_tokens=num_image, num_heads=4, num_shards=3
+        )

@@ -1,0 +1,94 @@
+"""Which devices XDIT_GPUS means, on machines that torch pretends to be on."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from comfy_xdit_patch.errors import Refusal, SettingsError
+from comfy_xdit_patch.planning.topology import Device, choose_devices, visible_gpus
+from comfy_xdit_patch.settings import parse_gpus
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(3)``: three GPUs are visible to this process."""
+
+    def pretend(num_gpus, *, cuda="13.0"):
+        def properties(index):
+            return types.SimpleNamespace(name=f"Card {index}", uuid=f"0000-{index}")
+
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+    return pretend
+
+
+def gpu(index):
+    return Device(name=f"Card {index}", uuid=f"GPU-0000-{index}")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all", (0, 1, 2, 3)),
+        ("2", (0, 1)),
+        ("1", (0,)),
+        ("3,1", (3, 1)),
+    ],
+)
+def test_gpus_are_taken_in_the_order_asked_for(machine, value, expected):
+    machine(4)
+    assert choose_devices(parse_gpus(value)) == tuple(gpu(index) for index in expected)
+
+
+def test_uuids_are_taken_as_they_are(machine):
+    machine(4)
+    devices = choose_devices(parse_gpus("GPU-1a2b,MIG-3c4d"))
+    assert [device.uuid for device in devices] == ["GPU-1a2b", "MIG-3c4d"]
+
+
+@pytest.mark.parametrize("uuid", ["GPU-1a2b", "MIG-1a2b"])
+def test_a_uuid_that_names_its_kind_is_not_prefixed_again(machine, monkeypatch, uuid):
+    machine(1)
+    properties = types.SimpleNamespace(name="Card", uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert visible_gpus() == (Device(name="Card", uuid=uuid),)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 4])
+def test_cpu_ranks_need_no_gpu(machine, num_gpus):
+    machine(num_gpus)
+    devices = choose_devices(parse_gpus("cpu:3"))
+    assert [device.is_cpu for device in devices] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "reason"),
+    [(0, "no usable GPU is visible"), (1, "one GPU is visible, nothing to share")],
+)
+def test_a_machine_with_nothing_to_share_is_a_refusal_and_no_error(machine, num_gpus, reason):
+    machine(num_gpus)
+    assert choose_devices(parse_gpus("all")) == Refusal(reason)
+
+
+def test_a_torch_without_cuda_has_no_usable_gpu(machine):
+    machine(4, cuda=None)
+    assert visible_gpus() == ()
+
+
+@pytest.mark.parametrize("value", ["5", "0,4", "9,"])
+def test_gpus_that_are_not_there_are_an_error_with_the_numbers(machine, value):
+    machine(4)
+    with pytest.raises(SettingsError, match=r"^XDIT_GPUS asks for GPU .* sees 4 GPUs\. Legal: all"):
+        choose_devices(parse_gpus(value))
+
+
+def test_another_platform_is_a_refusal_that_names_it(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert choose_devices(parse_gpus("cpu:2")) == Refusal("xDiT needs Linux; this is win32")

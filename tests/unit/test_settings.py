@@ -1,0 +1,111 @@
+"""What users may write into XDIT_* variables, and what they are told otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from comfy_xdit_patch.errors import SettingsError
+from comfy_xdit_patch.settings import VARIABLES, DeviceRequest, parse_gpus, read_settings
+
+
+def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():
+    settings = read_settings({})
+    assert settings.gpus == DeviceRequest("all")
+    assert settings.strategy == "auto"
+    assert not settings.strict
+    assert (settings.start_timeout_s, settings.step_timeout_s) == (180, 600)
+    assert settings.cpu_threads == 1
+    assert not settings.is_off
+
+
+def test_the_documented_defaults_are_the_defaults():
+    assert read_settings({v.name: v.default for v in VARIABLES}) == read_settings({})
+
+
+def test_an_empty_value_means_the_default():
+    assert read_settings({v.name: "  " for v in VARIABLES}) == read_settings({})
+
+
+def test_the_process_environment_is_read_unless_another_is_given(monkeypatch):
+    monkeypatch.setenv("XDIT_CPU_THREADS", "3")
+    assert read_settings().cpu_threads == 3
+    assert read_settings({}).cpu_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all", DeviceRequest("all")),
+        (" ALL ", DeviceRequest("all")),
+        ("4", DeviceRequest("count", count=4)),
+        ("0", DeviceRequest("off")),
+        ("0,2,3", DeviceRequest("indices", indices=(0, 2, 3))),
+        ("2, 0", DeviceRequest("indices", indices=(2, 0))),
+        ("3,", DeviceRequest("indices", indices=(3,))),  # one GPU by index needs the comma
+        ("cpu:2", DeviceRequest("cpu", count=2)),
+        ("CPU:12", DeviceRequest("cpu", count=12)),
+        ("GPU-1a2b,GPU-3c4d-5e", DeviceRequest("uuids", uuids=("GPU-1a2b", "GPU-3c4d-5e"))),
+        ("MIG-00aa11bb", DeviceRequest("uuids", uuids=("MIG-00aa11bb",))),
+    ],
+)
+def test_gpus_can_be_named_in_these_ways(text, expected):
+    assert parse_gpus(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("-1", "1.5", "two", ",", "0,,1", "all,0", "1000", "cuda:0"),
+        *("0,1,0", "0,00", "GPU-1a2b,GPU-1A2B"),  # one GPU named twice
+        *("cpu", "cpu:0", "cpu:-1", "cpu:x"),
+        *("0,GPU-1a2b", "GPU-", "GPU-xyz!"),
+    ],
+)
+def test_other_ways_to_name_gpus_are_refused(text):
+    with pytest.raises(ValueError, match=r".+"):
+        parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("XDIT_GPUS", "cpu:0"),
+        ("XDIT_STRATEGY", "ulises"),
+        ("XDIT_STRICT", "yes"),
+        ("XDIT_START_TIMEOUT", "0"),
+        ("XDIT_START_TIMEOUT", "nan"),
+        ("XDIT_STEP_TIMEOUT", "inf"),
+        ("XDIT_STEP_TIMEOUT", "-5"),
+        ("XDIT_STEP_TIMEOUT", "ten"),
+        ("XDIT_CPU_THREADS", "0"),
+        ("XDIT_CPU_THREADS", "1.5"),
+    ],
+)
+def test_a_bad_value_is_reported_with_variable_value_and_legal_values(name, value):
+    with pytest.raises(SettingsError) as caught:
+        read_settings({name: value})
+    legal = next(v.legal for v in VARIABLES if v.name == name)
+    assert str(caught.value) == f'{name}="{value}" is not legal. Legal: {legal}.'
+
+
+def test_a_misspelt_name_is_reported_and_does_not_silently_mean_the_default():
+    with pytest.raises(SettingsError, match=r"^XDIT_GPU is not a setting.*XDIT_GPUS"):
+        read_settings({"XDIT_GPU": "2"})
+
+
+def test_variables_of_other_programs_are_left_alone():
+    assert read_settings({"CUDA_VISIBLE_DEVICES": "x", "MY_XDIT_GPU": "y"}) == read_settings({})
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_off"),
+    [
+        ({"XDIT_STRATEGY": "off"}, True),
+        ({"XDIT_STRATEGY": "OFF"}, True),
+        ({"XDIT_GPUS": "0"}, True),
+        ({"XDIT_GPUS": "1"}, False),
+        ({"XDIT_STRATEGY": "ulysses"}, False),
+    ],
+)
+def test_two_settings_switch_the_package_off(environ, is_off):
+    assert read_settings(environ).is_off is is_off

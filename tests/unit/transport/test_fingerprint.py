@@ -1,0 +1,144 @@
+"""What a fingerprint sees, and what it does not."""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from comfy_xdit_patch.transport import fingerprint as module
+from comfy_xdit_patch.transport.fingerprint import SAMPLE_ELEMENTS, ForeignTensorError
+
+
+class OtherLinear(torch.nn.Linear):
+    pass
+
+
+class Flux(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.dtype = torch.float32
+        self.inner = torch.nn.Linear(40, 5)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("table", torch.arange(100.0))
+        with torch.no_grad():
+            for parameter in self.inner.parameters():
+                parameter.copy_(torch.rand(parameter.shape, generator=generator))
+
+
+def fingerprint(model):
+    return module.fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
+
+
+def model():
+    return SimpleNamespace(diffusion_model=Flux(), manual_cast_dtype=None)
+
+
+def test_equal_models_have_equal_fingerprints():
+    assert fingerprint(model()) == fingerprint(model())
+    assert len(fingerprint(model())) == hashlib.sha256().digest_size * 2
+
+
+def change_dtype_choice(m):
+    m.diffusion_model.dtype = torch.bfloat16
+
+
+def change_cast_choice(m):
+    m.manual_cast_dtype = torch.bfloat16
+
+
+def change_weights_dtype(m):
+    m.diffusion_model.inner.to(torch.bfloat16)
+
+
+def change_operations(m):
+    m.diffusion_model.inner.__class__ = OtherLinear
+
+
+def add_a_module(m):
+    m.diffusion_model.extra = torch.nn.Identity()
+
+
+def reshape_a_weight(m):
+    inner = m.diffusion_model.inner
+    inner.weight = torch.nn.Parameter(inner.weight.detach().reshape(5, 8, 5))
+
+
+def rename_a_buffer(m):
+    flux = m.diffusion_model
+    flux.register_buffer("list", flux.table)
+    del flux.table
+
+
+def edit_the_first_element(m):
+    m.diffusion_model.inner.weight.data[0, 0] += 1e-6
+
+
+def edit_the_last_element(m):
+    m.diffusion_model.inner.weight.data[-1, -1] += 1e-6
+
+
+def scale_all_of_a_weight(m):
+    m.diffusion_model.inner.weight.data.mul_(1.001)
+
+
+def edit_a_buffer(m):
+    m.diffusion_model.table[-1] = 0
+
+
+def edit_a_scalar(m):
+    m.diffusion_model.scale.data.fill_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_dtype_choice,
+        change_cast_choice,
+        change_weights_dtype,
+        change_operations,
+        add_a_module,
+        reshape_a_weight,
+        rename_a_buffer,
+        edit_the_first_element,
+        edit_the_last_element,
+        scale_all_of_a_weight,
+        edit_a_buffer,
+        edit_a_scalar,
+    ],
+    ids=lambda change: change.__name__.replace("_", " "),
+)
+def test_a_change_of_this_kind_is_seen(change):
+    changed = model()
+    change(changed)
+    assert fingerprint(changed) != fingerprint(model())
+
+
+def test_a_single_element_in_the_middle_of_a_tensor_is_not_read():
+    """The stated limit: reading 24 GB would cost a second of every run."""
+    changed = model()
+    changed.diffusion_model.table[SAMPLE_ELEMENTS + 1] = -1
+    assert fingerprint(changed) == fingerprint(model())
+
+
+class QuantisedTensor(torch.Tensor):
+    pass
+
+
+def test_a_weight_of_a_foreign_class_is_refused_by_name():
+    changed = model()
+    weight = torch.rand(3).as_subclass(QuantisedTensor)
+    changed.diffusion_model.register_buffer("quantised", weight)
+    with pytest.raises(ForeignTensorError, match=r"^QuantisedTensor$"):
+        fingerprint(changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.bool])
+def test_weights_of_every_plain_dtype_have_a_fingerprint(dtype):
+    one, other = model(), model()
+    one.diffusion_model.register_buffer("extra", torch.zeros(50).to(dtype))
+    other.diffusion_model.register_buffer("extra", torch.ones(50).to(dtype))
+    assert fingerprint(one) != fingerprint(other)

@@ -1,0 +1,120 @@
+"""Every message survives the wire; nothing else is taken for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+
+from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.transport import messages
+from comfy_xdit_patch.transport.messages import Message, ModelSource, decode, encode
+
+SOURCE = ModelSource(
+    loader="load_diffusion_model",
+    path="/models/fl\u00fcx \udcff.safetensors",  # a path that is not UTF-8
+    options={"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True},
+    size_bytes=23_802_932_552,
+    mtime_ns=1_700_000_000_123_456_789,
+)
+TREE = {
+    "x": {"$slot": [0, 7, "bfloat16", [1, 16, 128, 128]]},
+    "ref_latents": [{"$slot": [1, 1, "float32", []]}, None],
+    "transformer_options": {"rope_options": {"scale_x": 1.5, "shift": float("inf"), "on": True}},
+}
+MESSAGES = [
+    messages.Start(
+        comfyui_root="/ComfyUI",
+        sys_path=["", "/ComfyUI"],
+        argv=["main.py", "--cpu"],
+        parses_arguments=True,
+        arguments={"cpu": True, "reserve_vram": None, "fast": [], "listen": "127.0.0.1"},
+        num_threads=None,
+        world_size=8,
+        store_fd=5,
+        join_timeout_s=180.0,
+        step_timeout_s=600.0,
+    ),
+    messages.Map(slot=3, size_bytes=4096),
+    messages.Unmap(slots=[1, 2]),
+    messages.Load(request=1, model=2, source=SOURCE),
+    messages.Unload(request=9),
+    messages.Forward(
+        request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0
+    ),
+    messages.Stop(),
+    messages.Joined(rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}),
+    messages.Loaded(request=1, fingerprint="ab" * 32, seconds=3.5),
+    messages.Unloaded(request=9),
+    messages.Done(
+        request=2,
+        num_forwards=20,
+        dtype="bfloat16",
+        shape=(2, 16, 128, 128),
+        seconds=0.061,
+        bytes_between_ranks=123,
+        bytes_written=456,
+    ),
+    messages.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_arrives_as_it_was_sent(message):
+    assert decode(encode(message)) == message
+
+
+def test_every_message_type_is_tried_above():
+    assert {type(message) for message in MESSAGES} == set(get_args(Message))
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_is_one_readable_line_of_ascii(message):
+    data = encode(message)
+    assert data.isascii()
+    assert b"\n" not in data
+    assert json.loads(data)["type"] == type(message).__name__
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00\xff\xfe garbage",
+        b"null",
+        b"[]",
+        b'"Stop"',
+        b"{}",
+        b'{"type":"Stop"',
+        b'{"type":"Reboot"}',
+        b'{"type":["Stop"]}',
+        b'{"type":"Stop","why":"x"}',
+        b'{"type":"Map","slot":1}',
+        b'{"type":"Load","request":1,"model":2,"source":{"loader":"x"}}',
+        b'{"type":"Load","request":1,"model":2,"source":7}',
+        b'{"type":"SlotRef","slot":1,"version":1,"dtype":"float32","shape":[1]}',
+        b"[" * 100_000,
+        b"9" * 5000,
+    ],
+    ids=lambda data: repr(data[:24]),
+)
+def test_anything_else_is_an_error_that_shows_its_beginning(data):
+    with pytest.raises(MessageError, match=r"^Not a message of comfy-xdit-patch: ") as caught:
+        decode(data)
+    assert repr(data[:80]) in str(caught.value)
+
+
+def test_a_cut_message_is_an_error_at_every_length():
+    data = encode(MESSAGES[5])
+    for length in range(len(data)):
+        with pytest.raises(MessageError):
+            decode(data[:length])
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_message_cannot_be_changed(message):
+    for field in dataclasses.fields(message):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(message, field.name, None)

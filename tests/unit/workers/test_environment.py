@@ -1,0 +1,149 @@
+"""What a worker inherits from the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+
+from comfy_xdit_patch.bootstrap import WORKER_MARK
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.transport.messages import Start
+from comfy_xdit_patch.workers.environment import (
+    capture_host_state,
+    restore_host_state,
+    worker_variables,
+)
+
+CPU = Device(name="cpu")
+GPU = Device(name="Card", uuid="GPU-1a2b")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def test_a_gpu_worker_sees_its_gpu_only_under_torchs_own_allocator(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    variables = worker_variables(GPU, cpu_threads=1)
+    assert variables["CUDA_VISIBLE_DEVICES"] == "GPU-1a2b"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in variables
+
+
+def test_a_cpu_worker_has_the_threads_it_was_given(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    variables = worker_variables(CPU, cpu_threads=3)
+    assert (variables["OMP_NUM_THREADS"], variables["MKL_NUM_THREADS"]) == ("3", "3")
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_every_worker_is_marked_so_that_it_does_not_start_workers_itself(device):
+    assert worker_variables(device, cpu_threads=1)[WORKER_MARK] == "1"
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_worker_does_not_join_the_job_of_another_launcher(monkeypatch, device):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "7")
+    variables = worker_variables(device, cpu_threads=1)
+    assert not set(LAUNCHER_VARIABLES) & set(variables)
+
+
+@pytest.mark.parametrize("name", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
+def test_nothing_listens_beyond_loopback_unless_the_user_says_so(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    assert worker_variables(GPU, cpu_threads=1)[name] == "lo"
+    monkeypatch.setenv(name, "eth7")
+    assert worker_variables(GPU, cpu_threads=1)[name] == "eth7"
+
+
+def test_other_variables_are_inherited_and_the_hosts_own_are_not_changed(monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/models/hf")
+    before = dict(os.environ)
+    assert worker_variables(GPU, cpu_threads=1)["HF_HOME"] == "/models/hf"
+    assert dict(os.environ) == before
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    """ComfyUI's options and the two modules that a worker imports."""
+    package = types.ModuleType("comfy")
+    monkeypatch.setitem(sys.modules, "comfy", package)
+    for name in ("options", "cli_args", "model_management", "sd"):
+        module = types.ModuleType(f"comfy.{name}")
+        setattr(package, name, module)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    package.options.args_parsing = True
+    package.options.enable_args_parsing = lambda: setattr(package.options, "enabled", True)
+    package.cli_args.args = SimpleNamespace()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["main.py", "--cpu"])
+    return package
+
+
+def test_the_hosts_plain_options_are_captured_and_the_rest_is_left_to_the_command_line(comfy):
+    comfy.cli_args.args = SimpleNamespace(
+        cpu=True,
+        reserve_vram=None,
+        listen="127.0.0.1",
+        disable=["a", "b"],
+        fast={"fp16"},
+        x=object(),
+    )
+    state = capture_host_state("/ComfyUI")
+    assert state.arguments == {
+        "cpu": True,
+        "reserve_vram": None,
+        "listen": "127.0.0.1",
+        "disable": ["a", "b"],
+    }
+    assert (state.comfyui_root, state.argv, state.parses_arguments) == (
+        "/ComfyUI",
+        ["main.py", "--cpu"],
+        True,
+    )
+    assert state.sys_path == sys.path
+    json.dumps(state.arguments)
+
+
+def start(**changes):
+    values = {
+        "comfyui_root": "/ComfyUI",
+        "sys_path": ["/ComfyUI", "/packages"],
+        "argv": ["main.py", "--bf16-unet"],
+        "parses_arguments": True,
+        "arguments": {"bf16_unet": True},
+        "num_threads": 1,
+        "world_size": 2,
+        "store_fd": 3,
+        "join_timeout_s": 1.0,
+        "step_timeout_s": 1.0,
+    }
+    return Start(**{**values, **changes})
+
+
+def test_a_worker_gets_the_hosts_search_path_command_line_and_options(comfy):
+    restore_host_state(start())
+    assert sys.path == ["/ComfyUI", "/packages"]
+    assert sys.argv == ["main.py", "--bf16-unet"]
+    assert comfy.options.enabled
+    assert comfy.cli_args.args.bf16_unet is True
+
+
+def test_comfyuis_directory_is_put_on_the_search_path_if_it_is_not_there(comfy):
+    restore_host_state(start(sys_path=["/packages"]))
+    assert sys.path == ["/ComfyUI", "/packages"]
+
+
+def test_the_command_line_is_not_parsed_where_the_host_did_not_parse_it(comfy):
+    restore_host_state(start(parses_arguments=False))
+    assert not hasattr(comfy.options, "enabled")

@@ -1,0 +1,188 @@
+"""Worker processes and their logs, with real processes where one is needed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from comfy_xdit_patch.errors import ChannelClosedError
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.transport.channel import Channel
+from comfy_xdit_patch.transport.messages import Failed, Stop
+from comfy_xdit_patch.workers.launcher import TAIL_LINES, Worker, launch_worker, make_log_dir
+
+CPU = Device(name="cpu")
+NO_PROCESS = "4194305"  # above the largest process number that Linux gives
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Return the directory that ``tempfile`` takes for the system's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def base(temporary):
+    """Return this user's directory for logs, made by an earlier host."""
+    path = temporary / f"comfy-xdit-patch-{os.getuid()}"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_logs_lie_in_a_private_directory_for_each_host(temporary):
+    log_dir = make_log_dir()
+    assert log_dir.name == str(os.getpid())
+    assert log_dir.parent.parent == temporary
+    assert (mode(log_dir), mode(log_dir.parent)) == (0o700, 0o700)
+    assert make_log_dir() == log_dir
+
+
+@pytest.mark.parametrize("bits", [0o755, 0o770, 0o707])
+def test_a_directory_that_others_can_enter_is_not_used(base, bits):
+    base.chmod(bits)
+    log_dir = make_log_dir()
+    assert base not in log_dir.parents
+    assert mode(log_dir) == 0o700
+    assert list(base.iterdir()) == []
+
+
+def test_a_link_in_place_of_the_directory_is_not_followed(temporary, tmp_path):
+    victim = tmp_path / "private"
+    (victim / NO_PROCESS).mkdir(parents=True, mode=0o700)
+    victim.chmod(0o700)
+    (victim / NO_PROCESS / "letter").touch()
+    (temporary / f"comfy-xdit-patch-{os.getuid()}").symlink_to(victim)
+    log_dir = make_log_dir()
+    assert (victim / NO_PROCESS / "letter").exists()
+    assert victim not in log_dir.resolve().parents
+
+
+def test_logs_of_hosts_that_ended_are_cleared_and_those_of_others_are_kept(base):
+    for name in (NO_PROCESS, "1", "notes"):
+        (base / name).mkdir()
+        (base / name / "worker-0.log").touch()
+    log_dir = make_log_dir()
+    assert {path.name for path in base.iterdir()} == {"1", "notes", log_dir.name}
+
+
+def test_leavings_that_cannot_be_cleared_are_no_obstacle(base):
+    (base / NO_PROCESS / "folder").mkdir(parents=True)
+    (base / "4194306").touch()
+    assert make_log_dir().is_dir()
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """``worker(code)``: a process of a bare Python in a worker's place."""
+    started = []
+
+    def make(code, log=""):
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", code])
+        theirs.close()
+        (tmp_path / "worker-0.log").write_text(log)
+        started.append(Worker(0, CPU, process, Channel(ours), tmp_path / "worker-0.log"))
+        return started[-1]
+
+    yield make
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        each.channel.close()
+
+
+def test_a_living_worker_is_alive(worker):
+    assert worker("import time; time.sleep(60)").exit_text() == "is alive"
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("raise SystemExit(3)", "ended with exit code 3"),
+        ("pass", "ended with exit code 0"),
+        ("import os; os.kill(os.getpid(), 9)", "was killed by signal 9"),
+    ],
+)
+def test_the_end_of_a_worker_is_told_in_words(worker, code, text):
+    ended = worker(code)
+    ended.process.wait(10)
+    assert ended.exit_text() == text
+
+
+def test_the_last_lines_of_a_log_are_quoted(worker):
+    lines = [f"line {n}" for n in range(TAIL_LINES + 5)]
+    tail = worker("pass", "\n".join(lines)).log_tail()
+    assert tail.split("\n") == [f"    {line}" for line in lines[5:]]
+
+
+def test_an_empty_or_a_missing_log_is_told(worker):
+    ended = worker("pass")
+    assert ended.log_tail() == "    (its log is empty)"
+    ended.log_path.unlink()
+    assert ended.log_tail().startswith("(no log: ")
+
+
+def test_bytes_in_a_log_that_are_no_text_do_not_hide_the_rest(worker):
+    ended = worker("pass")
+    ended.log_path.write_bytes(b"\xff\xfe before\nafter\n")
+    assert ended.log_tail().endswith("    after")
+
+
+def test_a_worker_that_ends_by_itself_is_waited_for(worker):
+    ending = worker("raise SystemExit(5)")
+    ending.end(grace_s=10)
+    assert ending.process.returncode == 5
+
+
+def test_a_worker_that_does_not_end_is_killed_after_the_grace(worker):
+    stubborn = worker("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)")
+    start = time.monotonic()
+    stubborn.end(grace_s=0.1)
+    assert stubborn.process.returncode == -signal.SIGKILL
+    assert time.monotonic() - start < 5
+    assert stubborn.channel.fileno() == -1
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Return a real worker process that waits for its first message."""
+    store_fd = os.memfd_create("store")
+    started = launch_worker(rank=3, device=CPU, store_fd=store_fd, cpu_threads=1, log_dir=tmp_path)
+    os.close(store_fd)
+    yield started
+    started.end(grace_s=0)
+
+
+def test_a_worker_ends_when_its_host_closes_the_channel(launched):
+    launched.channel.close()
+    assert launched.process.wait(10) == 0
+    assert "[rank 3]" in launched.log_tail()
+    assert "the host is gone" in launched.log_tail()
+
+
+def test_a_worker_that_is_told_something_else_first_reports_it_and_ends(launched):
+    launched.channel.send(Stop(), deadline_s=1)
+    reply = launched.channel.receive(deadline_s=10)
+    assert isinstance(reply, Failed)
+    assert reply.phase == "start"
+    assert launched.process.wait(10) == 1
+    with pytest.raises(ChannelClosedError):
+        launched.channel.receive(deadline_s=1)
+
+
+def test_a_workers_log_is_its_own_and_cannot_be_read_by_others(launched, tmp_path):
+    assert launched.log_path == tmp_path / "worker-3.log"
+    assert launched.rank == 3
