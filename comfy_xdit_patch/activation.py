@@ -20,12 +20,14 @@ from comfy_xdit_patch.patching.patchset import PatchSet
 from comfy_xdit_patch.patching.points import sampling_points, server_points
 from comfy_xdit_patch.patching.wrappers import Wrappers
 from comfy_xdit_patch.planning.eligibility import Pristine
-from comfy_xdit_patch.planning.topology import choose_devices
+from comfy_xdit_patch.planning.topology import Device, choose_devices
 from comfy_xdit_patch.settings import Settings, read_settings
 from comfy_xdit_patch.workers.environment import capture_host_state
 from comfy_xdit_patch.workers.pool import Pool
 
 log = logging.getLogger("comfy_xdit_patch")
+
+SWITCHED_OFF = "switched off by the settings"
 
 
 class Activation:
@@ -67,7 +69,9 @@ class Activation:
     def _activate_sampling(self, root: str) -> None:
         try:
             settings = read_settings()
-            devices = () if settings.is_off else choose_devices(settings.gpus)
+            devices = Refusal(SWITCHED_OFF) if settings.is_off else choose_devices(settings.gpus)
+            if not isinstance(devices, Refusal):
+                _check_device_kind(devices)
         except SettingsError as error:
             self.refused = str(error)
             log.error("xDiT: %s ComfyUI goes on alone.", error)
@@ -75,9 +79,6 @@ class Activation:
         if isinstance(devices, Refusal):
             self.refused = devices.reason
             log.info("xDiT: not active: %s.", devices.reason)
-            return
-        if not devices:
-            self.refused = "switched off"
             return
         pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
         host = Host(settings=settings, pool=pool, pristine=Pristine(sys.modules))
@@ -107,6 +108,21 @@ class Activation:
 
             server.routes.get("/xdit/status")(answer)
         return wrapped(*args, **kwargs)
+
+
+def _check_device_kind(devices: tuple[Device, ...]) -> None:
+    """Refuse CPU ranks under a ComfyUI on a GPU: dtypes and results would differ.
+
+    Raises:
+        SettingsError: the ranks' devices and ComfyUI's own are of different kinds.
+    """
+    import comfy.model_management
+
+    own = comfy.model_management.get_torch_device().type
+    if devices[0].is_cpu and own != "cpu":
+        raise SettingsError(
+            f"XDIT_GPUS=cpu:{len(devices)} needs ComfyUI to be started with --cpu; it uses {own}."
+        )
 
 
 ACTIVATION = Activation()

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # ``typing`` alone would cost several times what all of this does
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 # The modules that the patch points live in; a test keeps this equal to patching/points.py. They
 # are named here so that a process without ComfyUI pays for two sets and no import.
@@ -69,7 +72,6 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in self.waiting:
             return None
-        self.waiting.discard(name)
         try:
             return self._watched_spec(name, path, target)
         except Exception:  # noqa: BLE001 - the import of ComfyUI must go on without us
@@ -95,6 +97,7 @@ class _Finder:
         def exec_module(module: ModuleType) -> None:
             del loader.exec_module
             execute(module)
+            self.waiting.discard(name)
             self._module_ready(name, root)
 
         loader.exec_module = exec_module

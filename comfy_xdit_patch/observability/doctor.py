@@ -123,15 +123,18 @@ def _check_tree(root: Path) -> str | None:
         "sys.exit(None if a.sampling is not None and a.sampling.active else (a.refused or 'off'))"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("XDIT_")}
-    checked = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env={**environment, "XDIT_GPUS": "cpu:2"},
-        capture_output=True,
-        text=True,
-        timeout=CHECK_DEADLINE_S,
-        check=False,
-    )
+    try:
+        checked = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=root,
+            env={**environment, "XDIT_GPUS": "cpu:2"},
+            capture_output=True,
+            text=True,
+            timeout=CHECK_DEADLINE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"its modules were not imported within {CHECK_DEADLINE_S} s"
     if checked.returncode == 0:
         return None
     return "\n".join(checked.stderr.strip().splitlines()[-3:])
@@ -141,11 +144,13 @@ def _ask(url: str) -> list[str]:
     """Ask a running ComfyUI for its status object."""
     try:
         with urllib.request.urlopen(f"{url}/xdit/status", timeout=ASK_DEADLINE_S) as answer:
-            status: dict[str, Any] = json.load(answer)
+            status: Any = json.load(answer)
     except urllib.error.HTTPError as error:
         return [f"answers {error.code}: it runs without comfy-xdit-patch"]
     except (OSError, ValueError) as error:
         return [f"does not answer ({error})"]
+    if not isinstance(status, dict) or not {"version", "state", "reason"} <= set(status):
+        return ["answers, but not as comfy-xdit-patch does: something else listens there"]
     lines = [f"state: {status['state']}" + (f", {status['reason']}" if status["reason"] else "")]
     for rank in status.get("ranks", ()):
         lines.append(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +40,7 @@ log = logging.getLogger("comfy_xdit_patch")
 class Run:
     """One sampling run. A refusal of scope RUN holds until its end."""
 
+    outer: Run | None = None
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
     base_model: Any = None
@@ -72,20 +72,20 @@ class Host:
             self.models.remember(patcher.model, loader, path, options)
             self.pool.start()
 
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """Around one sampling run. Says one line about it at the end, if FLUX took part."""
-        run = Run()
-        token = self._run.set(run)
-        try:
-            yield
-        finally:
-            self._run.reset(token)
-            report = run.counts.report(ranks=self.pool.world_size)
-            if report.steps:
-                self.totals.runs += 1
-                self.totals.last_run = report
-                log.info("%s", summary(report, device_word=self.device_word))
+    def begin_run(self) -> Run:
+        """Begin a sampling run; runs may be nested."""
+        run = Run(outer=self._run.get())
+        self._run.set(run)
+        return run
+
+    def end_run(self, run: Run) -> None:
+        """End a sampling run, and say one line about it if FLUX took part."""
+        self._run.set(run.outer)
+        report = run.counts.report(ranks=self.pool.world_size)
+        if report.steps:
+            self.totals.runs += 1
+            self.totals.last_run = report
+            log.info("%s", summary(report, device_word=self.device_word))
 
     def forward(self, flux: Any, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """Compute one call on the workers.
@@ -194,10 +194,11 @@ class Host:
         """Everything a user or a test may want to know, as JSON."""
         pool = self.pool
         last = self.totals.last_run
+        workers = pool.workers  # Once: the keeper's thread may take them away any time.
         ranks = []
         for rank, device in enumerate(pool.devices):
             joined = pool.joined.get(rank)
-            alive = rank < len(pool.workers) and pool.workers[rank].process.poll() is None
+            alive = rank < len(workers) and workers[rank].process.poll() is None
             ranks.append(
                 {
                     "rank": rank,
@@ -205,7 +206,7 @@ class Host:
                     "device": device.name,
                     "state": "ready" if alive else pool.state.value,
                     "forwards": self.totals.num_forwards.get(rank, 0),
-                    "log": str(pool.workers[rank].log_path) if alive else None,
+                    "log": str(workers[rank].log_path) if alive else None,
                     "start_s": joined.seconds if joined else None,
                     "load_s": self.totals.load_seconds.get(rank),
                 }

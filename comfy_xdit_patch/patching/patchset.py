@@ -45,9 +45,9 @@ class PatchPoint:
         return f"{self.module}.{self.attribute}"
 
     def original(self) -> Any:
-        """The attribute below every wrapper."""
+        """What stands there now; asked before we wrap it."""
         module = importlib.import_module(self.module)
-        return inspect.unwrap(wrapt.resolve_path(module, self.attribute)[2])
+        return wrapt.resolve_path(module, self.attribute)[2]
 
     def misfit(self) -> str | None:
         """Why this point does not fit this ComfyUI, or None."""
@@ -68,6 +68,7 @@ class PatchSet:
         self.points = tuple(points)
         self.active = False
         self._is_wrapped = False
+        self._hidden: list[Any] = []
 
     def install(self) -> str | None:
         """Wrap every point, or none.
@@ -75,12 +76,14 @@ class PatchSet:
         Returns:
             Why the points do not fit this ComfyUI; None when all are in place.
         """
-        for point in self.points:
-            misfit = point.misfit()
-            if misfit is not None:
-                return misfit
         if not self._is_wrapped:
             for point in self.points:
+                misfit = point.misfit()
+                if misfit is not None:
+                    return misfit
+            for point in self.points:
+                if point.hidden_from_dynamo:
+                    self._hidden.append(point.original())
                 wrapt.wrap_object(
                     importlib.import_module(point.module),
                     point.attribute,
@@ -88,19 +91,17 @@ class PatchSet:
                     (point.wrapper, self._is_active),
                 )
             self._is_wrapped = True
-        self._mark_for_dynamo(True)
+        for original in self._hidden:
+            setattr(original, DYNAMO_MARK, True)
         self.active = True
         return None
 
     def uninstall(self) -> None:
         """Have every wrapper call straight through from now on."""
         self.active = False
-        self._mark_for_dynamo(False)
-
-    def _mark_for_dynamo(self, hidden: bool) -> None:
-        for point in self.points:
-            if point.hidden_from_dynamo:
-                setattr(point.original(), DYNAMO_MARK, hidden)
+        for original in self._hidden:
+            if hasattr(original, DYNAMO_MARK):
+                delattr(original, DYNAMO_MARK)
 
     def _is_active(self) -> bool:
         return self.active

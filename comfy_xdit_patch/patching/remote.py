@@ -30,7 +30,8 @@ from comfy_xdit_patch.transport.messages import (
     Unmap,
 )
 from comfy_xdit_patch.transport.slots import Slot, SlotTable
-from comfy_xdit_patch.workers.pool import Poll, Pool
+from comfy_xdit_patch.workers.exchange import Poll
+from comfy_xdit_patch.workers.pool import Pool
 
 # What core FLUX reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options",)
@@ -151,6 +152,8 @@ class RemoteForward:
         """New workers know no slots: begin with none."""
         if self._generation != self._pool.generation:
             self._generation = self._pool.generation
+            self._fds = self._slots.take_created()
+            self._close_fds()
             self._slots = SlotTable()
 
     def _slot_messages(self) -> list[tuple[Message, int | None]]:

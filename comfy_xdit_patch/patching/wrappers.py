@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
@@ -44,10 +43,15 @@ class Wrappers:
 
     def outer_sample(self, wrapped: Call, guider: Any, args: Any, kwargs: Any) -> Any:
         """Mark one sampling run."""
-        with ExitStack() as stack:
-            with our_faults_stay_ours("the start of a run"):
-                stack.enter_context(self._host.run())
+        run = None
+        with our_faults_stay_ours("the start of a run"):
+            run = self._host.begin_run()
+        try:
             return wrapped(*args, **kwargs)
+        finally:
+            if run is not None:
+                with our_faults_stay_ours("the end of a run"):
+                    self._host.end_run(run)
 
     def load_diffusion_model(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a diffusion model came from."""
@@ -89,4 +93,5 @@ class Wrappers:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         named = dict(call.arguments)
-        return {**named, **named.pop("kwargs", {})}
+        more = named.pop("kwargs", {})
+        return {**named, **more}

@@ -33,8 +33,10 @@ def choose_devices(request: DeviceRequest) -> tuple[Device, ...] | Refusal:
     Returns:
         A refusal when the machine has nothing to offer and the user asked for nothing special.
 
+    UUIDs are taken as they are: a worker may use a GPU that is hidden from this process.
+
     Raises:
-        SettingsError: the user named GPUs that this process does not see.
+        SettingsError: the user gave indices of GPUs that this process does not see.
     """
     if not sys.platform.startswith("linux"):
         return Refusal(f"xDiT needs Linux; this is {sys.platform}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 SAMPLE_ELEMENTS = 16
-_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 class ForeignTensorError(TypeError):

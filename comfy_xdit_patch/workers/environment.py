@@ -79,6 +79,8 @@ def restore_host_state(start: Start) -> None:
 
     for name, value in start.arguments.items():
         setattr(comfy.cli_args.args, name, value)
+    if start.num_threads is not None:
+        comfy.cli_args.args.cpu = True
     import comfy.model_management
     import comfy.sd
 
@@ -101,6 +103,7 @@ def worker_variables(device: Device, *, cpu_threads: int) -> dict[str, str]:
     if device.uuid is None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             variables[name] = str(cpu_threads)
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     else:
         variables["CUDA_VISIBLE_DEVICES"] = device.uuid
         variables.pop("PYTORCH_CUDA_ALLOC_CONF", None)

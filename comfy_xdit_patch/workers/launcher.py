@@ -8,6 +8,7 @@ The seam for other launchers: a pool needs nothing of a worker but what ``Worker
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from comfy_xdit_patch.workers.environment import worker_variables
 
 TAIL_LINES = 12
 GRACE_S = 4.0
+LOG_PREFIX = "comfy-xdit-patch-"
 
 
 @dataclass(slots=True)
@@ -89,16 +91,13 @@ def launch_worker(
 
 
 def make_log_dir() -> Path:
-    """Return a private directory for this host's worker logs; clear those of ended hosts."""
-    base = Path(tempfile.gettempdir()) / f"comfy-xdit-patch-{os.getuid()}"
-    base.mkdir(mode=0o700, exist_ok=True)
-    if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
-        return Path(tempfile.mkdtemp(prefix="comfy-xdit-patch-"))
-    for old in base.iterdir():
-        if old.name.isdigit() and not Path(f"/proc/{old.name}").exists():
-            for file in old.iterdir():
-                file.unlink(missing_ok=True)
-            old.rmdir()
-    log_dir = base / str(os.getpid())
-    log_dir.mkdir(mode=0o700, exist_ok=True)
-    return log_dir
+    """Make a private directory for this host's worker logs; clear away those of ended hosts.
+
+    The name cannot be foreseen, so nobody can put a link or a directory of theirs in its place.
+    """
+    base = Path(tempfile.gettempdir())
+    for old in base.glob(f"{LOG_PREFIX}*"):
+        pid = old.name.removeprefix(LOG_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{LOG_PREFIX}{os.getpid()}-"))

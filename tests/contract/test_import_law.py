@@ -25,6 +25,7 @@ MAX_LINES = 250
 IMPORTERS = {
     "wrapt": {"patching/patchset.py"},
     "comfy": {
+        "activation.py",
         "engine/engine.py",
         "patching/boundary.py",
         "patching/host.py",

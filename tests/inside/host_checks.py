@@ -167,11 +167,13 @@ def disturbed_call(path: str, out: str, kind: str) -> dict[str, Any]:
             with torch.inference_mode(False), torch.no_grad():
                 weight.mul_(0.5)
     if kind == "attention override":
+
         def override(function: Any, *args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
         return _call(path, out, optimized_attention_override=override)
     if kind == "block patch":
+
         def replace(args: Any, extra: Any) -> Any:
             return extra["original_block"](args)
 
@@ -193,7 +195,8 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.host:Host.forward",
     "comfy_xdit_patch.patching.host:Host._forward",
     "comfy_xdit_patch.patching.host:Host._prepare_model",
-    "comfy_xdit_patch.patching.host:Host.run",
+    "comfy_xdit_patch.patching.host:Host.begin_run",
+    "comfy_xdit_patch.patching.host:Host.end_run",
     "comfy_xdit_patch.patching.host:_workload",
     "comfy_xdit_patch.patching.host:plan_call",
     "comfy_xdit_patch.patching.host:check_arguments",
@@ -211,8 +214,8 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.transport.slots:SlotTable.result_slot",
     "comfy_xdit_patch.workers.pool:Pool.wait_until_ready",
     "comfy_xdit_patch.workers.pool:Pool.request",
-    "comfy_xdit_patch.workers.pool:Pool._collect",
-    "comfy_xdit_patch.workers.pool:Pool._send_all",
+    "comfy_xdit_patch.workers.exchange:Exchange._collect",
+    "comfy_xdit_patch.workers.exchange:Exchange._send_all",
 )
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     comfy.options.enable_args_parsing()
     import comfy.sample
     import comfy.samplers
-    import comfy.sd  # noqa: F401
+    import comfy.sd
 
     sys.path.append(str(bodies))
     replies.write(json.dumps({"result": "ready"}) + "\n")

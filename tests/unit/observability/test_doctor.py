@@ -98,6 +98,7 @@ def test_a_server_without_the_package_is_told_from_one_that_is_off(installed, se
 def test_a_running_comfyui_is_asked_for_its_status(installed, server):
     rank = {"rank": 0, "pid": 42, "device": "cpu", "state": "ready", "forwards": 7}
     status = {
+        "version": "0.1.0",
         "state": "ready",
         "reason": None,
         "ranks": [rank],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
 
@@ -40,11 +39,12 @@ class Host:
             raise self.answer
         return self.answer
 
-    @contextmanager
-    def run(self):
+    def begin_run(self):
         self.seen.append("begin")
-        yield
-        self.seen.append("end")
+        return "run"
+
+    def end_run(self, run):
+        self.seen.append(f"end of {run}")
 
     def model_loaded(self, patcher, loader, path, options):
         self.seen.append((patcher, loader, path, options))
@@ -59,7 +59,7 @@ class FaultyHost(Host):
     def forward(self, flux, arguments):
         raise RuntimeError("planted")
 
-    def run(self):
+    def begin_run(self):
         raise RuntimeError("planted")
 
     def model_loaded(self, *_):
@@ -70,9 +70,7 @@ class FaultyHost(Host):
 
 
 class HostThatFailsAtTheEnd(Host):
-    @contextmanager
-    def run(self):
-        yield
+    def end_run(self, run):
         raise RuntimeError("planted")
 
 
@@ -198,6 +196,7 @@ def test_a_run_ends_also_when_sampling_raises(comfy):
     with pytest.raises(KeyError) as caught:
         Wrappers(host).outer_sample(outer_sample, None, (), {})
     assert caught.value is error
+    assert host.seen == ["begin", "end of run"]
 
 
 def test_a_models_file_and_options_are_noted(comfy):

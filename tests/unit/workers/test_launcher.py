@@ -17,7 +17,13 @@ from comfy_xdit_patch.errors import ChannelClosedError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import Failed, Stop
-from comfy_xdit_patch.workers.launcher import TAIL_LINES, Worker, launch_worker, make_log_dir
+from comfy_xdit_patch.workers.launcher import (
+    LOG_PREFIX,
+    TAIL_LINES,
+    Worker,
+    launch_worker,
+    make_log_dir,
+)
 
 CPU = Device(name="cpu")
 NO_PROCESS = "4194305"  # above the largest process number that Linux gives
@@ -30,57 +36,40 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def base(temporary):
-    """Return this user's directory for logs, made by an earlier host."""
-    path = temporary / f"comfy-xdit-patch-{os.getuid()}"
-    path.mkdir(mode=0o700)
-    return path
-
-
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_logs_lie_in_a_private_directory_for_each_host(temporary):
-    log_dir = make_log_dir()
-    assert log_dir.name == str(os.getpid())
-    assert log_dir.parent.parent == temporary
-    assert (mode(log_dir), mode(log_dir.parent)) == (0o700, 0o700)
-    assert make_log_dir() == log_dir
+def test_logs_lie_in_a_private_directory_of_their_own(temporary):
+    first, second = make_log_dir(), make_log_dir()
+    assert first != second
+    for log_dir in (first, second):
+        assert log_dir.parent == temporary
+        assert log_dir.name.startswith(f"{LOG_PREFIX}{os.getpid()}-")
+        assert mode(log_dir) == 0o700
 
 
-@pytest.mark.parametrize("bits", [0o755, 0o770, 0o707])
-def test_a_directory_that_others_can_enter_is_not_used(base, bits):
-    base.chmod(bits)
-    log_dir = make_log_dir()
-    assert base not in log_dir.parents
-    assert mode(log_dir) == 0o700
-    assert list(base.iterdir()) == []
-
-
-def test_a_link_in_place_of_the_directory_is_not_followed(temporary, tmp_path):
+def test_a_link_in_place_of_a_directory_is_not_followed(temporary, tmp_path):
     victim = tmp_path / "private"
-    (victim / NO_PROCESS).mkdir(parents=True, mode=0o700)
-    victim.chmod(0o700)
-    (victim / NO_PROCESS / "letter").touch()
-    (temporary / f"comfy-xdit-patch-{os.getuid()}").symlink_to(victim)
-    log_dir = make_log_dir()
-    assert (victim / NO_PROCESS / "letter").exists()
-    assert victim not in log_dir.resolve().parents
+    victim.mkdir()
+    (victim / "letter").touch()
+    (temporary / f"{LOG_PREFIX}{NO_PROCESS}-x").symlink_to(victim)
+    make_log_dir()
+    assert (victim / "letter").exists()
 
 
-def test_logs_of_hosts_that_ended_are_cleared_and_those_of_others_are_kept(base):
+def test_logs_of_hosts_that_ended_are_cleared_and_those_of_others_are_kept(temporary):
     for name in (NO_PROCESS, "1", "notes"):
-        (base / name).mkdir()
-        (base / name / "worker-0.log").touch()
+        (temporary / f"{LOG_PREFIX}{name}-x").mkdir()
+        (temporary / f"{LOG_PREFIX}{name}-x" / "worker-0.log").touch()
     log_dir = make_log_dir()
-    assert {path.name for path in base.iterdir()} == {"1", "notes", log_dir.name}
+    left = {path.name for path in temporary.iterdir()}
+    assert left == {f"{LOG_PREFIX}1-x", f"{LOG_PREFIX}notes-x", log_dir.name}
 
 
-def test_leavings_that_cannot_be_cleared_are_no_obstacle(base):
-    (base / NO_PROCESS / "folder").mkdir(parents=True)
-    (base / "4194306").touch()
+def test_leavings_that_cannot_be_cleared_are_no_obstacle(temporary):
+    (temporary / f"{LOG_PREFIX}{NO_PROCESS}-x").touch()
+    (temporary / f"{LOG_PREFIX}{NO_PROCESS}-y" / "folder").mkdir(parents=True)
     assert make_log_dir().is_dir()
 
 

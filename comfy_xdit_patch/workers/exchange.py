@@ -1,0 +1,103 @@
+"""Requests to one generation of workers, and their replies.
+
+Runs in: host process. One request at a time; ``pool.py`` sees to that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from comfy_xdit_patch.errors import ChannelClosedError, WorkerError
+from comfy_xdit_patch.transport.channel import wait_readable
+from comfy_xdit_patch.transport.messages import Failed, Message, Reply
+from comfy_xdit_patch.workers.launcher import Worker
+from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, failure_text
+
+BLAME_S = 0.05
+
+Poll = Callable[[], None]
+"""Called about every 20 ms in a wait; an exception it raises (an interrupt) ends the wait."""
+
+
+class Exchange:
+    """Every rank gets every request; a request is answered when every rank has answered."""
+
+    def __init__(self, workers: Sequence[Worker], *, step_timeout_s: float) -> None:
+        self._workers = tuple(workers)
+        self._step_timeout_s = step_timeout_s
+        self._request = 0
+        self._outstanding: set[int] = set()
+        self.bytes_sent = 0
+
+    def settle(self, poll: Poll) -> None:
+        """Wait for the replies to a request that the user interrupted."""
+        self._collect(poll)
+
+    def request(
+        self,
+        message: Callable[[int], Message],
+        *,
+        before: Sequence[tuple[Message, int | None]],
+        poll: Poll,
+    ) -> list[Reply]:
+        """Send messages and a request to every rank; return the replies in rank order.
+
+        Args:
+            message: makes the request from its number.
+            before: messages without a reply to send first, with file descriptors beside them.
+
+        Raises:
+            WorkerError: a rank failed, died or hung.
+            DeadlineExceededError: a rank does not read.
+        """
+        self._request += 1
+        for extra, fd in before:
+            self._send_all(extra, fd)
+        self._send_all(message(self._request), None)
+        self._outstanding = {worker.rank for worker in self._workers}
+        replies = self._collect(poll)
+        return [replies[rank] for rank in sorted(replies)]
+
+    def _send_all(self, message: Message, fd: int | None) -> None:
+        for worker in self._workers:
+            try:
+                self.bytes_sent += worker.channel.send(message, deadline_s=SEND_DEADLINE_S, fd=fd)
+            except ChannelClosedError:
+                raise WorkerError(death_text(worker, "between steps")) from None
+
+    def _collect(self, poll: Poll) -> dict[int, Reply]:
+        """Wait until no reply is outstanding; return those to the latest request."""
+        replies: dict[int, Reply] = {}
+        by_channel = {worker.channel: worker for worker in self._workers}
+        end = time.monotonic() + self._step_timeout_s
+        while self._outstanding:
+            waiting = [w.channel for w in self._workers if w.rank in self._outstanding]
+            for channel in wait_readable(waiting, timeout_s=POLL_S):
+                worker = by_channel[channel]
+                reply = self._read(worker)
+                if reply is not None and getattr(reply, "request", None) == self._request:
+                    replies[worker.rank] = reply  # type: ignore[assignment]
+                    self._outstanding.discard(worker.rank)
+            if time.monotonic() > end and self._outstanding:
+                ranks = ", ".join(str(rank) for rank in sorted(self._outstanding))
+                raise WorkerError(
+                    f"Rank {ranks} did not answer within XDIT_STEP_TIMEOUT="
+                    f"{self._step_timeout_s:g} s."
+                )
+            poll()
+        return replies
+
+    def _read(self, worker: Worker) -> Message | None:
+        try:
+            message = worker.channel.poll()
+        except ChannelClosedError:
+            raise WorkerError(death_text(worker, "during a request")) from None
+        if isinstance(message, Failed):
+            # A rank whose peer died fails in its collective and may be heard first: name the dead.
+            time.sleep(BLAME_S)
+            for other in self._workers:
+                if other is not worker and other.process.poll() not in (None, 1):
+                    raise WorkerError(death_text(other, "during a request"))
+            raise WorkerError(failure_text(worker, message))
+        return message

@@ -1,0 +1,123 @@
+"""Start one worker for each device and wait until all have joined: all or none.
+
+Runs in: host process, in the keeper's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_xdit_patch.errors import ChannelClosedError, WorkerError, XditError
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.transport.channel import Channel, wait_readable
+from comfy_xdit_patch.transport.messages import Failed, Joined, Start
+from comfy_xdit_patch.workers.environment import HostState
+from comfy_xdit_patch.workers.launcher import Worker, launch_worker
+
+SEND_DEADLINE_S = 10.0
+POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Workers that have all joined, in rank order."""
+
+    workers: tuple[Worker, ...]
+    joined: dict[int, Joined]
+    seconds: float
+
+
+def start_workers(
+    devices: Sequence[Device], *, host_state: HostState, settings: Settings, log_dir: Path
+) -> Team:
+    """Start all ranks at once, then wait for all of them under one deadline.
+
+    Raises:
+        WorkerError: a rank is missing; none is left running. The text names rank, phase and
+            cause, or the last lines of its log.
+    """
+    begin = time.monotonic()
+    workers: list[Worker] = []
+    store_fd = os.memfd_create("comfy-xdit-store")
+    try:
+        for rank, device in enumerate(devices):
+            workers.append(
+                launch_worker(
+                    rank=rank,
+                    device=device,
+                    store_fd=store_fd,
+                    cpu_threads=settings.cpu_threads,
+                    log_dir=log_dir,
+                )
+            )
+        for worker in workers:
+            start = Start(
+                comfyui_root=host_state.comfyui_root,
+                sys_path=host_state.sys_path,
+                argv=host_state.argv,
+                parses_arguments=host_state.parses_arguments,
+                arguments=host_state.arguments,
+                num_threads=settings.cpu_threads if worker.device.is_cpu else None,
+                world_size=len(devices),
+                store_fd=store_fd,
+                join_timeout_s=settings.start_timeout_s,
+                step_timeout_s=settings.step_timeout_s,
+            )
+            worker.channel.send(start, deadline_s=SEND_DEADLINE_S)
+        joined = _join_all(workers, begin + settings.start_timeout_s, settings.start_timeout_s)
+    except (XditError, OSError) as error:
+        for worker in workers:
+            worker.end(grace_s=0)
+        raise WorkerError(f"The workers did not start. {error}") from None
+    finally:
+        os.close(store_fd)
+    return Team(tuple(workers), joined, time.monotonic() - begin)
+
+
+def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[int, Joined]:
+    joined: dict[int, Joined] = {}
+    by_channel: dict[Channel, Worker] = {worker.channel: worker for worker in workers}
+    while len(joined) < len(workers):
+        missing = [worker for worker in workers if worker.rank not in joined]
+        for channel in wait_readable([w.channel for w in missing], timeout_s=POLL_S):
+            worker = by_channel[channel]
+            try:
+                message = channel.poll()
+            except ChannelClosedError:
+                raise WorkerError(death_text(worker, "during its start")) from None
+            if isinstance(message, Failed):
+                raise WorkerError(failure_text(worker, message))
+            if isinstance(message, Joined):
+                joined[worker.rank] = message
+        if time.monotonic() > end and len(joined) < len(workers):
+            late = [worker for worker in workers if worker.rank not in joined]
+            names = ", ".join(f"rank {worker.rank}" for worker in late)
+            raise WorkerError(
+                f"{names} did not join within XDIT_START_TIMEOUT={timeout_s:g} s. "
+                f"Last lines of {late[0].log_path}:\n{late[0].log_tail()}"
+            )
+    return joined
+
+
+def death_text(worker: Worker, when: str) -> str:
+    """Say how a worker ended."""
+    with contextlib.suppress(Exception):  # The channel closes a moment before the process ends.
+        worker.process.wait(timeout=1.0)
+    return (
+        f"Rank {worker.rank} (pid {worker.process.pid}, {worker.device.name}) "
+        f"{worker.exit_text()} {when}. Last lines of {worker.log_path}:\n{worker.log_tail()}"
+    )
+
+
+def failure_text(worker: Worker, message: Failed) -> str:
+    """Say what a worker reported of its own failure."""
+    return (
+        f"Rank {worker.rank} ({worker.device.name}) failed in {message.phase}: "
+        f"{message.error}\nTraceback from rank {worker.rank}:\n{message.traceback}"
+    )

@@ -1,0 +1,137 @@
+"""Write the pages of docs/ that are made from code: settings.md and patch-points.md.
+
+Runs in: a process of its own, with torch and wrapt installed; ComfyUI is not needed.
+
+    python docs/generate.py            write the pages
+    python docs/generate.py --check    compare only; exit status 1 and their names if they differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+PACKAGE = "comfy_xdit_patch"
+MADE = (
+    "<!-- Made by docs/generate.py from {source}. Do not edit: change the source, run it again. -->"
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or compare all pages; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare only")
+    is_check = parser.parse_args(arguments).check
+    use_this_checkout()
+    stale = []
+    for name, text in pages().items():
+        path = DOCS / name
+        if path.exists() and path.read_text() == text:
+            continue
+        stale.append(name)
+        if not is_check:
+            path.write_text(text)
+    verb = "differ from the code; run docs/generate.py" if is_check else "written"
+    if stale:
+        sys.stdout.write(f"{', '.join(stale)}: {verb}\n")
+    return 1 if is_check and stale else 0
+
+
+def use_this_checkout() -> None:
+    """Import the package from beside this folder, even where the interpreter started another."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+        del sys.modules[name]
+    sys.path.insert(0, str(DOCS.parent))
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each page by its file name."""
+    return {"settings.md": settings_page(), "patch-points.md": patch_points_page()}
+
+
+def settings_page() -> str:
+    """Return the page of all XDIT_* variables."""
+    from comfy_xdit_patch.settings import VARIABLES
+
+    lines = [
+        MADE.format(source="comfy_xdit_patch/settings.py"),
+        "",
+        "# Settings",
+        "",
+        "Environment variables of the ComfyUI process, read once when ComfyUI's modules are",
+        "imported. A wrong value, or an `XDIT_` name that is not in this table, is one error in",
+        "the log, and ComfyUI runs as if the package were not there.",
+        "",
+        "| variable | default | legal values |",
+        "|---|---|---|",
+        *(f"| `{v.name}` | `{v.default}` | {_cell(v.legal)} |" for v in VARIABLES),
+    ]
+    for variable in VARIABLES:
+        lines += ["", f"## {variable.name}", "", variable.meaning]
+    return "\n".join(lines) + "\n"
+
+
+class NoWrappers:
+    """Stands for ``patching.wrappers.Wrappers``: every wrapper of it does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _no_wrapper
+
+
+def _no_wrapper(*_: Any) -> None:
+    return None
+
+
+def patch_points_page() -> str:
+    """Return the page of every attribute of ComfyUI that is touched."""
+    from comfy_xdit_patch.patching.points import sampling_points, server_points
+
+    stand_in: Any = NoWrappers()
+    lines = [
+        MADE.format(source="comfy_xdit_patch/patching/points.py"),
+        "",
+        "# Patch points",
+        "",
+        "Every attribute of ComfyUI that the package wraps, and why. Classes are never replaced.",
+        "A set of points is applied as a whole or not at all: if one attribute is missing or",
+        "lacks a parameter named here, ComfyUI stays as it is and the log names the misfit. A",
+        "wrapper that is switched off stays where it is and calls straight through. With",
+        "`XDIT_STRATEGY=off` or `XDIT_GPUS=0` nothing is wrapped.",
+        "",
+        "## Sampling",
+        "",
+        *_points_table(sampling_points(stand_in)),
+        "",
+        "## Server",
+        "",
+        "A set of its own: without it there is no status route, and sampling is parallel all the",
+        "same.",
+        "",
+        *_points_table(server_points(_no_wrapper)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _points_table(points: Any) -> list[str]:
+    lines = ["| attribute | parameters it must have | why |", "|---|---|---|"]
+    for point in points:
+        parameters = ", ".join(f"`{name}`" for name in sorted(point.parameters)) or "(any)"
+        why = point.reason
+        if point.hidden_from_dynamo:
+            why += " Hidden from Dynamo, so that a compiled model is reached too."
+        lines.append(f"| `{point.name}` | {parameters} | {_cell(why)} |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
