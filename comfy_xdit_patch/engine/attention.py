@@ -82,14 +82,22 @@ class UlyssesAttention:
     def _tokens_for_heads(self, *qkv_BHLK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Exchange (B, H, L, K) for (B, G, S, K), q, k and v in one all-to-all."""
         batch, _, length, width = qkv_BHLK[0].shape
-        stacked_LTBHK = torch.stack([t.permute(2, 0, 1, 3) for t in qkv_BHLK], dim=1)
-        chunks = [stacked_LTBHK[:, :, :, start:end] for start, end in self._head_bounds]
         row = len(qkv_BHLK) * batch * width
+        sent = [length * row * heads for heads in self._heads]
+        wire = qkv_BHLK[0].new_empty(sum(sent))
+        # Each head range of q, k and v is copied once, straight to its place on the wire.
+        for (start, end), chunk in zip(self._head_bounds, torch.split(wire, sent), strict=True):
+            torch.stack(
+                [t[:, start:end].permute(2, 0, 1, 3) for t in qkv_BHLK],
+                dim=1,
+                out=chunk.view(length, len(qkv_BHLK), batch, end - start, width),
+            )
         received = self._all_to_all(
-            torch.cat([chunk.reshape(-1) for chunk in chunks]),
-            sent=[length * row * heads for heads in self._heads],
+            wire,
+            sent=sent,
             received=[tokens * row * self._heads[self._index] for tokens in self._tokens],
         )
+        del wire, chunk
         # Shards follow each other along S, so what arrives is whole already, in rank order.
         whole_STBGK = received.view(
             sum(self._tokens), len(qkv_BHLK), batch, self._heads[self._index], width

@@ -63,6 +63,10 @@ class Totals:
     bytes_between_ranks: int = 0
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    """What each rank needed for the last step, from the message to the written result."""
+    host_step_seconds: float | None = None
+    """What the last step took in the host. The difference is transport and wake-up."""
     last_loss_unix_s: float | None = None
     """When a worker was last lost and its step handed back to ComfyUI."""
     last_run: RunReport | None = None
@@ -81,6 +85,7 @@ class Totals:
                 "from_workers": self.bytes_from_workers,
                 "between_ranks": self.bytes_between_ranks,
             },
+            "last_step_s": {"host": self.host_step_seconds, "ranks": dict(self.step_seconds)},
             "last_loss_unix_s": self.last_loss_unix_s,
             "last_run": None
             if last is None

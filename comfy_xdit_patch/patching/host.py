@@ -105,7 +105,8 @@ class Host:
         with self._lock:
             outcome = run.refusal or self._forward(flux, arguments, run)
         if not isinstance(outcome, Refusal):
-            run.counts.parallel_seconds.append(time.perf_counter() - begin)
+            self.totals.host_step_seconds = time.perf_counter() - begin
+            run.counts.parallel_seconds.append(self.totals.host_step_seconds)
             self.totals.steps_parallel += 1
             return outcome
         if outcome.scope is Scope.RUN:

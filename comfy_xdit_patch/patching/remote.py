@@ -114,6 +114,7 @@ class RemoteForward:
         result = self._slots.result_slot(num_results * torch.float32.itemsize)
 
         def prepare() -> Sequence[tuple[Message, int | None]]:
+            self._slots.begin_call()
             for name in CARRIED_ARGUMENTS:
                 if name in arguments:
                     tree[name] = self._slots.place(name, arguments[name])
@@ -125,21 +126,29 @@ class RemoteForward:
             }
             return self._slot_messages()
 
-        try:
-            replies = self._pool.request(
-                lambda number: Forward(
-                    request=number,
-                    model=known.number,
-                    batch_degree=plan.batch_degree,
-                    ulysses_degree=plan.ulysses_degree,
-                    arguments=tree,
-                    result=result.number,
-                ),
-                poll=poll,
-                prepare=prepare,
-            )
-        finally:
-            self._close_fds()
+        is_proved = False
+
+        def prove() -> None:
+            nonlocal is_proved
+            is_proved = self._slots.prove()
+
+        while not is_proved:
+            try:
+                replies = self._pool.request(
+                    lambda number: Forward(
+                        request=number,
+                        model=known.number,
+                        batch_degree=plan.batch_degree,
+                        ulysses_degree=plan.ulysses_degree,
+                        arguments=tree,
+                        result=result.number,
+                    ),
+                    poll=poll,
+                    prepare=prepare,
+                    meanwhile=prove,
+                )
+            finally:
+                self._close_fds()
         self._count(replies)
         self._totals.bytes_to_workers += self._slots.bytes_written - written
         self._totals.bytes_to_workers += self._pool.control_bytes - control
@@ -174,6 +183,7 @@ class RemoteForward:
     def _count(self, replies: Sequence[Any]) -> None:
         for rank, reply in enumerate(replies):
             self._totals.num_forwards[rank] = reply.num_forwards
+            self._totals.step_seconds[rank] = reply.seconds
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
 

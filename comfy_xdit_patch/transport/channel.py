@@ -41,14 +41,17 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Message, *, deadline_s: float, fd: int | None = None) -> int:
-        """Send one message, with a file descriptor beside it or not; return its bytes.
+        """Send one message, with a file descriptor beside it or not; return its bytes."""
+        return self.send_frame(frame_of(message), deadline_s=deadline_s, fd=fd)
+
+    def send_frame(self, data: bytes, *, deadline_s: float, fd: int | None = None) -> int:
+        """Send a message that is encoded already; several channels may be given the same.
 
         Raises:
             ChannelClosedError: the other end is gone.
             DeadlineExceededError: the other end does not read.
         """
-        body = encode(message)
-        frame = memoryview(_LENGTH.pack(len(body)) + body)
+        frame = memoryview(data)
         end = time.monotonic() + deadline_s
         sent = 0
         while sent < len(frame):
@@ -132,6 +135,12 @@ class Channel:
         remaining = end - time.monotonic()
         if remaining <= 0 or not poller.poll(max(remaining * 1000, 1)):
             raise DeadlineExceededError(f"No progress in {what} before the deadline.")
+
+
+def frame_of(message: Message) -> bytes:
+    """Encode a message as it travels."""
+    body = encode(message)
+    return _LENGTH.pack(len(body)) + body
 
 
 def wait_readable(channels: Iterable[Channel], *, timeout_s: float) -> list[Channel]:

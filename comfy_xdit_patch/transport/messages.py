@@ -207,8 +207,10 @@ _TYPES: dict[str, type[Any]] = {
 
 def encode(message: Message) -> bytes:
     """Turn a message into bytes."""
-    body = {"type": type(message).__name__, **asdict(message)}
-    return json.dumps(body, separators=(",", ":")).encode()
+    body: dict[str, Any] = {"type": type(message).__name__}
+    for name in message.__slots__:  # Not ``asdict``, which copies the whole tree of a call.
+        body[name] = getattr(message, name)
+    return json.dumps(body, separators=(",", ":"), default=asdict).encode()
 
 
 def decode(data: bytes) -> Message:

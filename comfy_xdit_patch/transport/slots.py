@@ -11,7 +11,8 @@ Facts that shape this file.
     A slot is an anonymous file (memfd): no name in /dev/shm, no limit of /dev/shm, and the kernel
         frees it when the last process that maps it ends, however that process ends.
     ComfyUI makes new conditioning tensors for every step, so identity says nothing: bytes are
-        compared. A changed latent differs within the first bytes, which ends the comparison.
+        compared. The first and last ones choose the slot; the rest is compared while the workers
+        compute already, and a call that turns out to have trusted wrongly is made again.
     The host writes only while no worker computes, so slots need no lock.
 """
 
@@ -28,6 +29,7 @@ import torch
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.messages import SlotRef, Tree
 
+PROBE_BYTES = 4096
 SLOTS_A_PATH = 4
 """How many tensors of one argument are kept: cond and uncond of two regions."""
 
@@ -68,14 +70,26 @@ class _Entry:
     device_copy: torch.Tensor | None = None
     last_used: int = 0
 
-    def holds(self, tensor: torch.Tensor) -> bool:
+    def seems_to_hold(self, tensor: torch.Tensor) -> bool:
+        """Compare kind and shape, and the first and last bytes."""
         if self.dtype != tensor.dtype or self.shape != tuple(tensor.shape):
             return False
         if tensor.device.type != "cpu":
+            return self.holds(tensor)
+        num_bytes = min(PROBE_BYTES, tensor.nbytes)
+        last = tensor.nbytes - num_bytes
+        return self._same(tensor, 0, num_bytes) and self._same(tensor, last, num_bytes)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Compare everything."""
+        if tensor.device.type != "cpu":
             # Compared where the tensor lives: reading it back would cost more than sending it.
             return self.device_copy is not None and torch.equal(self.device_copy, tensor)
-        here = self.slot.view(tensor.dtype, self.shape)
-        return bool(_memcmp(here.data_ptr(), tensor.data_ptr(), tensor.nbytes) == 0)
+        return self._same(tensor, 0, tensor.nbytes)
+
+    def _same(self, tensor: torch.Tensor, start: int, num_bytes: int) -> bool:
+        here = self.slot.view(tensor.dtype, self.shape).data_ptr() + start
+        return bool(_memcmp(here, tensor.data_ptr() + start, num_bytes) == 0)
 
 
 class SlotTable:
@@ -85,6 +99,7 @@ class SlotTable:
         self._entries: dict[str, list[_Entry]] = {}
         self._created: list[tuple[Slot, int]] = []
         self._dropped: list[int] = []
+        self._unproved: list[tuple[_Entry, torch.Tensor]] = []
         self._num_slots = 0
         self._clock = 0
         self.bytes_written = 0
@@ -108,6 +123,22 @@ class SlotTable:
             return {key: self.place(f"{path}.{key}", item) for key, item in value.items()}
         raise UncarriedArgumentError(f"{path} is a {type(value).__name__}")
 
+    def begin_call(self) -> None:
+        """Forget what an earlier call left unproved because it was never sent."""
+        self._unproved.clear()
+
+    def prove(self) -> bool:
+        """Compare the rest of every tensor that was taken to be in its slot already.
+
+        Returns:
+            False: one was not. Its slot is given up, and the call must be placed and made again.
+        """
+        unproved, self._unproved = self._unproved, []
+        wrong = [entry for entry, tensor in unproved if not entry.holds(tensor)]
+        for entry in wrong:
+            entry.dtype = None
+        return not wrong
+
     def result_slot(self, size_bytes: int) -> Slot:
         """Return the slot for results, large enough."""
         return self._entry_for("result", size_bytes, max_entries=1).slot
@@ -127,8 +158,10 @@ class SlotTable:
             raise UncarriedArgumentError(f"{path} is a {type(tensor).__name__}")
         tensor = tensor.detach().contiguous()
         self._clock += 1
-        entry = next((e for e in self._entries.get(path, ()) if e.holds(tensor)), None)
-        if entry is None:
+        entry = next((e for e in self._entries.get(path, ()) if e.seems_to_hold(tensor)), None)
+        if entry is not None:
+            self._unproved.append((entry, tensor))
+        else:
             entry = self._entry_for(path, max(tensor.nbytes, 1), max_entries=SLOTS_A_PATH)
             entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
             entry.version += 1

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from comfy_xdit_patch.errors import ChannelClosedError, WorkerError
-from comfy_xdit_patch.transport.channel import wait_readable
+from comfy_xdit_patch.transport.channel import frame_of, wait_readable
 from comfy_xdit_patch.transport.messages import Failed, Message, Reply
 from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, failure_text
@@ -39,6 +39,7 @@ class Exchange:
         message: Callable[[int], Message],
         *,
         before: Sequence[tuple[Message, int | None]],
+        meanwhile: Callable[[], None],
         poll: Poll,
     ) -> list[Reply]:
         """Send messages and a request to every rank; return the replies in rank order.
@@ -46,6 +47,7 @@ class Exchange:
         Args:
             message: makes the request from its number.
             before: messages without a reply to send first, with file descriptors beside them.
+            meanwhile: runs once while the workers are at it.
 
         Raises:
             WorkerError: a rank failed, died or hung.
@@ -56,13 +58,17 @@ class Exchange:
             self._send_all(extra, fd)
         self._send_all(message(self._request), None)
         self._outstanding = {worker.rank for worker in self._workers}
+        meanwhile()
         replies = self._collect(poll)
         return [replies[rank] for rank in sorted(replies)]
 
     def _send_all(self, message: Message, fd: int | None) -> None:
+        frame = frame_of(message)
         for worker in self._workers:
             try:
-                self.bytes_sent += worker.channel.send(message, deadline_s=SEND_DEADLINE_S, fd=fd)
+                self.bytes_sent += worker.channel.send_frame(
+                    frame, deadline_s=SEND_DEADLINE_S, fd=fd
+                )
             except ChannelClosedError:
                 raise WorkerError(death_text(worker, "between steps")) from None
 

@@ -123,6 +123,7 @@ class Pool:
         *,
         poll: Poll,
         prepare: Callable[[], Sequence[tuple[Message, int | None]]] = lambda: (),
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Reply]:
         """Send a request to every rank and return the replies in rank order.
 
@@ -130,6 +131,7 @@ class Pool:
             message: makes the request from its number, after ``prepare`` ran.
             prepare: runs when no worker is computing any more, so that it may write to shared
                 slots; returns messages to send first, with the file descriptors beside them.
+            meanwhile: runs once while the workers are at it; must not write to shared slots.
 
         Raises:
             WorkerError: a rank failed, died or hung. All workers have been ended.
@@ -142,7 +144,9 @@ class Pool:
                 raise WorkerError(self.error or "The workers are not running.")
             try:
                 exchange.settle(poll)
-                replies = exchange.request(message, before=prepare(), poll=poll)
+                replies = exchange.request(
+                    message, before=prepare(), meanwhile=meanwhile, poll=poll
+                )
             except XditError as error:
                 self._break(str(error), generation)
                 raise WorkerError(str(error)) from None

@@ -5,6 +5,8 @@ Runs in: a ComfyUI process of ``process.py``; torch and ComfyUI are imported the
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -44,12 +46,14 @@ def inputs(
         return torch.randn(*shape, generator=generator)
 
     flux = base.diffusion_model
-    channels = flux.params.in_channels
+    channels = flux.params.out_channels
     arguments: dict[str, Any] = {
         "x": noise(batch, channels, height, width),
         "t": torch.linspace(0.9, 0.4, batch),
         "c_crossattn": noise(batch, text_tokens, flux.params.context_in_dim),
     }
+    if flux.params.in_channels > channels:  # Fill: mask and masked image beside the latent
+        arguments["c_concat"] = noise(batch, flux.params.in_channels - channels, height, width)
     if flux.params.vec_in_dim is not None:
         arguments["y"] = noise(batch, flux.params.vec_in_dim)
     if flux.params.guidance_embed:
@@ -61,23 +65,80 @@ def inputs(
     return arguments
 
 
-def forward(path: str, out: str, calls: int = 1, **sizes: Any) -> dict[str, Any]:
-    """Run one forward (``calls`` times) and save the last output."""
-    patcher = patcher_of(path)
+def forward(
+    path: str, out: str, options: dict[str, Any] | None = None, **sizes: Any
+) -> dict[str, Any]:
+    """Run one forward and save its output; ``options`` are UNETLoader's model options."""
+    patcher = patcher_of(path, **(options or {}))
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
     base = patcher.model
     arguments = inputs(base, **sizes)
     with torch.inference_mode():
-        for _ in range(calls):
-            result = base.apply_model(**arguments, transformer_options={})
+        result = base.apply_model(**arguments, transformer_options={})
     torch.save(result, out)
     return status()
 
 
+def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
+    """Make model calls within one sampling run; return how long each took, host and ranks.
+
+    The latent changes from call to call, the conditioning does not but is a new tensor each time,
+    as in ComfyUI's samplers.
+    """
+    host = sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
+    patcher = patcher_of(path)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    arguments = inputs(patcher.model, **sizes)
+    times = []
+    run = host.begin_run()
+    try:
+        with torch.inference_mode():
+            for _ in range(calls):
+                arguments = {name: value.clone() for name, value in arguments.items()}
+                arguments["x"] += 0.01
+                patcher.model.apply_model(**arguments, transformer_options={})
+                times.append(host.status()["last_step_s"])
+    finally:
+        host.end_run(run)
+    return times
+
+
+def peak_bytes(path: str, **sizes: Any) -> int:
+    """Peak of resident memory that one forward adds in this process."""
+    forward(path, "/dev/null", **sizes)
+    reset_peak()
+    before = resident("VmRSS")
+    forward(path, "/dev/null", **sizes)
+    return resident("VmHWM") - before
+
+
+def reset_peak(pid: int | str = "self") -> None:
+    """Have the kernel forget a process's peak of resident memory (proc(5), clear_refs)."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def resident(field: str, pid: int | str = "self") -> int:
+    """Return ``VmRSS`` (now) or ``VmHWM`` (peak) of a process in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
+
+
+def rank_peak_bytes(path: str, **sizes: Any) -> list[int]:
+    """The same for every rank's process."""
+    pids = [rank["pid"] for rank in forward(path, "/dev/null", **sizes)["ranks"]]
+    before = []
+    for pid in pids:
+        reset_peak(pid)
+        before.append(resident("VmRSS", pid))
+    forward(path, "/dev/null", **sizes)
+    return [resident("VmHWM", pid) - old for pid, old in zip(pids, before, strict=True)]
+
+
 def status() -> dict[str, Any]:
     """Our status object, or an empty one where our package is switched off."""
-    import sys
-
     activation = sys.modules.get("comfy_xdit_patch.activation")
     return activation.ACTIVATION.status() if activation is not None else {}

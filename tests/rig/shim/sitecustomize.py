@@ -95,7 +95,7 @@ def adapt_diffusion_model(model_detection: Any) -> None:
 
     def detect_unet_config(*args: Any, **kwargs: Any) -> Any:
         config = detect(*args, **kwargs)
-        if config is not None and config.get("image_model") == "flux":
+        if config is not None and config.get("image_model") in ("flux", "flux2"):
             config["num_heads"] = config["hidden_size"] // HEAD_WIDTH
         return config
 

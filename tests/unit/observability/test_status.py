@@ -64,6 +64,7 @@ def test_totals_are_json_with_these_keys(has_run):
         "fall_back_reasons",
         "bytes",
         "last_loss_unix_s",
+        "last_step_s",
         "last_run",
         "last_error",
     }

@@ -38,7 +38,7 @@ class Pool:
         self.lost = None
         self.map = SlotMap(torch.device("cpu"))
 
-    def request(self, message, *, poll, prepare=lambda: ()):
+    def request(self, message, *, poll, prepare=lambda: (), meanwhile=lambda: None):
         if self.lost == "before the call":
             raise WorkerError("planted")
         for extra, fd in prepare():
@@ -51,6 +51,7 @@ class Pool:
         request = message(len(self.requests) + 1)
         self.requests.append(request)
         self.control_bytes += 100
+        meanwhile()
         return [getattr(self, f"answer_{type(request).__name__}")(request)]
 
     def answer_Load(self, request):  # noqa: N802 - named after the message
@@ -171,3 +172,16 @@ def test_lost_workers_cost_no_file_descriptors(remote, pool, lost):
 
     first = lose_workers_in_their_first_call()
     assert [lose_workers_in_their_first_call() for _ in range(3)] == [first] * 3
+
+
+def test_conditioning_that_changed_only_in_its_middle_is_noticed_and_sent_again(remote, pool):
+    x = torch.zeros(1, 4, 2, 2)
+    x[0, 0, 0, 0] = 1
+    first = torch.zeros(1, 4, 64, 64)
+    call(remote, first)
+    changed = first.clone()
+    changed[0, 2, 0, 0] = 5  # far from the bytes that choose the slot
+    assert torch.equal(call(remote, changed), 2 * changed)
+    assert len(pool.requests) == 3, "the call that trusted wrongly was made again"
+    assert torch.equal(call(remote, changed.clone()), 2 * changed)
+    assert len(pool.requests) == 4, "and the next one was not"

@@ -287,3 +287,25 @@ def test_slots_have_no_name_in_the_file_system_and_end_with_their_owners():
     del wire
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == num_fds
+
+
+def test_a_tensor_that_differs_only_in_its_middle_is_not_proved(wire):
+    first = torch.zeros(100, 100)
+    wire.send("x", first)
+    assert wire.table.prove()
+    changed = first.clone()
+    changed[50, 50] = 1
+    wire.send("x", changed)
+    assert not wire.table.prove()
+    assert torch.equal(wire.carry("x", changed), changed), "placed again, it is written"
+    assert wire.table.prove()
+
+
+def test_what_an_unsent_call_left_unproved_does_not_trouble_the_next(wire):
+    first = torch.zeros(100, 100)
+    wire.send("x", first)
+    changed = first.clone()
+    changed[50, 50] = 1
+    wire.send("x", changed)
+    wire.table.begin_call()
+    assert wire.table.prove()
