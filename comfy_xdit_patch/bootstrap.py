@@ -11,12 +11,11 @@ Four facts shape this file.
         deaf to everything else, and leaves each module's real loader in place.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
-TYPE_CHECKING = False  # ``typing`` alone would cost several times what all of this does
+# ``typing`` alone would cost several times what all of this does, and ``__future__`` a quarter.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
@@ -37,7 +36,7 @@ SERVER_MODULES = frozenset({"server"})
 WORKER_MARK = "_COMFY_XDIT_WORKER"
 """Set in a worker's environment: a worker imports ComfyUI and must not patch it."""
 
-_finder: _Finder | None = None
+_finder: "_Finder | None" = None
 
 
 def start() -> None:
@@ -69,7 +68,7 @@ class _Finder:
         self.waiting = set(SAMPLING_MODULES | SERVER_MODULES)
         self.ready: dict[str, str] = {}
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
         if name not in self.waiting:
             return None
         try:
@@ -77,7 +76,7 @@ class _Finder:
         except Exception:  # noqa: BLE001 - the import of ComfyUI must go on without us
             return None
 
-    def _watched_spec(self, name: str, path: Any, target: Any) -> ModuleSpec | None:
+    def _watched_spec(self, name: str, path: "Any", target: "Any") -> "ModuleSpec | None":
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
@@ -89,12 +88,12 @@ class _Finder:
                 return spec
         return None
 
-    def _watch(self, name: str, root: str, loader: Any) -> None:
+    def _watch(self, name: str, root: str, loader: "Any") -> None:
         # The loader object serves this one module. Shadowing its method on the instance keeps
         # ``module.__loader__`` and ``__spec__`` what they are without us.
         execute = loader.exec_module
 
-        def exec_module(module: ModuleType) -> None:
+        def exec_module(module: "ModuleType") -> None:
             del loader.exec_module
             execute(module)
             self.waiting.discard(name)
@@ -116,7 +115,7 @@ class _Finder:
             logging.getLogger(__name__).exception("xDiT: could not start; ComfyUI goes on alone")
 
 
-def _comfyui_root(name: str, origin: str | None) -> str | None:
+def _comfyui_root(name: str, origin: "str | None") -> "str | None":
     """Tell ComfyUI's modules from others of the same generic names, by path and neighbours."""
     if origin is None or not origin.endswith(os.path.join(*name.split(".")) + ".py"):
         return None
