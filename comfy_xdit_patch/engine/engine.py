@@ -6,6 +6,7 @@ Runs in: worker process.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import time
 from typing import Any
@@ -17,8 +18,17 @@ from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.fingerprint import fingerprint
-from comfy_xdit_patch.transport.messages import Done, Forward, Load, Loaded, ModelSource
+from comfy_xdit_patch.transport.messages import (
+    Done,
+    Forward,
+    Load,
+    Loaded,
+    ModelSource,
+    NotLoaded,
+)
 from comfy_xdit_patch.transport.slots import SlotMap
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -32,9 +42,19 @@ class Engine:
         self._fingerprint = ""
         self._num_forwards = 0
 
-    def load(self, message: Load) -> Loaded:
+    def load(self, message: Load) -> Loaded | NotLoaded:
         """Load a model with ComfyUI's own loader, in place of the one before."""
         start = time.perf_counter()
+        try:
+            self._load(message)
+        except Exception as error:
+            # Loading is no collective: this rank fails alone and can go on.
+            log.exception("could not load %s", message.source.path)
+            self.unload()
+            return NotLoaded(message.request, f"{type(error).__name__}: {error}")
+        return Loaded(message.request, self._fingerprint, time.perf_counter() - start)
+
+    def _load(self, message: Load) -> None:
         if self._model != message.model:
             self.unload()
             self._patcher = load_patcher(message.source)
@@ -46,7 +66,6 @@ class Engine:
             import comfy.model_management
 
             comfy.model_management.load_models_gpu([self._patcher], force_full_load=True)
-        return Loaded(message.request, self._fingerprint, time.perf_counter() - start)
 
     def unload(self) -> None:
         """Drop all weights and give the memory back to the device."""

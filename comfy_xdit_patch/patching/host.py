@@ -66,11 +66,13 @@ class Host:
     def device_word(self) -> str:
         return "CPU ranks" if self.pool.devices[0].is_cpu else "GPUs"
 
-    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
-        """Note a model's source; start the workers if it is one for them."""
-        if type(patcher.model.diffusion_model) is self._pristine.flux_class:
-            self.models.remember(patcher.model, loader, path, options)
-            self.pool.start()
+    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> bool:
+        """Note a model's source and start the workers, if it is a model for them."""
+        if type(patcher.model.diffusion_model) is not self._pristine.flux_class:
+            return False
+        self.models.remember(patcher.model, loader, path, options)
+        self.pool.start()
+        return True
 
     def begin_run(self) -> Run:
         """Begin a sampling run; runs may be nested."""
@@ -147,18 +149,24 @@ class Host:
         plan = plan_call(_workload(flux, arguments), world_size=self.pool.world_size)
         if isinstance(plan, Refusal):
             return plan
+        known = self._known_model(flux, base_model, run)
+        if isinstance(known, Refusal):
+            return known
         try:
             self.pool.wait_until_ready(poll)
         except WorkerError as error:
             self.totals.last_error = str(error)
             return Refusal("the workers did not start")
         try:
-            refusal = self._prepare_model(flux, base_model, run, poll)
-            if refusal is not None:
-                return refusal
-            assert run.model is not None
+            if (run.generation, self._remote.loaded) != (self.pool.generation, known.number):
+                refusal = self._remote.load(
+                    flux, known, manual_cast_dtype=base_model.manual_cast_dtype, poll=poll
+                )
+                if refusal is not None:
+                    return refusal
+                run.generation = self.pool.generation
             out = self._remote.forward(
-                run.model,
+                known,
                 arguments,
                 plan=plan,
                 out_channels=flux.params.out_channels,
@@ -173,23 +181,16 @@ class Host:
         run.counts.plan = plan.name
         return out
 
-    def _prepare_model(self, flux: Any, base_model: Any, run: Run, poll: Any) -> Refusal | None:
-        """Once a run: scan the modules, load the weights, compare them."""
-        if run.base_model is base_model and run.generation == self.pool.generation:
-            return None
+    def _known_model(self, flux: Any, base_model: Any, run: Run) -> KnownModel | Refusal:
+        """Once a run: scan the modules, and find the model's file."""
+        if run.model is not None and run.base_model is base_model:
+            return run.model
         if run.base_model not in (None, base_model):
             return Refusal("two models alternate in one sampling run")
-        refusal = self._pristine.check_modules(flux)
-        known = self.models.find(base_model)
-        if refusal is not None or isinstance(known, Refusal):
-            return refusal or known  # type: ignore[return-value]
-        refusal = self._remote.load(
-            flux, known, manual_cast_dtype=base_model.manual_cast_dtype, poll=poll
-        )
-        if refusal is None:
+        known = self._pristine.check_modules(flux) or self.models.find(base_model)
+        if not isinstance(known, Refusal):
             run.base_model, run.model = base_model, known
-            run.generation = self.pool.generation
-        return refusal
+        return known
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""

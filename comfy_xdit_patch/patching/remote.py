@@ -7,6 +7,7 @@ Knows slots, messages and weights; knows nothing of runs, fall-backs or settings
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,12 +27,15 @@ from comfy_xdit_patch.transport.messages import (
     Loaded,
     Map,
     Message,
+    NotLoaded,
     Unload,
     Unmap,
 )
 from comfy_xdit_patch.transport.slots import Slot, SlotTable
 from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
+
+log = logging.getLogger("comfy_xdit_patch")
 
 # What core FLUX reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options",)
@@ -46,6 +50,9 @@ class RemoteForward:
         self._slots = SlotTable()
         self._fds: Sequence[tuple[Slot, int]] = ()
         self._generation = 0
+        self._refused: dict[int, Refusal] = {}
+        self.loaded: int | None = None
+        """Number of the model that every rank holds now."""
 
     def load(
         self,
@@ -61,18 +68,28 @@ class RemoteForward:
             WorkerError: the workers are lost.
         """
         self._follow_generation()
+        if known.number in self._refused:
+            return self._refused[known.number]
         try:
             expected = fingerprint(flux, manual_cast_dtype=manual_cast_dtype)
         except ForeignTensorError as error:
             return Refusal(f"the model has {error} weights")
+        self.loaded = None
         replies = self._pool.request(
             lambda number: Load(number, known.number, known.source), poll=poll
         )
         for rank, reply in enumerate(replies):
+            if isinstance(reply, NotLoaded):
+                self._totals.last_error = f"Rank {rank} could not load the model: {reply.error}"
+                log.error("xDiT: %s", self._totals.last_error)
+                # Trying again in every run would cost the time of a load in every run.
+                self._refused[known.number] = Refusal("a worker could not load the model")
+                return self._refused[known.number]
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
             if reply.fingerprint != expected:
                 return Refusal("the model in ComfyUI's memory is not what its file holds")
+        self.loaded = known.number
         return None
 
     def unload(self) -> None:
@@ -81,6 +98,7 @@ class RemoteForward:
         Raises:
             WorkerError: the workers are lost.
         """
+        self.loaded = None
         self._pool.request(Unload, poll=_no_poll)
 
     def forward(
@@ -164,6 +182,7 @@ class RemoteForward:
             self._fds = self._slots.take_created()
             self._close_fds()
             self._slots = SlotTable()
+            self.loaded = None
 
     def _slot_messages(self) -> list[tuple[Message, int | None]]:
         self._fds = self._slots.take_created()

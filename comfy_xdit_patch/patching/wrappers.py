@@ -25,13 +25,17 @@ class Wrappers:
         self._host = host
         self._strict = host.settings.strict
         self._signatures: dict[Any, inspect.Signature] = {}
+        self._attempt_step: Call = self._attempt
 
     def flux_forward(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         """Compute ``Flux._forward`` on the workers if this call can be parallel."""
-        out = None
-        with our_faults_stay_ours("a step", strict=self._strict):
-            out = self._host.forward(flux, self._bind(wrapped, args, kwargs))
+        out = self._attempt_step(wrapped, flux, args, kwargs)
         return wrapped(*args, **kwargs) if out is None else out
+
+    def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
+        with our_faults_stay_ours("a step", strict=self._strict):
+            return self._host.forward(flux, self._bind(wrapped, args, kwargs))
+        return None
 
     def apply_model(self, wrapped: Call, base_model: Any, args: Any, kwargs: Any) -> Any:
         """Tell the call below which BaseModel, and so which ModelPatcher, it belongs to."""
@@ -58,9 +62,7 @@ class Wrappers:
         patcher = wrapped(*args, **kwargs)
         with our_faults_stay_ours("noting a model's file"):
             call = self._bind(wrapped, args, kwargs)
-            self._host.model_loaded(
-                patcher, "load_diffusion_model", call["unet_path"], call["model_options"]
-            )
+            self._note(patcher, "load_diffusion_model", call["unet_path"], call["model_options"])
         return patcher
 
     def load_checkpoint(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
@@ -69,7 +71,7 @@ class Wrappers:
         with our_faults_stay_ours("noting a model's file"):
             if loaded[0] is not None:
                 call = self._bind(wrapped, args, kwargs)
-                self._host.model_loaded(
+                self._note(
                     loaded[0],
                     "load_checkpoint_guess_config",
                     call["ckpt_path"],
@@ -83,6 +85,14 @@ class Wrappers:
         with our_faults_stay_ours("freeing memory"):
             self._host.release()
         return out
+
+    def _note(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
+        if self._host.model_loaded(patcher, loader, path, options):
+            # Called from a compiled model, Dynamo would compile our own functions one by one.
+            # Here and not earlier: Dynamo takes 1.2 s to import, which only FLUX should cost.
+            import torch
+
+            self._attempt_step = torch.compiler.disable(self._attempt)  # type: ignore[no-untyped-call]
 
     def _bind(self, wrapped: Call, args: Any, kwargs: Any) -> dict[str, Any]:
         """Name all arguments: their order differs between ComfyUI versions."""

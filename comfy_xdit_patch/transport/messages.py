@@ -137,6 +137,14 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class NotLoaded:
+    """This rank could not load the model. It holds no weights and is well otherwise."""
+
+    request: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unloaded:
     """The weights are dropped."""
 
@@ -180,11 +188,12 @@ Message: TypeAlias = (
     | Stop
     | Joined
     | Loaded
+    | NotLoaded
     | Unloaded
     | Done
     | Failed
 )
-Reply: TypeAlias = Loaded | Unloaded | Done | Failed
+Reply: TypeAlias = Loaded | NotLoaded | Unloaded | Done | Failed
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
@@ -198,6 +207,7 @@ _TYPES: dict[str, type[Any]] = {
         Stop,
         Joined,
         Loaded,
+        NotLoaded,
         Unloaded,
         Done,
         Failed,

@@ -110,11 +110,21 @@ def test_any_fault_of_ours_costs_no_image(pair: Pair) -> None:
         error, counts = pair.call("planted_call", where=where)
         assert counts["planted"] >= 1, f"{where} was not reached"
         # Without the run's bookkeeping a call is still parallel; without anything else it is not.
-        is_parallel = where.endswith("Host.run")
+        is_parallel = where.endswith(("Host.begin_run", "Host.end_run"))
         assert counts["parallel"] == is_parallel, where
         assert error <= (1e-5 if is_parallel else 0), where
     error, counts = pair.call("plain_call")
     assert counts == {"parallel": 1, "fell_back": {}}, "the next call is parallel again"
+
+
+def test_a_model_that_the_workers_cannot_load_costs_no_worker(pair: Pair) -> None:
+    error, counts = pair.call("changed_file_call")
+    assert error == 0
+    assert counts["fell_back"] == {"a worker could not load the model": 1}
+    assert "was changed after ComfyUI read it" in counts["error"]
+    assert counts["state"] == "ready"
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}
 
 
 def test_a_wrapper_that_somebody_put_on_top_stays_when_we_are_switched_off(pair: Pair) -> None:

@@ -43,6 +43,7 @@ IMPORTERS = {
         "patching/host.py",
         "patching/models.py",
         "patching/remote.py",
+        "patching/wrappers.py",
         "planning/eligibility.py",
         "planning/topology.py",
         "transport/fingerprint.py",
@@ -54,7 +55,12 @@ IMPORTERS = {
 ONLY_IN_FUNCTIONS = {
     "comfy": IMPORTERS["comfy"],
     "xfuser": IMPORTERS["xfuser"],
-    "torch": {"planning/eligibility.py", "planning/topology.py", "workers/process.py"},
+    "torch": {
+        "patching/wrappers.py",
+        "planning/eligibility.py",
+        "planning/topology.py",
+        "workers/process.py",
+    },
 }
 # Modules of ComfyUI besides ``comfy.*``: none is imported.
 NEVER = ("nodes", "server", "execution", "folder_paths", "app")

@@ -7,6 +7,10 @@ from comfy.cli_args import args
 
 args.cpu = True
 
+# Not every version's tests import both, and the patch waits for them.
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402, F401
+
 
 def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
     """Say whether our package took part, so that a test can check it."""

@@ -47,6 +47,7 @@ MESSAGES = [
     messages.Stop(),
     messages.Joined(rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}),
     messages.Loaded(request=1, fingerprint="ab" * 32, seconds=3.5),
+    messages.NotLoaded(request=1, error="WorkerError: no memory"),
     messages.Unloaded(request=9),
     messages.Done(
         request=2,
