@@ -40,7 +40,6 @@ log = logging.getLogger("comfy_xdit_patch")
 class Run:
     """One sampling run. A refusal of scope RUN holds until its end."""
 
-    outer: Run | None = None
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
     base_model: Any = None
@@ -57,7 +56,7 @@ class Host:
         self.totals = Totals()
         self.models = ModelRegistry()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
-        self._run: ContextVar[Run | None] = ContextVar("run", default=None)
+        self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
         self._pristine = pristine
         self._remote = RemoteForward(pool, self.totals)
         self._lock = threading.Lock()
@@ -75,14 +74,11 @@ class Host:
         return True
 
     def begin_run(self) -> Run:
-        """Begin a sampling run; runs may be nested."""
-        run = Run(outer=self._run.get())
-        self._run.set(run)
-        return run
+        """Make the books of a sampling run."""
+        return Run()
 
     def end_run(self, run: Run) -> None:
-        """End a sampling run, and say one line about it if FLUX took part."""
-        self._run.set(run.outer)
+        """Close the books of a run, and say one line about it if FLUX took part."""
         report = run.counts.report(ranks=self.pool.world_size)
         if report.steps:
             self.totals.runs += 1
@@ -102,7 +98,7 @@ class Host:
             FallBackError: ``XDIT_STRICT=1`` and the call cannot be parallel.
             InterruptProcessingException: the user cancelled.
         """
-        run = self._run.get() or Run()
+        run = self.current_run.get() or Run()
         begin = time.perf_counter()
         with self._lock:
             outcome = run.refusal or self._forward(flux, arguments, run)

@@ -50,9 +50,11 @@ class Wrappers:
         run = None
         with our_faults_stay_ours("the start of a run"):
             run = self._host.begin_run()
+        token = self._host.current_run.set(run)
         try:
             return wrapped(*args, **kwargs)
         finally:
+            self._host.current_run.reset(token)
             if run is not None:
                 with our_faults_stay_ours("the end of a run"):
                     self._host.end_run(run)

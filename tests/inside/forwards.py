@@ -93,6 +93,7 @@ def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
     arguments = inputs(patcher.model, **sizes)
     times = []
     run = host.begin_run()
+    token = host.current_run.set(run)
     try:
         with torch.inference_mode():
             for _ in range(calls):
@@ -101,6 +102,7 @@ def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
                 patcher.model.apply_model(**arguments, transformer_options={})
                 times.append(host.status()["last_step_s"])
     finally:
+        host.current_run.reset(token)
         host.end_run(run)
     return times
 

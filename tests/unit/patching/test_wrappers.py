@@ -30,6 +30,7 @@ class Host:
     def __init__(self, *, answer=None, strict=False):
         self.settings = SimpleNamespace(strict=strict)
         self.base_model = ContextVar("base_model", default=None)
+        self.current_run = ContextVar("current_run", default=None)
         self.answer = answer
         self.seen = []
 
@@ -197,6 +198,7 @@ def test_a_run_ends_also_when_sampling_raises(comfy):
         Wrappers(host).outer_sample(outer_sample, None, (), {})
     assert caught.value is error
     assert host.seen == ["begin", "end of run"]
+    assert host.current_run.get() is None
 
 
 def test_a_models_file_and_options_are_noted(comfy):
