@@ -19,6 +19,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture
+def newest_only(tree: Tree) -> None:
+    """Skip on all but the newest ComfyUI: for what does not differ and costs half a minute."""
+    if tree != trees_for_tests()[-1]:
+        pytest.skip("runs on the newest ComfyUI only: nothing here differs between versions")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for ``tree`` on every ComfyUI found."""
     if "tree" in metafunc.fixturenames:

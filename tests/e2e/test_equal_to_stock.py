@@ -13,7 +13,7 @@ import pytest
 from rig import graphs
 from rig.compare import compare_all
 from rig.server import Server
-from rig.trees import Tree
+from rig.trees import Tree, trees_for_tests
 
 STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
 DEADLINE_S = 600.0
@@ -27,7 +27,7 @@ LONG = {257: "a " * 256, 700: "a " * 699}
 WORKFLOWS = ("ksampler_dev", "ksampler_schnell", "sampler_custom_advanced_dev", "checkpoint_dev")
 ODD: dict[str, dict[str, object]] = {
     "72x104 px": {"size": (72, 104)},
-    "1000x616 px": {"size": (1000, 616), "steps": 2},
+    "1000x616 px": {"size": (1000, 616), "steps": 1},
     "257 tokens": {"prompt": LONG[257]},
     "700 tokens": {"prompt": LONG[700]},
     "batch 2": {"batch_size": 2},
@@ -100,6 +100,10 @@ def test_odd_cases_equal_stock(
     base = graphs.with_values(
         graphs.load("ksampler_dev"), seed=12, size=(128, 128), steps=4, save_latent=True
     )
+    # The oldest ComfyUI on 2 ranks, the newest on 3: the forward itself is held to 1e-5 on both
+    # with 2, 3 and 5 ranks in tests/parallel.
+    if num_ranks != (2 if tree == trees_for_tests()[0] else 3):
+        pytest.skip("the other number of ranks runs on the other ComfyUI")
     for name, values in ODD.items():
         graph = graphs.with_values(base, **values)  # type: ignore[arg-type]
         run, worst = run_pair(servers, tree, graph, num_ranks)

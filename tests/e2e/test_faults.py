@@ -13,7 +13,7 @@ import pytest
 from rig import graphs
 from rig.compare import compare_all
 from rig.server import Server
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
 
 DEADLINE_S = 600.0
 SIZE = (192, 192)
@@ -32,12 +32,6 @@ def assert_equal_to_stock(servers: Servers, tree: Tree, ranks: Server, seed: int
     expected = stock.images(stock.run(graph, DEADLINE_S))
     difference = compare_all(expected, ranks.images(ranks.run(graph, DEADLINE_S)))
     assert difference.is_equal, str(difference)
-
-
-def only_on_the_newest(tree: Tree) -> None:
-    """Skip a test of code that does not meet ComfyUI: each server start costs 10 s and more."""
-    if tree != trees_for_tests()[-1]:
-        pytest.skip("runs on the newest ComfyUI only; nothing here differs between versions")
 
 
 def wait_for_state(server: Server, state: str, deadline_s: float) -> None:
@@ -125,10 +119,10 @@ def _resident_bytes(pid: int) -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.usefixtures("newest_only")
 def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
     servers: Servers, tree: Tree, tmp_path: Path
 ) -> None:
-    only_on_the_newest(tree)
     # A broken xfuser that every worker meets first on its path, and nobody else imports.
     broken = tmp_path / "xfuser"
     broken.mkdir()
@@ -152,14 +146,15 @@ def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.usefixtures("newest_only")
 def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, tree: Tree) -> None:
-    only_on_the_newest(tree)
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="1")
     assert_equal_to_stock(servers, tree, ranks, seed=150)
     reason = ranks.status()["reason"]
     assert "rank 0, rank 1 did not join within XDIT_START_TIMEOUT=1 s" in reason
 
 
+@pytest.mark.usefixtures("newest_only")
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
@@ -173,7 +168,6 @@ def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, t
 def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
     servers: Servers, tree: Tree, variables: dict[str, str], text: str
 ) -> None:
-    only_on_the_newest(tree)
     ranks = servers(tree, **variables)
     lines = [line for line in ranks.log_text().splitlines() if "xDiT" in line]
     assert len(lines) == 1
@@ -189,6 +183,7 @@ def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) ->
         ranks.run(graph_of(seed=170), DEADLINE_S)
 
 
+@pytest.mark.usefixtures("newest_only")
 def test_nothing_is_left_when_the_server_is_killed(servers: Servers, tree: Tree) -> None:
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400", XDIT_STEP_TIMEOUT="599")
     assert_equal_to_stock(servers, tree, ranks, seed=180)

@@ -86,6 +86,7 @@ def test_every_weight_dtype_of_unetloader_equals_stock(
     assert after["steps_parallel"] == before["steps_parallel"] + 1
 
 
+@pytest.mark.usefixtures("newest_only")
 def test_each_ranks_peak_of_activations_is_about_its_share(
     tree: Tree,
     inside: Callable[..., Inside],
