@@ -50,22 +50,20 @@ def forward_share(
     mine["transformer_options"] = dict(mine.get("transformer_options") or {})
     if plan.ulysses_degree == 1:
         return type(flux)._forward(flux, **mine), 0
-    with _sharded_sequence(flux, plan=plan, groups=groups) as attentions:
+    with _sharded_sequence(flux, plan=plan, groups=groups) as bytes_sent:
         out = type(flux)._forward(flux, **mine)
-    return out, sum(attention.bytes_sent for attention in attentions)
+    return out, sum(bytes_sent)
 
 
 @contextmanager
-def _sharded_sequence(
-    flux: Any, *, plan: ParallelPlan, groups: Groups
-) -> Iterator[list[UlyssesAttention]]:
-    """Shard the tokens inside ``flux.forward_orig`` while this lasts."""
+def _sharded_sequence(flux: Any, *, plan: ParallelPlan, groups: Groups) -> Iterator[list[int]]:
+    """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
     group = groups.of_plan(plan).sequence
     assert group is not None
     original = flux.forward_orig
     signature = inspect.signature(original)
     index = plan.sequence_index(groups.rank)
-    used: list[UlyssesAttention] = []
+    bytes_sent: list[int] = []
 
     def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
         call = signature.bind(*args, **kwargs)
@@ -82,17 +80,19 @@ def _sharded_sequence(
             for name in names:
                 values[name] = values[name].narrow(SEQUENCE_DIM, start, end - start)
         attention = UlyssesAttention(shares=shares, index=index, group=group)
-        used.append(attention)
         values["transformer_options"] = {
             **values["transformer_options"],
             "optimized_attention_override": attention,
         }
         out = original(*call.args, **call.kwargs)
+        token_bytes = out.nbytes // out.shape[SEQUENCE_DIM]
+        gathered = max(shares.image) * token_bytes * (plan.ulysses_degree - 1)
+        bytes_sent.extend((attention.bytes_sent, gathered))
         return gather_sequence(out, sizes=shares.image, group=group)
 
     flux.forward_orig = forward_orig
     try:
-        yield used
+        yield bytes_sent
     finally:
         del flux.forward_orig
 

@@ -177,10 +177,11 @@ def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
 
 
 def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) -> None:
-    ranks = servers(tree, XDIT_GPUS="cpu:200", XDIT_STRICT="1", XDIT_START_TIMEOUT="1")
-    # 200 ranks for an image of 144 tokens: refused by the plan, before any worker is needed.
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRICT="1", XDIT_START_TIMEOUT="400")
+    # One image token for two ranks: refused by the plan, before any worker is needed.
+    graph = graphs.with_values(graph_of(seed=170), size=(16, 16))
     with pytest.raises(Exception, match="XDIT_STRICT=1, and this step cannot run in parallel"):
-        ranks.run(graph_of(seed=170), DEADLINE_S)
+        ranks.run(graph, DEADLINE_S)
 
 
 @pytest.mark.usefixtures("newest_only")
