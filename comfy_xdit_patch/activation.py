@@ -49,14 +49,6 @@ class Activation:
             if misfit is not None:
                 log.warning("xDiT: GET /xdit/status is not available: %s", misfit)
 
-    def deactivate(self) -> None:
-        """Have all wrappers call through, and end the workers."""
-        for patch_set in (self.sampling, self.server):
-            if patch_set is not None:
-                patch_set.uninstall()
-        if self.host is not None:
-            self.host.pool.stop()
-
     def status(self) -> dict[str, Any]:
         """The status object of ``GET /xdit/status``."""
         body: dict[str, Any] = {"version": __version__}

@@ -154,6 +154,7 @@ class Host:
             self.totals.last_error = str(error)
             return Refusal("the workers did not start")
         try:
+            # Also once in every run: the host's weights are compared with their file again.
             if (run.generation, self._remote.loaded) != (self.pool.generation, known.number):
                 refusal = self._remote.load(
                     flux, known, manual_cast_dtype=base_model.manual_cast_dtype, poll=poll
