@@ -1,0 +1,148 @@
+"""Measure the memory of a process and its children, as the kernel accounts for it.
+
+Runs in: the rig's environment (standard library only; Linux).
+
+PSS divides every shared page by the number of processes that map it, so PSS may be added up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+KIB = 1024
+SHARED_MEMORY = ("/memfd:", "/dev/shm/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one or more processes; ``private_anonymous`` is what nobody shares or can drop."""
+
+    pss: int = 0
+    private: int = 0
+    shared: int = 0
+    private_anonymous: int = 0
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(
+            pss=self.pss + other.pss,
+            private=self.private + other.private,
+            shared=self.shared + other.shared,
+            private_anonymous=self.private_anonymous + other.private_anonymous,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """Bytes of the pages of mapped files in one or more processes.
+
+    ``shared`` counts a page once for each process that maps it; ``pss`` counts it once in all.
+    """
+
+    pss: int = 0
+    private_clean: int = 0
+    private_dirty: int = 0
+    shared: int = 0
+
+    def __add__(self, other: Mapped) -> Mapped:
+        return Mapped(
+            pss=self.pss + other.pss,
+            private_clean=self.private_clean + other.private_clean,
+            private_dirty=self.private_dirty + other.private_dirty,
+            shared=self.shared + other.shared,
+        )
+
+
+def tree_pids(pid: int) -> list[int]:
+    """Return a process and all that descend from it, those of its threads' children included."""
+    found = [pid]
+    for parent in found:  # grows while we walk it
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            # A process that ends while we look has no children left to count.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def process_memory(pid: int) -> Memory:
+    """Return the memory of one process; a process that has ended is an error."""
+    amounts = dict(_amounts(Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()))
+    return _memory(amounts, _private_anonymous(pid))
+
+
+def memory_of(pids: Iterable[int]) -> Memory:
+    """Return the memory of several processes together."""
+    return sum((process_memory(pid) for pid in pids), Memory())
+
+
+def tree_memory(pid: int) -> Memory:
+    """Return the memory of a process and of all that descend from it."""
+    return memory_of(tree_pids(pid))
+
+
+def mapped_file(pids: Iterable[int], path: Path) -> Mapped:
+    """Return what these processes together hold of one mapped file."""
+    wanted = str(path.resolve())
+    return _sum_mappings(pids, lambda name: name == wanted)
+
+
+def shared_memory(pids: Iterable[int]) -> Mapped:
+    """Return what these processes together hold of memfds and of files in /dev/shm."""
+    return _sum_mappings(pids, lambda name: name.startswith(SHARED_MEMORY))
+
+
+def _sum_mappings(pids: Iterable[int], wanted: Callable[[str], bool]) -> Mapped:
+    total = Mapped()
+    for pid in pids:
+        for name, amounts in _mappings(pid):
+            if wanted(name):
+                total += Mapped(
+                    pss=amounts["Pss"],
+                    private_clean=amounts["Private_Clean"],
+                    private_dirty=amounts["Private_Dirty"],
+                    shared=amounts["Shared_Clean"] + amounts["Shared_Dirty"],
+                )
+    return total
+
+
+def _private_anonymous(pid: int) -> int:
+    """Private pages that no file backs, and the pages of a mapped file that were written to."""
+    return sum(
+        min(amounts["Anonymous"], amounts["Private_Clean"] + amounts["Private_Dirty"])
+        for _, amounts in _mappings(pid)
+    )
+
+
+def _memory(amounts: dict[str, int], private_anonymous: int) -> Memory:
+    return Memory(
+        pss=amounts["Pss"],
+        private=amounts["Private_Clean"] + amounts["Private_Dirty"],
+        shared=amounts["Shared_Clean"] + amounts["Shared_Dirty"],
+        private_anonymous=private_anonymous,
+    )
+
+
+def _mappings(pid: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield each mapping's file ("" if none) and its amounts in bytes."""
+    name, lines = "", list[str]()
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if first.endswith(":"):
+            lines.append(line)
+            continue
+        # A mapping's head: address, access, offset, device, inode, and maybe a name.
+        if lines:
+            yield name, dict(_amounts(lines))
+        head, lines = line.split(maxsplit=5), []
+        name = head[5] if len(head) > 5 else ""
+    if lines:
+        yield name, dict(_amounts(lines))
+
+
+def _amounts(lines: Iterable[str]) -> Iterator[tuple[str, int]]:
+    for line in lines:
+        words = line.split()
+        if len(words) == 3 and words[2] == "kB":
+            yield words[0].rstrip(":"), int(words[1]) * KIB
