@@ -1,8 +1,7 @@
-"""A LoRA scheduled by a hook changes weights between steps: refused, and ComfyUI makes the image."""
+"""A LoRA scheduled by a hook is refused, and ComfyUI makes the image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
