@@ -66,6 +66,15 @@ VARIABLES = (
         "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
     ),
     Variable(
+        "XDIT_GPU_MEMORY",
+        "auto",
+        "auto, or GiB of each card, a number above 0 such as 24",
+        "How much memory of each card the workers may plan with. `auto` asks the cards. A number "
+        "plans as if every card had that much, whether more or less is there; it works with CPU "
+        "ranks too. `comfy-xdit doctor` shows the plan that follows: all weights on every card, "
+        "weights sharded over the ranks, or weights in CPU memory.",
+    ),
+    Variable(
         "XDIT_STRICT",
         "0",
         "0 or 1",
@@ -100,6 +109,8 @@ class Settings:
 
     gpus: DeviceRequest
     strategy: str
+    gpu_memory_bytes: int | None
+    """None is ``auto``."""
     strict: bool
     start_timeout_s: float
     step_timeout_s: float
@@ -139,6 +150,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         gpus=parsed("XDIT_GPUS", parse_gpus),
         strategy=parsed("XDIT_STRATEGY", _one_of(STRATEGIES)),
+        gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _gib_or_auto),
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
@@ -184,6 +196,10 @@ def _positive(value: str) -> float:
     if not 0 < number < float("inf"):
         raise ValueError(value)
     return number
+
+
+def _gib_or_auto(value: str) -> int | None:
+    return None if value.lower() == "auto" else int(_positive(value) * 2**30)
 
 
 def _count(value: str) -> int:

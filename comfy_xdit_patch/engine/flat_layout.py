@@ -50,7 +50,7 @@ class FlatLayout:
             return view
 
         def make(flat: torch.Tensor) -> torch.Tensor:
-            made: torch.Tensor = view(flat).as_subclass(kind)  # type: ignore[arg-type]
+            made: torch.Tensor = view(flat).as_subclass(kind)
             made.__dict__.update(attributes)
             return made
 

@@ -241,5 +241,5 @@ def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is torch.Tensor:
         return torch.nn.Parameter(tensor, requires_grad=False)
     # As ``torch.nn.Parameter`` marks subclasses; it would call ``detach``, which loses attributes.
-    tensor._is_param = True  # type: ignore[attr-defined]
+    tensor._is_param = True
     return tensor

@@ -17,6 +17,7 @@ from typing import Any
 
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
+from comfy_xdit_patch.observability.residency_report import memory_lines
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.topology import Device, choose_devices
@@ -60,8 +61,10 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
         value = os.environ.get(variable.name)
         say(f"{variable.name} = {value or variable.default}{'' if value else ' (default)'}")
     section("Devices and plan")
+    budget: int | None = None
     try:
         settings = read_settings()
+        budget = settings.gpu_memory_bytes
         devices: tuple[Device, ...] | Refusal
         if settings.is_off:
             devices = Refusal("switched off by the settings")
@@ -79,6 +82,9 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
             say(f"1024 x 1024 px, batch {batch}: {_planned(batch, len(devices))}")
         if not devices[0].is_cpu:
             say("links between GPUs are not measured in this version")
+    section("Memory")
+    for line in memory_lines(() if isinstance(devices, Refusal) else devices, budget):
+        say(line)
 
     if comfyui is not None:
         section(f"Patch points in {comfyui}")

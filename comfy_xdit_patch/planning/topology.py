@@ -21,6 +21,8 @@ class Device:
 
     name: str
     uuid: str | None = None
+    memory_bytes: int | None = None
+    """All of it, whoever uses it. None where this process does not see the GPU, or on a CPU."""
 
     @property
     def is_cpu(self) -> bool:
@@ -69,7 +71,7 @@ def visible_gpus() -> tuple[Device, ...]:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return ()
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return tuple(Device(name=gpu.name, uuid=_cuda_uuid(gpu.uuid)) for gpu in found)
+    return tuple(Device(gpu.name, _cuda_uuid(gpu.uuid), gpu.total_memory) for gpu in found)
 
 
 def _cuda_uuid(uuid: object) -> str:

@@ -15,6 +15,7 @@ def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():
     assert not settings.strict
     assert (settings.start_timeout_s, settings.step_timeout_s) == (180, 600)
     assert settings.cpu_threads == 1
+    assert settings.gpu_memory_bytes is None
     assert not settings.is_off
 
 
@@ -77,6 +78,9 @@ def test_other_ways_to_name_gpus_are_refused(text):
         ("XDIT_STEP_TIMEOUT", "inf"),
         ("XDIT_STEP_TIMEOUT", "-5"),
         ("XDIT_STEP_TIMEOUT", "ten"),
+        ("XDIT_GPU_MEMORY", "0"),
+        ("XDIT_GPU_MEMORY", "24GB"),
+        ("XDIT_GPU_MEMORY", "inf"),
         ("XDIT_CPU_THREADS", "0"),
         ("XDIT_CPU_THREADS", "1.5"),
     ],
@@ -86,6 +90,13 @@ def test_a_bad_value_is_reported_with_variable_value_and_legal_values(name, valu
         read_settings({name: value})
     legal = next(v.legal for v in VARIABLES if v.name == name)
     assert str(caught.value) == f'{name}="{value}" is not legal. Legal: {legal}.'
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("auto", None), ("AUTO", None), ("24", 24 << 30), ("0.5", 1 << 29)]
+)
+def test_memory_of_a_card_is_in_gib(text, num_bytes):
+    assert read_settings({"XDIT_GPU_MEMORY": text}).gpu_memory_bytes == num_bytes
 
 
 def test_a_misspelt_name_is_reported_and_does_not_silently_mean_the_default():

@@ -77,6 +77,16 @@ def test_a_wrong_setting_is_wrong_and_named(installed, monkeypatch):
     assert not is_well
 
 
+def test_a_budget_is_planned_with_its_arithmetic(installed, monkeypatch):
+    report, _ = examine(comfyui=None, url=NOWHERE)
+    assert "no budget" in report
+    monkeypatch.setenv("XDIT_GPU_MEMORY", "24")
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert "budget: 24.0 GiB on each card" in report
+    assert "weights sharded over the ranks: 14.9 of 24.0 GiB on rank 0" in report
+    assert is_well
+
+
 def test_switched_off_is_not_wrong(installed, monkeypatch):
     monkeypatch.setenv("XDIT_STRATEGY", "off")
     report, is_well = examine(comfyui=None, url=NOWHERE)

@@ -19,7 +19,9 @@ def machine(monkeypatch):
 
     def pretend(num_gpus, *, cuda="13.0"):
         def properties(index):
-            return types.SimpleNamespace(name=f"Card {index}", uuid=f"0000-{index}")
+            return types.SimpleNamespace(
+                name=f"Card {index}", uuid=f"0000-{index}", total_memory=24 << 30
+            )
 
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
@@ -30,7 +32,7 @@ def machine(monkeypatch):
 
 
 def gpu(index):
-    return Device(name=f"Card {index}", uuid=f"GPU-0000-{index}")
+    return Device(name=f"Card {index}", uuid=f"GPU-0000-{index}", memory_bytes=24 << 30)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +58,9 @@ def test_uuids_are_taken_as_they_are(machine):
 @pytest.mark.parametrize("uuid", ["GPU-1a2b", "MIG-1a2b"])
 def test_a_uuid_that_names_its_kind_is_not_prefixed_again(machine, monkeypatch, uuid):
     machine(1)
-    properties = types.SimpleNamespace(name="Card", uuid=uuid)
+    properties = types.SimpleNamespace(name="Card", uuid=uuid, total_memory=1 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    assert visible_gpus() == (Device(name="Card", uuid=uuid),)
+    assert visible_gpus() == (Device(name="Card", uuid=uuid, memory_bytes=1 << 30),)
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 4])

@@ -1,0 +1,214 @@
+"""Where the weights lie: whole on every card, sharded, in CPU memory, or nowhere.
+
+Runs in: host, worker and the doctor's process. Pure arithmetic: bytes in, a plan or a refusal out.
+
+Per card, with N ranks, S tokens of a rank's rows, D features and e bytes for each value:
+
+    weights       full: all; sharded: 1/N of the blocks, all else, two windows of one block;
+                  offload: all that is not in blocks, two blocks under way
+    activations   (18 + 6) * S/N * D * e, and S * D * e of embedded tokens before they are cut
+    beside them   what CUDA, NCCL, the allocator and ComfyUI's own process take
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from comfy_xdit_patch.errors import Refusal
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+CUDA_CONTEXT_BYTES = 600 * MIB
+"""One process's context with cuBLAS and the attention kernels. Commonly reported as 0.4 to 0.6 GB;
+the upper end. Not measured for this package."""
+
+NCCL_GROUP_BYTES = 256 * MIB
+"""One communicator. NCCL's documentation: 4 MiB (NCCL_BUFFSIZE) for each channel, peer and
+direction; 16 channels, 2 directions and the smaller protocols are 0.2 GiB. Not measured."""
+
+RESERVED_BYTES = 500 * MIB
+"""What ComfyUI itself leaves free on Linux on cards above 15 GiB (``EXTRA_RESERVED_VRAM``)."""
+
+ALLOCATOR_SLACK = 0.10
+"""Part of the activations that torch's caching allocator holds and cannot use. A margin, not
+measured for this package."""
+
+BLOCK_VALUES_PER_TOKEN = 18
+"""Live values for each token at the peak of a FLUX block, in units of its features: counted from
+ComfyUI's single block; 0.51 GB for 4608 tokens of 3072 features in bf16."""
+
+EXCHANGE_VALUES_PER_TOKEN = 6
+"""Send and receive buffers of q, k and v in one all-to-all. With the 18 above this is 1.33 / N of
+one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ranks."""
+
+NUM_WINDOWS = 2
+"""Blocks in whole form at a time: the one that computes, and the one that is gathered or copied."""
+
+Mode = Literal["full", "sharded", "offload"]
+MODES: tuple[Mode, ...] = ("full", "sharded", "offload")
+MODE_NAMES = {
+    "full": "all weights on every card",
+    "sharded": "weights sharded over the ranks",
+    "offload": "weights in CPU memory",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """A diffusion model's weights in bytes, as they are stored."""
+
+    total_bytes: int
+    largest_block_bytes: int
+    outside_blocks_bytes: int
+    cast_bytes: int = 0
+    """The largest weight in compute dtype, where that is not the stored dtype: fp8 weights are
+    cast at every use, one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoad:
+    """The largest call that has to fit. ``num_rows`` are the batch rows of one rank."""
+
+    num_image_tokens: int
+    num_text_tokens: int
+    hidden_size: int
+    num_rows: int = 1
+    bytes_per_value: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One rank's device memory.
+
+    ``free_bytes`` is what other programs leave. What ComfyUI's own process holds counts as free:
+    it gives way while the workers compute, but for its CUDA context.
+    """
+
+    total_bytes: int
+    free_bytes: int
+    has_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One line of the arithmetic."""
+
+    what: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one mode takes on the card where it is tightest."""
+
+    mode: Mode
+    rank: int
+    card: Card
+    costs: tuple[Cost, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(cost.num_bytes for cost in self.costs)
+
+    @property
+    def fits(self) -> bool:
+        return self.num_bytes <= self.card.free_bytes
+
+    @property
+    def text(self) -> str:
+        """E.g. ``weights sharded over the ranks: 14.2 of 24.0 GiB on rank 0``."""
+        return (
+            f"{MODE_NAMES[self.mode]}: {gib(self.num_bytes)} of {gib(self.card.free_bytes)} GiB "
+            f"on rank {self.rank}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyPlan:
+    """The mode that was chosen, and what it and those before it need."""
+
+    needs: tuple[Need, ...]
+    """Modes in the order in which they were tried; all but the last do not fit."""
+
+    @property
+    def mode(self) -> Mode:
+        return self.needs[-1].mode
+
+    def lines(self) -> list[str]:
+        """The arithmetic as text."""
+        *turned_down, chosen = self.needs
+        return [
+            chosen.text,
+            *(f"  {gib(cost.num_bytes):>5}  {cost.what}" for cost in chosen.costs),
+            *(f"  does not fit: {need.text}" for need in turned_down),
+        ]
+
+
+def plan_residency(
+    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...]
+) -> ResidencyPlan | Refusal:
+    """Take the first of full, sharded and offload that fits on every card.
+
+    In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
+    links between cards once a step, offload moves them over the bus to CPU memory.
+    """
+    modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
+    tried: list[Need] = []
+    for mode in modes:
+        tried.append(_tightest(mode, model, load, cards))
+        if tried[-1].fits:
+            return ResidencyPlan(tuple(tried))
+    return Refusal(
+        f"the model does not fit on {len(cards)} cards ({'; '.join(need.text for need in tried)})"
+    )
+
+
+def _tightest(mode: Mode, model: ModelSizes, load: TokenLoad, cards: tuple[Card, ...]) -> Need:
+    needs = [
+        Need(mode, rank, card, _costs(mode, model, load, card, len(cards)))
+        for rank, card in enumerate(cards)
+    ]
+    return max(needs, key=lambda need: need.num_bytes - need.card.free_bytes)
+
+
+def _costs(
+    mode: Mode, model: ModelSizes, load: TokenLoad, card: Card, num_ranks: int
+) -> tuple[Cost, ...]:
+    whole = load.num_image_tokens + load.num_text_tokens
+    local = -(-whole // num_ranks)
+    values = BLOCK_VALUES_PER_TOKEN + (EXCHANGE_VALUES_PER_TOKEN if num_ranks > 1 else 0)
+    embedded = whole if num_ranks > 1 else 0  # the whole, kept beside the shard that is cut from it
+    token_bytes = load.num_rows * load.hidden_size * load.bytes_per_value
+    activations = (local * values + embedded) * token_bytes + model.cast_bytes
+    costs = [
+        *_weights(mode, model, num_ranks),
+        Cost(f"activations, {local} of {whole} tokens", activations),
+        Cost("allocator slack", int(activations * ALLOCATOR_SLACK)),
+        Cost("CUDA context", CUDA_CONTEXT_BYTES),
+        Cost("reserve", RESERVED_BYTES),
+    ]
+    if num_ranks > 1:
+        # Gathers have a group of their own, for NCCL runs the collectives of one in turn.
+        num_groups = 2 if mode == "sharded" else 1
+        costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * NCCL_GROUP_BYTES))
+    if card.has_host:
+        costs.append(Cost("CUDA context of ComfyUI's own process", CUDA_CONTEXT_BYTES))
+    return tuple(costs)
+
+
+def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
+    if mode == "full":
+        return [Cost("weights", model.total_bytes)]
+    blocks = model.total_bytes - model.outside_blocks_bytes
+    outside = Cost("weights outside of the blocks", model.outside_blocks_bytes)
+    window = Cost("two blocks in whole form", NUM_WINDOWS * model.largest_block_bytes)
+    if mode == "offload":
+        return [outside, window]
+    return [Cost(f"1/{num_ranks} of the blocks' weights", -(-blocks // num_ranks)), outside, window]
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes as GiB with one decimal."""
+    return f"{num_bytes / GIB:.1f}"

@@ -1,0 +1,65 @@
+"""The doctor's arithmetic of memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from comfy_xdit_patch.observability.residency_report import flux1_dev, memory_lines
+from comfy_xdit_patch.planning.topology import Device
+
+CPU_RANKS = (Device("cpu"), Device("cpu"), Device("cpu"))
+
+
+def test_flux1_dev_has_its_published_number_of_weights():
+    assert flux1_dev(1).total_bytes == 11_901_408_320
+    assert flux1_dev(2).total_bytes == 2 * 11_901_408_320
+    assert flux1_dev(2).largest_block_bytes == 2 * 339_831_296
+    assert flux1_dev(2).cast_bytes == 0
+    assert flux1_dev(1).cast_bytes == 2 * (3072 * 7 * 3072 + 7 * 3072)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_cards", "plan"),
+    [
+        ("bf16", 2, "weights sharded over the ranks: 14.9 of 24.0 GiB on rank 0"),
+        ("bf16", 4, "weights sharded over the ranks: 9.2 of 24.0 GiB on rank 0"),
+        ("bf16", 8, "weights sharded over the ranks: 6.4 of 24.0 GiB on rank 0"),
+        ("fp8", 2, "all weights on every card: 13.5 of 24.0 GiB on rank 0"),
+        ("fp8", 4, "all weights on every card: 13.3 of 24.0 GiB on rank 0"),
+        ("fp8", 8, "all weights on every card: 13.2 of 24.0 GiB on rank 0"),
+    ],
+)
+def test_cards_of_24_gib(dtype, num_cards, plan):
+    lines = memory_lines(CPU_RANKS, 24 << 30)
+    start = next(
+        index
+        for index, line in enumerate(lines)
+        if line.startswith(f"FLUX.1-dev {dtype} (") and line.endswith(f" {num_cards} cards:")
+    )
+    assert lines[start + 1].strip() == plan
+    assert "weights" in lines[start + 2]
+
+
+def test_the_cards_at_hand_are_planned_too():
+    assert any("3 cards" in line for line in memory_lines(CPU_RANKS, 24 << 30))
+    assert not any("3 cards" in line for line in memory_lines((), 24 << 30))
+
+
+def test_without_a_budget_the_cards_own_memory_counts():
+    gpus = tuple(Device(f"Card {n}", f"GPU-{n}", memory_bytes=80 << 30) for n in range(2))
+    lines = memory_lines(gpus, None)
+    assert lines[0] == "budget: what the cards have, 80.0, 80.0 GiB"
+    assert sum(line.startswith("FLUX.1-dev") for line in lines) == 2
+    assert "all weights on every card: 24.4 of 80.0 GiB on rank 0" in lines[2]
+
+
+@pytest.mark.parametrize("devices", [(), CPU_RANKS, (Device("a", "GPU-1"), Device("b", "GPU-2"))])
+def test_unknown_memory_is_said(devices):
+    (line,) = memory_lines(devices, None)
+    assert "Set XDIT_GPU_MEMORY" in line
+
+
+def test_a_card_too_small_for_anything_is_refused_with_figures():
+    text = "\n".join(memory_lines((), 1 << 30))
+    assert text.count("refused: the model does not fit on") == 6
+    assert "of 1.0 GiB" in text
