@@ -15,6 +15,7 @@ from typing import Any
 import comfy.float
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
@@ -25,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 
 SIZES = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
+# Moved between versions.
+string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
 DEADLINE = datetime.timedelta(seconds=120)
 
 
@@ -179,7 +182,7 @@ def baking(patcher: Any) -> Any:
             return weight
         temporary = weight.to(torch.float32, copy=True)
         patched = comfy.lora.calculate_weight(patcher.patches[key], temporary, key)
-        seed = comfy.utils.string_to_seed(key)
+        seed = string_to_seed(key)
         return comfy.float.stochastic_rounding(patched, weight.dtype, seed=seed)
 
     return bake

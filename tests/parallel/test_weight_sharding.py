@@ -43,7 +43,19 @@ def on_ranks(
     common = {"world_size": world_size, "store": str(store), **kwargs}
     for rank, process in enumerate(ranks):
         process.start_call(body, rank=rank, **common)
-    return [process.finish_call() for process in ranks]
+    # All answers are read before any is looked at, so that none is left for the next test.
+    answers: list[dict[str, Any] | RuntimeError] = []
+    for process in ranks:
+        try:
+            answers.append(process.finish_call())
+        except RuntimeError as error:
+            answers.append(error)
+    results = []
+    for answer in answers:
+        if isinstance(answer, RuntimeError):
+            raise answer
+        results.append(answer)
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
