@@ -154,8 +154,7 @@ class ShardedBlocks:
 
         Collective.
         """
-        if self._pending is None:
-            self._start(0)
+        self._expect(0)
 
     def release(self, *, restore: bool) -> None:
         """Take the hooks out and drop shards and windows.
@@ -203,10 +202,7 @@ class ShardedBlocks:
 
     def _enter(self, index: int, *_: Any) -> None:
         """Put a block's weights in place, and start the next block's gather."""
-        if self._pending is None or self._pending.unit != index:
-            # First block of a forward, or the one that was expected is skipped (on all ranks).
-            self._finish_pending()
-            self._start(index)
+        self._expect(index)
         self._window_in_use = self._finish_pending()
         views = self._views[self._window_in_use][index]
         for place, view in zip(self._units[index].places, views, strict=True):
@@ -217,6 +213,13 @@ class ShardedBlocks:
     def _leave(self, index: int, *_: Any) -> None:
         for place in self._units[index].places:
             place.owner[place.name] = place.placeholder
+
+    def _expect(self, index: int) -> None:
+        """Make sure that the gather under way is this block's."""
+        if self._pending is None or self._pending.unit != index:
+            # First block of a forward, or what was expected is skipped or failed (on all ranks).
+            self._finish_pending()
+            self._start(index)
 
     def _start(self, index: int) -> None:
         """Start a gather into the window that the block before did not use."""
