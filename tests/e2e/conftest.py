@@ -16,11 +16,22 @@ Servers = Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable."""
+    """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable.
+
+    ``variants`` adds the model files of ``rig.checkpoints``; ``node_packs`` are custom nodes.
+    """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
 
-    def server(tree: Tree, *, hidden: int = 768, **env: str) -> Server:
-        key = (tree.version, (("hidden", str(hidden)), *sorted(env.items())))
+    def server(
+        tree: Tree,
+        *,
+        hidden: int = 768,
+        variants: bool = False,
+        node_packs: tuple[Path, ...] = (),
+        **env: str,
+    ) -> Server:
+        kind = ("models", f"{hidden} {variants} {node_packs}")
+        key = (tree.version, (kind, *sorted(env.items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
             return running[key][0]
         # One server with ranks at a time; stock ones stay.
@@ -30,10 +41,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
                 del running[other]
         stack = ExitStack()
         path = Path(tmp_path_factory.mktemp("comfyui"))
-        models = models_directory(Sizes(hidden=hidden))
+        models = models_directory(Sizes(hidden=hidden, variants=variants))
         base = stack.enter_context(base_directory(path, models))
-        running[key] = (stack.enter_context(Server(tree, base, env=env)), stack)
-        return running[key][0]
+        started = Server(tree, base, env=env, node_packs=node_packs)
+        running[key] = (stack.enter_context(started), stack)
+        return started
 
     yield server
     for _, stack in running.values():

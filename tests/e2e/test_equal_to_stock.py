@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 from rig import graphs
-from rig.compare import compare_all
+from rig.pair import run_pair
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
-
-STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
-DEADLINE_S = 600.0
-LATENT_BOUND = 1e-3  # after a whole run of a sampler; a single forward is held to 1e-5 elsewhere
 
 Servers = Callable[..., Server]
 
@@ -47,32 +42,6 @@ ODD: dict[str, dict[str, object]] = {
 CALLS = {"heun": 7}
 
 
-def run_pair(
-    servers: Servers, tree: Tree, graph: graphs.Graph, num_ranks: int
-) -> tuple[dict[str, object], float]:
-    """Run a graph on both servers, compare, and return the run's report and the latent error."""
-    stock = servers(tree, XDIT_STRATEGY="off")
-    ranks = servers(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT)
-    expected = stock.run(graph, DEADLINE_S)
-    before = ranks.status()
-    got = ranks.run(graph, DEADLINE_S)
-    status = ranks.status()
-    difference = compare_all(stock.images(expected), ranks.images(got))
-    assert difference.is_equal, str(difference)
-    assert min(image.std() for image in stock.images(expected)) > 5, "a flat image proves nothing"
-    worst = max(
-        float(np.abs(a - b).max() / np.abs(a).max())
-        for a, b in zip(stock.latents(expected), ranks.latents(got), strict=True)
-    )
-    assert worst <= LATENT_BOUND
-    run = status["last_run"]
-    assert run["steps_fell_back"] == 0
-    assert run["steps_parallel"] == run["steps"] > 0
-    for rank_before, rank in zip(before["ranks"], status["ranks"], strict=True):
-        assert rank["forwards"] == rank_before["forwards"] + run["steps"], "every rank, every step"
-    return run, worst
-
-
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_equals_stock(
@@ -85,9 +54,9 @@ def test_workflow_equals_stock(
     graph = graphs.with_values(
         graphs.load(name), seed=11, size=(256, 192), steps=4, save_latent=True
     )
-    run, worst = run_pair(servers, tree, graph, num_ranks)
-    record_property("latent error", worst)
-    assert run["steps"] == 4, "one model call for each step of euler"
+    pair = run_pair(servers, tree, graph, num_ranks)
+    record_property("latent error", pair.latent_error)
+    assert pair.run["steps"] == 4, "one model call for each step of euler"
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -106,7 +75,7 @@ def test_odd_cases_equal_stock(
         pytest.skip("the other number of ranks runs on the other ComfyUI")
     for name, values in ODD.items():
         graph = graphs.with_values(base, **values)  # type: ignore[arg-type]
-        run, worst = run_pair(servers, tree, graph, num_ranks)
-        record_property(f"{name}: latent error", worst)
+        pair = run_pair(servers, tree, graph, num_ranks)
+        record_property(f"{name}: latent error", pair.latent_error)
         if name in CALLS:
-            assert run["steps"] == CALLS[name], name
+            assert pair.run["steps"] == CALLS[name], name

@@ -38,6 +38,7 @@ class Server(Client):
         env: settings of this server. The caller's own XDIT_* variables are not passed on.
         device: ``cpu`` starts ComfyUI with ``--cpu``; ``gpu`` lets ComfyUI choose.
         threads: CPU threads of the ComfyUI process; None leaves them alone.
+        node_packs: directories of custom nodes; no others are loaded.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Server(Client):
         device: str = "cpu",
         threads: int | None = 1,
         start_deadline_s: float = START_DEADLINE_S,
+        node_packs: Sequence[Path] = (),
     ) -> None:
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device={device!r} is not one of cpu, gpu.")
@@ -69,11 +71,18 @@ class Server(Client):
         self._command += ["--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes"]
         self._command += ["--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])]
         self._command += extra_args
+        self._node_packs = node_packs
+        if node_packs:
+            self._command += ["--whitelist-custom-nodes", *(pack.name for pack in node_packs)]
 
     def __enter__(self) -> Server:
         for folder in FOLDERS:
             (self.base_dir / folder).mkdir(parents=True, exist_ok=True)
         (self.base_dir / "front-end" / "index.html").write_text(FRONT_END)
+        for pack in self._node_packs:
+            link = self.base_dir / "custom_nodes" / pack.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(pack.resolve(), target_is_directory=True)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with self.log_path.open("wb") as log:
