@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from rig import graphs, weight_graphs
 from rig.graphs import Graph
@@ -16,10 +18,14 @@ SIZE = (128, 128)
 STEPS = 2
 SEED = 31
 
-KOHYA, KOHYA_2 = "kohya.safetensors", "kohya2.safetensors"
+PLAIN, WITH_LORA = "plain", "LoRA, kohya"
+KOHYA = "kohya.safetensors"
 OTHER = "flux1-dev-other.safetensors"
 
-MIXED_PRECISION = "comfy/quant_ops.py"
+GGUF_PACK = Path(__file__).with_name("gguf_pack")
+
+# Where a version of ComfyUI shows that it knows a format.
+LAYOUTS, LAYERS = "comfy/quant_ops.py", "comfy/ops.py"
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,13 @@ class Row:
 
     Attributes:
         graph: makes the graph from the plain one.
+        close_to: the row whose image stock ComfyUI nearly reproduces, because only the precision
+            differs; None if the image must differ visibly from the plain one.
         needs: a file of ComfyUI and a text in it, without which this version cannot load the row.
     """
 
     graph: Callable[[Graph], Graph]
+    close_to: str | None = None
     needs: tuple[str, str] | None = None
 
     def runs_on(self, tree: Tree) -> bool:
@@ -45,83 +54,87 @@ def base_graph() -> Graph:
     return graphs.with_values(graph, seed=SEED, size=SIZE, steps=STEPS, save_latent=True)
 
 
-def _lora(*loras: tuple[str, float]) -> Callable[[Graph], Graph]:
-    return lambda graph: weight_graphs.with_loras(graph, *loras)
+def _loras(*loras: tuple[str, float]) -> Row:
+    return Row(lambda graph: weight_graphs.with_loras(graph, *loras))
+
+
+def _with_and_without_lora(
+    name: str, load: Callable[[Graph], Graph], needs: tuple[str, str] | None = None
+) -> dict[str, Row]:
+    """Return two rows: weights that only differ in precision from plain, and a LoRA on top."""
+
+    def with_lora(graph: Graph) -> Graph:
+        return weight_graphs.with_loras(load(graph), (KOHYA, 1.0))
+
+    return {
+        name: Row(load, PLAIN, needs),
+        f"{name} + LoRA": Row(with_lora, WITH_LORA, needs),
+    }
 
 
 def _unet(
-    name: str, weight_dtype: str = "default", *loras: tuple[str, float]
-) -> Callable[[Graph], Graph]:
-    return lambda graph: weight_graphs.with_loras(
-        weight_graphs.with_unet(graph, f"flux1-dev{name}.safetensors", weight_dtype), *loras
-    )
+    name: str, suffix: str, weight_dtype: str = "default", needs: tuple[str, str] | None = None
+) -> dict[str, Row]:
+    file = f"flux1-dev{suffix}.safetensors"
+    load = partial(weight_graphs.with_unet, name=file, weight_dtype=weight_dtype)
+    return _with_and_without_lora(name, load, needs)
 
 
-def _checkpoint(name: str, *loras: tuple[str, float]) -> Callable[[Graph], Graph]:
-    return lambda graph: weight_graphs.with_loras(
-        weight_graphs.with_checkpoint(graph, f"flux1-dev-{name}.safetensors"), *loras
-    )
+def _checkpoint(suffix: str, needs: tuple[str, str] | None = None) -> dict[str, Row]:
+    file = f"flux1-dev-{suffix}.safetensors"
+    load = partial(weight_graphs.with_checkpoint, name=file)
+    return _with_and_without_lora(f"checkpoint, {suffix}", load, needs)
 
 
-def _gguf(name: str, *loras: tuple[str, float]) -> Callable[[Graph], Graph]:
-    return lambda graph: weight_graphs.with_loras(
-        weight_graphs.with_gguf(graph, f"flux1-dev-{name}.gguf"), *loras
-    )
+def _gguf(kind: str) -> dict[str, Row]:
+    load = partial(weight_graphs.with_gguf, name=f"flux1-dev-{kind}.gguf")
+    return _with_and_without_lora(f"GGUF {kind}", load)
 
 
-def _quant(name: str, *loras: tuple[str, float], layout: str) -> Row:
-    return Row(_unet(name, "default", *loras), needs=(MIXED_PRECISION, layout))
-
-
-# Every row differs in its weights from the one before it.
-ROWS: dict[str, Row] = {
-    "plain": Row(lambda graph: graph),
-    "LoRA, kohya": Row(_lora((KOHYA, 1.0))),
-    "LoRA, negative strength": Row(_lora((KOHYA, -0.7))),
-    "LoRA, diffusers": Row(_lora(("diffusers.safetensors", 1.0))),
-    "LoRA, three stacked": Row(
-        _lora((KOHYA, 0.6), ("diffusers.safetensors", 0.5), (KOHYA_2, -0.4))
-    ),
-    "LoKr": Row(_lora(("lokr.safetensors", 1.0))),
-    "LoHa": Row(_lora(("loha.safetensors", 1.0))),
-    "OFT": Row(_lora(("oft.safetensors", 1.0))),
-    "LoRA, BFL control": Row(
-        lambda graph: weight_graphs.with_control(
-            weight_graphs.with_loras(graph, ("bfl-control.safetensors", 1.0)), *SIZE
-        )
-    ),
-    "merge 0.5": Row(lambda graph: weight_graphs.with_merge(graph, OTHER, 0.5)),
-    "merge 0.5 + LoRA": Row(
-        lambda graph: weight_graphs.with_loras(
-            weight_graphs.with_merge(graph, OTHER, 0.5), (KOHYA, 1.0)
-        )
-    ),
-    "fp8_e4m3fn": Row(_unet("", "fp8_e4m3fn")),
-    "fp8_e4m3fn + LoRA": Row(_unet("", "fp8_e4m3fn", (KOHYA, 1.0))),
-    "fp8_e4m3fn_fast": Row(_unet("", "fp8_e4m3fn_fast")),
-    "fp8_e5m2": Row(_unet("", "fp8_e5m2")),
-    "scaled fp8": Row(_unet("-scaled-fp8")),
-    "scaled fp8 + LoRA": Row(_unet("-scaled-fp8", "default", (KOHYA, 1.0))),
-    "scaled fp8 with input scale": Row(_unet("-scaled-fp8-input")),
-    "mixed fp8": _quant("-mixed-fp8", layout="float8_e4m3fn"),
-    "mixed fp8 + LoRA": _quant("-mixed-fp8", (KOHYA, 1.0), layout="float8_e4m3fn"),
-    "mixed fp8 with input scale": _quant("-mixed-fp8-input", layout="float8_e4m3fn"),
-    "mixed fp8, formats in tensors": _quant("-mixed-fp8-tensors", layout="QUANT_ALGOS"),
-    "mxfp8": _quant("-mxfp8", layout="mxfp8"),
-    "mxfp8 + LoRA": _quant("-mxfp8", (KOHYA, 1.0), layout="mxfp8"),
-    "nvfp4": _quant("-nvfp4", layout="nvfp4"),
-    "nvfp4 + LoRA": _quant("-nvfp4", (KOHYA, 1.0), layout="nvfp4"),
-    "nvfp4 with input scale": _quant("-nvfp4-input", layout="nvfp4"),
-    "int8": _quant("-int8", layout="int8_tensorwise"),
-    "int8 + LoRA": _quant("-int8", (KOHYA, 1.0), layout="int8_tensorwise"),
-    "checkpoint, bf16": Row(_checkpoint("bf16")),
-    "checkpoint, bf16 + LoRA": Row(_checkpoint("bf16", (KOHYA, 1.0))),
-    "checkpoint, fp8": Row(_checkpoint("fp8")),
-    "checkpoint, fp8 + LoRA": Row(_checkpoint("fp8", (KOHYA, 1.0))),
-    "checkpoint, scaled fp8": Row(_checkpoint("scaled-fp8")),
-    "checkpoint, mixed fp8": Row(_checkpoint("mixed-fp8-tensors")),
-    "GGUF Q8_0": Row(_gguf("Q8_0")),
-    "GGUF Q8_0 + LoRA": Row(_gguf("Q8_0", (KOHYA, 1.0))),
-    "GGUF Q4_K": Row(_gguf("Q4_K")),
-    "GGUF Q4_K + LoRA": Row(_gguf("Q4_K", (KOHYA, 1.0))),
+# Within a group, every row differs in its weights from the one before it.
+GROUPS: dict[str, dict[str, Row]] = {
+    "LoRA": {
+        PLAIN: Row(lambda graph: graph, close_to=PLAIN),
+        WITH_LORA: _loras((KOHYA, 1.0)),
+        "LoRA, negative strength": _loras((KOHYA, -0.7)),
+        "LoRA, diffusers": _loras(("diffusers.safetensors", 1.0)),
+        "LoRA, three stacked": _loras(
+            (KOHYA, 0.6), ("diffusers.safetensors", 0.5), ("kohya2.safetensors", -0.4)
+        ),
+        "LoKr": _loras(("lokr.safetensors", 1.0)),
+        "LoHa": _loras(("loha.safetensors", 1.0)),
+        "OFT": _loras(("oft.safetensors", 1.0)),
+        "LoRA, BFL control": Row(
+            lambda graph: weight_graphs.with_control(
+                weight_graphs.with_loras(graph, ("bfl-control.safetensors", 1.0)), *SIZE
+            )
+        ),
+        "LoRA, after the control LoRA": _loras((KOHYA, 1.0)),  # img_in has its old shape again
+    },
+    "merge": {
+        "merge 0.5": Row(lambda graph: weight_graphs.with_merge(graph, OTHER, 0.5)),
+        "merge 0.5 + LoRA": Row(
+            lambda graph: weight_graphs.with_loras(
+                weight_graphs.with_merge(graph, OTHER, 0.5), (KOHYA, 1.0)
+            )
+        ),
+    },
+    "fp8": _unet("fp8_e4m3fn", "", "fp8_e4m3fn")
+    | _unet("fp8_e4m3fn_fast", "", "fp8_e4m3fn_fast")
+    | _unet("fp8_e5m2", "", "fp8_e5m2")
+    | _unet("scaled fp8", "-scaled-fp8")
+    | _unet("scaled fp8, input scale", "-scaled-fp8-input"),
+    "mixed precision": _unet("mixed fp8", "-mixed-fp8", needs=(LAYOUTS, "float8_e4m3fn"))
+    | _unet("mixed fp8, input scale", "-mixed-fp8-input", needs=(LAYOUTS, "float8_e4m3fn"))
+    | _unet("mixed fp8, comfy_quant", "-mixed-fp8-tensors", needs=(LAYERS, "comfy_quant"))
+    | _unet("mxfp8", "-mxfp8", needs=(LAYOUTS, "mxfp8"))
+    | _unet("nvfp4", "-nvfp4", needs=(LAYOUTS, "nvfp4"))
+    | _unet("nvfp4, input scale", "-nvfp4-input", needs=(LAYOUTS, "nvfp4"))
+    | _unet("int8", "-int8", needs=(LAYOUTS, "int8_tensorwise")),
+    "checkpoint": _checkpoint("bf16")
+    | _checkpoint("fp8")
+    | _checkpoint("scaled-fp8")
+    | _checkpoint("mixed-fp8-tensors", needs=(LAYERS, "comfy_quant")),
+    "GGUF": _gguf("Q8_0") | _gguf("Q4_K"),
 }
+ROWS = {name: row for group in GROUPS.values() for name, row in group.items()}

@@ -2,10 +2,10 @@
 
 Runs in: a ComfyUI process of a test server, as a custom node.
 
-What it shares with the real pack, because other code has to cope with it: weights are a tensor
-subclass with ``tensor_type``, ``tensor_shape`` and ``patches``, whose storage is bytes; layers of an
-operations class of its own turn them into numbers at each call; a ModelPatcher subclass leaves
-weight patches on the weight instead of changing it; the layers' state dict is a fake one.
+Other code has to cope with what it shares with the real pack: weights are a tensor subclass with
+``tensor_type``, ``tensor_shape`` and ``patches``, whose storage is bytes; layers of an operations
+class of its own turn them into numbers at each call; a ModelPatcher subclass leaves weight patches
+on the weight instead of changing it; the layers' state dict is a fake one.
 """
 
 from .nodes import NODE_CLASS_MAPPINGS
