@@ -39,8 +39,8 @@ def test_stock_loads_every_row(
     check_stock(servers, tree, GROUPS[group], record_property, STAND_IN)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("num_ranks", [2, 3])  # the outer loop: one start of each server
 def test_every_row_equals_stock(
     servers: Servers, tree: Tree, num_ranks: int, group: str, record_property: Record
 ) -> None:
@@ -110,8 +110,16 @@ def check_rows(
         try:
             record(name, check(row))
         except (AssertionError, RigError) as error:
-            failures.append(f"{name}: {error}")
-    assert not failures, f"{len(failures)} of {len(rows)} rows failed:\n\n" + "\n\n".join(failures)
+            failures.append(f"{name}: {abridged(str(error))}")
+    if failures:
+        text = "\n".join(failures)
+        pytest.fail(f"{len(failures)} of {len(rows)} rows failed:\n{text}", pytrace=False)
+
+
+def abridged(text: str) -> str:
+    """Return what failed, and the end of the traceback if there is one."""
+    lines = text.strip().splitlines()
+    return "\n".join(lines if len(lines) <= 5 else [lines[0], "    ...", *lines[-4:]])
 
 
 def num_weights_verified(pair: Pair) -> int:
