@@ -15,10 +15,10 @@ from rig.graphs import Graph
 from rig.pair import Pair, run_pair
 from rig.server import Server
 from rig.trees import Tree
-from rig.weight_rows import KOHYA, base_graph
+from rig.weight_rows import KOHYA, SETUP, base_graph
 
 DIFFUSERS = "diffusers.safetensors"
-# A server of its own: "first use" means that nobody has loaded anything before.
+# A server with ranks of its own: "first use" means that nobody has loaded anything before.
 OWN = {"XDIT_STEP_TIMEOUT": "601"}
 SLACK = 1.05  # alignment of tensors in shared memory
 
@@ -37,12 +37,12 @@ def test_what_a_change_of_weights_costs(
 ) -> None:
     moved: dict[str, int] = {}
     for name, graph in SEQUENCE.items():
-        pair = run_pair(servers, tree, graph, 2, variants=True, **OWN)
+        pair = run_pair(servers, tree, graph, 2, env=OWN, **SETUP)
         moved[name] = bytes_moved(pair)
         load_s = [rank["load_s"] for rank in pair.after["ranks"]]
         record_property(name, f"{moved[name]} bytes, seconds to load by rank: {load_s}")
 
-    models = servers(tree, XDIT_STRATEGY="off", variants=True, **OWN).base_dir / "models"
+    models = servers(tree, XDIT_STRATEGY="off", **SETUP).base_dir / "models"
     base = models / "diffusion_models" / "flux1-dev.safetensors"
     assert moved["first use of base"] <= SLACK * tensor_bytes(base), moved
     for name, lora in (("+ LoRA", KOHYA), ("LoRA swapped", DIFFUSERS)):

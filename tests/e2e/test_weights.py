@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from rig.environment import RigError
 from rig.pair import Pair, Result, run_pair, run_stock
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
-from rig.weight_rows import GGUF_PACK, GROUPS, PLAIN, ROWS, Row, base_graph
+from rig.weight_rows import GROUPS, PLAIN, ROWS, SETUP, Row, base_graph
 
 # Correlation of the latents of two models that only differ in precision. With 4 bits it is 0.99
 # (0.93 where a LoRA went into 4 bits, which rounds at random); with scales ignored it is 0.82.
@@ -27,16 +28,14 @@ COMPLAINTS = ("lora key not loaded", "unet unexpected", "unet missing", "ERROR",
 
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
-Setup = dict[str, object]
-
-STAND_IN: Setup = {"variants": True, "node_packs": (GGUF_PACK,)}
+Setup = dict[str, Any]
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_stock_loads_every_row(
     servers: Servers, tree: Tree, group: str, record_property: Record
 ) -> None:
-    check_stock(servers, tree, GROUPS[group], record_property, STAND_IN)
+    check_stock(servers, tree, GROUPS[group], record_property, SETUP)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -46,7 +45,7 @@ def test_every_row_equals_stock(
 ) -> None:
     if num_ranks > 2 and tree != trees_for_tests()[-1]:
         pytest.skip("how weights arrive does not depend on the number of ranks: 3 on the newest")
-    check_ranks(servers, tree, num_ranks, GROUPS[group], record_property, STAND_IN)
+    check_ranks(servers, tree, num_ranks, GROUPS[group], record_property, SETUP)
 
 
 def test_the_real_gguf_pack_equals_stock(
@@ -55,7 +54,7 @@ def test_the_real_gguf_pack_equals_stock(
     pack = os.environ.get("COMFYUI_GGUF_PATH")
     if not pack:
         pytest.skip("COMFYUI_GGUF_PATH does not name a checkout of city96/ComfyUI-GGUF")
-    setup: Setup = {"variants": True, "node_packs": (Path(pack),)}
+    setup = {**SETUP, "node_packs": (Path(pack),)}
     check_stock(servers, tree, GROUPS["GGUF"], record_property, setup)
     check_ranks(servers, tree, 2, GROUPS["GGUF"], record_property, setup)
 

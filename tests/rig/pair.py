@@ -9,7 +9,7 @@ every step ran in parallel, on every rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,23 @@ def run(server: Server, graph: Graph) -> Result:
 
 
 def run_pair(
-    servers: Callable[..., Server], tree: Tree, graph: Graph, num_ranks: int, **setup: Any
+    servers: Callable[..., Server],
+    tree: Tree,
+    graph: Graph,
+    num_ranks: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    **setup: Any,
 ) -> Pair:
-    """Run a graph on both servers; ``setup`` goes to both. Any inequality is an AssertionError."""
+    """Run a graph on both servers and compare; any inequality is an AssertionError.
+
+    Args:
+        env: further settings of the server with ranks.
+        setup: what both servers have, apart from settings.
+    """
     stock = run_stock(servers(tree, XDIT_STRATEGY="off", **setup), graph)
-    server = servers(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT, **setup)
+    settings = {"XDIT_GPUS": f"cpu:{num_ranks}", **STRICT, **(env or {})}
+    server = servers(tree, **settings, **setup)
     before = server.status()
     ranks = run(server, graph)
     after = server.status()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rig import graphs, weight_graphs
 from rig.graphs import Graph
@@ -22,7 +23,11 @@ PLAIN, WITH_LORA = "plain", "LoRA, kohya"
 KOHYA = "kohya.safetensors"
 OTHER = "flux1-dev-other.safetensors"
 
-GGUF_PACK = Path(__file__).with_name("gguf_pack")
+# What servers need for every row.
+SETUP: dict[str, Any] = {
+    "variants": True,
+    "node_packs": (Path(__file__).with_name("gguf_pack"),),
+}
 
 # Where a version of ComfyUI shows that it knows a format.
 LAYOUTS, LAYERS = "comfy/quant_ops.py", "comfy/ops.py"

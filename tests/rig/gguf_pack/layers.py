@@ -18,6 +18,7 @@ class LazyLinear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
     """A linear layer without a weight until one is loaded."""
 
     comfy_cast_weights = True
+    has_largest_weight = False
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class LazyLinear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
             value = state_dict.get(prefix + name)
             if value is not None:
                 setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+        self.has_largest_weight = getattr(self.weight, "is_largest_weight", False)
         if self.weight is None:
             missing_keys.append(prefix + "weight")
 
@@ -55,6 +57,9 @@ class LazyLinear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None:
                 destination[prefix + name] = torch.zeros_like(value, device="meta")
+        if self.has_largest_weight:  # room for its numbers, which no parameter of this name holds
+            room = torch.empty(self.weight.shape, dtype=torch.float16, device="meta")
+            destination[prefix + "temp.weight"] = room
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         """Multiply by the numbers, patched."""

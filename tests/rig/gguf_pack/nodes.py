@@ -77,7 +77,7 @@ class UnetLoaderGGUF:
     def load(self, unet_name: str) -> tuple[Any]:
         """Return the patcher of the model."""
         state = read(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
-        options = {"custom_operations": Operations}
+        options = {"custom_operations": Operations()}
         patcher = comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
         if patcher is None:
             raise RuntimeError(f"{unet_name} is not a diffusion model that ComfyUI knows.")

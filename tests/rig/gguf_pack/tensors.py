@@ -21,6 +21,7 @@ class QuantisedTensor(torch.Tensor):
     tensor_type: Any
     tensor_shape: torch.Size
     patches: list[Any]
+    is_largest_weight = False
 
     @staticmethod
     def __new__(cls: type[QuantisedTensor], data: torch.Tensor, **_: Any) -> QuantisedTensor:
@@ -78,4 +79,7 @@ def read(path: str | Path) -> dict[str, torch.Tensor]:
         if entry.tensor_type in PLAIN:
             data = data.view(*shape)
         state[entry.name] = QuantisedTensor(data, tensor_type=entry.tensor_type, tensor_shape=shape)
+    quantised = [tensor for tensor in state.values() if is_quantised(tensor)]
+    if quantised:
+        max(quantised, key=torch.Tensor.numel).is_largest_weight = True  # type: ignore[attr-defined]
     return state
