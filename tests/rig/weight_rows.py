@@ -63,37 +63,41 @@ def _loras(*loras: tuple[str, float]) -> Row:
     return Row(lambda graph: weight_graphs.with_loras(graph, *loras))
 
 
-def _with_and_without_lora(
-    name: str, load: Callable[[Graph], Graph], needs: tuple[str, str] | None = None
+def _rows(
+    name: str, load: Callable[[Graph], Graph], needs: tuple[str, str] | None, lora: bool
 ) -> dict[str, Row]:
-    """Return two rows: weights that only differ in precision from plain, and a LoRA on top."""
+    """Return a row whose weights differ from plain in precision only, and one with a LoRA on it."""
 
     def with_lora(graph: Graph) -> Graph:
         return weight_graphs.with_loras(load(graph), (KOHYA, 1.0))
 
-    return {
-        name: Row(load, PLAIN, needs),
-        f"{name} + LoRA": Row(with_lora, WITH_LORA, needs),
-    }
+    rows = {name: Row(load, PLAIN, needs)}
+    return rows | ({f"{name} + LoRA": Row(with_lora, WITH_LORA, needs)} if lora else {})
 
 
 def _unet(
-    name: str, suffix: str, weight_dtype: str = "default", needs: tuple[str, str] | None = None
+    name: str,
+    suffix: str,
+    weight_dtype: str = "default",
+    needs: tuple[str, str] | None = None,
+    lora: bool = False,
 ) -> dict[str, Row]:
     file = f"flux1-dev{suffix}.safetensors"
     load = partial(weight_graphs.with_unet, name=file, weight_dtype=weight_dtype)
-    return _with_and_without_lora(name, load, needs)
+    return _rows(name, load, needs, lora)
 
 
-def _checkpoint(suffix: str, needs: tuple[str, str] | None = None) -> dict[str, Row]:
+def _checkpoint(
+    suffix: str, needs: tuple[str, str] | None = None, lora: bool = False
+) -> dict[str, Row]:
     file = f"flux1-dev-{suffix}.safetensors"
     load = partial(weight_graphs.with_checkpoint, name=file)
-    return _with_and_without_lora(f"checkpoint, {suffix}", load, needs)
+    return _rows(f"checkpoint, {suffix}", load, needs, lora)
 
 
 def _gguf(kind: str) -> dict[str, Row]:
     load = partial(weight_graphs.with_gguf, name=f"flux1-dev-{kind}.gguf")
-    return _with_and_without_lora(f"GGUF {kind}", load)
+    return _rows(f"GGUF {kind}", load, None, lora=True)
 
 
 # Within a group, every row differs in its weights from the one before it.
@@ -124,20 +128,20 @@ GROUPS: dict[str, dict[str, Row]] = {
             )
         ),
     },
-    "fp8": _unet("fp8_e4m3fn", "", "fp8_e4m3fn")
+    "fp8": _unet("fp8_e4m3fn", "", "fp8_e4m3fn", lora=True)
     | _unet("fp8_e4m3fn_fast", "", "fp8_e4m3fn_fast")
     | _unet("fp8_e5m2", "", "fp8_e5m2")
-    | _unet("scaled fp8", "-scaled-fp8")
+    | _unet("scaled fp8", "-scaled-fp8", lora=True)
     | _unet("scaled fp8, input scale", "-scaled-fp8-input"),
-    "mixed precision": _unet("mixed fp8", "-mixed-fp8", needs=(LAYOUTS, "float8_e4m3fn"))
-    | _unet("mixed fp8, input scale", "-mixed-fp8-input", needs=(LAYOUTS, "float8_e4m3fn"))
+    "mixed precision": _unet("mixed fp8", "-mixed-fp8", lora=True)
+    | _unet("mixed fp8, input scale", "-mixed-fp8-input")
     | _unet("mixed fp8, comfy_quant", "-mixed-fp8-tensors", needs=(LAYERS, "comfy_quant"))
-    | _unet("mxfp8", "-mxfp8", needs=(LAYOUTS, "mxfp8"))
-    | _unet("nvfp4", "-nvfp4", needs=(LAYOUTS, "nvfp4"))
+    | _unet("mxfp8", "-mxfp8", needs=(LAYOUTS, "mxfp8"), lora=True)
+    | _unet("nvfp4", "-nvfp4", needs=(LAYOUTS, "nvfp4"), lora=True)
     | _unet("nvfp4, input scale", "-nvfp4-input", needs=(LAYOUTS, "nvfp4"))
-    | _unet("int8", "-int8", needs=(LAYOUTS, "int8_tensorwise")),
-    "checkpoint": _checkpoint("bf16")
-    | _checkpoint("fp8")
+    | _unet("int8", "-int8", needs=(LAYOUTS, "int8_tensorwise"), lora=True),
+    "checkpoint": _checkpoint("bf16", lora=True)
+    | _checkpoint("fp8", lora=True)
     | _checkpoint("scaled-fp8")
     | _checkpoint("mixed-fp8-tensors", needs=(LAYERS, "comfy_quant")),
     "GGUF": _gguf("Q8_0") | _gguf("Q4_K"),
