@@ -61,6 +61,12 @@ class Totals:
     bytes_to_workers: int = 0
     bytes_from_workers: int = 0
     bytes_between_ranks: int = 0
+    bytes_weights: int = 0
+    """Weight tensors put into shared memory: LoRA matrices, models to merge or without a file."""
+    loads: int = 0
+    """How often the workers read a model."""
+    weights_verified: int = 0
+    """Weights compared bit for bit with ComfyUI's own, counted for each rank."""
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
     step_seconds: dict[int, float] = field(default_factory=dict)
@@ -85,6 +91,9 @@ class Totals:
                 "from_workers": self.bytes_from_workers,
                 "between_ranks": self.bytes_between_ranks,
             },
+            "bytes_weights": self.bytes_weights,
+            "loads": self.loads,
+            "weights_verified": self.weights_verified,
             "last_step_s": {"host": self.host_step_seconds, "ranks": dict(self.step_seconds)},
             "last_loss_unix_s": self.last_loss_unix_s,
             "last_run": None

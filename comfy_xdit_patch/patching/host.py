@@ -20,15 +20,16 @@ from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import RunCounts, Totals
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
 from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.patching.remote_weights import RemoteWeights
+from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import (
-    CARRIED_ARGUMENTS,
     Pristine,
     check_arguments,
     check_grad,
     check_patcher,
 )
-from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 from comfy_xdit_patch.workers.pool import Pool, PoolState
@@ -42,8 +43,10 @@ class Run:
 
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
-    base_model: Any = None
-    model: KnownModel | None = None
+    models: dict[int, KnownModel] = field(default_factory=dict)
+    """Models whose modules were scanned in this run, by the identity of their BaseModel."""
+    compared: set[int] = field(default_factory=set)
+    """Numbers of the models whose weights were compared with the workers' in this run."""
     generation: int = 0
 
 
@@ -58,7 +61,9 @@ class Host:
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
         self._pristine = pristine
-        self._remote = RemoteForward(pool, self.totals)
+        wire = Wire(pool)
+        self._remote = RemoteForward(wire, self.totals)
+        self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
         self._lock = threading.Lock()
 
     @property
@@ -123,7 +128,7 @@ class Host:
         """Have the workers drop their weights (ComfyUI's Free and Unload)."""
         if self.pool.state is PoolState.READY:
             with self._lock:
-                self._remote.unload()
+                self._weights.unload()
 
     def _forward(self, flux: Any, arguments: Mapping[str, Any], run: Run) -> torch.Tensor | Refusal:
         import comfy.model_management
@@ -142,7 +147,7 @@ class Host:
         )
         if refusal is not None:
             return refusal
-        plan = plan_call(_workload(flux, arguments), world_size=self.pool.world_size)
+        plan = plan_call(workload_of(flux, arguments), world_size=self.pool.world_size)
         if isinstance(plan, Refusal):
             return plan
         known = self._known_model(flux, base_model, run)
@@ -153,17 +158,23 @@ class Host:
         except WorkerError as error:
             self.totals.last_error = str(error)
             return Refusal("the workers did not start")
+        self._weights.follow_generation()
+        state = self._weights.state(base_model)
+        if isinstance(state, Refusal):
+            return state
+        if run.generation != self.pool.generation:
+            run.generation = self.pool.generation
+            run.compared.clear()
         try:
-            # Also once in every run: the host's weights are compared with their file again.
-            if (run.generation, self._remote.loaded) != (self.pool.generation, known.number):
-                refusal = self._remote.load(
-                    flux, known, manual_cast_dtype=base_model.manual_cast_dtype, poll=poll
-                )
-                if refusal is not None:
-                    return refusal
-                run.generation = self.pool.generation
+            # Also once in every run: the host's weights are compared with the workers' again.
+            if known.number not in run.compared or not self._weights.holds(known, state):
+                loaded = self._weights.load(base_model, known, state, poll=poll)
+                if isinstance(loaded, Refusal):
+                    return loaded
+                known = run.models[id(base_model)] = loaded
+                run.compared.add(known.number)
             out = self._remote.forward(
-                known,
+                known.number,
                 arguments,
                 plan=plan,
                 out_channels=flux.params.out_channels,
@@ -180,13 +191,11 @@ class Host:
 
     def _known_model(self, flux: Any, base_model: Any, run: Run) -> KnownModel | Refusal:
         """Once a run: scan the modules, and find the model's file."""
-        if run.model is not None and run.base_model is base_model:
-            return run.model
-        if run.base_model not in (None, base_model):
-            return Refusal("two models alternate in one sampling run")
-        known = self._pristine.check_modules(flux) or self.models.find(base_model)
-        if not isinstance(known, Refusal):
-            run.base_model, run.model = base_model, known
+        known: KnownModel | Refusal | None = run.models.get(id(base_model))
+        if known is None:
+            known = self._pristine.check_modules(flux) or self.models.find(base_model)
+            if not isinstance(known, Refusal):
+                run.models[id(base_model)] = known
         return known
 
     def status(self) -> dict[str, Any]:
@@ -221,26 +230,3 @@ class Host:
             "start_s": round(pool.start_seconds, 3),
             **self.totals.to_dict(),
         }
-
-
-def _workload(flux: Any, arguments: Mapping[str, Any]) -> Workload:
-    x, side = arguments["x"], flux.patch_size
-    latents = [x, *(arguments.get("ref_latents") or ())]
-    batch = x.shape[0]
-    return Workload(
-        batch_size=batch,
-        num_text_tokens=arguments["context"].shape[1],
-        num_image_tokens=sum(-(-t.shape[-2] // side) * -(-t.shape[-1] // side) for t in latents),
-        num_heads=flux.num_heads,
-        is_batch_divisible=all(
-            t.ndim > 0 and t.shape[0] == batch
-            for name in CARRIED_ARGUMENTS
-            for t in _tensors(arguments.get(name))
-        ),
-    )
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []

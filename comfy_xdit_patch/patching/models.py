@@ -1,9 +1,9 @@
-"""Remember which file each model came from.
+"""Number the models that the workers may hold, and remember which file each came from.
 
 Runs in: host process.
 
 ComfyUI 0.33 keeps the loader and its arguments on the patcher, 0.3.75 keeps nothing, so the two
-loaders are wrapped. A model that came any other way has no source and runs on one GPU.
+loaders are wrapped. A model that came any other way has no file; its tensors are carried.
 """
 
 from __future__ import annotations
@@ -16,28 +16,25 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.transport.messages import ModelSource
-
-_PLAIN = (bool, int, float, str, type(None))
+from comfy_xdit_patch.transport.values import PLAIN
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model's number for the workers and where they find its weights."""
+    """A model's number for the workers, and the file they find its weights in, if there is one."""
 
     number: int
-    source: ModelSource
+    source: ModelSource | None
 
 
 class ModelRegistry:
-    """Sources of the models alive in the host; forgets a model with its last reference."""
+    """The models alive in the host; forgets a model with its last reference."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[Any, KnownModel | Refusal] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._known: weakref.WeakKeyDictionary[Any, KnownModel] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count(1)
+        self._gone: list[int] = []
 
     def remember(self, base_model: Any, loader: str, path: str, options: dict[str, Any]) -> None:
         """Note where a model came from.
@@ -50,18 +47,35 @@ class ModelRegistry:
         for name, value in options.items():
             if isinstance(value, torch.dtype):
                 plain[name] = str(value)
-            elif isinstance(value, _PLAIN):
+            elif isinstance(value, PLAIN):
                 plain[name] = value
             else:
-                self._known[base_model] = Refusal(f"the model was loaded with its own {name}")
+                self._number(base_model, None)  # Another process cannot load it like that.
                 return
         stat = os.stat(path)
-        source = ModelSource(loader, os.path.abspath(path), plain, stat.st_size, stat.st_mtime_ns)
-        self._known[base_model] = KnownModel(next(self._numbers), source)
-
-    def find(self, base_model: Any) -> KnownModel | Refusal:
-        """Return the source of a model, or why it has none."""
-        return self._known.get(
+        self._number(
             base_model,
-            Refusal("the model was not loaded from a file by Load Diffusion Model or Checkpoint"),
+            ModelSource(loader, os.path.abspath(path), plain, stat.st_size, stat.st_mtime_ns),
         )
+
+    def find(self, base_model: Any) -> KnownModel:
+        """Return a model's number and source."""
+        return self._known.get(base_model) or self._number(base_model, None)
+
+    def renumber_without_file(self, base_model: Any) -> KnownModel:
+        """Give a model that is not what its file holds, or not what it was, a new number."""
+        known = self._known.get(base_model)
+        if known is not None:
+            self._gone.append(known.number)
+        return self._number(base_model, None)
+
+    def take_gone(self) -> list[int]:
+        """Numbers of the models that ComfyUI has let go since the last call."""
+        gone, self._gone[:] = self._gone[:], []
+        return gone
+
+    def _number(self, base_model: Any, source: ModelSource | None) -> KnownModel:
+        known = self._known[base_model] = KnownModel(next(self._numbers), source)
+        # Runs in any thread, in the middle of anything: it only leaves a note.
+        weakref.finalize(base_model, self._gone.append, known.number).atexit = False
+        return known

@@ -106,8 +106,6 @@ def check_patcher(base_model: Any) -> Refusal | None:
     patcher = base_model.current_patcher
     if patcher is None:
         return Refusal("the model has no current ModelPatcher")
-    if patcher.patches:
-        return Refusal("the model has weight patches (a LoRA or a merge)")
     if getattr(patcher, "weight_wrapper_patches", None):
         return Refusal("the model has weight wrappers")
     if getattr(patcher, "is_injected", False):
@@ -115,7 +113,7 @@ def check_patcher(base_model: Any) -> Refusal | None:
     if getattr(patcher, "hook_patches", None) or getattr(patcher, "current_hooks", None):
         return Refusal("the model has hook-scheduled weight patches")
     for key in patcher.object_patches:
-        if key.split(".")[0] in ("diffusion_model", "manual_cast_dtype"):
+        if key.split(".")[0] == "diffusion_model":
             return Refusal(f"a node patched {_without_index(key)} of the model")
     return None
 

@@ -1,4 +1,4 @@
-"""A short name for a model's weights and operations, computed alike in host and worker.
+"""A short name for a model's stored weights and operations, computed alike in host and worker.
 
 Runs in: host and worker.
 
@@ -6,41 +6,66 @@ A worker reads the same file with the same loader, so its model should be the ho
 that it is: names, shapes, dtypes and classes of everything, and the first and last bytes of every
 tensor. It sees another dtype choice, other operations, a changed file, and any edit of whole
 tensors in the host; reading 24 GB to see more would cost a second of every run.
+
+Stored weights are those before any LoRA: where ComfyUI has patched one, its backup counts.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from comfy_xdit_patch.transport.tensors import digest_weight, flatten
+
 SAMPLE_ELEMENTS = 16
-_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+PREFIX = "diffusion_model."
+"""Keys of patches and backups begin with it, names of the module's own tensors do not."""
 
 
-class ForeignTensorError(TypeError):
-    """A weight is of a tensor class whose contents cannot be compared plainly."""
+def stored_weights(flux: Any, backup: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, as they were before ComfyUI patched them.
+
+    Args:
+        backup: of the ModelPatcher; entries have the unpatched tensor as ``weight``.
+    """
+    for name, tensor in (*flux.named_parameters(), *flux.named_buffers()):
+        kept = backup.get(PREFIX + name)
+        yield name, tensor if kept is None else kept.weight
 
 
-def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None) -> str:
+def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, backup: Any = None) -> str:
     """Return the fingerprint of a diffusion model.
 
     Args:
         manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
+        backup: of its ModelPatcher, if weights are patched.
 
     Raises:
-        ForeignTensorError: a weight is a tensor subclass (quantised weights).
+        ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
-    digest = hashlib.sha256()
-    digest.update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
+    total = hashlib.sha256()
+    total.update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
     for name, module in flux.named_modules():
-        digest.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
-    for name, tensor in (*flux.named_parameters(), *flux.named_buffers()):
-        if type(tensor) not in _PLAIN_CLASSES:
-            raise ForeignTensorError(type(tensor).__name__)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        for sample in (flat[:SAMPLE_ELEMENTS], flat[-SAMPLE_ELEMENTS:]):
-            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        total.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
+    for name, weight in stored_weights(flux, backup or {}):
+        inner, rest = flatten(weight)
+        total.update(f"{name} {rest}\n".encode())
+        for part in sorted(inner):
+            tensor = inner[part]
+            total.update(f"{part} {tuple(tensor.size())} {tensor.dtype}\n".encode())
+            flat = tensor.reshape(-1)
+            for sample in (flat[:SAMPLE_ELEMENTS], flat[-SAMPLE_ELEMENTS:]):
+                total.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def digests(flux: Any) -> dict[str, str]:
+    """Digest every weight as it is used now, patched or not.
+
+    Raises:
+        ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
+    """
+    return {name: digest_weight(weight) for name, weight in stored_weights(flux, backup={})}

@@ -1,4 +1,4 @@
-"""Every message between host and worker, and nothing else.
+"""Every message from host to worker, and the encoding of both directions.
 
 Runs in: host and worker. No torch.
 
@@ -13,6 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.transport.replies import (
+    Done,
+    Failed,
+    Joined,
+    Loaded,
+    NotLoaded,
+    Unloaded,
+)
 
 Tree: TypeAlias = Any
 """None, bool, int, float, str, list, dict with string keys, or a ``SlotRef`` as a dict."""
@@ -41,9 +49,6 @@ class ModelSource:
     options: dict[str, Any]
     size_bytes: int
     mtime_ns: int
-
-
-# host -> worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +84,42 @@ class Unmap:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load a model's weights, if they are not loaded, and make them the current model."""
+    """Hold a model in one state of its weights.
+
+    A model comes from ``source``, or from ``tensors``, made by ``skeleton.py``; a rank that holds
+    it already needs neither. ``state`` is made by ``patching/weights.py`` and ``key`` names its
+    contents. With ``verify`` the reply has a digest of every weight in use.
+    """
 
     request: int
     model: int
-    source: ModelSource
+    source: ModelSource | None
+    tensors: Tree
+    state: Tree
+    key: str
+    verify: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Drop all weights."""
+    """Drop all models."""
 
     request: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveWay:
+    """These ranks give their device's memory back, and keep what it takes to return."""
+
+    request: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Models that do not exist in the host any more."""
+
+    models: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,76 +143,14 @@ class Stop:
     """Leave the process group and end."""
 
 
-# worker -> host
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """The rank is in the process group. Seconds by phase."""
-
-    rank: int
-    pid: int
-    device: str
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """The weights are in place. ``fingerprint`` is compared with the host's own model."""
-
-    request: int
-    fingerprint: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class NotLoaded:
-    """This rank could not load the model. It holds no weights and is well otherwise."""
-
-    request: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unloaded:
-    """The weights are dropped."""
-
-    request: int
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """This rank's share of a call is computed.
-
-    ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
-    the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
-    """
-
-    request: int
-    num_forwards: int
-    dtype: str
-    shape: tuple[int, ...]
-    seconds: float
-    bytes_between_ranks: int
-    bytes_written: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """This rank could not do what it was asked. The worker may still be alive."""
-
-    request: int
-    phase: str
-    error: str
-    traceback: str
-
-
 Message: TypeAlias = (
     Start
     | Map
     | Unmap
     | Load
     | Unload
+    | GiveWay
+    | Drop
     | Forward
     | Stop
     | Joined
@@ -193,7 +160,6 @@ Message: TypeAlias = (
     | Done
     | Failed
 )
-Reply: TypeAlias = Loaded | NotLoaded | Unloaded | Done | Failed
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
@@ -203,6 +169,8 @@ _TYPES: dict[str, type[Any]] = {
         Unmap,
         Load,
         Unload,
+        GiveWay,
+        Drop,
         Forward,
         Stop,
         Joined,
@@ -235,7 +203,7 @@ def decode(data: bytes) -> Message:
         names = {field.name for field in fields(cls)}
         if set(body) != names:
             raise ValueError(f"fields {sorted(body)} instead of {sorted(names)}")
-        if "source" in body:
+        if body.get("source") is not None:
             body["source"] = ModelSource(**body["source"])
         if "shape" in body:
             body["shape"] = tuple(body["shape"])

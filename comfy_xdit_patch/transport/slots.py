@@ -51,14 +51,14 @@ class Slot:
         self._memory = mmap.mmap(fd, size_bytes)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
-    def view(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The slot's first bytes as a tensor; shared, not copied."""
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], *, offset: int = 0) -> torch.Tensor:
+        """The slot's bytes from ``offset`` on as a tensor; shared, not copied."""
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
-        if num_bytes > self.size_bytes:
+        if offset + num_bytes > self.size_bytes:
             raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
-        return self._bytes[:num_bytes].view(dtype).view(shape)
+        return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)
 
 
 @dataclass(slots=True)
@@ -181,11 +181,16 @@ class SlotTable:
                 return oldest
             entries.remove(oldest)
             self._dropped.append(oldest.slot.number)
-        entry = _Entry(self._create(size_bytes))
+        entry = _Entry(self.create(size_bytes))
         entries.append(entry)
         return entry
 
-    def _create(self, size_bytes: int) -> Slot:
+    def drop(self, number: int) -> None:
+        """Give up a slot that ``create`` made."""
+        self._dropped.append(number)
+
+    def create(self, size_bytes: int) -> Slot:
+        """Make a slot; ``take_created`` hands it out to be sent."""
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = os.memfd_create("comfy-xdit-slot", os.MFD_CLOEXEC)
         os.ftruncate(fd, size_bytes)

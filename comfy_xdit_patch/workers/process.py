@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, NoReturn
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import (
-    Failed,
+    Drop,
     Forward,
-    Joined,
+    GiveWay,
     Load,
     Map,
     Message,
     Start,
     Stop,
     Unload,
-    Unloaded,
     Unmap,
 )
+from comfy_xdit_patch.transport.replies import Failed, Joined, Unloaded
 
 if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
@@ -142,12 +142,19 @@ class Worker:
         elif isinstance(message, Unmap):
             slots.drop(message.slots)
         elif isinstance(message, Load):
-            self._phase = f"loading {message.source.path}"
+            self._phase = f"loading {message.source.path if message.source else 'tensors'}"
             self._channel.send(engine.load(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Unload):
             self._phase = "unloading"
-            engine.unload()
+            engine.drop()
             self._channel.send(Unloaded(message.request), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, GiveWay):
+            self._phase = "giving way"
+            engine.give_way(message.ranks)
+            self._channel.send(Unloaded(message.request), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Drop):
+            self._phase = "dropping models"
+            engine.drop(message.models)
         elif isinstance(message, Forward):
             self._phase = "forward"
             self._channel.send(engine.forward(message), deadline_s=REPLY_DEADLINE_S)

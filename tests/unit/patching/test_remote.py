@@ -14,7 +14,8 @@ from comfy_xdit_patch.patching.models import KnownModel
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.fingerprint import fingerprint
-from comfy_xdit_patch.transport.messages import Done, Loaded, Map, ModelSource, Unloaded, Unmap
+from comfy_xdit_patch.transport.messages import Map, ModelSource, Unmap
+from comfy_xdit_patch.transport.replies import Done, Loaded, Unloaded
 from comfy_xdit_patch.transport.slots import SlotMap, UncarriedArgumentError
 
 KNOWN = KnownModel(1, ModelSource("load_diffusion_model", "f", {}, 1, 1))

@@ -1,0 +1,71 @@
+"""Load a model's weights with ComfyUI's own loaders, from the file's own pages.
+
+Runs in: worker process.
+
+ComfyUI makes a module of empty weights and copies the file into it. N workers would so own N
+copies of a file that the page cache holds already. Here the file's mapped tensors are put in the
+place of the empty ones: all workers, and the host while it reads, share one copy, and only weights
+that are cast or patched are memory of a rank's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.transport.messages import ModelSource
+
+
+def load_patcher(source: ModelSource) -> Any:
+    """Load the diffusion model of a file, and only that: no text encoder, no VAE.
+
+    Raises:
+        WorkerError: the file is not the one that the host read.
+    """
+    import comfy.sd
+
+    stat = os.stat(source.path)
+    if (stat.st_size, stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
+        raise WorkerError(f"{source.path} was changed after ComfyUI read it.")
+    options = {
+        name: getattr(torch, value.removeprefix("torch.")) if name == "dtype" else value
+        for name, value in source.options.items()
+    }
+    with mapped_weights():
+        if source.loader == "load_diffusion_model":
+            return comfy.sd.load_diffusion_model(source.path, model_options=options)
+        return comfy.sd.load_checkpoint_guess_config(
+            source.path,
+            output_vae=False,
+            output_clip=False,
+            output_clipvision=False,
+            model_options=options,
+        )[0]
+
+
+@contextmanager
+def mapped_weights() -> Iterator[None]:
+    """While this lasts, modules take the tensors that they are given instead of copying them."""
+    copying = torch.nn.Module.load_state_dict
+
+    def load_state_dict(
+        module: torch.nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = True
+    ) -> Any:
+        wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        fitting = {
+            # What copying would do: the module's dtype is the user's choice, the file's is not.
+            name: tensor.to(wanted[name].dtype) if name in wanted else tensor
+            for name, tensor in state.items()
+        }
+        return copying(module, fitting, strict=strict, assign=True)
+
+    torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.load_state_dict = copying  # type: ignore[method-assign]

@@ -1,0 +1,201 @@
+"""Have the workers hold the weights that a call needs, and no others than ComfyUI's.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
+from comfy_xdit_patch.patching.weights import WeightState, WeightStates
+from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
+from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
+from comfy_xdit_patch.transport.replies import Loaded, NotLoaded
+from comfy_xdit_patch.transport.skeleton import describe
+from comfy_xdit_patch.transport.tensors import ForeignTensorError
+from comfy_xdit_patch.transport.values import UncarriedValueError
+from comfy_xdit_patch.workers.exchange import Poll
+
+log = logging.getLogger("comfy_xdit_patch")
+
+
+class RemoteWeights:
+    """What every rank holds: models by number, each in one state of its weights."""
+
+    def __init__(
+        self, wire: Wire, totals: Totals, models: ModelRegistry, *, verifies: bool
+    ) -> None:
+        """Prepare.
+
+        Args:
+            verifies: compare the weights in use bit for bit after every load, wherever ComfyUI
+                has patched its own (``XDIT_STRICT=1``).
+        """
+        self._wire = wire
+        self._totals = totals
+        self._models = models
+        self._verifies = verifies
+        self._states = WeightStates(wire.packs)
+        self._held: dict[int, str] = {}
+        self._refused: dict[tuple[int, str], Refusal] = {}
+
+    def follow_generation(self) -> None:
+        """New workers hold nothing."""
+        if self._wire.follow_generation():
+            self._states = WeightStates(self._wire.packs)
+            self._held.clear()
+
+    def state(self, base_model: Any) -> WeightState | Refusal:
+        """Return the state of the weights that the model's current ModelPatcher asks for."""
+        written = self._wire.packs.bytes_written
+        state = self._states.of(base_model)
+        self._totals.bytes_weights += self._wire.packs.bytes_written - written
+        return state
+
+    def holds(self, known: KnownModel, state: WeightState) -> bool:
+        """Whether every rank holds this model in this state."""
+        return self._held.get(known.number) == state.key
+
+    def load(
+        self, base_model: Any, known: KnownModel, state: WeightState, *, poll: Poll
+    ) -> KnownModel | Refusal:
+        """Have every rank hold this model in this state, and check that it is the host's.
+
+        Returns:
+            The model as the workers know it now: a model that is not what its file holds, because
+            a node has changed it in memory, is carried instead and has a new number.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        patcher = base_model.current_patcher
+        cast = "manual_cast_dtype"
+        try:
+            expected = fingerprint(
+                base_model.diffusion_model,
+                manual_cast_dtype=patcher.object_patches_backup.get(
+                    cast, getattr(base_model, cast)
+                ),
+                backup=patcher.backup,
+            )
+            replies = self._ask(base_model, known, state, poll)
+            if not isinstance(replies, Refusal) and any(
+                reply.fingerprint != expected for reply in replies
+            ):
+                known = self._models.renumber_without_file(base_model)
+                replies = self._ask(base_model, known, state, poll)
+        except (ForeignTensorError, UncarriedValueError) as error:
+            return Refusal(f"the model has weights that cannot be carried: {error}")
+        if isinstance(replies, Refusal):
+            return replies
+        if any(reply.fingerprint != expected for reply in replies):
+            return Refusal("the workers cannot rebuild the model that ComfyUI holds")
+        refusal = self._verify(base_model, [reply.digests for reply in replies])
+        if refusal is not None:
+            return refusal
+        self._held[known.number] = state.key
+        return known
+
+    def _ask(
+        self, base_model: Any, known: KnownModel, state: WeightState, poll: Poll
+    ) -> list[Loaded] | Refusal:
+        which = known.number, state.key
+        if which in self._refused:
+            return self._refused[which]
+        tensors = None
+        if known.source is None and known.number not in self._held:
+            packs = self._wire.packs
+            written = packs.bytes_written
+            tensors = describe(base_model, packs)
+            self._totals.bytes_weights += packs.bytes_written - written
+        verify = self._verifies and _is_patched_here(base_model)
+        # Unknown until every rank has answered: the user may interrupt the wait.
+        self._held.pop(known.number, None)
+        replies = self._wire.request(
+            lambda number: Load(
+                request=number,
+                model=known.number,
+                source=known.source,
+                tensors=tensors,
+                state=state.tree,
+                key=state.key,
+                verify=verify,
+            ),
+            poll=poll,
+            prepare=self._drop_messages,
+        )
+        loaded = [reply for reply in replies if isinstance(reply, Loaded)]
+        for rank, reply in enumerate(replies):
+            if isinstance(reply, NotLoaded):
+                self._totals.last_error = f"Rank {rank} could not load the model: {reply.error}"
+                log.error("xDiT: %s", self._totals.last_error)
+                # Trying again in every run would cost the time of a load in every run.
+                self._refused[which] = Refusal("a worker could not load the model")
+                return self._refused[which]
+            assert isinstance(reply, Loaded)
+            self._totals.load_seconds[rank] = round(reply.seconds, 3)
+        self._totals.loads += loaded[0].is_new
+        everywhere = set.intersection(*(set(reply.models) for reply in loaded))
+        self._held = {n: key for n, key in self._held.items() if n in everywhere}
+        return loaded
+
+    def unload(self) -> None:
+        """Have every rank drop all models.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        self._held.clear()
+        self._wire.request(Unload, poll=_no_poll, prepare=self._drop_messages)
+
+    def give_way(self, ranks: Sequence[int]) -> None:
+        """Have some ranks free their device; they come back by themselves.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=_no_poll)
+
+    def _drop_messages(self) -> Sequence[Message]:
+        gone = self._models.take_gone()
+        for number in gone:
+            self._held.pop(number, None)
+        return [Drop(gone)] if gone else []
+
+    def _verify(self, base_model: Any, theirs: Sequence[dict[str, str]]) -> Refusal | None:
+        """Compare the weights in use bit for bit, if the ranks were asked for digests."""
+        if not any(theirs):
+            return None
+        ours = digests(base_model.diffusion_model)
+        for rank, found in enumerate(theirs):
+            wrong = [name for name in {*ours, *found} if ours.get(name) != found.get(name)]
+            if wrong:
+                name = min(wrong)
+                self._totals.last_error = (
+                    f"Rank {rank} holds {len(wrong)} of {len(ours)} weights with other contents: "
+                    f"{name} is {found.get(name)} there and {ours.get(name)} here."
+                )
+                return Refusal("the weights in use on a rank are not ComfyUI's")
+            self._totals.weights_verified += len(ours)
+        return None
+
+
+def _is_patched_here(base_model: Any) -> bool:
+    """Whether ComfyUI has applied all patches to the weights that this process holds."""
+    patcher = base_model.current_patcher
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    return (
+        not (is_dynamic is not None and is_dynamic())
+        and not base_model.model_lowvram
+        and base_model.current_weight_patches_uuid == patcher.patches_uuid
+    )
+
+
+def _no_poll() -> None:
+    """Wait without looking for an interrupt: nothing is being sampled."""

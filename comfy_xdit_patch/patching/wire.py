@@ -1,0 +1,90 @@
+"""The workers together with the memory that this process shares with them.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from comfy_xdit_patch.transport.messages import Map, Message, Unmap
+from comfy_xdit_patch.transport.packs import PackTable
+from comfy_xdit_patch.transport.replies import Reply
+from comfy_xdit_patch.transport.slots import Slot, SlotTable
+from comfy_xdit_patch.workers.exchange import Poll
+from comfy_xdit_patch.workers.pool import Pool
+
+
+class Wire:
+    """Requests to all ranks; new shared memory reaches them before the request that needs it."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._fds: Sequence[tuple[Slot, int]] = ()
+        self.generation = 0
+        """Of the workers that the shared memory belongs to."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self.slots = SlotTable()
+        self.packs = PackTable(self.slots.create, self.slots.drop)
+
+    @property
+    def control_bytes(self) -> int:
+        """Bytes of messages sent to the workers that live now."""
+        return self._pool.control_bytes
+
+    def follow_generation(self) -> bool:
+        """New workers know no slots: begin with none. True if the workers are new."""
+        if self.generation == self._pool.generation:
+            return False
+        self.generation = self._pool.generation
+        self._fds = self.slots.take_created()
+        self._close_fds()
+        self._begin()
+        return True
+
+    def request(
+        self,
+        message: Callable[[int], Message],
+        *,
+        poll: Poll,
+        prepare: Callable[[], Sequence[Message]] = lambda: (),
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Reply]:
+        """Send a request to every rank and return the replies in rank order.
+
+        Args:
+            message: makes the request from its number, after ``prepare`` ran.
+            prepare: runs when no worker is computing any more, so that it may write to shared
+                slots; returns messages without a reply to send first.
+            meanwhile: runs once while the workers are at it; must not write to shared slots.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+
+        def before() -> Sequence[tuple[Message, int | None]]:
+            extra = [(item, None) for item in prepare()]
+            return [*extra, *self._slot_messages()]
+
+        try:
+            return self._pool.request(message, poll=poll, prepare=before, meanwhile=meanwhile)
+        finally:
+            self._close_fds()
+
+    def _slot_messages(self) -> list[tuple[Message, int | None]]:
+        self._fds = self.slots.take_created()
+        messages: list[tuple[Message, int | None]] = [
+            (Map(slot.number, slot.size_bytes), fd) for slot, fd in self._fds
+        ]
+        dropped = self.slots.take_dropped()
+        if dropped:
+            messages.append((Unmap(dropped), None))
+        return messages
+
+    def _close_fds(self) -> None:
+        for _, fd in self._fds:
+            os.close(fd)
+        self._fds = ()

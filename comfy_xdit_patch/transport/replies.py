@@ -1,0 +1,80 @@
+"""What a worker says to the host.
+
+Runs in: host and worker. No torch. See ``messages.py`` for the other direction and the encoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The rank is in the process group. Seconds by phase."""
+
+    rank: int
+    pid: int
+    device: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The weights are in place. ``fingerprint`` is compared with the host's own model.
+
+    ``is_new`` says that the file was read, ``models`` are all that this rank holds now, and
+    ``digests`` name the weights in use, if they were asked for.
+    """
+
+    request: int
+    fingerprint: str
+    seconds: float
+    is_new: bool
+    models: list[int]
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class NotLoaded:
+    """This rank could not load the model. It holds no weights and is well otherwise."""
+
+    request: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """The memory is free."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """This rank's share of a call is computed.
+
+    ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
+    the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
+    """
+
+    request: int
+    num_forwards: int
+    dtype: str
+    shape: tuple[int, ...]
+    seconds: float
+    bytes_between_ranks: int
+    bytes_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """This rank could not do what it was asked. The worker may still be alive."""
+
+    request: int
+    phase: str
+    error: str
+    traceback: str
+
+
+Reply: TypeAlias = Loaded | NotLoaded | Unloaded | Done | Failed

@@ -1,0 +1,123 @@
+"""Take weight tensors of every class apart into plain ones, digest them, and put them together.
+
+Runs in: host and worker.
+
+Quantised weights are tensor subclasses, of two kinds: wrappers around plain tensors, which speak
+PyTorch's ``__tensor_flatten__`` protocol (ComfyUI's and comfy_kitchen's QuantizedTensor), and plain
+storage under a class with attributes of its own (ComfyUI-GGUF's GGMLTensor). Neither can be
+compared, copied or pickled as it is; what is inside can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+DIGEST_CHUNK = 1 << 20
+_MASK = (1 << 64) - 1
+# What GGUF's patcher hangs on a weight for the LoRA of the moment: no part of the stored weight.
+_PASSING_ATTRIBUTES = ("patches",)
+
+
+class ForeignTensorError(TypeError):
+    """A weight is of a tensor class that cannot be taken apart."""
+
+
+def flatten(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
+    """Take a weight apart.
+
+    Returns:
+        The plain tensors inside by name (one named "" for a plain tensor), and a text of
+        everything else that the weight's value depends on.
+
+    Raises:
+        ForeignTensorError: its class keeps more than tensors and plain values.
+    """
+    if type(tensor) in PLAIN_CLASSES:
+        return {"": tensor.detach()}, ""
+    kind = class_name(type(tensor))
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        inner = {name: getattr(tensor, name) for name in names}
+        if any(type(t) not in PLAIN_CLASSES for t in inner.values()):
+            raise ForeignTensorError(type(tensor).__name__)
+        return inner, f"{kind} {_text(context, type(tensor))}"
+    attributes = own_attributes(tensor)
+    return {"": plain_storage(tensor)}, f"{kind} {_text(attributes, type(tensor))}"
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """Attributes that a plain-storage subclass keeps beside its bytes."""
+    return {
+        name: value
+        for name, value in sorted(vars(tensor).items())
+        if name not in _PASSING_ATTRIBUTES and not name.startswith("_")
+    }
+
+
+def plain_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a plain-storage subclass, with the sizes that they really have."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
+
+
+def class_name(cls: type[Any]) -> str:
+    """``module.QualifiedName`` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _text(value: Any, owner: type[Any]) -> str:
+    """Spell a value alike in every process.
+
+    Raises:
+        ForeignTensorError: the value is of a type whose text says too little.
+    """
+    if isinstance(value, type):
+        return class_name(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_text(value[k], owner)}" for k in sorted(value)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ",".join(_text(item, owner) for item in value) + ")"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return str(value)
+    raise ForeignTensorError(owner.__name__)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Name a plain tensor's contents, computed where it lives.
+
+    Two sums over its 64-bit words, plain and weighted by position, modulo 2**64: made to notice
+    accidents of transport and arithmetic, not an adversary. Equal contents have equal digests on
+    every device.
+    """
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    num_words = flat.numel() // 8
+    words = _aligned(flat[: num_words * 8]).view(torch.int64)
+    plain = weighted = 0
+    places = torch.arange(min(num_words, DIGEST_CHUNK), dtype=torch.int64, device=flat.device)
+    for start in range(0, num_words, DIGEST_CHUNK):
+        chunk = words[start : start + DIGEST_CHUNK]
+        total = int(chunk.sum())
+        plain += total
+        weighted += int((chunk * (2 * places[: chunk.numel()] + 1)).sum()) + 2 * start * total
+    tail = bytes(flat[num_words * 8 :].cpu().tolist()).hex()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = "x".join(str(size) for size in tensor.size())
+    return f"{dtype}[{shape}]:{plain & _MASK:016x}{weighted & _MASK:016x}{tail}"
+
+
+def _aligned(flat: torch.Tensor) -> torch.Tensor:
+    """A view of another word size needs an offset that divides; a copy has it."""
+    return flat if flat.storage_offset() % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.clone()
+
+
+def digest_weight(tensor: torch.Tensor) -> str:
+    """Digest a weight of any class.
+
+    Raises:
+        ForeignTensorError: its class keeps more than tensors and plain values.
+    """
+    inner, rest = flatten(tensor)
+    return " ".join([rest, *(f"{name}={digest(inner[name])}" for name in sorted(inner))]).strip()
