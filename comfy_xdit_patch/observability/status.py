@@ -65,6 +65,8 @@ class Totals:
     """Weight tensors put into shared memory: LoRA matrices, models to merge or without a file."""
     loads: int = 0
     """How often the workers read a model."""
+    gave_way: int = 0
+    """How often a worker gave its device's memory back because ComfyUI wanted it."""
     weights_verified: int = 0
     """Weights compared bit for bit with ComfyUI's own, counted for each rank."""
     num_forwards: dict[int, int] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Totals:
             },
             "bytes_weights": self.bytes_weights,
             "loads": self.loads,
+            "gave_way": self.gave_way,
             "weights_verified": self.weights_verified,
             "last_step_s": {"host": self.host_step_seconds, "ranks": dict(self.step_seconds)},
             "last_loss_unix_s": self.last_loss_unix_s,

@@ -18,7 +18,9 @@ import torch
 from comfy_xdit_patch.errors import FallBackError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
+from comfy_xdit_patch.patching.pool_status import pool_status
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.wire import Wire
@@ -41,6 +43,7 @@ log = logging.getLogger("comfy_xdit_patch")
 class Run:
     """One sampling run. A refusal of scope RUN holds until its end."""
 
+    is_flux: bool = False
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
     models: dict[int, KnownModel] = field(default_factory=dict)
@@ -64,7 +67,8 @@ class Host:
         wire = Wire(pool)
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
-        self._lock = threading.Lock()
+        self.memory = SharedMemory(pool.devices, self._weights)
+        self._lock = threading.RLock()
 
     @property
     def device_word(self) -> str:
@@ -72,15 +76,19 @@ class Host:
 
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> bool:
         """Note a model's source and start the workers, if it is a model for them."""
-        if type(patcher.model.diffusion_model) is not self._pristine.flux_class:
+        if not self._is_flux(patcher):
             return False
         self.models.remember(patcher.model, loader, path, options)
         self.pool.start()
         return True
 
-    def begin_run(self) -> Run:
-        """Make the books of a sampling run."""
-        return Run()
+    def begin_run(self, patcher: Any = None) -> Run:
+        """Make the books of a sampling run of a ModelPatcher."""
+        return Run(is_flux=patcher is not None and self._is_flux(patcher))
+
+    def _is_flux(self, patcher: Any) -> bool:
+        flux = getattr(getattr(patcher, "model", None), "diffusion_model", None)
+        return type(flux) is self._pristine.flux_class
 
     def end_run(self, run: Run) -> None:
         """Close the books of a run, and say one line about it if FLUX took part."""
@@ -107,6 +115,8 @@ class Host:
         begin = time.perf_counter()
         with self._lock:
             outcome = run.refusal or self._forward(flux, arguments, run)
+        if self.base_model.get() is not None:
+            self.memory.ran(self.base_model.get(), is_parallel=not isinstance(outcome, Refusal))
         if not isinstance(outcome, Refusal):
             self.totals.host_step_seconds = time.perf_counter() - begin
             run.counts.parallel_seconds.append(self.totals.host_step_seconds)
@@ -124,11 +134,27 @@ class Host:
         warn_once(outcome.reason)
         return None
 
-    def release(self) -> None:
-        """Have the workers drop their weights (ComfyUI's Free and Unload)."""
-        if self.pool.state is PoolState.READY:
+    def free(self, required: float, device: Any) -> None:
+        """Have workers give memory back: all of it for Free and Unload, or what is missing."""
+        if self.pool.state is not PoolState.READY:
+            return
+        if required >= EVERYTHING:
+            if self._weights.holds_any:
+                with self._lock:
+                    self._weights.unload()
+            return
+        run = self.current_run.get()
+        if run is not None and run.is_flux:
+            return  # ComfyUI makes room for the very model that the workers run.
+        ranks = self.memory.is_wanted(required, device)
+        if ranks:
             with self._lock:
-                self._weights.unload()
+                self._weights.give_way(ranks)
+
+    def holds_back(self, patcher: Any) -> bool:
+        """Whether ComfyUI's own copy of a model is to stay off the GPU."""
+        is_up = self.pool.state in (PoolState.READY, PoolState.STARTING)
+        return is_up and self._is_flux(patcher) and self.memory.is_held_back(patcher)
 
     def _forward(self, flux: Any, arguments: Mapping[str, Any], run: Run) -> torch.Tensor | Refusal:
         import comfy.model_management
@@ -168,6 +194,8 @@ class Host:
         try:
             # Also once in every run: the host's weights are compared with the workers' again.
             if known.number not in run.compared or not self._weights.holds(known, state):
+                if not self._weights.holds(known, state):
+                    self.memory.make_room_for_workers(base_model)
                 loaded = self._weights.load(base_model, known, state, poll=poll)
                 if isinstance(loaded, Refusal):
                     return loaded
@@ -200,33 +228,4 @@ class Host:
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""
-        pool = self.pool
-        last = self.totals.last_run
-        workers = pool.workers  # Once: the keeper's thread may take them away any time.
-        ranks = []
-        for rank, device in enumerate(pool.devices):
-            joined = pool.joined.get(rank)
-            alive = rank < len(workers) and workers[rank].process.poll() is None
-            ranks.append(
-                {
-                    "rank": rank,
-                    "pid": joined.pid if joined and alive else None,
-                    "device": device.name,
-                    "state": "ready" if alive else pool.state.value,
-                    "forwards": self.totals.num_forwards.get(rank, 0),
-                    "log": str(workers[rank].log_path) if alive else None,
-                    "start_s": joined.seconds if joined else None,
-                    "load_s": self.totals.load_seconds.get(rank),
-                }
-            )
-        plan = None
-        if last is not None and last.plan is not None:
-            plan = {"strategy": last.strategy, "world_size": last.ranks, "degrees": last.plan}
-        return {
-            "state": pool.state.value,
-            "reason": pool.error,
-            "plan": plan,
-            "ranks": ranks,
-            "start_s": round(pool.start_seconds, 3),
-            **self.totals.to_dict(),
-        }
+        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}

@@ -56,10 +56,19 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
         ),
         PatchPoint(
             "comfy.model_management",
-            "unload_all_models",
-            wrappers.unload_all_models,
-            frozenset(),
-            "Free and Unload reach the workers' memory too.",
+            "free_memory",
+            wrappers.free_memory,
+            frozenset({"memory_required", "device"}),
+            "When ComfyUI needs room for a text encoder or a VAE, the worker on that GPU gives its "
+            "memory back; Free, Unload and --disable-smart-memory reach every worker.",
+        ),
+        PatchPoint(
+            "comfy.model_patcher",
+            "ModelPatcher.partially_load",
+            wrappers.partially_load,
+            frozenset({"device_to", "extra_memory"}),
+            "A FLUX model that a worker on the same GPU runs is not loaded there a second time. "
+            "ComfyUI's copy stays in RAM, as with --novram, and is still complete.",
         ),
     )
 

@@ -58,6 +58,11 @@ class RemoteWeights:
         self._totals.bytes_weights += self._wire.packs.bytes_written - written
         return state
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether the workers hold any model."""
+        return bool(self._held)
+
     def holds(self, known: KnownModel, state: WeightState) -> bool:
         """Whether every rank holds this model in this state."""
         return self._held.get(known.number) == state.key
@@ -160,6 +165,7 @@ class RemoteWeights:
         Raises:
             WorkerError: the workers are lost.
         """
+        self._totals.gave_way += 1
         self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=_no_poll)
 
     def _drop_messages(self) -> Sequence[Message]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
+from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING
 
 Call = Callable[..., Any]
 
@@ -49,7 +50,7 @@ class Wrappers:
         """Mark one sampling run."""
         run = None
         with our_faults_stay_ours("the start of a run"):
-            run = self._host.begin_run()
+            run = self._host.begin_run(getattr(guider, "model_patcher", None))
         token = self._host.current_run.set(run)
         try:
             return wrapped(*args, **kwargs)
@@ -81,12 +82,21 @@ class Wrappers:
                 )
         return loaded
 
-    def unload_all_models(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
-        """Free the workers' memory when ComfyUI frees its own."""
+    def free_memory(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Have workers give their memory back when ComfyUI needs it."""
         out = wrapped(*args, **kwargs)
         with our_faults_stay_ours("freeing memory"):
-            self._host.release()
+            call = self._bind(wrapped, args, kwargs)
+            self._host.free(call["memory_required"], call["device"])
         return out
+
+    def partially_load(self, wrapped: Call, patcher: Any, args: Any, kwargs: Any) -> Any:
+        """Keep ComfyUI's own copy of a model off a GPU where a worker has one."""
+        with our_faults_stay_ours("holding a model back"):
+            if self._host.holds_back(patcher):
+                kwargs = {**self._bind(wrapped, args, kwargs), "extra_memory": NEXT_TO_NOTHING}
+                args = ()
+        return wrapped(*args, **kwargs)
 
     def _note(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
         if self._host.model_loaded(patcher, loader, path, options):

@@ -1,0 +1,83 @@
+"""One GPU's memory has one owner at a time: ComfyUI, or the worker on the same GPU.
+
+Runs in: host process.
+
+    ComfyUI wants room (text encoder, VAE)      the worker on that GPU gives its weights back
+    a worker wants to load                      ComfyUI moves its own models off that GPU first
+    ComfyUI would load FLUX beside the worker   held back: its copy stays in RAM (before 0.33; later
+                                                versions bring weights to the GPU on first use only)
+    Free, Unload, --disable-smart-memory        every worker drops everything
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_xdit_patch.patching.remote_weights import RemoteWeights
+from comfy_xdit_patch.planning.topology import Device, visible_gpus
+
+EVERYTHING = 1e29
+"""``unload_all_models`` asks for 1e30 bytes."""
+NEXT_TO_NOTHING = 0.1
+"""What ComfyUI's own --novram gives a model (comfy/model_management.py, load_models_gpu)."""
+
+
+class SharedMemory:
+    """Decides whose turn it is on a device that ComfyUI and a worker share."""
+
+    def __init__(self, devices: Sequence[Device], weights: RemoteWeights) -> None:
+        self._devices = devices
+        self._weights = weights
+        self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def ranks_on(self, device: Any) -> list[int]:
+        """Ranks whose device is this one of ComfyUI's; every rank, for CPU ranks."""
+        if device.type == "cpu":
+            return [rank for rank, d in enumerate(self._devices) if d.is_cpu]
+        if device.type != "cuda":
+            return []
+        uuid = visible_gpus()[device.index or 0].uuid
+        return [rank for rank, d in enumerate(self._devices) if d.uuid == uuid]
+
+    def is_wanted(self, required: float, device: Any) -> list[int]:
+        """Ranks that must give way so that ComfyUI has this many bytes free on its device."""
+        import comfy.model_management
+
+        if not self._weights.holds_any or device is None:
+            return []
+        ranks = self.ranks_on(device)
+        if not ranks or comfy.model_management.get_free_memory(device) >= required:
+            return []
+        return ranks
+
+    def make_room_for_workers(self, base_model: Any) -> None:
+        """Have ComfyUI's other models leave a GPU on which a worker is about to load this one."""
+        import comfy.model_management
+
+        patcher = base_model.current_patcher
+        if patcher.load_device.type == "cuda" and self.ranks_on(patcher.load_device):
+            comfy.model_management.free_memory(
+                patcher.model_size() + comfy.model_management.minimum_inference_memory(),
+                patcher.load_device,
+            )
+
+    def ran(self, base_model: Any, *, is_parallel: bool) -> None:
+        """Note whether a model's last step was parallel: if not, ComfyUI needs its own copy."""
+        if is_parallel:
+            self._alone.discard(base_model)
+        else:
+            self._alone.add(base_model)
+
+    def is_held_back(self, patcher: Any) -> bool:
+        """Whether ComfyUI's own copy of a model stays off the GPU, because a worker has one."""
+        if patcher.model in self._alone or patcher.load_device.type != "cuda":
+            return False
+        is_dynamic = getattr(patcher, "is_dynamic", None)
+        if is_dynamic is not None and is_dynamic():
+            return False
+        # A control LoRA reshapes img_in, and ComfyUI reads that shape before the forward.
+        if any(key.startswith("diffusion_model.img_in.") for key in patcher.patches):
+            return False
+        return bool(self.ranks_on(patcher.load_device))
