@@ -35,7 +35,8 @@ class Engine:
         """Hold a model in one state of its weights."""
         start = time.perf_counter()
         try:
-            resident, is_new = self._residents.take(message)
+            with torch.inference_mode():  # as ComfyUI loads and patches
+                resident, is_new = self._residents.take(message)
         except Exception as error:
             # Loading is no collective: this rank fails alone and can go on.
             log.exception("could not load %s", message.source or "tensors")
@@ -72,7 +73,11 @@ class Engine:
         rank = self._groups.rank
         with torch.inference_mode():
             rows, bytes_sent = forward_share(
-                resident.flux, arguments, plan=plan, groups=self._groups
+                resident.flux,
+                arguments,
+                plan=plan,
+                groups=self._groups,
+                scaled=resident.scaled,
             )
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])

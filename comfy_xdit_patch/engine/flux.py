@@ -5,16 +5,17 @@ Runs in: worker process.
 Nothing of FLUX is written here a second time. ``Flux._forward`` makes tokens of the whole latent;
 ``Flux.forward_orig`` is then given this rank's tokens with their positions, and attention is ours;
 its output tokens are gathered, and ``_forward`` goes on with the whole. Everything else in FLUX
-works on one token at a time.
+works on one token at a time, but for two quantised layers (``whole_tensor.py``).
 
 Arguments are bound by name, since their order differs between ComfyUI versions.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ import torch
 from comfy_xdit_patch.engine.attention import UlyssesAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
+from comfy_xdit_patch.engine.whole_tensor import (
+    ScaledLayers,
+    scales_on_weights,
+    whole_input_scales,
+)
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, bounds
 
 # Arguments of ``Flux.forward_orig`` with one row for each token, by the stream they belong to.
@@ -30,13 +36,19 @@ IMAGE_ARGUMENTS = ("img", "img_ids")
 
 
 def forward_share(
-    flux: Any, arguments: Mapping[str, Any], *, plan: ParallelPlan, groups: Groups
+    flux: Any,
+    arguments: Mapping[str, Any],
+    *,
+    plan: ParallelPlan,
+    groups: Groups,
+    scaled: ScaledLayers,
 ) -> tuple[torch.Tensor, int]:
     """Compute the rows of this rank's batch share, together with its sequence group.
 
     Args:
         flux: ComfyUI's ``Flux`` module.
         arguments: keyword arguments of ``Flux._forward`` for the whole batch.
+        scaled: its layers of old scaled fp8.
 
     Returns:
         The output for this rank's rows, whole on every rank of the sequence group, and the bytes
@@ -48,11 +60,61 @@ def forward_share(
     first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
     mine = _rows(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
     mine["transformer_options"] = dict(mine.get("transformer_options") or {})
-    if plan.ulysses_degree == 1:
-        return type(flux)._forward(flux, **mine), 0
-    with _sharded_sequence(flux, plan=plan, groups=groups) as bytes_sent:
+    with ExitStack() as stack:
+        bytes_sent: list[int] = []
+        if plan.ulysses_degree > 1:
+            bytes_sent = stack.enter_context(_sharded_sequence(flux, plan=plan, groups=groups))
+        if scaled and plan.world_size > 1:
+            stack.enter_context(_whole_counts(flux, plan=plan, groups=groups, scaled=scaled))
+        stack.enter_context(whole_input_scales())
         out = type(flux)._forward(flux, **mine)
     return out, sum(bytes_sent)
+
+
+@contextmanager
+def _whole_counts(
+    flux: Any, *, plan: ParallelPlan, groups: Groups, scaled: ScaledLayers
+) -> Iterator[None]:
+    """Tell layers of old scaled fp8 how many tokens the whole call has."""
+    inner = flux.forward_orig
+    had_own = "forward_orig" in vars(flux)
+    signature = inspect.signature(inner)
+    index = plan.sequence_index(groups.rank)
+
+    def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
+        values = signature.bind(*args, **kwargs).arguments
+        rows = values["img"].shape[0]
+        text, image = (values[name].shape[SEQUENCE_DIM] for name in ("txt", "img"))
+        shares = _shares(flux, values, plan)
+        local = {"text": shares.text[index], "image": shares.image[index], None: 1}
+        local["joint"] = local["text"] + local["image"]
+        whole = {"text": text, "image": image, "joint": text + image, None: 1}
+        with scales_on_weights(
+            scaled,
+            whole={stream: n * rows * plan.batch_degree for stream, n in whole.items()},
+            local={stream: n * rows for stream, n in local.items()},
+        ):
+            out: torch.Tensor = inner(*args, **kwargs)
+            return out
+
+    flux.forward_orig = forward_orig
+    try:
+        yield
+    finally:
+        if had_own:
+            flux.forward_orig = inner
+        else:
+            del flux.forward_orig
+
+
+def _shares(flux: Any, values: Mapping[str, Any], plan: ParallelPlan) -> SequenceShares:
+    """The shares of all ranks in the tokens of a call of ``forward_orig``."""
+    return SequenceShares.even(
+        num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
+        num_image_tokens=values["img"].shape[SEQUENCE_DIM],
+        num_heads=flux.num_heads,
+        num_shards=plan.ulysses_degree,
+    )
 
 
 @contextmanager
@@ -65,16 +127,12 @@ def _sharded_sequence(flux: Any, *, plan: ParallelPlan, groups: Groups) -> Itera
     index = plan.sequence_index(groups.rank)
     bytes_sent: list[int] = []
 
+    @functools.wraps(original)
     def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         values = call.arguments
-        shares = SequenceShares.even(
-            num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
-            num_image_tokens=values["img"].shape[SEQUENCE_DIM],
-            num_heads=flux.num_heads,
-            num_shards=plan.ulysses_degree,
-        )
+        shares = _shares(flux, values, plan)
         for names, sizes in ((TEXT_ARGUMENTS, shares.text), (IMAGE_ARGUMENTS, shares.image)):
             start, end = bounds(sizes)[index]
             for name in names:

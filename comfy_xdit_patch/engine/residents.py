@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.engine.loading import load_patcher
+from comfy_xdit_patch.engine.whole_tensor import scaled_layers
 from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint
 from comfy_xdit_patch.transport.messages import Load, Tree
 from comfy_xdit_patch.transport.packs import PackMap
@@ -39,6 +40,7 @@ class Resident:
     fingerprint: str
     stored: dict[str, torch.Tensor]
     current: Any
+    scaled: dict[str, Any]
     key: str = ""
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -146,7 +148,7 @@ class Residents:
         model = patcher.model
         name = fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
         stored = {PREFIX + key: value for key, value in model.diffusion_model.named_parameters()}
-        return Resident(patcher, name, stored, patcher)
+        return Resident(patcher, name, stored, patcher, scaled_layers(model.diffusion_model))
 
 
 def _to_file(resident: Resident) -> None:
