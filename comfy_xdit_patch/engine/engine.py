@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, *, groups: Groups, slots: SlotMap) -> None:
         self._groups = groups
         self._slots = slots
-        self._residents = Residents(slots)
+        self._residents = Residents(slots, groups)
         self._num_forwards = 0
 
     def load(self, message: Load) -> Loaded | NotLoaded:
@@ -47,7 +47,8 @@ class Engine:
             seconds=time.perf_counter() - start,
             is_new=is_new,
             models=self._residents.numbers,
-            digests=resident.digests,
+            digests=resident.digests if message.verify else {},
+            bytes_held=resident.bytes_held,
         )
 
     def drop(self, models: list[int] | None = None) -> None:
@@ -72,6 +73,10 @@ class Engine:
         arguments = self._slots.fetch(message.arguments)
         rank = self._groups.rank
         with torch.inference_mode():
+            gathered = 0
+            if resident.blocks is not None:
+                gathered = resident.blocks.bytes_gathered
+                resident.blocks.prefetch_first()
             rows, bytes_sent = forward_share(
                 resident.flux,
                 arguments,
@@ -79,6 +84,8 @@ class Engine:
                 groups=self._groups,
                 scaled=resident.scaled,
             )
+            if resident.blocks is not None:
+                bytes_sent += resident.blocks.bytes_gathered - gathered
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
             bytes_written = 0

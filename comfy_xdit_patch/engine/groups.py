@@ -32,6 +32,13 @@ class Groups:
         self.world_size = world_size
         self._device = device
         self._by_shape: dict[tuple[int, int], PlanGroups] = {}
+        self._weights: dist.ProcessGroup | None = None
+
+    @property
+    def weights(self) -> dist.ProcessGroup:
+        """All ranks, for weight shards. Apart from the others: NCCL queues what shares a group."""
+        assert self._weights is not None, "made by join"
+        return self._weights
 
     @classmethod
     def join(
@@ -61,6 +68,9 @@ class Groups:
         )
         groups = cls(rank=rank, world_size=world_size, device=device)
         groups.of_plan(ParallelPlan(world_size, 1, world_size))
+        groups._weights = dist.new_group(
+            timeout=datetime.timedelta(seconds=step_timeout_s), backend=_backend(device)
+        )
         return groups
 
     def of_plan(self, plan: ParallelPlan) -> PlanGroups:

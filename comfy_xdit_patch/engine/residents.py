@@ -18,14 +18,24 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.loading import load_patcher
+from comfy_xdit_patch.engine.placing import place_sharded, place_whole
+from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
-from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint
+from comfy_xdit_patch.planning.residency import Mode
+from comfy_xdit_patch.transport.fingerprint import (
+    PREFIX,
+    digests,
+    fingerprint,
+    stored_weights,
+)
 from comfy_xdit_patch.transport.messages import Load, Tree
 from comfy_xdit_patch.transport.packs import PackMap
 from comfy_xdit_patch.transport.patches import decode
 from comfy_xdit_patch.transport.skeleton import build
 from comfy_xdit_patch.transport.slots import SlotMap
+from comfy_xdit_patch.transport.tensors import flatten
 
 
 @dataclass(slots=True)
@@ -33,7 +43,7 @@ class Resident:
     """One model.
 
     ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
-    patches of the state ``key``.
+    patches of the state ``key``. ``blocks`` are this rank's weight shards, where it has some.
     """
 
     patcher: Any
@@ -42,6 +52,8 @@ class Resident:
     current: Any
     scaled: dict[str, Any]
     key: str = ""
+    mode: Mode = "full"
+    blocks: ShardedBlocks | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -49,12 +61,23 @@ class Resident:
         """ComfyUI's ``Flux`` module."""
         return self.patcher.model.diffusion_model
 
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the weights that this rank uses, shards counted as what they are."""
+        shards = 0 if self.blocks is None else self.blocks.bytes_held
+        return shards + sum(
+            part.nbytes
+            for _, weight in stored_weights(self.flux, backup={})
+            for part in flatten(weight)[0].values()
+        )
+
 
 class Residents:
     """All models of this rank, by number."""
 
-    def __init__(self, slots: SlotMap) -> None:
+    def __init__(self, slots: SlotMap, groups: Groups) -> None:
         self._packs = PackMap(slots.__getitem__)
+        self._groups = groups
         self._models: dict[int, Resident] = {}
         self._on_device: int | None = None
 
@@ -75,30 +98,37 @@ class Residents:
                 resident = self._models[message.model] = self._load(message)
             # ComfyUI's books hold ModelPatchers weakly: the last one lives until the next is in.
             before = resident.current
-            if resident.key != message.key:
+            if (resident.key, resident.mode) != (message.key, message.mode):
+                if "sharded" in (resident.mode, message.mode):
+                    _take_off(resident)
                 resident.current = self._patched(resident.patcher, message.state)
-                resident.key = message.key
+                resident.key, resident.mode = message.key, message.mode
                 self._on_device = None
-            self.get(message.model)
+            self.get(message.model, verify=message.verify)
             del before
         except BaseException:
             # Half a state is none: the next request begins with the file.
             self.drop([message.model])
             raise
-        resident.digests = digests(resident.flux) if message.verify else {}
         return resident, is_new
 
-    def get(self, number: int) -> Resident | None:
-        """Return a model, complete on the device, or None if this rank does not hold it."""
+    def get(self, number: int, *, verify: bool = False) -> Resident | None:
+        """Return a model, placed on the device, or None if this rank does not hold it."""
         resident = self._models.get(number)
-        if resident is not None and self._on_device != number:
-            import comfy.model_management
-
-            comfy.model_management.load_models_gpu([resident.current], force_full_load=True)
+        if resident is None:
+            return None
+        if resident.mode == "sharded":
+            if resident.blocks is None or (verify and not resident.digests):
+                self._shard(resident, verify=verify)
+            return resident
+        if self._on_device != number:
+            place_whole(resident.current, is_complete=resident.mode == "full")
             self._on_device = number
             for other in self._models.values():
-                if other is not resident:
+                if other is not resident and other.blocks is None:
                     _back_to_file(other)
+        if verify:
+            resident.digests = digests(resident.flux)
         return resident
 
     def give_way(self) -> None:
@@ -107,7 +137,7 @@ class Residents:
 
         self._on_device = None
         for resident in self._models.values():
-            _to_file(resident)
+            _take_off(resident)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
 
@@ -119,13 +149,23 @@ class Residents:
         for number in self.numbers if numbers is None else numbers:
             resident = self._models.pop(number, None)
             if resident is not None:
-                _to_file(resident)
-                resident.current.detach()
+                _take_off(resident)
                 del resident
         if not self._models:
             comfy.model_management.unload_all_models()
         gc.collect()
         comfy.model_management.soft_empty_cache()
+
+    def _shard(self, resident: Resident, *, verify: bool) -> None:
+        _take_off(resident)
+        resident.digests = {}
+        resident.blocks = place_sharded(
+            resident.current,
+            group=self._groups.weights,
+            index=self._groups.rank,
+            world_size=self._groups.world_size,
+            digests=resident.digests if verify else None,
+        )
 
     def _patched(self, patcher: Any, state: Tree) -> Any:
         """Return a clone of the ModelPatcher with the patches of a state, or itself for none."""
@@ -151,6 +191,15 @@ class Residents:
         return Resident(patcher, name, stored, patcher, scaled_layers(model.diffusion_model))
 
 
+def _take_off(resident: Resident) -> None:
+    """Take a model off the device: its weights are the file's again, and nothing is moved."""
+    if resident.blocks is not None:
+        resident.blocks.release(restore=False)
+        resident.blocks = None
+    _to_file(resident)
+    resident.current.detach()
+
+
 def _to_file(resident: Resident) -> None:
     """Put the stored weights in the place of those on the device, which are so freed unmoved."""
     import comfy.utils
@@ -160,7 +209,7 @@ def _to_file(resident: Resident) -> None:
 
 
 def _back_to_file(resident: Resident) -> None:
-    """The same for a model that ComfyUI took off the device, completely or in part."""
+    """The same for a model that ComfyUI took off the device by itself."""
     model = resident.patcher.model
     if model.model_loaded_weight_memory == 0 and model.current_weight_patches_uuid is None:
         _to_file(resident)

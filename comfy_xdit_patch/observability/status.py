@@ -71,6 +71,10 @@ class Totals:
     """Weights compared bit for bit with ComfyUI's own, counted for each rank."""
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
+    weight_bytes: dict[int, int] = field(default_factory=dict)
+    """Size of the weights that each rank uses of the model loaded last."""
+    residency: list[str] = field(default_factory=list)
+    """The arithmetic that decided where the weights of the last step lie."""
     step_seconds: dict[int, float] = field(default_factory=dict)
     """What each rank needed for the last step, from the message to the written result."""
     host_step_seconds: float | None = None
@@ -95,6 +99,7 @@ class Totals:
             },
             "bytes_weights": self.bytes_weights,
             "loads": self.loads,
+            "residency": list(self.residency),
             "gave_way": self.gave_way,
             "weights_verified": self.weights_verified,
             "last_step_s": {"host": self.host_step_seconds, "ranks": dict(self.step_seconds)},

@@ -23,6 +23,7 @@ from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
 from comfy_xdit_patch.patching.pool_status import pool_status
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
+from comfy_xdit_patch.patching.residency import Residency
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
@@ -67,6 +68,7 @@ class Host:
         wire = Wire(pool)
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
+        self._residency = Residency(settings, pool)
         self.memory = SharedMemory(pool.devices, self._weights)
         self._lock = threading.RLock()
 
@@ -173,7 +175,8 @@ class Host:
         )
         if refusal is not None:
             return refusal
-        plan = plan_call(workload_of(flux, arguments), world_size=self.pool.world_size)
+        workload = workload_of(flux, arguments)
+        plan = plan_call(workload, world_size=self.pool.world_size)
         if isinstance(plan, Refusal):
             return plan
         known = self._known_model(flux, base_model, run)
@@ -188,15 +191,19 @@ class Host:
         state = self._weights.state(base_model)
         if isinstance(state, Refusal):
             return state
+        mode = self._residency.mode(base_model, workload, plan, arguments["x"].dtype)
+        if isinstance(mode, Refusal):
+            return mode
+        self.totals.residency = self._residency.arithmetic
         if run.generation != self.pool.generation:
             run.generation = self.pool.generation
             run.compared.clear()
         try:
             # Also once in every run: the host's weights are compared with the workers' again.
-            if known.number not in run.compared or not self._weights.holds(known, state):
-                if not self._weights.holds(known, state):
+            if known.number not in run.compared or not self._weights.holds(known, state, mode):
+                if not self._weights.holds(known, state, mode):
                     self.memory.make_room_for_workers(base_model)
-                loaded = self._weights.load(base_model, known, state, poll=poll)
+                loaded = self._weights.load(base_model, known, state, mode, poll=poll)
                 if isinstance(loaded, Refusal):
                     return loaded
                 known = run.models[id(base_model)] = loaded

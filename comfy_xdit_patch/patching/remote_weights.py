@@ -14,6 +14,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
 from comfy_xdit_patch.patching.weights import WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.replies import Loaded, NotLoaded
@@ -42,7 +43,7 @@ class RemoteWeights:
         self._models = models
         self._verifies = verifies
         self._states = WeightStates(wire.packs)
-        self._held: dict[int, str] = {}
+        self._held: dict[int, tuple[str, Mode]] = {}
         self._refused: dict[tuple[int, str], Refusal] = {}
 
     def follow_generation(self) -> None:
@@ -63,12 +64,18 @@ class RemoteWeights:
         """Whether the workers hold any model."""
         return bool(self._held)
 
-    def holds(self, known: KnownModel, state: WeightState) -> bool:
-        """Whether every rank holds this model in this state."""
-        return self._held.get(known.number) == state.key
+    def holds(self, known: KnownModel, state: WeightState, mode: Mode) -> bool:
+        """Whether every rank holds this model in this state and place."""
+        return self._held.get(known.number) == (state.key, mode)
 
     def load(
-        self, base_model: Any, known: KnownModel, state: WeightState, *, poll: Poll
+        self,
+        base_model: Any,
+        known: KnownModel,
+        state: WeightState,
+        mode: Mode,
+        *,
+        poll: Poll,
     ) -> KnownModel | Refusal:
         """Have every rank hold this model in this state, and check that it is the host's.
 
@@ -89,12 +96,12 @@ class RemoteWeights:
                 ),
                 backup=patcher.backup,
             )
-            replies = self._ask(base_model, known, state, poll)
+            replies = self._ask(base_model, known, state, mode, poll)
             if not isinstance(replies, Refusal) and any(
                 reply.fingerprint != expected for reply in replies
             ):
                 known = self._models.renumber_without_file(base_model)
-                replies = self._ask(base_model, known, state, poll)
+                replies = self._ask(base_model, known, state, mode, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
             return Refusal(f"the model has weights that cannot be carried: {error}")
         if isinstance(replies, Refusal):
@@ -104,11 +111,11 @@ class RemoteWeights:
         refusal = self._verify(base_model, [reply.digests for reply in replies])
         if refusal is not None:
             return refusal
-        self._held[known.number] = state.key
+        self._held[known.number] = state.key, mode
         return known
 
     def _ask(
-        self, base_model: Any, known: KnownModel, state: WeightState, poll: Poll
+        self, base_model: Any, known: KnownModel, state: WeightState, mode: Mode, poll: Poll
     ) -> list[Loaded] | Refusal:
         which = known.number, state.key
         if which in self._refused:
@@ -130,6 +137,7 @@ class RemoteWeights:
                 tensors=tensors,
                 state=state.tree,
                 key=state.key,
+                mode=mode,
                 verify=verify,
             ),
             poll=poll,
@@ -145,6 +153,7 @@ class RemoteWeights:
                 return self._refused[which]
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
+            self._totals.weight_bytes[rank] = reply.bytes_held
         self._totals.loads += loaded[0].is_new
         everywhere = set.intersection(*(set(reply.models) for reply in loaded))
         self._held = {n: key for n, key in self._held.items() if n in everywhere}

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.replies import (
     Done,
     Failed,
@@ -88,7 +89,8 @@ class Load:
 
     A model comes from ``source``, or from ``tensors``, made by ``skeleton.py``; a rank that holds
     it already needs neither. ``state`` is made by ``patching/weights.py`` and ``key`` names its
-    contents. With ``verify`` the reply has a digest of every weight in use.
+    contents. ``mode`` is one of ``planning/residency.py``. With ``verify`` the reply has a digest
+    of every weight in use.
     """
 
     request: int
@@ -97,6 +99,7 @@ class Load:
     tensors: Tree
     state: Tree
     key: str
+    mode: Mode
     verify: bool
 
 

@@ -11,12 +11,14 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The rank is in the process group. Seconds by phase."""
+    """The rank is in the process group. Seconds by phase; memory of its GPU, 0 for a CPU rank."""
 
     rank: int
     pid: int
     device: str
     seconds: dict[str, float]
+    total_bytes: int
+    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Loaded:
     """The weights are in place. ``fingerprint`` is compared with the host's own model.
 
     ``is_new`` says that the file was read, ``models`` are all that this rank holds now, and
-    ``digests`` name the weights in use, if they were asked for.
+    ``digests`` name the weights in use, if they were asked for, and ``bytes_held`` is their size on
+    this rank.
     """
 
     request: int
@@ -33,6 +36,7 @@ class Loaded:
     is_new: bool
     models: list[int]
     digests: dict[str, str]
+    bytes_held: int
 
 
 @dataclass(frozen=True, slots=True)

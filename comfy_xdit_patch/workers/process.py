@@ -121,7 +121,8 @@ class Worker:
             step_timeout_s=start.step_timeout_s,
         )
         phase_done("join", "waiting for work")
-        joined = Joined(self._rank, os.getpid(), str(device), seconds)
+        free, total = (0, 0) if device.type == "cpu" else torch.cuda.mem_get_info(device)
+        joined = Joined(self._rank, os.getpid(), str(device), seconds, total, free)
         self._channel.send(joined, deadline_s=REPLY_DEADLINE_S)
         log.info("joined %d ranks: %s", start.world_size, seconds)
         gc.freeze()

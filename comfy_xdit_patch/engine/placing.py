@@ -1,0 +1,77 @@
+"""Bring a model's weights in use to where its residency plan has them.
+
+Runs in: worker process.
+
+    full      ComfyUI loads and patches the model completely
+    offload   ComfyUI loads what fits, and keeps the rest in CPU memory
+    sharded   each block's weights are patched whole, one at a time, and then cut
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from comfy_xdit_patch.engine.weight_sharding import BLOCK_LISTS, ShardedBlocks
+from comfy_xdit_patch.transport.fingerprint import PREFIX
+from comfy_xdit_patch.transport.tensors import digest_weight
+
+
+def place_whole(patcher: Any, *, is_complete: bool) -> None:
+    """Have ComfyUI's memory manager load and patch a model.
+
+    Args:
+        is_complete: all of it on the device, whatever ComfyUI would decide.
+    """
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher], force_full_load=is_complete)
+
+
+def place_sharded(
+    patcher: Any,
+    *,
+    group: dist.ProcessGroup,
+    index: int,
+    world_size: int,
+    digests: dict[str, str] | None,
+) -> ShardedBlocks:
+    """Patch a model's weights and keep this rank's part of its blocks.
+
+    ComfyUI's own ``patch_weight_to_device`` bakes each weight, so the bits are those of a whole
+    load; at no time is more than one block whole.
+
+    Args:
+        digests: filled with a digest of every weight in use, if they are asked for.
+    """
+    import comfy.utils
+
+    model, device = patcher.model, patcher.load_device
+    flux = model.diffusion_model
+    patcher.patch_model(load_weights=False)
+
+    def bake(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if PREFIX + name in patcher.patches:
+            patcher.patch_weight_to_device(PREFIX + name, device_to=device)
+            tensor = comfy.utils.get_attr(flux, name)
+        if digests is not None:
+            digests[name] = digest_weight(tensor)
+        return tensor
+
+    for name, _ in list(flux.named_parameters()):
+        if not name.startswith(BLOCK_LISTS):
+            moved = comfy.utils.get_attr(flux, name).to(device)
+            comfy.utils.set_attr_param(flux, name, bake(name, moved))
+    if patcher.force_cast_weights:
+        for module in flux.modules():
+            if hasattr(module, "comfy_cast_weights"):
+                module.prev_comfy_cast_weights = module.comfy_cast_weights
+                module.comfy_cast_weights = module.comfy_force_cast_weights = True
+    blocks = ShardedBlocks(
+        flux, group=group, index=index, world_size=world_size, device=device, bake=bake
+    )
+    model.current_weight_patches_uuid = patcher.patches_uuid
+    model.device = device
+    return blocks

@@ -1,0 +1,105 @@
+"""Choose how each model's weights lie on the workers' cards, before they are loaded.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.residency import (
+    MODES,
+    Card,
+    Mode,
+    ModelSizes,
+    TokenLoad,
+    plan_residency,
+)
+from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.transport.fingerprint import stored_weights
+from comfy_xdit_patch.transport.tensors import flatten
+from comfy_xdit_patch.workers.pool import Pool
+
+_BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
+
+
+class Residency:
+    """The mode of every model; a mode only changes towards one that needs less."""
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        self._budget = settings.gpu_memory_bytes
+        self._pool = pool
+        self._modes: weakref.WeakKeyDictionary[Any, Mode] = weakref.WeakKeyDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Any, ModelSizes] = weakref.WeakKeyDictionary()
+        self.arithmetic: list[str] = []
+        """How the last choice came about."""
+
+    def mode(
+        self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
+    ) -> Mode | Refusal:
+        """Return where a model's weights lie for a call of this size."""
+        cards = self._cards()
+        if cards is None:
+            return "full"  # CPU ranks: a file's pages are shared, and ComfyUI counts no RAM.
+        if base_model not in self._sizes:
+            self._sizes[base_model] = model_sizes(base_model, dtype)
+        load = TokenLoad(
+            num_image_tokens=workload.num_image_tokens,
+            num_text_tokens=workload.num_text_tokens,
+            hidden_size=base_model.diffusion_model.hidden_size,
+            num_rows=-(-workload.batch_size // plan.batch_degree),
+            bytes_per_value=dtype.itemsize,
+        )
+        choice = plan_residency(self._sizes[base_model], load, cards=cards)
+        if isinstance(choice, Refusal):
+            return choice
+        self.arithmetic = choice.lines()
+        before = self._modes.get(base_model, "full")
+        mode = max(before, choice.mode, key=MODES.index)
+        self._modes[base_model] = mode
+        return mode
+
+    def _cards(self) -> tuple[Card, ...] | None:
+        ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]
+        if self._budget is not None:
+            return tuple(Card(self._budget, self._budget, has_host=r.rank == 0) for r in ranks)
+        if any(rank.total_bytes == 0 for rank in ranks):
+            return None
+        # Nothing but ComfyUI, which gives way, is taken to be on the first card beside us.
+        return tuple(
+            Card(r.total_bytes, r.total_bytes if r.rank == 0 else r.free_bytes, r.rank == 0)
+            for r in ranks
+        )
+
+
+def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
+    """Count a model's weights as they are stored.
+
+    Args:
+        dtype: that the model computes in.
+    """
+    blocks: dict[str, int] = {}
+    outside = cast = 0
+    flux = base_model.diffusion_model
+    for name, weight in stored_weights(flux, base_model.current_patcher.backup):
+        parts, _ = flatten(weight)
+        num_bytes = sum(part.nbytes for part in parts.values())
+        block = _BLOCK.match(name)
+        if block is None:
+            outside += num_bytes
+        else:
+            blocks[block[1]] = blocks.get(block[1], 0) + num_bytes
+        if num_bytes < weight.shape.numel() * dtype.itemsize:
+            cast = max(cast, weight.shape.numel() * dtype.itemsize)
+    return ModelSizes(
+        total_bytes=outside + sum(blocks.values()),
+        largest_block_bytes=max(blocks.values(), default=0),
+        outside_blocks_bytes=outside,
+        cast_bytes=cast,
+    )
