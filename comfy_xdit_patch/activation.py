@@ -85,7 +85,7 @@ class Activation:
         log.info(
             "xDiT: active on %d %s, strategy %s.",
             len(devices),
-            host.device_word,
+            pool.device_word,
             settings.strategy,
         )
 

@@ -12,6 +12,7 @@ import torch
 
 from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.placing import Progress
 from comfy_xdit_patch.engine.residents import Residents
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -31,12 +32,12 @@ class Engine:
         self._residents = Residents(slots, groups)
         self._num_forwards = 0
 
-    def load(self, message: Load) -> Loaded | NotLoaded:
+    def load(self, message: Load, progress: Progress) -> Loaded | NotLoaded:
         """Hold a model in one state of its weights."""
         start = time.perf_counter()
         try:
             with torch.inference_mode():  # as ComfyUI loads and patches
-                resident, is_new = self._residents.take(message)
+                resident, is_new = self._residents.take(message, progress)
         except Exception as error:
             # Loading is no collective: this rank fails alone and can go on.
             log.exception("could not load %s", message.source or "tensors")

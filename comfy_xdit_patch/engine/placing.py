@@ -9,6 +9,7 @@ Runs in: worker process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from comfy_xdit_patch.engine.weight_sharding import BLOCK_LISTS, ShardedBlocks
 from comfy_xdit_patch.transport.fingerprint import PREFIX
 from comfy_xdit_patch.transport.tensors import digest_weight
 
+Progress = Callable[[float], None]
+"""Called with the part of a load that is done, 0 to 1."""
 
-def place_whole(patcher: Any, *, is_complete: bool) -> None:
+
+def place_whole(patcher: Any, *, is_complete: bool, progress: Progress) -> None:
     """Have ComfyUI's memory manager load and patch a model.
 
     Args:
@@ -27,7 +31,22 @@ def place_whole(patcher: Any, *, is_complete: bool) -> None:
     """
     import comfy.model_management
 
-    comfy.model_management.load_models_gpu([patcher], force_full_load=is_complete)
+    total = sum(1 for _ in patcher.model.parameters())
+    done = 0
+    patch = patcher.patch_weight_to_device
+
+    def patch_weight_to_device(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        progress(done / total)
+        return patch(*args, **kwargs)
+
+    # ComfyUI calls it for every weight that it loads, patched or not.
+    patcher.patch_weight_to_device = patch_weight_to_device
+    try:
+        comfy.model_management.load_models_gpu([patcher], force_full_load=is_complete)
+    finally:
+        del patcher.patch_weight_to_device
 
 
 def place_sharded(
@@ -37,6 +56,7 @@ def place_sharded(
     index: int,
     world_size: int,
     digests: dict[str, str] | None,
+    progress: Progress,
 ) -> ShardedBlocks:
     """Patch a model's weights and keep this rank's part of its blocks.
 
@@ -51,8 +71,13 @@ def place_sharded(
     model, device = patcher.model, patcher.load_device
     flux = model.diffusion_model
     patcher.patch_model(load_weights=False)
+    total = sum(1 for _ in flux.parameters())
+    done = 0
 
     def bake(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        progress(done / total)
         if PREFIX + name in patcher.patches:
             patcher.patch_weight_to_device(PREFIX + name, device_to=device)
             tensor = comfy.utils.get_attr(flux, name)

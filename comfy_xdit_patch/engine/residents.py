@@ -20,7 +20,7 @@ import torch
 
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.loading import load_patcher
-from comfy_xdit_patch.engine.placing import place_sharded, place_whole
+from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_whole
 from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
 from comfy_xdit_patch.planning.residency import Mode
@@ -44,6 +44,7 @@ class Resident:
 
     ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
     patches of the state ``key``. ``blocks`` are this rank's weight shards, where it has some.
+    ``is_placed`` says that the weights in use are on the device.
     """
 
     patcher: Any
@@ -54,6 +55,7 @@ class Resident:
     key: str = ""
     mode: Mode = "full"
     blocks: ShardedBlocks | None = None
+    is_placed: bool = False
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -73,19 +75,18 @@ class Resident:
 
 
 class Residents:
-    """All models of this rank, by number."""
+    """All models of this rank, by number, in the order of their last use."""
 
     def __init__(self, slots: SlotMap, groups: Groups) -> None:
         self._packs = PackMap(slots.__getitem__)
         self._groups = groups
         self._models: dict[int, Resident] = {}
-        self._on_device: int | None = None
 
     @property
     def numbers(self) -> list[int]:
         return sorted(self._models)
 
-    def take(self, message: Load) -> tuple[Resident, bool]:
+    def take(self, message: Load, progress: Progress) -> tuple[Resident, bool]:
         """Hold a model in the state that the message asks for, on the device.
 
         Returns:
@@ -103,8 +104,11 @@ class Residents:
                     _take_off(resident)
                 resident.current = self._patched(resident.patcher, message.state)
                 resident.key, resident.mode = message.key, message.mode
-                self._on_device = None
-            self.get(message.model, verify=message.verify)
+                resident.is_placed, resident.digests = False, {}
+            if message.verify and not resident.digests:
+                resident.is_placed = False
+            self._make_room(resident, message.room_bytes)
+            self._place(resident, verify=message.verify, progress=progress)
             del before
         except BaseException:
             # Half a state is none: the next request begins with the file.
@@ -112,30 +116,17 @@ class Residents:
             raise
         return resident, is_new
 
-    def get(self, number: int, *, verify: bool = False) -> Resident | None:
+    def get(self, number: int) -> Resident | None:
         """Return a model, placed on the device, or None if this rank does not hold it."""
         resident = self._models.get(number)
-        if resident is None:
-            return None
-        if resident.mode == "sharded":
-            if resident.blocks is None or (verify and not resident.digests):
-                self._shard(resident, verify=verify)
-            return resident
-        if self._on_device != number:
-            place_whole(resident.current, is_complete=resident.mode == "full")
-            self._on_device = number
-            for other in self._models.values():
-                if other is not resident and other.blocks is None:
-                    _back_to_file(other)
-        if verify:
-            resident.digests = digests(resident.flux)
+        if resident is not None:
+            self._place(resident, verify=False, progress=lambda _: None)
         return resident
 
     def give_way(self) -> None:
         """Give the device's memory back. Models return from the mapped files."""
         import comfy.model_management
 
-        self._on_device = None
         for resident in self._models.values():
             _take_off(resident)
         comfy.model_management.unload_all_models()
@@ -145,7 +136,6 @@ class Residents:
         """Forget models, all of them by default, and free their memory."""
         import comfy.model_management
 
-        self._on_device = None
         for number in self.numbers if numbers is None else numbers:
             resident = self._models.pop(number, None)
             if resident is not None:
@@ -156,16 +146,41 @@ class Residents:
         gc.collect()
         comfy.model_management.soft_empty_cache()
 
-    def _shard(self, resident: Resident, *, verify: bool) -> None:
-        _take_off(resident)
-        resident.digests = {}
-        resident.blocks = place_sharded(
-            resident.current,
-            group=self._groups.weights,
-            index=self._groups.rank,
-            world_size=self._groups.world_size,
-            digests=resident.digests if verify else None,
-        )
+    def _make_room(self, resident: Resident, room_bytes: int | None) -> None:
+        """Take models off, the one used longest ago first, until the others fit beside this one."""
+        others = [other for other in self._models.values() if other is not resident]
+        size = sum(other.bytes_held for other in others if other.is_placed)
+        for other in others:
+            if room_bytes is None or size <= room_bytes:
+                return
+            if other.is_placed:
+                size -= other.bytes_held
+                _take_off(other)
+
+    def _place(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
+        number = next(n for n, other in self._models.items() if other is resident)
+        self._models[number] = self._models.pop(number)  # used last
+        if resident.is_placed:
+            return
+        if resident.mode == "sharded":
+            _take_off(resident)
+            resident.blocks = place_sharded(
+                resident.current,
+                group=self._groups.weights,
+                index=self._groups.rank,
+                world_size=self._groups.world_size,
+                digests=resident.digests if verify else None,
+                progress=progress,
+            )
+        else:
+            is_complete = resident.mode == "full"
+            place_whole(resident.current, is_complete=is_complete, progress=progress)
+            if verify:
+                resident.digests = digests(resident.flux)
+        resident.is_placed = True
+        for other in self._models.values():
+            if other is not resident and other.blocks is None and other.is_placed:
+                _follow_comfyui(other)
 
     def _patched(self, patcher: Any, state: Tree) -> Any:
         """Return a clone of the ModelPatcher with the patches of a state, or itself for none."""
@@ -193,6 +208,7 @@ class Residents:
 
 def _take_off(resident: Resident) -> None:
     """Take a model off the device: its weights are the file's again, and nothing is moved."""
+    resident.is_placed = False
     if resident.blocks is not None:
         resident.blocks.release(restore=False)
         resident.blocks = None
@@ -208,11 +224,14 @@ def _to_file(resident: Resident) -> None:
         comfy.utils.set_attr_param(resident.patcher.model, key, tensor)
 
 
-def _back_to_file(resident: Resident) -> None:
-    """The same for a model that ComfyUI took off the device by itself."""
+def _follow_comfyui(resident: Resident) -> None:
+    """See whether ComfyUI took a model off the device, in whole or in part, for another one."""
     model = resident.patcher.model
-    if model.model_loaded_weight_memory == 0 and model.current_weight_patches_uuid is None:
+    if model.current_weight_patches_uuid is None:
+        resident.is_placed = False
         _to_file(resident)
+    elif model.model_lowvram and resident.mode == "full":
+        resident.is_placed = False
 
 
 def _dtype(name: str) -> torch.dtype:

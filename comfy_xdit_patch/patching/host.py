@@ -72,10 +72,6 @@ class Host:
         self.memory = SharedMemory(pool.devices, self._weights)
         self._lock = threading.RLock()
 
-    @property
-    def device_word(self) -> str:
-        return "CPU ranks" if self.pool.devices[0].is_cpu else "GPUs"
-
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> bool:
         """Note a model's source and start the workers, if it is a model for them."""
         if not self._is_flux(patcher):
@@ -98,7 +94,7 @@ class Host:
         if report.steps:
             self.totals.runs += 1
             self.totals.last_run = report
-            log.info("%s", summary(report, device_word=self.device_word))
+            log.info("%s", summary(report, device_word=self.pool.device_word))
 
     def forward(self, flux: Any, arguments: Mapping[str, Any]) -> torch.Tensor | None:
         """Compute one call on the workers.
@@ -191,19 +187,21 @@ class Host:
         state = self._weights.state(base_model)
         if isinstance(state, Refusal):
             return state
-        mode = self._residency.mode(base_model, workload, plan, arguments["x"].dtype)
-        if isinstance(mode, Refusal):
-            return mode
+        place = self._residency.place(base_model, workload, plan, arguments["x"].dtype)
+        if isinstance(place, Refusal):
+            return place
         self.totals.residency = self._residency.arithmetic
         if run.generation != self.pool.generation:
             run.generation = self.pool.generation
             run.compared.clear()
         try:
             # Also once in every run: the host's weights are compared with the workers' again.
-            if known.number not in run.compared or not self._weights.holds(known, state, mode):
-                if not self._weights.holds(known, state, mode):
+            if known.number not in run.compared or not self._weights.holds(
+                known, state, place.mode
+            ):
+                if not self._weights.holds(known, state, place.mode):
                     self.memory.make_room_for_workers(base_model)
-                loaded = self._weights.load(base_model, known, state, mode, poll=poll)
+                loaded = self._weights.load(base_model, known, state, place, poll=poll)
                 if isinstance(loaded, Refusal):
                     return loaded
                 known = run.models[id(base_model)] = loaded

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.observability.progress import load_bar
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
+from comfy_xdit_patch.patching.residency import Placement
 from comfy_xdit_patch.patching.weights import WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.residency import Mode
@@ -73,7 +75,7 @@ class RemoteWeights:
         base_model: Any,
         known: KnownModel,
         state: WeightState,
-        mode: Mode,
+        placement: Placement,
         *,
         poll: Poll,
     ) -> KnownModel | Refusal:
@@ -96,12 +98,12 @@ class RemoteWeights:
                 ),
                 backup=patcher.backup,
             )
-            replies = self._ask(base_model, known, state, mode, poll)
+            replies = self._ask(base_model, known, state, placement, poll)
             if not isinstance(replies, Refusal) and any(
                 reply.fingerprint != expected for reply in replies
             ):
                 known = self._models.renumber_without_file(base_model)
-                replies = self._ask(base_model, known, state, mode, poll)
+                replies = self._ask(base_model, known, state, placement, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
             return Refusal(f"the model has weights that cannot be carried: {error}")
         if isinstance(replies, Refusal):
@@ -111,11 +113,16 @@ class RemoteWeights:
         refusal = self._verify(base_model, [reply.digests for reply in replies])
         if refusal is not None:
             return refusal
-        self._held[known.number] = state.key, mode
+        self._held[known.number] = state.key, placement.mode
         return known
 
     def _ask(
-        self, base_model: Any, known: KnownModel, state: WeightState, mode: Mode, poll: Poll
+        self,
+        base_model: Any,
+        known: KnownModel,
+        state: WeightState,
+        placement: Placement,
+        poll: Poll,
     ) -> list[Loaded] | Refusal:
         which = known.number, state.key
         if which in self._refused:
@@ -129,20 +136,23 @@ class RemoteWeights:
         verify = self._verifies and _is_patched_here(base_model)
         # Unknown until every rank has answered: the user may interrupt the wait.
         self._held.pop(known.number, None)
-        replies = self._wire.request(
-            lambda number: Load(
-                request=number,
-                model=known.number,
-                source=known.source,
-                tensors=tensors,
-                state=state.tree,
-                key=state.key,
-                mode=mode,
-                verify=verify,
-            ),
-            poll=poll,
-            prepare=self._drop_messages,
-        )
+        with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
+            replies = self._wire.request(
+                lambda number: Load(
+                    request=number,
+                    model=known.number,
+                    source=known.source,
+                    tensors=tensors,
+                    state=state.tree,
+                    key=state.key,
+                    mode=placement.mode,
+                    room_bytes=placement.room_bytes,
+                    verify=verify,
+                ),
+                poll=poll,
+                prepare=self._drop_messages,
+                progress=progress,
+            )
         loaded = [reply for reply in replies if isinstance(reply, Loaded)]
         for rank, reply in enumerate(replies):
             if isinstance(reply, NotLoaded):
@@ -154,7 +164,9 @@ class RemoteWeights:
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
             self._totals.weight_bytes[rank] = reply.bytes_held
-        self._totals.loads += loaded[0].is_new
+        if loaded[0].is_new:
+            self._totals.loads += 1
+            log.info("xDiT: %s", _load_text(loaded, self._wire.pool.device_word))
         everywhere = set.intersection(*(set(reply.models) for reply in loaded))
         self._held = {n: key for n, key in self._held.items() if n in everywhere}
         return loaded
@@ -199,6 +211,15 @@ class RemoteWeights:
                 return Refusal("the weights in use on a rank are not ComfyUI's")
             self._totals.weights_verified += len(ours)
         return None
+
+
+def _load_text(loaded: Sequence[Loaded], device_word: str) -> str:
+    seconds = max(reply.seconds for reply in loaded)
+    size = max(reply.bytes_held for reply in loaded)
+    return (
+        f"model loaded on {len(loaded)} {device_word} in {seconds:.1f} s, "
+        f"{size / 1e9:.2f} GB of weights on each"
+    )
 
 
 def _is_patched_here(base_model: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ from comfy_xdit_patch.workers.pool import Pool
 _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one model's weights lie, and what other models may take on a card beside them.
+
+    ``room_bytes`` is None where nothing limits it, or where ComfyUI's own manager does.
+    """
+
+    mode: Mode
+    room_bytes: int | None
+
+
 class Residency:
     """The mode of every model; a mode only changes towards one that needs less."""
 
@@ -40,13 +52,13 @@ class Residency:
         self.arithmetic: list[str] = []
         """How the last choice came about."""
 
-    def mode(
+    def place(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
-    ) -> Mode | Refusal:
-        """Return where a model's weights lie for a call of this size."""
+    ) -> Placement | Refusal:
+        """Decide where a model's weights lie for a call of this size."""
         cards = self._cards()
         if cards is None:
-            return "full"  # CPU ranks: a file's pages are shared, and ComfyUI counts no RAM.
+            return Placement("full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         load = TokenLoad(
@@ -63,7 +75,8 @@ class Residency:
         before = self._modes.get(base_model, "full")
         mode = max(before, choice.mode, key=MODES.index)
         self._modes[base_model] = mode
-        return mode
+        need = choice.needs[-1]
+        return Placement(mode, max(0, need.card.free_bytes - need.num_bytes))
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]

@@ -20,7 +20,7 @@ class Wire:
     """Requests to all ranks; new shared memory reaches them before the request that needs it."""
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._fds: Sequence[tuple[Slot, int]] = ()
         self.generation = 0
         """Of the workers that the shared memory belongs to."""
@@ -33,13 +33,13 @@ class Wire:
     @property
     def control_bytes(self) -> int:
         """Bytes of messages sent to the workers that live now."""
-        return self._pool.control_bytes
+        return self.pool.control_bytes
 
     def follow_generation(self) -> bool:
         """New workers know no slots: begin with none. True if the workers are new."""
-        if self.generation == self._pool.generation:
+        if self.generation == self.pool.generation:
             return False
-        self.generation = self._pool.generation
+        self.generation = self.pool.generation
         self._fds = self.slots.take_created()
         self._close_fds()
         self._begin()
@@ -52,6 +52,7 @@ class Wire:
         poll: Poll,
         prepare: Callable[[], Sequence[Message]] = lambda: (),
         meanwhile: Callable[[], None] = lambda: None,
+        progress: Callable[[int, float], None] = lambda _, __: None,
     ) -> list[Reply]:
         """Send a request to every rank and return the replies in rank order.
 
@@ -60,6 +61,7 @@ class Wire:
             prepare: runs when no worker is computing any more, so that it may write to shared
                 slots; returns messages without a reply to send first.
             meanwhile: runs once while the workers are at it; must not write to shared slots.
+            progress: called with a rank and the part of a load that it has done.
 
         Raises:
             WorkerError: the workers are lost.
@@ -70,7 +72,9 @@ class Wire:
             return [*extra, *self._slot_messages()]
 
         try:
-            return self._pool.request(message, poll=poll, prepare=before, meanwhile=meanwhile)
+            return self.pool.request(
+                message, poll=poll, prepare=before, meanwhile=meanwhile, progress=progress
+            )
         finally:
             self._close_fds()
 

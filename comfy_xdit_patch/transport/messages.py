@@ -19,6 +19,7 @@ from comfy_xdit_patch.transport.replies import (
     Failed,
     Joined,
     Loaded,
+    Loading,
     NotLoaded,
     Unloaded,
 )
@@ -89,7 +90,8 @@ class Load:
 
     A model comes from ``source``, or from ``tensors``, made by ``skeleton.py``; a rank that holds
     it already needs neither. ``state`` is made by ``patching/weights.py`` and ``key`` names its
-    contents. ``mode`` is one of ``planning/residency.py``. With ``verify`` the reply has a digest
+    contents. ``mode`` is one of ``planning/residency.py``, and ``room_bytes`` what other models may
+    take on the device beside this one, if that is limited. With ``verify`` the reply has a digest
     of every weight in use.
     """
 
@@ -100,6 +102,7 @@ class Load:
     state: Tree
     key: str
     mode: Mode
+    room_bytes: int | None
     verify: bool
 
 
@@ -157,6 +160,7 @@ Message: TypeAlias = (
     | Forward
     | Stop
     | Joined
+    | Loading
     | Loaded
     | NotLoaded
     | Unloaded
@@ -177,6 +181,7 @@ _TYPES: dict[str, type[Any]] = {
         Forward,
         Stop,
         Joined,
+        Loading,
         Loaded,
         NotLoaded,
         Unloaded,

@@ -22,6 +22,14 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """A load is under way; ``done`` is the part of it that is done, 0 to 1. No reply yet."""
+
+    request: int
+    done: float
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """The weights are in place. ``fingerprint`` is compared with the host's own model.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from comfy_xdit_patch.errors import ChannelClosedError, WorkerError
 from comfy_xdit_patch.transport.channel import frame_of, wait_readable
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Failed, Reply
+from comfy_xdit_patch.transport.replies import Failed, Loading, Reply
 from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, failure_text
 
@@ -33,7 +33,7 @@ class Exchange:
 
     def settle(self, poll: Poll) -> None:
         """Wait for the replies to a request that the user interrupted."""
-        self._collect(poll)
+        self._collect(poll, lambda _, __: None)
 
     def request(
         self,
@@ -42,6 +42,7 @@ class Exchange:
         before: Sequence[tuple[Message, int | None]],
         meanwhile: Callable[[], None],
         poll: Poll,
+        progress: Callable[[int, float], None],
     ) -> list[Reply]:
         """Send messages and a request to every rank; return the replies in rank order.
 
@@ -49,6 +50,7 @@ class Exchange:
             message: makes the request from its number.
             before: messages without a reply to send first, with file descriptors beside them.
             meanwhile: runs once while the workers are at it.
+            progress: called with a rank and the part of a load that it has done.
 
         Raises:
             WorkerError: a rank failed, died or hung.
@@ -60,7 +62,7 @@ class Exchange:
         self._send_all(message(self._request), None)
         self._outstanding = {worker.rank for worker in self._workers}
         meanwhile()
-        replies = self._collect(poll)
+        replies = self._collect(poll, progress)
         return [replies[rank] for rank in sorted(replies)]
 
     def _send_all(self, message: Message, fd: int | None) -> None:
@@ -73,7 +75,7 @@ class Exchange:
             except ChannelClosedError:
                 raise WorkerError(death_text(worker, "between steps")) from None
 
-    def _collect(self, poll: Poll) -> dict[int, Reply]:
+    def _collect(self, poll: Poll, progress: Callable[[int, float], None]) -> dict[int, Reply]:
         """Wait until no reply is outstanding; return those to the latest request."""
         replies: dict[int, Reply] = {}
         by_channel = {worker.channel: worker for worker in self._workers}
@@ -83,7 +85,9 @@ class Exchange:
             for channel in wait_readable(waiting, timeout_s=POLL_S):
                 worker = by_channel[channel]
                 reply = self._read(worker)
-                if reply is not None and getattr(reply, "request", None) == self._request:
+                if isinstance(reply, Loading):
+                    progress(worker.rank, reply.done)
+                elif reply is not None and getattr(reply, "request", None) == self._request:
                     replies[worker.rank] = reply  # type: ignore[assignment]
                     self._outstanding.discard(worker.rank)
             if time.monotonic() > end and self._outstanding:

@@ -84,6 +84,11 @@ class Pool:
         return len(self.devices)
 
     @property
+    def device_word(self) -> str:
+        """What the ranks run on, for people."""
+        return "CPU ranks" if self.devices[0].is_cpu else "GPUs"
+
+    @property
     def control_bytes(self) -> int:
         """Bytes of messages sent to the workers that live now."""
         return self._exchange.bytes_sent if self._exchange else 0
@@ -125,6 +130,7 @@ class Pool:
         poll: Poll,
         prepare: Callable[[], Sequence[tuple[Message, int | None]]] = lambda: (),
         meanwhile: Callable[[], None] = lambda: None,
+        progress: Callable[[int, float], None] = lambda _, __: None,
     ) -> list[Reply]:
         """Send a request to every rank and return the replies in rank order.
 
@@ -133,6 +139,7 @@ class Pool:
             prepare: runs when no worker is computing any more, so that it may write to shared
                 slots; returns messages to send first, with the file descriptors beside them.
             meanwhile: runs once while the workers are at it; must not write to shared slots.
+            progress: called with a rank and the part of a load that it has done.
 
         Raises:
             WorkerError: a rank failed, died or hung. All workers have been ended.
@@ -146,7 +153,7 @@ class Pool:
             try:
                 exchange.settle(poll)
                 replies = exchange.request(
-                    message, before=prepare(), meanwhile=meanwhile, poll=poll
+                    message, before=prepare(), meanwhile=meanwhile, poll=poll, progress=progress
                 )
             except XditError as error:
                 self._break(str(error), generation)

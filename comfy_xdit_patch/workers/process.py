@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
@@ -34,7 +35,7 @@ from comfy_xdit_patch.transport.messages import (
     Unload,
     Unmap,
 )
-from comfy_xdit_patch.transport.replies import Failed, Joined, Unloaded
+from comfy_xdit_patch.transport.replies import Failed, Joined, Loading, Unloaded
 
 if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 IDLE_WAIT_S = 3600.0
 REPLY_DEADLINE_S = 30.0
+PROGRESS_S = 0.25
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +146,9 @@ class Worker:
             slots.drop(message.slots)
         elif isinstance(message, Load):
             self._phase = f"loading {message.source.path if message.source else 'tensors'}"
-            self._channel.send(engine.load(message), deadline_s=REPLY_DEADLINE_S)
+            self._channel.send(
+                engine.load(message, self._progress(message.request)), deadline_s=REPLY_DEADLINE_S
+            )
         elif isinstance(message, Unload):
             self._phase = "unloading"
             engine.drop()
@@ -161,6 +165,18 @@ class Worker:
             self._channel.send(engine.forward(message), deadline_s=REPLY_DEADLINE_S)
         else:
             raise TypeError(f"A worker cannot serve {type(message).__name__}.")
+
+    def _progress(self, request: int) -> Callable[[float], None]:
+        """Tell the host how far a load is, a few times a second."""
+        said = time.monotonic()
+
+        def progress(done: float) -> None:
+            nonlocal said
+            if time.monotonic() - said > PROGRESS_S:
+                said = time.monotonic()
+                self._channel.send(Loading(request, done), deadline_s=REPLY_DEADLINE_S)
+
+        return progress
 
 
 def _leave_at_once(code: int) -> NoReturn:
