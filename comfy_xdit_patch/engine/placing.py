@@ -27,10 +27,15 @@ def place_whole(patcher: Any, *, is_complete: bool, progress: Progress) -> None:
     """Have ComfyUI's memory manager load and patch a model.
 
     Args:
-        is_complete: all of it on the device, whatever ComfyUI would decide.
+        is_complete: all of it on the device, whatever ComfyUI would decide, unless the user
+            started ComfyUI with --lowvram or --novram.
     """
-    import comfy.model_management
+    import comfy.model_management as management
 
+    wants_little = management.vram_state in (
+        management.VRAMState.LOW_VRAM,
+        management.VRAMState.NO_VRAM,
+    )
     total = sum(1 for _ in patcher.model.parameters())
     done = 0
     patch = patcher.patch_weight_to_device
@@ -44,7 +49,7 @@ def place_whole(patcher: Any, *, is_complete: bool, progress: Progress) -> None:
     # ComfyUI calls it for every weight that it loads, patched or not.
     patcher.patch_weight_to_device = patch_weight_to_device
     try:
-        comfy.model_management.load_models_gpu([patcher], force_full_load=is_complete)
+        management.load_models_gpu([patcher], force_full_load=is_complete and not wants_little)
     finally:
         del patcher.patch_weight_to_device
 

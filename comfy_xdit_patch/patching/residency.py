@@ -16,6 +16,7 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     MODES,
+    RESERVED_BYTES,
     Card,
     Mode,
     ModelSizes,
@@ -84,9 +85,15 @@ class Residency:
             return tuple(Card(self._budget, self._budget, has_host=r.rank == 0) for r in ranks)
         if any(rank.total_bytes == 0 for rank in ranks):
             return None
+        import comfy.model_management
+
+        # --reserve-vram asks for more than the reserve that the plan has already.
+        more = max(0, int(comfy.model_management.extra_reserved_memory()) - RESERVED_BYTES)
         # Nothing but ComfyUI, which gives way, is taken to be on the first card beside us.
         return tuple(
-            Card(r.total_bytes, r.total_bytes if r.rank == 0 else r.free_bytes, r.rank == 0)
+            Card(
+                r.total_bytes, (r.total_bytes if r.rank == 0 else r.free_bytes) - more, r.rank == 0
+            )
             for r in ranks
         )
 

@@ -86,6 +86,8 @@ class Exchange:
                 worker = by_channel[channel]
                 reply = self._read(worker)
                 if isinstance(reply, Loading):
+                    # A slow disk is no hang.
+                    end = time.monotonic() + self._step_timeout_s
                     progress(worker.rank, reply.done)
                 elif reply is not None and getattr(reply, "request", None) == self._request:
                     replies[worker.rank] = reply  # type: ignore[assignment]
