@@ -57,7 +57,7 @@ class SharedMemory:
         import comfy.model_management
 
         patcher = base_model.current_patcher
-        if patcher.load_device.type == "cuda" and self.ranks_on(patcher.load_device):
+        if self.shares_gpu(patcher.load_device):
             comfy.model_management.free_memory(
                 patcher.model_size() + comfy.model_management.minimum_inference_memory(),
                 patcher.load_device,
@@ -72,12 +72,14 @@ class SharedMemory:
 
     def is_held_back(self, patcher: Any) -> bool:
         """Whether ComfyUI's own copy of a model stays off the GPU, because a worker has one."""
-        if patcher.model in self._alone or patcher.load_device.type != "cuda":
+        if patcher.model in self._alone or not self.shares_gpu(patcher.load_device):
             return False
         is_dynamic = getattr(patcher, "is_dynamic", None)
         if is_dynamic is not None and is_dynamic():
             return False
         # A control LoRA reshapes img_in, and ComfyUI reads that shape before the forward.
-        if any(key.startswith("diffusion_model.img_in.") for key in patcher.patches):
-            return False
-        return bool(self.ranks_on(patcher.load_device))
+        return not any(key.startswith("diffusion_model.img_in.") for key in patcher.patches)
+
+    def shares_gpu(self, device: Any) -> bool:
+        """Whether a worker's device is this one of ComfyUI's, and a GPU."""
+        return device.type == "cuda" and bool(self.ranks_on(device))
