@@ -33,6 +33,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("tree", trees, ids=[t.version for t in trees], scope="session")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first; then those side by side that share servers, for a start costs a minute."""
+    versions = [tree.version for tree in trees_for_tests()]
+    tiers = ("unit", "contract", "parallel", "e2e")
+
+    def place(item: pytest.Item) -> tuple[int, int, str]:
+        tier = next((t for t in tiers if f"/tests/{t}/" in str(item.path)), tiers[-1])
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        tree, marker = values.get("tree"), item.get_closest_marker("group")
+        group = str(values.get("num_ranks", 2)) if marker is None else str(marker.args[0])
+        return tiers.index(tier), -1 if tree is None else versions.index(tree.version), group
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def flux_dev() -> Callable[..., str]:
     """Path of a tiny FLUX.1-dev file: ``flux_dev(hidden=512)``."""

@@ -12,13 +12,15 @@ from rig.server import Server, base_directory
 from rig.trees import Tree
 
 Servers = Callable[..., Server]
+GGUF_PACK = Path(__file__).parents[1] / "rig" / "gguf_pack"
 
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable.
 
-    ``variants`` adds the model files of ``rig.checkpoints``; ``node_packs`` are custom nodes.
+    ``variants`` adds the model files of ``rig.checkpoints``; ``node_packs`` are custom nodes. Most
+    tests leave both alone and so share one stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
 
@@ -26,8 +28,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         tree: Tree,
         *,
         hidden: int = 768,
-        variants: bool = False,
-        node_packs: tuple[Path, ...] = (),
+        variants: bool = True,
+        node_packs: tuple[Path, ...] = (GGUF_PACK,),
         **env: str,
     ) -> Server:
         kind = ("models", f"{hidden} {variants} {node_packs}")

@@ -51,6 +51,8 @@ def test_workflow_equals_stock(
     name: str,
     record_property: Callable[[str, object], None],
 ) -> None:
+    if num_ranks > 2 and tree != trees_for_tests()[-1]:
+        pytest.skip("3 ranks on the newest; tests/parallel has 2, 3 and 5 on both")
     graph = graphs.with_values(
         graphs.load(name), seed=11, size=(256, 192), steps=4, save_latent=True
     )

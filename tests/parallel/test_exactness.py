@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from exactness import BOUND, STRICT, compare
 from inside.client import Inside
-from rig.trees import Tree
+from rig.trees import Tree, trees_for_tests
 
 CASES = {
     "square": {"height": 16, "width": 16, "batch": 1, "text_tokens": 256},
@@ -49,6 +49,8 @@ def test_forward_equals_stock_in_every_shape(
     num_ranks: int,
     record_property: Callable[[str, object], None],
 ) -> None:
+    if num_ranks == 5 and tree != trees_for_tests()[0]:
+        pytest.skip("5 ranks on the oldest; the newest has 7 at native width in test_family")
     # hidden 768 is 6 heads: equal on 2 and 3 ranks, unequal on 5.
     path = flux_dev(hidden=768, double=1, single=1)
     stock = inside(tree, XDIT_STRATEGY="off")

@@ -13,6 +13,7 @@ from rig.trees import Tree, trees_for_tests
 SMALL = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
 
 
+@pytest.mark.group("3")
 @pytest.mark.parametrize(
     ("family", "case"),
     [
@@ -40,6 +41,7 @@ def test_each_family_equals_stock(
     assert after["steps_parallel"] == before["steps_parallel"] + 1
 
 
+@pytest.mark.group("native")
 @pytest.mark.slow  # a model of FLUX.1's own width, and up to 7 processes that hold it
 def test_24_heads_on_5_and_7_ranks_at_native_width_in_fp8(
     tree: Tree,
@@ -68,6 +70,7 @@ WEIGHT_DTYPES = {
 }
 
 
+@pytest.mark.group("3")
 @pytest.mark.parametrize("name", WEIGHT_DTYPES)
 def test_every_weight_dtype_of_unetloader_equals_stock(
     tree: Tree,
@@ -86,6 +89,7 @@ def test_every_weight_dtype_of_unetloader_equals_stock(
     assert after["steps_parallel"] == before["steps_parallel"] + 1
 
 
+@pytest.mark.group("peak")
 @pytest.mark.usefixtures("newest_only")
 def test_each_ranks_peak_of_activations_is_about_its_share(
     tree: Tree,
