@@ -72,19 +72,16 @@ class Host:
         self.memory = SharedMemory(pool.devices, self._weights)
         self._lock = threading.RLock()
 
-    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> bool:
-        """Note a model's source and start the workers, if it is a model for them."""
-        if not self._is_flux(patcher):
-            return False
+    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
+        """Note which file a model of ours came from."""
         self.models.remember(patcher.model, loader, path, options)
-        self.pool.start()
-        return True
 
     def begin_run(self, patcher: Any = None) -> Run:
         """Make the books of a sampling run of a ModelPatcher."""
-        return Run(is_flux=patcher is not None and self._is_flux(patcher))
+        return Run(is_flux=self.is_flux(patcher))
 
-    def _is_flux(self, patcher: Any) -> bool:
+    def is_flux(self, patcher: Any) -> bool:
+        """Whether a ModelPatcher's model is one for the workers."""
         flux = getattr(getattr(patcher, "model", None), "diffusion_model", None)
         return type(flux) is self._pristine.flux_class
 
@@ -152,7 +149,7 @@ class Host:
     def holds_back(self, patcher: Any) -> bool:
         """Whether ComfyUI's own copy of a model is to stay off the GPU."""
         is_up = self.pool.state in (PoolState.READY, PoolState.STARTING)
-        return is_up and self._is_flux(patcher) and self.memory.is_held_back(patcher)
+        return is_up and self.is_flux(patcher) and self.memory.is_held_back(patcher)
 
     def _forward(self, flux: Any, arguments: Mapping[str, Any], run: Run) -> torch.Tensor | Refusal:
         import comfy.model_management
@@ -196,10 +193,9 @@ class Host:
             run.compared.clear()
         try:
             # Also once in every run: the host's weights are compared with the workers' again.
-            if known.number not in run.compared or not self._weights.holds(
-                known, state, place.mode
-            ):
-                if not self._weights.holds(known, state, place.mode):
+            is_held = self._weights.holds(known, state, place.mode)
+            if known.number not in run.compared or not is_held:
+                if not is_held:
                     self.memory.make_room_for_workers(base_model)
                 loaded = self._weights.load(base_model, known, state, place, poll=poll)
                 if isinstance(loaded, Refusal):

@@ -93,13 +93,22 @@ class Wrappers:
     def partially_load(self, wrapped: Call, patcher: Any, args: Any, kwargs: Any) -> Any:
         """Keep ComfyUI's own copy of a model off a GPU where a worker has one."""
         with our_faults_stay_ours("holding a model back"):
+            if self._host.is_flux(patcher):
+                self._get_ready()  # A node pack's own loader is not seen earlier.
             if self._host.holds_back(patcher):
                 kwargs = {**self._bind(wrapped, args, kwargs), "extra_memory": NEXT_TO_NOTHING}
                 args = ()
         return wrapped(*args, **kwargs)
 
     def _note(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
-        if self._host.model_loaded(patcher, loader, path, options):
+        if self._host.is_flux(patcher):
+            self._host.model_loaded(patcher, loader, path, options)
+            self._get_ready()
+
+    def _get_ready(self) -> None:
+        """Start the workers while ComfyUI is busy with the rest of the graph."""
+        self._host.pool.start()
+        if self._attempt_step == self._attempt:
             # Called from a compiled model, Dynamo would compile our own functions one by one.
             # Here and not earlier: Dynamo takes 1.2 s to import, which only FLUX should cost.
             import torch
