@@ -19,6 +19,7 @@ from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
+from comfy_xdit_patch.transport.packs import NoRoomError
 from comfy_xdit_patch.transport.replies import Loaded, NotLoaded
 from comfy_xdit_patch.transport.skeleton import describe
 from comfy_xdit_patch.transport.tensors import ForeignTensorError
@@ -106,6 +107,8 @@ class RemoteWeights:
                 replies = self._ask(base_model, known, state, placement, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
             return Refusal(f"the model has weights that cannot be carried: {error}")
+        except NoRoomError as error:
+            return Refusal(f"a model without a file does not fit in memory: {error}")
         if isinstance(replies, Refusal):
             return replies
         if any(reply.fingerprint != expected for reply in replies):

@@ -15,7 +15,7 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.transport.messages import Tree
-from comfy_xdit_patch.transport.packs import PackTable
+from comfy_xdit_patch.transport.packs import NoRoomError, PackTable
 from comfy_xdit_patch.transport.patches import PatchEncoder, UncarriedPatchError
 
 REMEMBERED_STATES = 8
@@ -56,6 +56,8 @@ class WeightStates:
                 patches = encoder.encode(patcher.patches, self._packs.place)
             except UncarriedPatchError as error:
                 return Refusal(f"a weight patch holds {error}")
+            except NoRoomError as error:
+                return Refusal(f"the weight patches do not fit in memory: {error}")
             tree = {
                 "patches": patches,
                 "manual_cast_dtype": None if dtype is None else str(dtype),

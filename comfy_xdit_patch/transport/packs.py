@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ from comfy_xdit_patch.transport.tensors import digest
 ALIGNMENT = 64
 KEPT_BYTES = 1 << 30
 """Contents that ComfyUI has dropped are kept up to this size together: about three LoRAs."""
+
+
+class NoRoomError(Exception):
+    """Weights to be carried would take more than half of the memory that is free."""
+
+
+def check_room(num_bytes: int) -> None:
+    """See whether so much memory may be taken: ComfyUI must never be ended for want of it.
+
+    Raises:
+        NoRoomError: it would take more than half of what is free.
+    """
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    if num_bytes > free // 2:
+        raise NoRoomError(f"{num_bytes / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free")
 
 
 class _Pack:
@@ -83,6 +100,9 @@ class PackTable:
 
         Returns:
             For each tensor a tree for a message.
+
+        Raises:
+            NoRoomError: they would take too much memory.
         """
         self._bury()
         places: dict[int, _Place] = {}
@@ -117,6 +137,7 @@ class PackTable:
             return {}
         first = {contents: tensors[indices[0]] for contents, indices in new.items()}
         size = sum(_padded(tensor.nbytes) for tensor in first.values())
+        check_room(size)
         pack = _Pack(self._create(max(size, ALIGNMENT)))
         places = {}
         offset = 0

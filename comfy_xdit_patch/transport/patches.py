@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.transport.messages import Tree
+from comfy_xdit_patch.transport.packs import check_room
 from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES
 
 Place = Callable[[Sequence[torch.Tensor]], list[Tree]]
@@ -48,6 +49,7 @@ class PatchEncoder:
 
         Raises:
             UncarriedPatchError: a patch holds something that cannot be carried.
+            NoRoomError: the patches would take too much memory.
         """
         tree = {key: [self._patch(patch) for patch in patches[key]] for key in sorted(patches)}
         return _fill(tree, place(self._tensors))
@@ -86,6 +88,8 @@ class PatchEncoder:
             )
             weight = convert(copy, inplace=True)
             self.made.append(weight)
+            # Once here and once in shared memory.
+            check_room(2 * sum(made.nbytes for made in self.made))
         return self._part(weight)
 
     def _part(self, part: Any) -> Tree:
