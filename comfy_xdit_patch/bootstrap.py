@@ -28,6 +28,7 @@ SAMPLING_MODULES = frozenset(
         "comfy.ldm.flux.model",
         "comfy.model_base",
         "comfy.model_management",
+        "comfy.model_patcher",
         "comfy.samplers",
         "comfy.sd",
     }

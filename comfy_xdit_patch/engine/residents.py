@@ -23,7 +23,6 @@ from comfy_xdit_patch.engine.loading import load_patcher
 from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_whole
 from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
-from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.fingerprint import (
     PREFIX,
     digests,
@@ -53,7 +52,7 @@ class Resident:
     current: Any
     scaled: dict[str, Any]
     key: str = ""
-    mode: Mode = "full"
+    mode: str = "full"
     blocks: ShardedBlocks | None = None
     is_placed: bool = False
     digests: dict[str, str] = field(default_factory=dict)

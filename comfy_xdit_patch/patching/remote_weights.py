@@ -169,7 +169,13 @@ class RemoteWeights:
             self._totals.weight_bytes[rank] = reply.bytes_held
         if loaded[0].is_new:
             self._totals.loads += 1
-            log.info("xDiT: %s", _load_text(loaded, self._wire.pool.device_word))
+            log.info(
+                "xDiT: model loaded on %d %s in %.1f s, %.2f GB of weights on each",
+                len(loaded),
+                self._wire.pool.device_word,
+                max(reply.seconds for reply in loaded),
+                max(reply.bytes_held for reply in loaded) / 1e9,
+            )
         everywhere = set.intersection(*(set(reply.models) for reply in loaded))
         self._held = {n: key for n, key in self._held.items() if n in everywhere}
         return loaded
@@ -214,15 +220,6 @@ class RemoteWeights:
                 return Refusal("the weights in use on a rank are not ComfyUI's")
             self._totals.weights_verified += len(ours)
         return None
-
-
-def _load_text(loaded: Sequence[Loaded], device_word: str) -> str:
-    seconds = max(reply.seconds for reply in loaded)
-    size = max(reply.bytes_held for reply in loaded)
-    return (
-        f"model loaded on {len(loaded)} {device_word} in {seconds:.1f} s, "
-        f"{size / 1e9:.2f} GB of weights on each"
-    )
 
 
 def _is_patched_here(base_model: Any) -> bool:

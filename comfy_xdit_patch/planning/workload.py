@@ -6,12 +6,13 @@ Runs in: host. Reads ComfyUI's objects, changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import Workload
+
+if TYPE_CHECKING:
+    import torch
 
 
 def workload_of(flux: Any, arguments: Mapping[str, Any]) -> Workload:
@@ -33,6 +34,8 @@ def workload_of(flux: Any, arguments: Mapping[str, Any]) -> Workload:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
+    import torch
+
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []

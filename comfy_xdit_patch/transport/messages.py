@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.replies import (
     Done,
     Failed,
@@ -101,7 +100,7 @@ class Load:
     tensors: Tree
     state: Tree
     key: str
-    mode: Mode
+    mode: str
     room_bytes: int | None
     verify: bool
 

@@ -19,7 +19,6 @@ from rig.trees import Tree
 RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 
 REFUSED = {
-    "lora": "the model has weight patches (a LoRA or a merge)",
     "forward_orig": "a node replaced forward_orig of this model",
     "block class": "a node replaced a block of this model by OtherBlock",
     "block method": "SingleStreamBlock.forward was replaced by another extension",
@@ -28,7 +27,6 @@ REFUSED = {
         "comfy.ldm.flux.math.optimized_attention was replaced by another extension"
     ),
     "module hook": "a forward hook is set on double_blocks.N",
-    "edited weight": "the model in ComfyUI's memory is not what its file holds",
     "attention override": "a node overrides the attention function",
     "block patch": "a node replaces dit blocks",
     "multigpu": "ComfyUI's own MultiGPU split is active",
@@ -89,6 +87,16 @@ def test_what_a_node_pack_changed_is_refused_and_gives_the_stock_result(
     error, counts = pair.call("plain_call")
     assert counts == {"parallel": 1, "fell_back": {}}, "parallel again when it is taken back"
     assert error <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "edited weight"])
+def test_changed_weights_are_carried_and_back_again(pair: Pair, kind: str) -> None:
+    error, counts = pair.call("disturbed_call", kind=kind)
+    assert counts == {"parallel": 1, "fell_back": {}}
+    assert error <= 1e-5
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}
+    assert error <= 1e-5, "the workers went back to the weights before"
 
 
 def test_a_restored_object_patch_is_not_mistaken_for_a_replaced_method(pair: Pair) -> None:

@@ -26,9 +26,16 @@ IMPORTERS = {
     "wrapt": {"patching/patchset.py"},
     "comfy": {
         "activation.py",
-        "engine/engine.py",
+        "engine/loading.py",
+        "engine/placing.py",
+        "engine/residents.py",
+        "engine/whole_tensor.py",
         "patching/boundary.py",
         "patching/host.py",
+        "patching/memory.py",
+        "patching/residency.py",
+        "transport/patches.py",
+        "transport/skeleton.py",
         "workers/environment.py",
     },
     "xfuser": {"engine/groups.py", "workers/process.py"},
@@ -36,8 +43,10 @@ IMPORTERS = {
     "torch.distributed": {
         "engine/attention.py",
         "engine/groups.py",
+        "engine/placing.py",
         "engine/sequence.py",
         "engine/weight_sharding.py",
+        "engine/whole_tensor.py",
     },
     "torch": {
         "engine/attention.py",
@@ -45,16 +54,28 @@ IMPORTERS = {
         "engine/flat_layout.py",
         "engine/flux.py",
         "engine/groups.py",
+        "engine/loading.py",
+        "engine/placing.py",
+        "engine/residents.py",
         "engine/sequence.py",
         "engine/weight_sharding.py",
+        "engine/whole_tensor.py",
         "patching/host.py",
         "patching/models.py",
         "patching/remote.py",
+        "patching/residency.py",
+        "patching/weights.py",
         "patching/wrappers.py",
         "planning/eligibility.py",
         "planning/topology.py",
+        "planning/workload.py",
         "transport/fingerprint.py",
+        "transport/packs.py",
+        "transport/patches.py",
+        "transport/skeleton.py",
         "transport/slots.py",
+        "transport/tensors.py",
+        "transport/values.py",
         "workers/process.py",
     },
 }
@@ -66,8 +87,14 @@ ONLY_IN_FUNCTIONS = {
         "patching/wrappers.py",
         "planning/eligibility.py",
         "planning/topology.py",
+        "planning/workload.py",
         "workers/process.py",
     },
+}
+# Outside of ``engine`` and ``patching``, the files that need torch at their import.
+HOLDS_TENSORS = {
+    f"transport/{name}.py"
+    for name in ("fingerprint", "packs", "patches", "skeleton", "slots", "tensors", "values")
 }
 # Modules of ComfyUI besides ``comfy.*``: none is imported.
 NEVER = ("nodes", "server", "execution", "folder_paths", "app")
@@ -214,7 +241,7 @@ def test_what_needs_no_torch_is_imported_without_it():
         f"{OWN}.{name_of(path).removesuffix('.py').replace('/', '.')}"
         for path in files()
         if not name_of(path).startswith(("patching/", "engine/", "activation", "__main__"))
-        and name_of(path) not in ("transport/slots.py", "transport/fingerprint.py")
+        and name_of(path) not in HOLDS_TENSORS
     ]
     assert len(modules) > 15
     code = f"import sys, importlib; sys.path.insert(0, {str(REPO)!r})\n"

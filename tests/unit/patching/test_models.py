@@ -9,10 +9,7 @@ import weakref
 import pytest
 import torch
 
-from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import ModelRegistry
-
-UNKNOWN = "the model was not loaded from a file by Load Diffusion Model or Checkpoint"
 
 
 class BaseModel(torch.nn.Module):
@@ -43,24 +40,50 @@ def test_a_relative_path_is_made_absolute_for_the_workers(file, monkeypatch):
     assert registry.find(model).source.path == str(file)
 
 
-def test_a_model_that_was_not_seen_being_loaded_is_refused():
-    assert ModelRegistry().find(BaseModel()) == Refusal(UNKNOWN)
+def test_a_model_that_was_not_seen_being_loaded_has_a_number_and_no_file():
+    registry, one, other = ModelRegistry(), BaseModel(), BaseModel()
+    found = registry.find(one)
+    assert found.source is None
+    assert registry.find(one) == found, "it keeps its number"
+    assert registry.find(other).number != found.number
 
 
 def test_equal_looking_models_are_told_apart(file):
     registry, one, other = ModelRegistry(), BaseModel(), BaseModel()
     registry.remember(one, "load_diffusion_model", str(file), {})
-    assert registry.find(other) == Refusal(UNKNOWN)
     registry.remember(other, "load_diffusion_model", str(file), {})
     assert registry.find(one).number != registry.find(other).number
 
 
 @pytest.mark.parametrize("value", [object(), torch.nn.Linear, [1], lambda: None])
-def test_options_that_a_message_cannot_carry_are_refused_by_name(file, value):
+def test_a_model_loaded_with_options_that_a_message_cannot_carry_has_no_file(file, value):
     registry, model = ModelRegistry(), BaseModel()
     options = {"dtype": torch.float32, "custom_operations": value}
     registry.remember(model, "load_diffusion_model", str(file), options)
-    assert registry.find(model) == Refusal("the model was loaded with its own custom_operations")
+    assert registry.find(model).source is None
+
+
+def test_a_model_that_changed_gets_a_new_number_and_the_old_one_is_gone(file):
+    registry, model = ModelRegistry(), BaseModel()
+    registry.remember(model, "load_diffusion_model", str(file), {})
+    old = registry.find(model)
+    new = registry.renumber_without_file(model)
+    assert new.number != old.number
+    assert new.source is None
+    assert registry.find(model) == new
+    assert registry.take_gone() == [old.number]
+    assert registry.take_gone() == []
+
+
+def test_the_number_of_a_model_that_ended_is_given_back_once(file):
+    registry, model = ModelRegistry(), BaseModel()
+    registry.remember(model, "load_diffusion_model", str(file), {})
+    number = registry.find(model).number
+    assert registry.take_gone() == []
+    del model
+    gc.collect()
+    assert registry.take_gone() == [number]
+    assert registry.take_gone() == []
 
 
 def test_the_callers_options_are_not_changed(file):

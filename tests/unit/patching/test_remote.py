@@ -8,24 +8,14 @@ import os
 import pytest
 import torch
 
-from comfy_xdit_patch.errors import Refusal, WorkerError
+from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.models import KnownModel
 from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.fingerprint import fingerprint
-from comfy_xdit_patch.transport.messages import Map, ModelSource, Unmap
-from comfy_xdit_patch.transport.replies import Done, Loaded, Unloaded
+from comfy_xdit_patch.transport.messages import Map, Unmap
+from comfy_xdit_patch.transport.replies import Done
 from comfy_xdit_patch.transport.slots import SlotMap, UncarriedArgumentError
-
-KNOWN = KnownModel(1, ModelSource("load_diffusion_model", "f", {}, 1, 1))
-
-
-class Flux(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dtype = torch.float32
-        self.scale = torch.nn.Parameter(torch.ones(3))
 
 
 class Pool:
@@ -35,11 +25,10 @@ class Pool:
         self.generation = 1
         self.control_bytes = 0
         self.requests = []
-        self.fingerprint = fingerprint(Flux(), manual_cast_dtype=None)
         self.lost = None
         self.map = SlotMap(torch.device("cpu"))
 
-    def request(self, message, *, poll, prepare=lambda: (), meanwhile=lambda: None):
+    def request(self, message, *, poll, prepare, meanwhile, progress):
         if self.lost == "before the call":
             raise WorkerError("planted")
         for extra, fd in prepare():
@@ -55,12 +44,6 @@ class Pool:
         meanwhile()
         return [getattr(self, f"answer_{type(request).__name__}")(request)]
 
-    def answer_Load(self, request):  # noqa: N802 - named after the message
-        return Loaded(request.request, self.fingerprint, 1.5)
-
-    def answer_Unload(self, request):  # noqa: N802
-        return Unloaded(request.request)
-
     def answer_Forward(self, request):  # noqa: N802
         x = self.map.fetch(request.arguments)["x"]
         self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
@@ -73,14 +56,22 @@ def pool():
     return Pool()
 
 
+class Remote(RemoteForward):
+    """As the host uses it: new workers are noticed before each call."""
+
+    def forward(self, *args, **kwargs):
+        self._wire.follow_generation()
+        return super().forward(*args, **kwargs)
+
+
 @pytest.fixture
 def remote(pool):
-    return RemoteForward(pool, Totals())
+    return Remote(Wire(pool), Totals())
 
 
 def call(remote, x, **arguments):
     return remote.forward(
-        KNOWN,
+        1,
         {"x": x, **arguments},
         plan=ParallelPlan(1, 1, 1),
         out_channels=x.shape[1],
@@ -117,7 +108,7 @@ def test_an_argument_that_cannot_be_carried_ends_the_call_before_it_is_sent(remo
 
 def test_bytes_and_forwards_are_counted(pool):
     totals = Totals()
-    remote = RemoteForward(pool, totals)
+    remote = Remote(Wire(pool), totals)
     x, context = torch.ones(1, 4, 2, 2), torch.ones(1, 10, 8)
     for _ in range(3):
         call(remote, x.clone(), context=context.clone())
@@ -125,31 +116,6 @@ def test_bytes_and_forwards_are_counted(pool):
     assert totals.bytes_from_workers == 3 * x.nbytes
     assert totals.bytes_between_ranks == 3 * 11
     assert totals.num_forwards == {0: 7}
-
-
-def test_a_model_that_the_workers_have_as_the_host_has_it_is_accepted(pool):
-    totals = Totals()
-    remote = RemoteForward(pool, totals)
-    assert remote.load(Flux(), KNOWN, manual_cast_dtype=None, poll=lambda: None) is None
-    assert totals.load_seconds == {0: 1.5}
-
-
-def test_a_model_that_the_workers_have_otherwise_is_refused(remote):
-    changed = Flux()
-    changed.scale.data.fill_(2)
-    refusal = remote.load(changed, KNOWN, manual_cast_dtype=None, poll=lambda: None)
-    assert refusal == Refusal("the model in ComfyUI's memory is not what its file holds")
-
-
-def test_a_model_of_foreign_tensors_is_refused_without_asking_the_workers(remote, pool):
-    class QuantisedTensor(torch.Tensor):
-        pass
-
-    changed = Flux()
-    changed.register_buffer("q", torch.ones(2).as_subclass(QuantisedTensor))
-    refusal = remote.load(changed, KNOWN, manual_cast_dtype=None, poll=lambda: None)
-    assert refusal == Refusal("the model has QuantisedTensor weights")
-    assert pool.requests == []
 
 
 def test_new_workers_are_sent_everything_anew(remote, pool):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from comfy_xdit_patch.errors import FallBackError
+from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING
 from comfy_xdit_patch.patching.wrappers import Wrappers
 
 
@@ -32,6 +33,8 @@ class Host:
         self.base_model = ContextVar("base_model", default=None)
         self.current_run = ContextVar("current_run", default=None)
         self.answer = answer
+        self.is_held_back = False
+        self.pool = SimpleNamespace(start=lambda: self.seen.append("start"))
         self.seen = []
 
     def forward(self, flux, arguments):
@@ -40,7 +43,7 @@ class Host:
             raise self.answer
         return self.answer
 
-    def begin_run(self):
+    def begin_run(self, patcher):
         self.seen.append("begin")
         return "run"
 
@@ -50,8 +53,14 @@ class Host:
     def model_loaded(self, patcher, loader, path, options):
         self.seen.append((patcher, loader, path, options))
 
-    def release(self):
-        self.seen.append("release")
+    def is_flux(self, patcher):
+        return True
+
+    def free(self, required, device):
+        self.seen.append(("free", required, device))
+
+    def holds_back(self, patcher):
+        return self.is_held_back
 
 
 class FaultyHost(Host):
@@ -60,13 +69,16 @@ class FaultyHost(Host):
     def forward(self, flux, arguments):
         raise RuntimeError("planted")
 
-    def begin_run(self):
+    def begin_run(self, patcher):
         raise RuntimeError("planted")
 
     def model_loaded(self, *_):
         raise RuntimeError("planted")
 
-    def release(self):
+    def is_flux(self, patcher):
+        raise RuntimeError("planted")
+
+    def free(self, required, device):
         raise RuntimeError("planted")
 
 
@@ -97,9 +109,13 @@ def comfy():
         calls.append("load_checkpoint_guess_config")
         return ("patcher" if output_model else None, "clip", "vae")
 
-    def unload_all_models():
-        calls.append("unload_all_models")
-        return "unloaded"
+    def free_memory(memory_required, device, keep_loaded=[]):  # noqa: B006
+        calls.append("free_memory")
+        return "freed"
+
+    def partially_load(device_to, extra_memory=0, force_patch_weights=False):
+        calls.append(("partially_load", device_to, extra_memory, force_patch_weights))
+        return "loaded"
 
     return SimpleNamespace(**locals())
 
@@ -114,17 +130,19 @@ def call_all(wrappers, comfy):
         wrappers.outer_sample(comfy.outer_sample, object(), (1, 2), {}),
         wrappers.load_diffusion_model(comfy.load_diffusion_model, None, ("f",), {}),
         wrappers.load_checkpoint(load_checkpoint, None, ("f",), {}),
-        wrappers.unload_all_models(comfy.unload_all_models, None, (), {}),
+        wrappers.free_memory(comfy.free_memory, None, (1e30, "gpu"), {}),
+        wrappers.partially_load(comfy.partially_load, "patcher", ("gpu", 7), {}),
     ]
 
 
-STOCK = ["stock", "sampled", "patcher", ("patcher", "clip", "vae"), "unloaded"]
+STOCK = ["stock", "sampled", "patcher", ("patcher", "clip", "vae"), "freed", "loaded"]
 ONCE = [
     "_forward",
     "outer_sample",
     "load_diffusion_model",
     "load_checkpoint_guess_config",
-    "unload_all_models",
+    "free_memory",
+    ("partially_load", "gpu", 7, False),
 ]
 
 
@@ -231,3 +249,20 @@ def test_with_strict_a_step_that_is_not_parallel_is_an_error(comfy, error):
     with pytest.raises(type(error)):
         wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {})
     assert comfy.calls == []
+
+
+def test_a_model_that_a_worker_has_on_the_same_gpu_gets_next_to_nothing_there(comfy):
+    host = Host()
+    host.is_held_back = True
+    load = comfy.partially_load
+    wrappers = Wrappers(host)
+    kwargs = {"extra_memory": 10**9, "force_patch_weights": True}
+    assert wrappers.partially_load(load, "patcher", ("gpu",), kwargs) == "loaded"
+    assert comfy.calls == [("partially_load", "gpu", NEXT_TO_NOTHING, True)]
+
+
+def test_what_comfyui_wants_free_is_told_to_the_host_afterwards(comfy):
+    host = Host()
+    Wrappers(host).free_memory(comfy.free_memory, None, (), {"memory_required": 5, "device": "gpu"})
+    assert host.seen == [("free", 5, "gpu")]
+    assert comfy.calls == ["free_memory"]

@@ -207,7 +207,6 @@ def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"patches": {"w": [1]}}, "the model has weight patches (a LoRA or a merge)"),
         ({"weight_wrapper_patches": {"w": [another]}}, "the model has weight wrappers"),
         ({"is_injected": True}, "a node injected code into the model's modules"),
         ({"hook_patches": {"h": {}}}, "the model has hook-scheduled weight patches"),
@@ -215,10 +214,6 @@ def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
         (
             {"object_patches": {"diffusion_model.double_blocks.7.img_mlp": 1}},
             "a node patched diffusion_model.double_blocks.N.img_mlp of the model",
-        ),
-        (
-            {"object_patches": {"manual_cast_dtype": 1}},
-            "a node patched manual_cast_dtype of the model",
         ),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from comfy_xdit_patch.transport import fingerprint as module
-from comfy_xdit_patch.transport.fingerprint import SAMPLE_ELEMENTS, ForeignTensorError
+from comfy_xdit_patch.transport.fingerprint import SAMPLE_ELEMENTS
+from comfy_xdit_patch.transport.tensors import ForeignTensorError
 
 
 class OtherLinear(torch.nn.Linear):
@@ -131,6 +132,7 @@ class QuantisedTensor(torch.Tensor):
 def test_a_weight_of_a_foreign_class_is_refused_by_name():
     changed = model()
     weight = torch.rand(3).as_subclass(QuantisedTensor)
+    weight.table = object()
     changed.diffusion_model.register_buffer("quantised", weight)
     with pytest.raises(ForeignTensorError, match=r"^QuantisedTensor$"):
         fingerprint(changed)

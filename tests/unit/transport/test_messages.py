@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport import messages
+from comfy_xdit_patch.transport import messages, replies
 from comfy_xdit_patch.transport.messages import Message, ModelSource, decode, encode
 
 SOURCE = ModelSource(
@@ -39,17 +39,40 @@ MESSAGES = [
     ),
     messages.Map(slot=3, size_bytes=4096),
     messages.Unmap(slots=[1, 2]),
-    messages.Load(request=1, model=2, source=SOURCE),
+    messages.Load(
+        request=1,
+        model=2,
+        source=SOURCE,
+        tensors=None,
+        state={"patches": {"a.weight": [[1.0, {"$tuple": [None]}, 1.0, [0, 0, 8], None]]}},
+        key="cd" * 32,
+        mode="sharded",
+        room_bytes=1 << 33,
+        verify=True,
+    ),
     messages.Unload(request=9),
+    messages.GiveWay(request=9, ranks=[0]),
+    messages.Drop(models=[1, 2]),
     messages.Forward(
         request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0
     ),
     messages.Stop(),
-    messages.Joined(rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}),
-    messages.Loaded(request=1, fingerprint="ab" * 32, seconds=3.5),
-    messages.NotLoaded(request=1, error="WorkerError: no memory"),
-    messages.Unloaded(request=9),
-    messages.Done(
+    replies.Joined(
+        rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
+    ),
+    replies.Loading(request=1, done=0.25),
+    replies.Loaded(
+        request=1,
+        fingerprint="ab" * 32,
+        seconds=3.5,
+        is_new=True,
+        models=[1, 2],
+        digests={"img_in.weight": "float32[8x4]:00"},
+        bytes_held=1 << 34,
+    ),
+    replies.NotLoaded(request=1, error="WorkerError: no memory"),
+    replies.Unloaded(request=9),
+    replies.Done(
         request=2,
         num_forwards=20,
         dtype="bfloat16",
@@ -58,7 +81,7 @@ MESSAGES = [
         bytes_between_ranks=123,
         bytes_written=456,
     ),
-    messages.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
+    replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
 ]
 
 
