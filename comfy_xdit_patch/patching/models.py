@@ -79,3 +79,9 @@ class ModelRegistry:
         # Runs in any thread, in the middle of anything: it only leaves a note.
         weakref.finalize(base_model, self._gone.append, known.number).atexit = False
         return known
+
+
+def flux_of(base_model: Any) -> Any:
+    """Return the diffusion model itself, also where a compiled one stands in for it."""
+    flux = base_model.diffusion_model
+    return getattr(flux, "_orig_mod", flux)

@@ -12,7 +12,7 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.progress import load_bar
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
+from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.residency import Placement
 from comfy_xdit_patch.patching.weights import WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
@@ -93,7 +93,7 @@ class RemoteWeights:
         cast = "manual_cast_dtype"
         try:
             expected = fingerprint(
-                base_model.diffusion_model,
+                flux_of(base_model),
                 manual_cast_dtype=patcher.object_patches_backup.get(
                     cast, getattr(base_model, cast)
                 ),
@@ -134,7 +134,7 @@ class RemoteWeights:
         if known.source is None and known.number not in self._held:
             packs = self._wire.packs
             written = packs.bytes_written
-            tensors = describe(base_model, packs)
+            tensors = describe(base_model, flux_of(base_model), packs)
             self._totals.bytes_weights += packs.bytes_written - written
         verify = self._verifies and _is_patched_here(base_model)
         # Unknown until every rank has answered: the user may interrupt the wait.
@@ -208,7 +208,7 @@ class RemoteWeights:
         """Compare the weights in use bit for bit, if the ranks were asked for digests."""
         if not any(theirs):
             return None
-        ours = digests(base_model.diffusion_model)
+        ours = digests(flux_of(base_model))
         for rank, found in enumerate(theirs):
             wrong = [name for name in {*ours, *found} if ours.get(name) != found.get(name)]
             if wrong:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     MODES,
@@ -65,7 +66,7 @@ class Residency:
         load = TokenLoad(
             num_image_tokens=workload.num_image_tokens,
             num_text_tokens=workload.num_text_tokens,
-            hidden_size=base_model.diffusion_model.hidden_size,
+            hidden_size=flux_of(base_model).hidden_size,
             num_rows=-(-workload.batch_size // plan.batch_degree),
             bytes_per_value=dtype.itemsize,
         )
@@ -106,8 +107,7 @@ def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
     """
     blocks: dict[str, int] = {}
     outside = cast = 0
-    flux = base_model.diffusion_model
-    for name, weight in stored_weights(flux, base_model.current_patcher.backup):
+    for name, weight in stored_weights(flux_of(base_model), base_model.current_patcher.backup):
         parts, _ = flatten(weight)
         num_bytes = sum(part.nbytes for part in parts.values())
         block = _BLOCK.match(name)

@@ -33,18 +33,14 @@ _CONFIG_OMITS = ("latent_format", "custom_operations", "unet_config")
 _MODULE_OMITS = ("training", "_is_full_backward_hook", "compute_dtype")
 
 
-def describe(base_model: Any, packs: PackTable) -> Tree:
+def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
     """Describe a model completely; its weights are placed in shared memory.
 
     Raises:
         UncarriedValueError: a part of the model cannot be carried.
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
-    config, patcher, flux = (
-        base_model.model_config,
-        base_model.current_patcher,
-        base_model.diffusion_model,
-    )
+    config, patcher = base_model.model_config, base_model.current_patcher
     parts: list[torch.Tensor] = []
     weights: dict[str, Tree] = {}
     for name, tensor in stored_weights(flux, patcher.backup):
