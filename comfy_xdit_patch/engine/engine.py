@@ -54,12 +54,14 @@ class Engine:
 
     def drop(self, models: list[int] | None = None) -> None:
         """Drop models, all of them by default, and give their memory back."""
-        self._residents.drop(models)
+        with torch.inference_mode():  # outside of it ComfyUI clones the weights it is handed
+            self._residents.drop(models)
 
     def give_way(self, ranks: list[int]) -> None:
         """Free the device, if this rank is meant, for what ComfyUI wants to put there."""
         if self._groups.rank in ranks:
-            self._residents.give_way()
+            with torch.inference_mode():
+                self._residents.give_way()
 
     def forward(self, message: Forward) -> Done:
         """Compute this rank's share of a call and write its rows to the result slot.

@@ -1,0 +1,168 @@
+"""Memory of host and workers: one copy of a model's file for all, and given back when asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rig import graphs
+from rig.checkpoints import Sizes, models_directory
+from rig.compare import compare_all
+from rig.memory import mapped_file, memory_of, process_memory
+from rig.server import Server, base_directory
+from rig.trees import Tree, trees_for_tests
+
+pytestmark = [
+    pytest.mark.group("memory"),
+    pytest.mark.slow,  # 4 ranks and a model of 1 GB
+]
+
+DEADLINE_S = 600.0
+# float32 is what ComfyUI computes in on a CPU: nothing is cast. About FLUX.1's ratio of blocks.
+SIZES = Sizes(hidden=768, double=6, single=12, dtype="float32")
+FILE = "diffusion_models/flux1-dev.safetensors"
+NUM_RANKS = 4
+ENV = {"XDIT_GPUS": f"cpu:{NUM_RANKS}", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
+# Whole copies do not fit, shards do: the status says so, with the arithmetic.
+SHARDED = ENV | {"XDIT_GPU_MEMORY": "2.75"}
+
+Record = Callable[[str, object], None]
+
+
+def graph_of(seed: int) -> graphs.Graph:
+    return graphs.with_values(graphs.load("ksampler_dev"), seed=seed, size=(128, 128), steps=2)
+
+
+@pytest.fixture(scope="module")
+def newest() -> Tree:
+    return trees_for_tests()[-1]
+
+
+@pytest.fixture(scope="module")
+def model_file() -> Path:
+    return models_directory(SIZES) / FILE
+
+
+@pytest.fixture(scope="module")
+def stock(newest: Tree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    path = tmp_path_factory.mktemp("stock")
+    with (
+        base_directory(path, models_directory(SIZES)) as base,
+        Server(newest, base, env={"XDIT_STRATEGY": "off"}) as server,
+    ):
+        yield server
+
+
+@pytest.fixture
+def started(newest: Tree, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """``started(env)``: a server with ranks, for one test."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def start(env: dict[str, str], *args: str) -> Server:
+            base = stack.enter_context(base_directory(tmp_path, models_directory(SIZES)))
+            return stack.enter_context(Server(newest, base, env=env, extra_args=args))
+
+        yield start
+
+
+def check(stock: Server, ranks: Server, seed: int) -> None:
+    """One image on both, equal and parallel."""
+    expected = stock.images(stock.run(graph_of(seed), DEADLINE_S))
+    difference = compare_all(expected, ranks.images(ranks.run(graph_of(seed), DEADLINE_S)))
+    assert difference.is_equal, str(difference)
+    run = ranks.status()["last_run"]
+    assert run["steps_parallel"] == run["steps"] == 2
+
+
+def worker_pids(server: Server) -> list[int]:
+    return [rank["pid"] for rank in server.status()["ranks"]]
+
+
+def freed(server: Server, before: int) -> int:
+    """Ask ComfyUI to free, and return the workers' PSS once it went down."""
+    server.free()
+    end = time.monotonic() + 60
+    while True:  # ComfyUI frees in its own time, in the prompt thread.
+        pss = memory_of(worker_pids(server)).pss
+        if pss < before - (500 << 20) or time.monotonic() > end:
+            time.sleep(1)
+            return memory_of(worker_pids(server)).pss
+        time.sleep(0.2)
+
+
+def test_four_ranks_share_one_copy_of_the_file_and_give_it_back(
+    stock: Server,
+    started: Callable[..., Server],
+    model_file: Path,
+    record_property: Record,
+) -> None:
+    ranks = started(ENV)
+    check(stock, ranks, seed=1)
+    assert stock.process is not None
+    assert ranks.process is not None
+    file_bytes = model_file.stat().st_size
+    pids = worker_pids(ranks)
+    alone = process_memory(stock.process.pid).pss
+    host = process_memory(ranks.process.pid).pss
+    workers = memory_of(pids)
+    mapped = mapped_file(pids, model_file)
+    idle = freed(ranks, workers.pss)
+    grown = workers.pss - idle
+    figures = {
+        "file": file_bytes,
+        "stock": alone,
+        "host": host,
+        "4 workers": workers.pss,
+        "of it the mapped file": mapped.pss,
+        "4 workers without a model": idle,
+        "host + workers, of 1.25 x stock + workers without a model": (
+            (host + workers.pss) / (1.25 * alone + idle)
+        ),
+    }
+    record_property("bytes", figures)
+
+    # Each page of the file is there once for all four, and what is private beside it is small.
+    assert mapped.pss <= 1.02 * file_bytes
+    assert mapped.shared >= 0.95 * NUM_RANKS * file_bytes
+    assert grown - mapped.pss <= 0.3 * file_bytes, "private copies of weights"
+    # Nothing but what each rank must own, and the ranks' one copy of the weights, beside stock.
+    assert host + workers.pss <= 1.25 * alone + idle + file_bytes
+    assert mapped_file(pids, model_file).pss == 0, "the file is still mapped after Free"
+    # And back, from the page cache.
+    check(stock, ranks, seed=2)
+    assert memory_of(worker_pids(ranks)).pss <= 1.05 * workers.pss
+
+
+def test_sharded_each_of_four_ranks_holds_less_than_a_third(
+    stock: Server,
+    started: Callable[..., Server],
+    model_file: Path,
+    record_property: Record,
+) -> None:
+    ranks = started(SHARDED)
+    check(stock, ranks, seed=1)
+    status = ranks.status()
+    assert status["residency"][0].startswith("weights sharded over the ranks"), status["residency"]
+    shares = [rank["weight_bytes"] / model_file.stat().st_size for rank in status["ranks"]]
+    record_property("shares", shares)
+
+    assert max(shares) <= 0.30
+    assert sum(shares) >= 1
+
+
+def test_without_smart_memory_nothing_stays_and_nothing_grows(
+    stock: Server, started: Callable[..., Server], record_property: Record
+) -> None:
+    ranks = started(ENV | {"XDIT_GPUS": "cpu:2"}, "--disable-smart-memory")
+    after = []
+    for seed in range(3):
+        check(stock, ranks, seed)
+        time.sleep(2)
+        after.append(memory_of(worker_pids(ranks)).pss)
+    record_property("PSS of 2 workers after each prompt", after)
+
+    assert max(after) <= 1.05 * after[0]
