@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rig import weight_graphs
 from rig.graphs import Graph
 from rig.pair import Pair, run_pair
@@ -32,6 +33,8 @@ SEQUENCE: dict[str, Graph] = {
 }
 
 
+@pytest.mark.usefixtures("newest_only")
+@pytest.mark.group("traffic")
 def test_what_a_change_of_weights_costs(
     servers: Callable[..., Server], tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rig.compare import compare_all
 from rig.environment import RigError
-from rig.pair import Pair, Result, run_pair, run_stock
+from rig.pair import EQUAL, NOISY, Pair, Result, run_pair, run_stock
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
 from rig.weight_rows import GROUPS, PLAIN, ROWS, SETUP, Row, base_graph
@@ -43,8 +43,8 @@ def test_stock_loads_every_row(
 def test_every_row_equals_stock(
     servers: Servers, tree: Tree, num_ranks: int, group: str, record_property: Record
 ) -> None:
-    if num_ranks > 2 and tree != trees_for_tests()[-1]:
-        pytest.skip("how weights arrive does not depend on the number of ranks: 3 on the newest")
+    if num_ranks > 2 and (tree != trees_for_tests()[-1] or group not in ("LoRA", "GGUF")):
+        pytest.skip("how weights arrive does not depend on the number of ranks: a part on 3")
     check_ranks(servers, tree, num_ranks, GROUPS[group], record_property, SETUP)
 
 
@@ -89,7 +89,8 @@ def check_ranks(
     """Every row runs in parallel with the same bits of weight and makes stock's image."""
 
     def check(row: Row) -> str:
-        pair = run_pair(servers, tree, row.graph(base_graph()), num_ranks, **setup)
+        bound = NOISY if row.noisy else EQUAL
+        pair = run_pair(servers, tree, row.graph(base_graph()), num_ranks, bound=bound, **setup)
         num_verified = num_weights_verified(pair)
         assert num_verified > 0, "no weight was compared with the host's"
         return f"{pair.difference}, latent {pair.latent_error:.1e}, {num_verified} weights verified"

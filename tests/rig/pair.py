@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rig.compare import Difference, compare_all
+from rig.compare import MAX_PIXEL_DIFFERENCE, MIN_PSNR_DB, Difference, compare_all
 from rig.graphs import Graph
 from rig.outputs import Latent, Pixels
 from rig.server import Server
@@ -24,6 +24,22 @@ from rig.trees import Tree
 STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
 DEADLINE_S = 600.0
 LATENT_BOUND = 1e-3  # after a whole run of a sampler; a single forward is held to 1e-5 elsewhere
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How close two results must be."""
+
+    max_pixel: int = MAX_PIXEL_DIFFERENCE
+    min_psnr_db: float = MIN_PSNR_DB
+    max_latent_error: float = LATENT_BOUND
+
+
+EQUAL = Bound()
+# Where a kernel rounds activations (int8), an error of 1e-7 in one of them moves it by 1/127 of its
+# row's largest. Stock against stock with another of ComfyUI's attention functions (0.33.0,
+# 128 x 128 px, 2 steps) differs by up to 6/255, 48.2 dB and 1.3e-2 of the latent.
+NOISY = Bound(max_pixel=6, min_psnr_db=48.0, max_latent_error=1.5e-2)
 FLAT = 5.0  # standard deviation of pixels; a flatter image proves nothing
 
 
@@ -80,6 +96,7 @@ def run_pair(
     num_ranks: int,
     *,
     env: Mapping[str, str] | None = None,
+    bound: Bound = EQUAL,
     **setup: Any,
 ) -> Pair:
     """Run a graph on both servers and compare; any inequality is an AssertionError.
@@ -95,9 +112,10 @@ def run_pair(
     ranks = run(server, graph)
     after = server.status()
     difference = compare_all(stock.images, ranks.images)
-    assert difference.is_equal, f"the image is not stock's: {difference}"
+    is_equal = difference.max_pixel <= bound.max_pixel and difference.psnr_db >= bound.min_psnr_db
+    assert is_equal, f"the image is not stock's: {difference}"
     error = latent_error(stock.latents, ranks.latents)
-    assert error <= LATENT_BOUND, f"the latent is not stock's: relative error {error:.1e}"
+    assert error <= bound.max_latent_error, f"the latent is not stock's: relative error {error:.1e}"
     report = after["last_run"]
     assert report["steps_fell_back"] == 0, f"steps fell back: {report['fall_back_reasons']}"
     assert report["steps_parallel"] == report["steps"] > 0, f"not every step: {report}"

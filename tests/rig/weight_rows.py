@@ -48,6 +48,11 @@ class Row:
     close_to: str | None = None
     needs: tuple[str, str] | None = None
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the kernel rounds activations, so that noise of 1e-7 shows (``pair.NOISY``)."""
+        return self.needs is not None and self.needs[1] == "int8_tensorwise"
+
     def runs_on(self, tree: Tree) -> bool:
         """Whether stock ComfyUI of this version can load it."""
         return self.needs is None or self.needs[1] in (tree.path / self.needs[0]).read_text()
