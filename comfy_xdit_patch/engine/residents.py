@@ -11,6 +11,7 @@ mapped file and not to a copy in this process.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import uuid
 from dataclasses import dataclass, field
@@ -144,6 +145,10 @@ class Residents:
             comfy.model_management.unload_all_models()
         gc.collect()
         comfy.model_management.soft_empty_cache()
+        # What the C library keeps for later is nobody's: give it back too.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     def _make_room(self, resident: Resident, room_bytes: int | None) -> None:
         """Take models off, the one used longest ago first, until the others fit beside this one."""

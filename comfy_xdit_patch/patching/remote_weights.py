@@ -187,6 +187,7 @@ class RemoteWeights:
             WorkerError: the workers are lost.
         """
         self._held.clear()
+        self._wire.packs.drop_kept()
         self._wire.request(Unload, poll=_no_poll, prepare=self._drop_messages)
 
     def give_way(self, ranks: Sequence[int]) -> None:

@@ -208,7 +208,9 @@ class PackMap:
             slots: finds a slot by number.
         """
         self._slots = slots
-        self._checked: set[tuple[int, int, str]] = set()
+        self._checked: weakref.WeakKeyDictionary[Slot, set[tuple[int, str]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def tensor(self, tree: Tree) -> torch.Tensor:
         """The tensor behind a tree of ``PackTable.place``, in shared memory.
@@ -217,14 +219,16 @@ class PackMap:
             MessageError: what lies there is not what the host put there.
         """
         number, offset, dtype, shape, contents = tree["$pack"]
-        found = self._slots(number).view(getattr(torch, dtype), tuple(shape), offset=offset)
-        if (number, offset, contents) not in self._checked:
+        slot = self._slots(number)
+        found = slot.view(getattr(torch, dtype), tuple(shape), offset=offset)
+        checked = self._checked.setdefault(slot, set())
+        if (offset, contents) not in checked:
             if digest(found) != contents:
                 raise MessageError(
                     f"The weights at byte {offset} of slot {number} are {digest(found)} and not "
                     f"{contents}, as ComfyUI has them."
                 )
-            self._checked.add((number, offset, contents))
+            checked.add((offset, contents))
         return found
 
 
