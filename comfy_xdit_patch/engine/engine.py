@@ -85,7 +85,9 @@ class Engine:
                 arguments,
                 plan=plan,
                 groups=self._groups,
-                scaled=resident.scaled,
+                # A shard's layers get their scales only when their block begins; where a scale goes
+                # is a matter of rounding.
+                scaled={} if resident.blocks is not None else resident.scaled,
             )
             if resident.blocks is not None:
                 bytes_sent += resident.blocks.bytes_gathered - gathered
