@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from exactness import BOUND, STRICT, compare
 from inside.client import Inside
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
 
 SMALL = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
 
@@ -41,19 +41,18 @@ def test_each_family_equals_stock(
     assert after["steps_parallel"] == before["steps_parallel"] + 1
 
 
+@pytest.mark.usefixtures("newest_only")
 @pytest.mark.group("native")
 @pytest.mark.slow  # a model of FLUX.1's own width, and up to 7 processes that hold it
-def test_24_heads_on_5_and_7_ranks_at_native_width_in_fp8(
+def test_24_heads_on_7_ranks_at_native_width_in_fp8(
     tree: Tree,
     inside: Callable[..., Inside],
     flux_dev: Callable[..., str],
     tmp_path: Path,
 ) -> None:
-    # The two counts on different versions: each start of 7 processes costs half a minute.
-    num_ranks = 5 if tree == trees_for_tests()[0] else 7
     native = {"RIG_SHIM_DIFFUSION": "0"}
     stock = inside(tree, XDIT_STRATEGY="off", **native)
-    ranks = inside(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT, **native)
+    ranks = inside(tree, XDIT_GPUS="cpu:7", **STRICT, **native)
     path = flux_dev(hidden=3072, double=1, single=1)
     case = {"height": 12, "width": 11, "batch": 1, "text_tokens": 77}
     fp8 = {"dtype": "float8_e4m3fn"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from inside.client import Inside
-from rig.trees import Tree
+from rig.trees import Tree, trees_for_tests
 
 MAX_RANKS = 4
 # Blocks as in FLUX.1: two kinds of one, few of the other; three widths of 128.
@@ -60,8 +60,14 @@ def on_ranks(
 
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_equals_whole_bit_for_bit(
-    processes: list[Inside], flux_dev: Callable[..., str], tmp_path: Path, name: str
+    tree: Tree,
+    processes: list[Inside],
+    flux_dev: Callable[..., str],
+    tmp_path: Path,
+    name: str,
 ) -> None:
+    if tree != trees_for_tests()[-1] and name != "mixed precision":
+        pytest.skip("only quantised tensors are of another class in the oldest")
     case = dict(CASES[name])
     path = flux_dev(**MODEL)
     if case.pop("mixed", False):
