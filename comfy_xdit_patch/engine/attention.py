@@ -4,7 +4,7 @@ Runs in: worker process.
 
 Dimension letters in this file
     B  batch
-    S  sequence, all tokens of it, in rank order: [text 0, image 0, text 1, image 1, ...]
+    S  sequence, all tokens of it, in rank order: [text 0, image 0, text 1, ...]
     L  local sequence, this rank's shard of S
     H  heads
     G  local heads, those that this rank computes attention for
@@ -14,8 +14,9 @@ One all-to-all turns (all heads, my tokens) into (my heads, all tokens), ComfyUI
 function runs on that, and a second one turns the output back. Both have unequal splits, so no
 length and no head count has to divide anything, and nothing is padded.
 
-Attention does not care in which order keys come, so rank order is as good as any. RoPE is applied
-by ComfyUI before attention is called, with this rank's own positions.
+Attention does not care in which order keys come, so rank order is as good as any; a mask is put
+into that order. RoPE is applied by ComfyUI before attention is called, with this rank's own
+positions.
 
 Source: DeepSpeed-Ulysses, arXiv:2309.14509. Unequal splits: every rank knows all sizes from the
 plan, no size is ever communicated. (xfuser's ``USP`` demands equal lengths and heads that divide.)
@@ -50,6 +51,8 @@ class UlyssesAttention:
         self._head_bounds = bounds(shares.heads)
         self._index = index
         self._group = group
+        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shares = shares
         self.bytes_sent = 0
 
     def __call__(
@@ -59,10 +62,14 @@ class UlyssesAttention:
         k_BHLK: torch.Tensor,
         v_BHLK: torch.Tensor,
         heads: int,
+        mask: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Run ComfyUI's ``attention`` on this rank's heads over the whole sequence.
+
+        Args:
+            mask: of the whole sequence, in ComfyUI's own order of tokens.
 
         Shapes:
             q, k, v (B, H, L, K) -> output (B, L, H * K), as ``skip_reshape=True`` has it
@@ -74,10 +81,39 @@ class UlyssesAttention:
         q, k, v = self._tokens_for_heads(q_BHLK, k_BHLK, v_BHLK)
         local_heads = self._heads[self._index]
         if local_heads:
-            out = attention(q, k, v, local_heads, *args, **kwargs)
+            mask = None if mask is None else self._in_rank_order(mask, heads)
+            out = attention(q, k, v, local_heads, mask, *args, **kwargs)
         else:
             out = q.new_empty((batch, sum(self._tokens), 0))
         return self._heads_for_tokens(out, head_width)
+
+    def _in_rank_order(self, mask: torch.Tensor, heads: int) -> torch.Tensor:
+        """Put a mask's rows and columns in the order in which tokens arrive here.
+
+        Shapes:
+            ``mask`` (S, S), (B, S, S) or (B, H, S, S); any size may be 1 instead
+        """
+        known = self._masks.get(id(mask))
+        if known is None:
+            order = torch.tensor(
+                [
+                    token
+                    for rank in range(len(self._tokens))
+                    for start, end in self._shares.places(rank)
+                    for token in range(start, end)
+                ],
+                device=mask.device,
+            )
+            sorted_mask = mask
+            for dim in (-2, -1):
+                if mask.shape[dim] == len(order):
+                    sorted_mask = sorted_mask.index_select(dim, order)
+            if mask.ndim == 4 and mask.shape[1] == heads:
+                start, end = self._head_bounds[self._index]
+                sorted_mask = sorted_mask[:, start:end]
+            # The same for all blocks of a call; its object is kept so that its id is.
+            known = self._masks[id(mask)] = mask, sorted_mask
+        return known[1]
 
     def _tokens_for_heads(self, *qkv_BHLK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Exchange (B, H, L, K) for (B, G, S, K), q, k and v in one all-to-all."""

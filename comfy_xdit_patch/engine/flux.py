@@ -22,13 +22,15 @@ import torch
 
 from comfy_xdit_patch.engine.attention import UlyssesAttention
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.own_tokens import OwnTokens
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
 from comfy_xdit_patch.engine.whole_tensor import (
     ScaledLayers,
     scales_on_weights,
     whole_input_scales,
 )
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, bounds
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.workload import num_tokens
 
 # Arguments of ``Flux.forward_orig`` with one row for each token, by the stream they belong to.
 TEXT_ARGUMENTS = ("txt", "txt_ids")
@@ -60,12 +62,23 @@ def forward_share(
     first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
     mine = _rows(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
     mine["transformer_options"] = dict(mine.get("transformer_options") or {})
+    num_image_tokens = num_tokens(flux, mine["x"])
     with ExitStack() as stack:
         bytes_sent: list[int] = []
         if plan.ulysses_degree > 1:
-            bytes_sent = stack.enter_context(_sharded_sequence(flux, plan=plan, groups=groups))
+            bytes_sent = stack.enter_context(
+                _sharded_sequence(flux, plan=plan, groups=groups, num_image_tokens=num_image_tokens)
+            )
         if scaled and plan.world_size > 1:
-            stack.enter_context(_whole_counts(flux, plan=plan, groups=groups, scaled=scaled))
+            stack.enter_context(
+                _whole_counts(
+                    flux,
+                    plan=plan,
+                    groups=groups,
+                    scaled=scaled,
+                    num_image_tokens=num_image_tokens,
+                )
+            )
         stack.enter_context(whole_input_scales())
         out = type(flux)._forward(flux, **mine)
     return out, sum(bytes_sent)
@@ -73,7 +86,12 @@ def forward_share(
 
 @contextmanager
 def _whole_counts(
-    flux: Any, *, plan: ParallelPlan, groups: Groups, scaled: ScaledLayers
+    flux: Any,
+    *,
+    plan: ParallelPlan,
+    groups: Groups,
+    scaled: ScaledLayers,
+    num_image_tokens: int,
 ) -> Iterator[None]:
     """Tell layers of old scaled fp8 how many tokens the whole call has."""
     inner = flux.forward_orig
@@ -85,8 +103,9 @@ def _whole_counts(
         values = signature.bind(*args, **kwargs).arguments
         rows = values["img"].shape[0]
         text, image = (values[name].shape[SEQUENCE_DIM] for name in ("txt", "img"))
-        shares = _shares(flux, values, plan)
-        local = {"text": shares.text[index], "image": shares.image[index], None: 1}
+        shares = _shares(flux, values, plan, num_image_tokens)
+        visual = shares.image[index] + shares.reference[index]
+        local = {"text": shares.text[index], "image": visual, None: 1}
         local["joint"] = local["text"] + local["image"]
         whole = {"text": text, "image": image, "joint": text + image, None: 1}
         with scales_on_weights(
@@ -107,18 +126,23 @@ def _whole_counts(
             del flux.forward_orig
 
 
-def _shares(flux: Any, values: Mapping[str, Any], plan: ParallelPlan) -> SequenceShares:
+def _shares(
+    flux: Any, values: Mapping[str, Any], plan: ParallelPlan, num_image_tokens: int
+) -> SequenceShares:
     """The shares of all ranks in the tokens of a call of ``forward_orig``."""
     return SequenceShares.even(
         num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
-        num_image_tokens=values["img"].shape[SEQUENCE_DIM],
+        num_image_tokens=num_image_tokens,
+        num_reference_tokens=values["img"].shape[SEQUENCE_DIM] - num_image_tokens,
         num_heads=flux.num_heads,
         num_shards=plan.ulysses_degree,
     )
 
 
 @contextmanager
-def _sharded_sequence(flux: Any, *, plan: ParallelPlan, groups: Groups) -> Iterator[list[int]]:
+def _sharded_sequence(
+    flux: Any, *, plan: ParallelPlan, groups: Groups, num_image_tokens: int
+) -> Iterator[list[int]]:
     """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
     group = groups.of_plan(plan).sequence
     assert group is not None
@@ -132,17 +156,22 @@ def _sharded_sequence(flux: Any, *, plan: ParallelPlan, groups: Groups) -> Itera
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         values = call.arguments
-        shares = _shares(flux, values, plan)
-        for names, sizes in ((TEXT_ARGUMENTS, shares.text), (IMAGE_ARGUMENTS, shares.image)):
-            start, end = bounds(sizes)[index]
-            for name in names:
-                values[name] = values[name].narrow(SEQUENCE_DIM, start, end - start)
+        shares = _shares(flux, values, plan, num_image_tokens)
+        mine = OwnTokens(shares, index)
+        for name in TEXT_ARGUMENTS:
+            values[name] = mine.text(values[name])
+        for name in IMAGE_ARGUMENTS:
+            values[name] = mine.image(values[name])
+        if values.get("control") is not None:
+            values["control"] = mine.control(values["control"])
+        if values.get("timestep_zero_index") is not None:
+            values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"])
         attention = UlyssesAttention(shares=shares, index=index, group=group)
         values["transformer_options"] = {
             **values["transformer_options"],
             "optimized_attention_override": attention,
         }
-        out = original(*call.args, **call.kwargs)
+        out = original(*call.args, **call.kwargs).narrow(SEQUENCE_DIM, 0, shares.image[index])
         token_bytes = out.nbytes // out.shape[SEQUENCE_DIM]
         gathered = max(shares.image) * token_bytes * (plan.ulysses_degree - 1)
         bytes_sent.extend((attention.bytes_sent, gathered))

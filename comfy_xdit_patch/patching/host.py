@@ -163,7 +163,7 @@ class Host:
         refusal = (
             self._pristine.check_step(flux)
             or check_patcher(base_model)
-            or check_arguments(arguments, default_ref_method=flux.params.default_ref_method)
+            or check_arguments(arguments)
             or check_grad(arguments["x"])
         )
         if refusal is not None:

@@ -64,7 +64,7 @@ class Residency:
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         load = TokenLoad(
-            num_image_tokens=workload.num_image_tokens,
+            num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
             num_text_tokens=workload.num_text_tokens,
             hidden_size=flux_of(base_model).hidden_size,
             num_rows=-(-workload.batch_size // plan.batch_degree),

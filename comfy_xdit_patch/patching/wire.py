@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from comfy_xdit_patch.transport.messages import Map, Message, Unmap
 from comfy_xdit_patch.transport.packs import PackTable
 from comfy_xdit_patch.transport.replies import Reply
-from comfy_xdit_patch.transport.slots import Slot, SlotTable
+from comfy_xdit_patch.transport.slot import Slot
+from comfy_xdit_patch.transport.slots import SlotTable
 from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
 

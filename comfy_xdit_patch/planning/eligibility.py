@@ -34,7 +34,11 @@ CARRIED_ARGUMENTS = (
     "guidance",
     "ref_latents",
     "ref_latents_method",
+    "control",
+    "attention_mask",
 )
+# ComfyUI's FLUX reads "input" and "output"; "middle" is always there and never read.
+CARRIED_CONTROLS = ("input", "middle", "output")
 
 
 class Pristine:
@@ -118,7 +122,7 @@ def check_patcher(base_model: Any) -> Refusal | None:
     return None
 
 
-def check_arguments(arguments: Mapping[str, Any], *, default_ref_method: str) -> Refusal | None:
+def check_arguments(arguments: Mapping[str, Any]) -> Refusal | None:
     """See whether the workers can be given everything that this call's result depends on.
 
     Other keyword arguments than the carried ones are swallowed by ``Flux._forward`` unread.
@@ -126,13 +130,9 @@ def check_arguments(arguments: Mapping[str, Any], *, default_ref_method: str) ->
     options = arguments.get("transformer_options") or {}
     if "multigpu_thread_device" in options:
         return Refusal("ComfyUI's own MultiGPU split is active", Scope.STEP)
-    if arguments.get("control") is not None:
-        return Refusal("a ControlNet is active", Scope.STEP)
-    if arguments.get("attention_mask") is not None:
-        return Refusal("an attention mask is set", Scope.STEP)
-    ref_method = arguments.get("ref_latents_method") or default_ref_method
-    if arguments.get("ref_latents") is not None and ref_method == "index_timestep_zero":
-        return Refusal("reference latents use index_timestep_zero", Scope.STEP)
+    for name in arguments.get("control") or ():
+        if name not in CARRIED_CONTROLS:
+            return Refusal(f"a ControlNet has {name} residuals", Scope.STEP)
     if options.get("optimized_attention_override") is not None:
         return Refusal("a node overrides the attention function", Scope.STEP)
     for kind, patches in (options.get("patches") or {}).items():

@@ -23,7 +23,7 @@ from comfy_xdit_patch.errors import PlanError
 class Workload:
     """The size of one call of the diffusion model.
 
-    ``num_image_tokens`` counts reference tokens too: they are one sequence.
+    ``num_reference_tokens`` come after the image's in one sequence with them.
     ``batch_size`` counts rows, conditional and unconditional alike.
     """
 
@@ -33,6 +33,7 @@ class Workload:
     num_heads: int
     is_batch_divisible: bool = True
     """Whether every tensor of the call has one row for each row of the batch."""
+    num_reference_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +70,29 @@ class ParallelPlan:
 
 @dataclass(frozen=True, slots=True)
 class SequenceShares:
-    """How many text tokens, image tokens and heads each rank of one sequence group holds.
+    """How many text, image and reference tokens and heads each rank of one sequence group holds.
 
-    A rank keeps ``[its text tokens | its image tokens]`` through double and single blocks, so
-    nothing is moved between the two kinds. Shares of the joint sequence differ by at most one
-    token: the text is shared larger-first and the image fills up.
+    A rank keeps ``[its text | its image | its reference tokens]`` through double and single blocks,
+    so nothing is moved between the kinds, and every rank's image stream begins with tokens of the
+    image: ComfyUI takes the first tokens for those that a ControlNet changes, that belong to the
+    time step, and that come out. Shares of the joint sequence differ by at most one token: the text
+    is shared larger-first, image and references fill up.
     """
 
     text: tuple[int, ...]
     image: tuple[int, ...]
+    reference: tuple[int, ...]
     heads: tuple[int, ...]
 
     @classmethod
     def even(
-        cls, *, num_text_tokens: int, num_image_tokens: int, num_heads: int, num_shards: int
+        cls,
+        *,
+        num_text_tokens: int,
+        num_image_tokens: int,
+        num_reference_tokens: int = 0,
+        num_heads: int,
+        num_shards: int,
     ) -> SequenceShares:
         """Share as evenly as whole numbers allow. Nothing has to divide anything.
 
@@ -90,20 +100,40 @@ class SequenceShares:
             PlanError: a rank would hold no text token or no image token (ComfyUI's blocks cannot
                 reshape an empty stream). No heads is legal: that rank waits in attention.
         """
-        joint = shard_sizes(num_text_tokens + num_image_tokens, num_shards)
+        num_visual = num_image_tokens + num_reference_tokens
+        joint = shard_sizes(num_text_tokens + num_visual, num_shards)
         text = shard_sizes(num_text_tokens, num_shards)
-        image = tuple(whole - part for whole, part in zip(joint, text, strict=True))
+        visual = tuple(whole - part for whole, part in zip(joint, text, strict=True))
+        # Cumulative rounding: each rank's part of the image never exceeds what it has room for.
+        image_ends = [end * num_image_tokens // max(num_visual, 1) for end in accumulate(visual)]
+        image = tuple(
+            end - start for start, end in zip([0, *image_ends[:-1]], image_ends, strict=True)
+        )
+        reference = tuple(room - part for room, part in zip(visual, image, strict=True))
         if min(text) < 1 or min(image) < 1:
             raise PlanError(
                 f"Cannot share {num_text_tokens} text tokens and {num_image_tokens} image tokens "
                 f"among {num_shards} ranks: one of them would hold none."
             )
-        return cls(text=text, image=image, heads=shard_sizes(num_heads, num_shards))
+        heads = shard_sizes(num_heads, num_shards)
+        return cls(text=text, image=image, reference=reference, heads=heads)
 
     @property
     def joint(self) -> tuple[int, ...]:
-        """Tokens of either kind on each rank."""
-        return tuple(t + i for t, i in zip(self.text, self.image, strict=True))
+        """Tokens of all kinds on each rank."""
+        return tuple(map(sum, zip(self.text, self.image, self.reference, strict=True)))
+
+    def places(self, index: int) -> tuple[tuple[int, int], ...]:
+        """Start and end of a rank's text, image and reference tokens in the joint sequence."""
+        before_image = sum(self.text)
+        before_reference = before_image + sum(self.image)
+        offsets = (0, before_image, before_reference)
+        kinds = (self.text, self.image, self.reference)
+        return tuple(
+            (offset + start, offset + end)
+            for offset, kind in zip(offsets, kinds, strict=True)
+            for start, end in (bounds(kind)[index],)
+        )
 
 
 def shard_sizes(num_items: int, num_shards: int) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ def plan_call(workload: Workload, *, world_size: int) -> ParallelPlan | Refusal:
         SequenceShares.even(
             num_text_tokens=workload.num_text_tokens,
             num_image_tokens=workload.num_image_tokens,
+            num_reference_tokens=workload.num_reference_tokens,
             num_heads=workload.num_heads,
             num_shards=plan.ulysses_degree,
         )

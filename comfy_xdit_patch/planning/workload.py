@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def workload_of(flux: Any, arguments: Mapping[str, Any]) -> Workload:
     """Return tokens, heads and batch of one call of ``Flux._forward``."""
-    x, side = arguments["x"], flux.patch_size
-    latents = [x, *(arguments.get("ref_latents") or ())]
+    x = arguments["x"]
     batch = x.shape[0]
     return Workload(
         batch_size=batch,
         num_text_tokens=arguments["context"].shape[1],
-        num_image_tokens=sum(-(-t.shape[-2] // side) * -(-t.shape[-1] // side) for t in latents),
+        num_image_tokens=num_tokens(flux, x),
+        num_reference_tokens=sum(num_tokens(flux, t) for t in arguments.get("ref_latents") or ()),
         num_heads=flux.num_heads,
         is_batch_divisible=all(
             t.ndim > 0 and t.shape[0] == batch
@@ -33,9 +33,17 @@ def workload_of(flux: Any, arguments: Mapping[str, Any]) -> Workload:
     )
 
 
+def num_tokens(flux: Any, latent: torch.Tensor) -> int:
+    """Tokens that ``Flux.process_img`` makes of a latent."""
+    side = int(flux.patch_size)
+    return -(-latent.shape[-2] // side) * -(-latent.shape[-1] // side)
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     import torch
 
     if isinstance(value, torch.Tensor):
         return [value]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
     return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []

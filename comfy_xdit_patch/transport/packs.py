@@ -24,7 +24,7 @@ import torch
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.messages import Tree
-from comfy_xdit_patch.transport.slots import Slot
+from comfy_xdit_patch.transport.slot import Slot
 from comfy_xdit_patch.transport.tensors import digest
 
 ALIGNMENT = 64

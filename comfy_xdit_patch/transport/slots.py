@@ -26,12 +26,14 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.messages import SlotRef, Tree
+from comfy_xdit_patch.transport.slot import Slot
 
 PROBE_BYTES = 4096
 SLOTS_A_PATH = 4
 """How many tensors of one argument are kept: cond and uncond of two regions."""
+LARGE_BYTES = 8 << 20
+"""Of larger tensors, such as a ControlNet's residuals, one is kept."""
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -40,25 +42,6 @@ _memcmp.restype = ctypes.c_int
 
 class UncarriedArgumentError(TypeError):
     """A value that can go neither into a message nor into a slot."""
-
-
-class Slot:
-    """One piece of shared memory, as seen by this process."""
-
-    def __init__(self, number: int, fd: int, size_bytes: int) -> None:
-        self.number = number
-        self.size_bytes = size_bytes
-        self._memory = mmap.mmap(fd, size_bytes)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-
-    def view(self, dtype: torch.dtype, shape: tuple[int, ...], *, offset: int = 0) -> torch.Tensor:
-        """The slot's bytes from ``offset`` on as a tensor; shared, not copied."""
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
-        if offset + num_bytes > self.size_bytes:
-            raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
-        return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)
 
 
 @dataclass(slots=True)
@@ -100,6 +83,7 @@ class SlotTable:
         self._created: list[tuple[Slot, int]] = []
         self._dropped: list[int] = []
         self._unproved: list[tuple[_Entry, torch.Tensor]] = []
+        self._placed: dict[int, tuple[torch.Tensor, Tree]] = {}
         self._num_slots = 0
         self._clock = 0
         self.bytes_written = 0
@@ -126,6 +110,7 @@ class SlotTable:
     def begin_call(self) -> None:
         """Forget what an earlier call left unproved because it was never sent."""
         self._unproved.clear()
+        self._placed.clear()
 
     def prove(self) -> bool:
         """Compare the rest of every tensor that was taken to be in its slot already.
@@ -156,13 +141,20 @@ class SlotTable:
     def _place_tensor(self, path: str, tensor: torch.Tensor) -> Tree:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_sparse:
             raise UncarriedArgumentError(f"{path} is a {type(tensor).__name__}")
-        tensor = tensor.detach().contiguous()
+        # A ControlNet hands one residual to many blocks: the same object is sent once.
+        if id(tensor) in self._placed:
+            return self._placed[id(tensor)][1]
+        given, tensor = tensor, tensor.detach().contiguous()
         self._clock += 1
         entry = next((e for e in self._entries.get(path, ()) if e.seems_to_hold(tensor)), None)
         if entry is not None:
             self._unproved.append((entry, tensor))
         else:
-            entry = self._entry_for(path, max(tensor.nbytes, 1), max_entries=SLOTS_A_PATH)
+            entry = self._entry_for(
+                path,
+                max(tensor.nbytes, 1),
+                max_entries=1 if tensor.nbytes > LARGE_BYTES else SLOTS_A_PATH,
+            )
             entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
             entry.version += 1
             entry.dtype, entry.shape = tensor.dtype, tuple(tensor.shape)
@@ -171,7 +163,9 @@ class SlotTable:
         entry.last_used = self._clock
         dtype = str(tensor.dtype).removeprefix("torch.")
         ref = SlotRef(entry.slot.number, entry.version, dtype, tuple(tensor.shape))
-        return {"$slot": [ref.slot, ref.version, ref.dtype, list(ref.shape)]}
+        tree = {"$slot": [ref.slot, ref.version, ref.dtype, list(ref.shape)]}
+        self._placed[id(given)] = given, tree
+        return tree
 
     def _entry_for(self, path: str, size_bytes: int, *, max_entries: int) -> _Entry:
         entries = self._entries.setdefault(path, [])

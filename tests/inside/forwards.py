@@ -37,6 +37,8 @@ def inputs(
     text_tokens: int,
     refs: list[list[int]] = (),  # type: ignore[assignment]
     ref_method: str | None = None,
+    control: int | None = None,
+    mask: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Make random arguments of ``BaseModel.apply_model``; sizes of latents, not pixels."""
@@ -62,6 +64,19 @@ def inputs(
         arguments["ref_latents"] = [noise(batch, channels, h, w) for h, w in refs]
     if ref_method is not None:
         arguments["ref_latents_method"] = ref_method
+    side = flux.patch_size
+    num_tokens = [-(-h // side) * -(-w // side) for h, w in ((height, width), *refs)]
+    if control is not None:  # residuals of so many tokens, some shared, some missing
+        shared = noise(batch, control, flux.hidden_size) * 0.3
+        own = noise(batch, control, flux.hidden_size) * 0.3
+        arguments["control"] = {
+            "input": [shared, None][: len(flux.double_blocks)],
+            "middle": [],
+            "output": [own, shared][: len(flux.single_blocks)],
+        }
+    if mask:  # as Redux's: a bias for each pair of tokens
+        length = text_tokens + sum(num_tokens)
+        arguments["attention_mask"] = noise(1, length, length)
     return arguments
 
 

@@ -21,6 +21,8 @@ SMALL = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
         ("fill", SMALL),
         ("flux2", SMALL),
         ("flux2", SMALL | {"batch": 2, "refs": [[7, 9]], "ref_method": "index"}),
+        # A time step of their own, 0, for the references; before 0.33 ComfyUI does not know it.
+        ("flux2", SMALL | {"refs": [[7, 9], [4, 4]], "ref_method": "index_timestep_zero"}),
     ],
 )
 def test_each_family_equals_stock(
