@@ -55,6 +55,7 @@ IMPORTERS = {
         "engine/flux.py",
         "engine/groups.py",
         "engine/loading.py",
+        "engine/own_tokens.py",
         "engine/placing.py",
         "engine/residents.py",
         "engine/sequence.py",
@@ -73,6 +74,7 @@ IMPORTERS = {
         "transport/packs.py",
         "transport/patches.py",
         "transport/skeleton.py",
+        "transport/slot.py",
         "transport/slots.py",
         "transport/tensors.py",
         "transport/values.py",
@@ -94,7 +96,16 @@ ONLY_IN_FUNCTIONS = {
 # Outside of ``engine`` and ``patching``, the files that need torch at their import.
 HOLDS_TENSORS = {
     f"transport/{name}.py"
-    for name in ("fingerprint", "packs", "patches", "skeleton", "slots", "tensors", "values")
+    for name in (
+        "fingerprint",
+        "packs",
+        "patches",
+        "skeleton",
+        "slot",
+        "slots",
+        "tensors",
+        "values",
+    )
 }
 # Modules of ComfyUI besides ``comfy.*``: none is imported.
 NEVER = ("nodes", "server", "execution", "folder_paths", "app")

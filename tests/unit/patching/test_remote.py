@@ -93,7 +93,7 @@ def test_an_answer_does_not_change_when_the_next_one_is_written(remote):
 
 def test_only_what_the_workers_need_of_the_options_is_carried(remote, pool):
     options = {"rope_options": {"scale_x": 2.0}, "sigmas": object(), "callbacks": {1: object()}}
-    call(remote, torch.ones(1, 4, 2, 2), transformer_options=options, control=object())
+    call(remote, torch.ones(1, 4, 2, 2), transformer_options=options, extra=object())
     tree = pool.requests[-1].arguments
     assert set(tree) == {"x", "transformer_options"}
     assert tree["transformer_options"] == {"rope_options": {"scale_x": 2.0}}

@@ -238,11 +238,13 @@ def test_a_model_without_a_patcher_is_refused():
         {"transformer_options": {"rope_options": {"scale_x": 2.0}, "cond_or_uncond": [0]}},
         {"ref_latents": [1], "ref_latents_method": "offset"},
         {"ref_latents": [1], "ref_latents_method": "uxo"},
-        {"ref_latents": None, "ref_latents_method": "index_timestep_zero"},
+        {"ref_latents": [1], "ref_latents_method": "index_timestep_zero"},
+        {"control": {"input": [None], "middle": [], "output": []}},
+        {"attention_mask": 1},
     ],
 )
 def test_these_arguments_are_not_refused(arguments):
-    assert check_arguments(arguments, default_ref_method="index") is None
+    assert check_arguments(arguments) is None
 
 
 @pytest.mark.parametrize(
@@ -252,12 +254,7 @@ def test_these_arguments_are_not_refused(arguments):
             {"transformer_options": {"multigpu_thread_device": "cuda:1"}},
             "ComfyUI's own MultiGPU split is active",
         ),
-        ({"control": {"input": []}}, "a ControlNet is active"),
-        ({"attention_mask": 1}, "an attention mask is set"),
-        (
-            {"ref_latents": [1], "ref_latents_method": "index_timestep_zero"},
-            "reference latents use index_timestep_zero",
-        ),
+        ({"control": {"input": [], "extra": []}}, "a ControlNet has extra residuals"),
         (
             {"transformer_options": {"optimized_attention_override": another}},
             "a node overrides the attention function",
@@ -273,14 +270,8 @@ def test_these_arguments_are_not_refused(arguments):
     ],
 )
 def test_these_arguments_are_refused_for_this_step(arguments, reason):
-    refusal = check_arguments(arguments, default_ref_method="index")
+    refusal = check_arguments(arguments)
     assert refusal == Refusal(reason, Scope.STEP)
-
-
-def test_the_models_default_for_reference_latents_counts_too():
-    arguments = {"ref_latents": [1]}
-    refusal = check_arguments(arguments, default_ref_method="index_timestep_zero")
-    assert refusal is not None
 
 
 def test_training_is_refused_and_sampling_is_not():

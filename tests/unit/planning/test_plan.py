@@ -95,3 +95,28 @@ def test_a_rank_without_text_or_image_tokens_is_an_error_with_the_numbers(num_te
         SequenceShares.even(
             num_text_tokens=num_text, num_image_tokens=num_image, num_heads=4, num_shards=3
         )
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_reference", [0, 1, 7, 63, 500])
+def test_reference_tokens_are_shared_and_every_rank_begins_with_the_image(
+    num_shards, num_reference
+):
+    shares = SequenceShares.even(
+        num_text_tokens=40,
+        num_image_tokens=63,
+        num_reference_tokens=num_reference,
+        num_heads=24,
+        num_shards=num_shards,
+    )
+    assert (sum(shares.text), sum(shares.image), sum(shares.reference)) == (40, 63, num_reference)
+    assert max(shares.joint) - min(shares.joint) <= 1
+    assert min(shares.image) >= 1
+    assert min(shares.reference) >= 0
+    tokens = [
+        token
+        for rank in range(num_shards)
+        for start, end in shares.places(rank)
+        for token in range(start, end)
+    ]
+    assert sorted(tokens) == list(range(40 + 63 + num_reference)), "each token once"

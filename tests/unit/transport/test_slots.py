@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.transport import slots as module
 from comfy_xdit_patch.transport.slots import (
     SLOTS_A_PATH,
     SlotMap,
@@ -27,6 +28,7 @@ class Wire:
         self.dropped = []
 
     def send(self, path, value):
+        self.table.begin_call()
         tree = self.table.place(path, value)
         self.deliver()
         return tree
@@ -309,3 +311,23 @@ def test_what_an_unsent_call_left_unproved_does_not_trouble_the_next(wire):
     wire.send("x", changed)
     wire.table.begin_call()
     assert wire.table.prove()
+
+
+def test_a_tensor_that_many_blocks_share_is_sent_once_in_a_call(wire):
+    shared = torch.rand(100)
+    before = wire.table.bytes_written
+    tree = wire.send("control", {"input": [shared, None, shared], "output": [shared.clone()]})
+    assert tree["input"][0] == tree["input"][2]
+    assert slot_of(tree["output"][0]) != slot_of(tree["input"][0]), "known by identity, not content"
+    assert wire.table.bytes_written - before == 2 * shared.nbytes
+    arrived = wire.map.fetch(tree)
+    assert torch.equal(arrived["input"][2], shared)
+    assert arrived["input"][1] is None
+
+
+def test_of_large_tensors_one_is_kept(wire):
+    slots = {
+        slot_of(wire.send("control", torch.full((module.LARGE_BYTES // 4 + 1,), float(i))))
+        for i in range(3)
+    }
+    assert len(slots) == 1
