@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # are named here so that a process without ComfyUI pays for two sets and no import.
 SAMPLING_MODULES = frozenset(
     {
+        "comfy.ldm.chroma.model",
+        "comfy.ldm.chroma_radiance.model",
         "comfy.ldm.flux.model",
         "comfy.model_base",
         "comfy.model_management",

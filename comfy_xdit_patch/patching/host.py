@@ -31,6 +31,7 @@ from comfy_xdit_patch.planning.eligibility import (
     check_grad,
     check_patcher,
 )
+from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.settings import Settings
@@ -83,7 +84,7 @@ class Host:
     def is_flux(self, patcher: Any) -> bool:
         """Whether a ModelPatcher's model is one for the workers."""
         flux = getattr(getattr(patcher, "model", None), "diffusion_model", None)
-        return type(flux) is self._pristine.flux_class
+        return self._pristine.is_member(flux)
 
     def end_run(self, run: Run) -> None:
         """Close the books of a run, and say one line about it if FLUX took part."""
@@ -206,7 +207,7 @@ class Host:
                 known.number,
                 arguments,
                 plan=plan,
-                out_channels=flux.params.out_channels,
+                out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                 poll=poll,
             )
         except WorkerError as error:

@@ -25,6 +25,22 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             hidden_from_dynamo=True,
         ),
         PatchPoint(
+            "comfy.ldm.chroma.model",
+            "Chroma._forward",
+            wrappers.flux_forward,
+            frozenset({"x", "timestep", "context", "transformer_options"}),
+            "The same for Chroma.",
+            hidden_from_dynamo=True,
+        ),
+        PatchPoint(
+            "comfy.ldm.chroma_radiance.model",
+            "ChromaRadiance._forward",
+            wrappers.flux_forward,
+            frozenset({"x", "timestep", "context", "transformer_options"}),
+            "The same for Chroma Radiance.",
+            hidden_from_dynamo=True,
+        ),
+        PatchPoint(
             "comfy.model_base",
             "BaseModel._apply_model",
             wrappers.apply_model,

@@ -20,8 +20,8 @@ from comfy_xdit_patch.transport.messages import Forward, Message
 from comfy_xdit_patch.transport.replies import Done
 from comfy_xdit_patch.workers.exchange import Poll
 
-# What core FLUX reads of transformer_options besides patches, which eligibility refuses.
-CARRIED_OPTIONS = ("rope_options",)
+# What the family reads of transformer_options besides patches, which eligibility refuses.
+CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
 
 class RemoteForward:
