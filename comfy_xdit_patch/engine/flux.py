@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.residuals import Residuals
+from comfy_xdit_patch.engine.rows import rows_of
 from comfy_xdit_patch.engine.sharded_sequence import sharded_sequence, whole_counts
 from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, whole_input_scales
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -32,6 +34,7 @@ def forward_share(
     plan: ParallelPlan,
     groups: Groups,
     scaled: ScaledLayers,
+    residuals: Residuals,
 ) -> tuple[torch.Tensor, int]:
     """Compute the rows of this rank's batch share, together with its sequence group.
 
@@ -39,6 +42,7 @@ def forward_share(
         flux: ComfyUI's ``Flux`` module.
         arguments: keyword arguments of ``Flux._forward`` for the whole batch.
         scaled: its layers of old scaled fp8.
+        residuals: what ControlNets left on this rank; ``control`` refers to them.
 
     Returns:
         The output for this rank's rows, whole on every rank of the sequence group, and the bytes
@@ -48,15 +52,23 @@ def forward_share(
         Every rank of the plan must call this with the same arguments.
     """
     first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
-    mine = _rows(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
+    mine = rows_of(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
     mine["transformer_options"] = dict(mine.get("transformer_options") or {})
     num_image_tokens = num_tokens(flux, mine["x"])
     with ExitStack() as stack:
         bytes_sent: list[int] = []
         if plan.ulysses_degree > 1:
             bytes_sent = stack.enter_context(
-                sharded_sequence(flux, plan=plan, groups=groups, num_image_tokens=num_image_tokens)
+                sharded_sequence(
+                    flux,
+                    plan=plan,
+                    groups=groups,
+                    num_image_tokens=num_image_tokens,
+                    residuals=residuals,
+                )
             )
+        elif mine.get("control") is not None:
+            mine["control"] = residuals.whole(mine["control"])
         if scaled and plan.world_size > 1:
             stack.enter_context(
                 whole_counts(
@@ -70,14 +82,3 @@ def forward_share(
         stack.enter_context(whole_input_scales())
         out = type(flux)._forward(flux, **mine)
     return out, sum(bytes_sent)
-
-
-def _rows(value: Any, first: int, end: int) -> Any:
-    """Take rows of the batch from every tensor of an argument."""
-    if isinstance(value, torch.Tensor):
-        return value[first:end]
-    if isinstance(value, list):
-        return [_rows(item, first, end) for item in value]
-    if isinstance(value, dict):
-        return {key: _rows(item, first, end) for key, item in value.items()}
-    return value

@@ -24,6 +24,7 @@ from comfy_xdit_patch.engine.attributes import own_attribute
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.own_tokens import OwnTokens
 from comfy_xdit_patch.engine.pixel_space import sharded_head
+from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
 from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, scales_on_weights
 from comfy_xdit_patch.planning.family import member_of
@@ -36,7 +37,12 @@ IMAGE_ARGUMENTS = ("img", "img_ids")
 
 @contextmanager
 def sharded_sequence(
-    flux: Any, *, plan: ParallelPlan, groups: Groups, num_image_tokens: int
+    flux: Any,
+    *,
+    plan: ParallelPlan,
+    groups: Groups,
+    num_image_tokens: int,
+    residuals: Residuals,
 ) -> Iterator[list[int]]:
     """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
     group = groups.of_plan(plan).sequence
@@ -68,7 +74,9 @@ def sharded_sequence(
                 if not (is_pixel_space and name == "img"):
                     values[name] = mine.image(values[name])
             if values.get("control") is not None:
-                values["control"] = mine.control(values["control"])
+                values["control"] = residuals.own(
+                    values["control"], shares=shares, mine=mine, group=group
+                )
             if values.get("timestep_zero_index") is not None:
                 values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"])
             attention = UlyssesAttention(shares=shares, index=index, group=group)

@@ -89,6 +89,27 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
     )
 
 
+def control_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
+    """The points that run ControlNets on the ranks; without them they run as ComfyUI has it."""
+    return (
+        PatchPoint(
+            "comfy.ldm.flux.controlnet",
+            "ControlNetFlux.forward",
+            wrappers.control_forward,
+            frozenset({"x", "timesteps", "context", "hint"}),
+            "A ControlNet on one GPU keeps the others waiting, and its residuals would have to be "
+            "carried to them in every step.",
+        ),
+        PatchPoint(
+            "comfy.controlnet",
+            "load_controlnet",
+            wrappers.load_controlnet,
+            frozenset({"ckpt_path", "model_options"}),
+            "Which file a ControlNet came from, so that the workers load the same one.",
+        ),
+    )
+
+
 def server_points(add_routes: Callable[..., Any]) -> tuple[PatchPoint, ...]:
     """The point that lets ComfyUI's own server answer ``GET /xdit/status``."""
     return (

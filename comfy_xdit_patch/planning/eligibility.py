@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.planning.family import FLUX_LAYERS, MEMBERS
+from comfy_xdit_patch.planning.family import CONTROL, FLUX_LAYERS, MEMBERS, Member
 
 BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
 FLUX_LAYERS_MODULE = "comfy.ldm.flux.layers"
@@ -55,27 +55,13 @@ class Pristine:
         """
         layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
-        self._members = {
-            getattr(modules[member.module], member.name): member
-            for member in MEMBERS
-            if member.module in modules
-        }
-        layer_names: dict[str, tuple[str, ...]] = {FLUX_LAYERS_MODULE: FLUX_LAYERS}
-        for member in self._members.values():
-            layer_names |= member.layers
-        classes: list[tuple[Any, tuple[str, ...]]] = [
-            (getattr(modules[module], name), ("forward",))
-            for module, names in layer_names.items()
-            for name in names
-            if hasattr(modules[module], name)
-        ]
-        classes += [(cls, member.methods) for cls, member in self._members.items()]
-        self._methods = [
-            (cls, name, cls.__dict__[name])
-            for cls, names in classes
-            for name in names
-            if name in cls.__dict__
-        ]
+        self.control_class: type[Any] | None = None
+        self._members: dict[type[Any], Member] = {}
+        self._methods: list[tuple[type[Any], str, Any]] = []
+        self._remember_layers(modules, {FLUX_LAYERS_MODULE: FLUX_LAYERS})
+        for member in MEMBERS:
+            if member.module in modules:
+                self._remember(modules, member)
         self._functions = [
             (modules[module], name, getattr(modules[module], name))
             for module, names in FUNCTIONS.items()
@@ -83,13 +69,32 @@ class Pristine:
             if hasattr(modules[module], name)
         ]
 
+    def remember_controls(self, modules: Mapping[str, types.ModuleType]) -> None:
+        """The same for ComfyUI's ControlNets, which are imported later."""
+        self.control_class = self._remember(modules, CONTROL)
+
+    def _remember(self, modules: Mapping[str, types.ModuleType], member: Member) -> type[Any]:
+        cls: type[Any] = getattr(modules[member.module], member.name)
+        self._members[cls] = member
+        self._methods += _own_methods(cls, member.methods)
+        self._remember_layers(modules, member.layers)
+        return cls
+
+    def _remember_layers(
+        self, modules: Mapping[str, types.ModuleType], layers: Mapping[str, Sequence[str]]
+    ) -> None:
+        for module, names in layers.items():
+            for name in names:
+                if hasattr(modules[module], name):
+                    self._methods += _own_methods(getattr(modules[module], name), ("forward",))
+
     def is_member(self, flux: Any) -> bool:
         """Whether a model is of one of the family's own classes, and of no subclass."""
-        return type(flux) in self._members
+        return type(flux) in self._members and type(flux) is not self.control_class
 
     def check_step(self, flux: Any) -> Refusal | None:
         """See what others changed in FLUX's code: classes, methods, functions. Every step."""
-        if not self.is_member(flux):
+        if type(flux) not in self._members:
             return Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")
         for cls, name, function in self._methods:
             if cls.__dict__.get(name) is not function:
@@ -120,6 +125,10 @@ class Pristine:
             if module._forward_hooks or module._forward_pre_hooks:
                 return Refusal(f"a forward hook is set on {_without_index(name) or 'the model'}")
         return None
+
+
+def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], str, Any]]:
+    return [(cls, name, cls.__dict__[name]) for name in names if name in cls.__dict__]
 
 
 def check_patcher(base_model: Any) -> Refusal | None:

@@ -71,6 +71,15 @@ MEMBERS = (
 )
 
 
+CONTROL = Member(
+    "comfy.ldm.flux.controlnet",
+    "ControlNetFlux",
+    ("forward_orig",),
+    {"comfy.ldm.flux.controlnet": ("MistolineCondDownsamplBlock", "MistolineControlnetBlock")},
+)
+"""The ControlNets of XLabs, InstantX, Shakker (Union) and MistoLine: one class of ComfyUI's."""
+
+
 def member_of(flux: Any) -> Member:
     """Return the row of a model of the family.
 
