@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import feature_controls, feature_core
+from rig import feature_controls, feature_core, feature_packs
 from rig.compare import compare_all
 from rig.environment import RigError
 from rig.feature_models import feature_models
@@ -32,11 +32,13 @@ Record = Callable[[str, object], None]
 SECTIONS: dict[str, dict[str, Row]] = {
     "ControlNets": feature_controls.ROWS,
     "Graph features": feature_core.ROWS,
+    "Node packs": feature_packs.ROWS,
 }
 VISIBLE = 8  # of 255
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
-COMMON_PACKS = tuple(
-    sorted(path for path in PACKS.iterdir() if (path / "__init__.py").exists())
+COMMON_PACKS = (
+    PACKS.with_name("gguf_pack"),
+    *sorted(path for path in PACKS.iterdir() if (path / "__init__.py").exists()),
 )
 
 

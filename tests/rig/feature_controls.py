@@ -5,7 +5,6 @@ Runs in: the tests (standard library only).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from rig.feature_graphs import OTHER_PICTURE, Draft
@@ -79,7 +78,6 @@ def with_area(draft: Draft) -> None:
     )
     both = {"conditioning_1": draft.sampler["positive"], "conditioning_2": area}
     draft.set(positive=draft.add("ConditioningCombine", **both))
-
 
 
 ROWS: dict[str, Row] = {

@@ -186,9 +186,7 @@ def dual_model(draft: Draft) -> None:
 def perpendicular_negative(draft: Draft) -> None:
     prompts = {name: draft.sampler[name] for name in ("positive", "negative")}
     empty = draft.prompt("")
-    draft.guided_by(
-        "PerpNegGuider", **prompts, empty_conditioning=empty, cfg=3.0, neg_scale=1.0
-    )
+    draft.guided_by("PerpNegGuider", **prompts, empty_conditioning=empty, cfg=3.0, neg_scale=1.0)
 
 
 def skip_layers(draft: Draft) -> None:
@@ -379,9 +377,7 @@ ROWS: dict[str, Row] = {
     "FreSca": patched("FreSca", 3.0, scale_low=1.0, scale_high=1.25, freq_cutoff=5),
     "NAGuidance": Row(negative_attention, needs=extra("NAGuidance")),
     "FluxKVCache": Row(kv_cache, needs=extra("FluxKVCache"), steps=3),
-    "FluxKVCache, two references, cfg 2": Row(
-        kv_cache_of_two, needs=extra("FluxKVCache"), steps=3
-    ),
+    "FluxKVCache, two references, cfg 2": Row(kv_cache_of_two, needs=extra("FluxKVCache"), steps=3),
     "ModelAttentionBackend": Row(
         lambda draft: draft.model("ModelAttentionBackend", attention="pytorch attention"),
         needs=extra("ModelAttentionBackend"),

@@ -143,7 +143,11 @@ class Draft:
     def advanced(self, **inputs: Any) -> None:
         """Sample with KSamplerAdvanced."""
         values = {name: v for name, v in self.sampler.items() if name not in ("seed", "denoise")}
-        values |= {"add_noise": "enable", "noise_seed": SEED, "return_with_leftover_noise": "disable"}
+        values |= {
+            "add_noise": "enable",
+            "noise_seed": SEED,
+            "return_with_leftover_noise": "disable",
+        }
         values |= {"start_at_step": 0, "end_at_step": 10000, **inputs}
         self.nodes[SAMPLER] = {"class_type": "KSamplerAdvanced", "inputs": values}
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rig import controls, loras
+from rig import controls, gguf_files, loras
 from rig.checkpoints import Sizes, models_directory
 from rig.weights import State
 
 # Two blocks of each kind: some patches spare one of them, and residuals differ between them.
-SIZES = Sizes(hidden=768, double=2, single=2)
+SIZES = Sizes(hidden=384, double=2, single=2)
 SEED = 60
 DTYPE = torch.bfloat16
-SOURCES = ("feature_models.py", "controls.py", "loras.py")
+SOURCES = ("feature_models.py", "controls.py", "loras.py", "gguf_files.py")
+GGUF = "flux1-dev-Q8_0.gguf"
 LORAS = ("kohya.safetensors", "diffusers.safetensors")
 
 
@@ -48,10 +49,15 @@ def feature_models() -> Path:
 def _write(models: Path) -> None:
     for name, state in controls.files(hidden=SIZES.hidden, seed=SEED).items():
         _save(models / "controlnet" / name, _cast(state))
-    dev = load_file(models / "diffusion_models" / "flux1-dev.safetensors")
-    adapters = loras.files({name: t.float() for name, t in dev.items()}, seed=SEED + 20)
+    folder = models / "diffusion_models"
+    dev = load_file(folder / "flux1-dev.safetensors")
+    plain = {name: tensor.float() for name, tensor in dev.items()}
+    adapters = loras.files(plain, seed=SEED + 20)
     for name in LORAS:
         _save(models / "loras" / name, adapters[name])
+    # For node packs that change a model for good: the same weights as another file.
+    os.link(folder / "flux1-dev.safetensors", folder / "flux1-dev-own.safetensors")
+    gguf_files.write(plain, folder / GGUF, gguf_files.FILES[GGUF])
 
 
 def _cast(state: State) -> State:

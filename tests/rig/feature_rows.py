@@ -17,6 +17,7 @@ from rig.graphs import Graph
 from rig.trees import Tree
 
 PARALLEL, GATHERED, FALLS_BACK = "parallel", "parallel with gather", "falls back"
+UNSEEN = "not seen"  # the model ran, and none of its calls reached us
 NOT_HERE = "not in this version"
 
 
@@ -26,13 +27,13 @@ class Row:
 
     Attributes:
         change: makes the graph, starting from the plain one.
-        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED`` or ``FALLS_BACK``.
+        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED``, ``FALLS_BACK``
+            or ``UNSEEN``.
         reason: a part of the reason that the log gives for falling back.
         why: why it falls back, or another remark, for the page.
         needs: a file of ComfyUI and a text in it, without which this version has no such thing.
         same_as_plain: why the image may equal the plain one; without it, it must differ visibly.
         pack: a node pack that changes all graphs and therefore gets servers of its own.
-        num_images: how many images the graph makes.
     """
 
     change: Callable[[Draft], None]

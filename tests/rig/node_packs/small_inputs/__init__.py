@@ -17,7 +17,7 @@ import comfy.ops
 import torch
 from comfy_extras.nodes_model_patch import SigLIPMultiFeatProjModel
 
-TEXT_WIDTH, HIDDEN = 128, 768
+TEXT_WIDTH, HIDDEN = 128, 384
 NUM_TOKENS, WIDTH, LAYERS, STYLE_TOKENS = 25, 32, 27, 9
 
 
