@@ -1,6 +1,6 @@
-"""Everything that graphs do with FLUX: the image is stock's, and the outcome is the written one.
+"""Everything that graphs do with FLUX: the image is stock's, the outcome the written one.
 
-The rows stand in ``rig.feature_controls``, ``rig.feature_core`` and ``rig.feature_packs``. Rows that
+The rows stand in ``rig.feature_controls``, ``feature_core`` and ``feature_packs``. Rows that
 run in parallel do so in strict mode; the others run without it, and their reason is asserted.
 
 ``FEATURES_RESULTS=file.json`` collects what was found, for docs/compatibility.md (see
