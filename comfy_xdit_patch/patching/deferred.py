@@ -135,6 +135,9 @@ def _recorded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Defe
     elif func is aten._to_copy.default and kwargs.get("device") in (None, device):
         dtype = kwargs.get("dtype") or dtype
         recipe = ("to", first.recipe, dtype)
+    elif func is aten.to.dtype:  # as it comes under inference_mode
+        dtype = rest[0]
+        recipe = ("to", first.recipe, dtype)
     else:
         return None
     return DeferredResidual.make(recipe, shape=shape, dtype=dtype, device=device)
