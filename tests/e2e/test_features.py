@@ -1,10 +1,12 @@
 """Everything that graphs do with FLUX: the image is stock's, and the outcome is the written one.
 
-The rows stand in ``rig.feature_controls``, ``rig.feature_core`` and ``rig.feature_packs``. Rows that
-run in parallel do so in strict mode; the others run without it, and their reason is asserted.
+The rows stand in ``rig.feature_controls``, ``rig.feature_core`` and ``rig.feature_packs``. Rows
+that run in parallel do so in strict mode; the others run without it, and their reason is asserted.
 
-``FEATURES_RESULTS=file.json`` collects what was found, for docs/compatibility.md (see
-docs/contributing.md); ``FEATURES_ROWS`` holds a part of the names of rows, to run only these.
+``FEATURES_RESULTS=docs/compatibility.json`` keeps what was found, of which docs/compatibility.md
+is made. ``FEATURES_ROWS`` is a part of the names of the rows to run. ``FEATURES_SLOW=1`` runs those
+too that take minutes (a compiler is in them). ``FEATURES_LENIENT=1`` leaves strict mode off, which
+shows why a row falls back that should not.
 """
 
 from __future__ import annotations
@@ -108,6 +110,9 @@ def check_rows(
     rows.sort(key=lambda item: (item[1].pack or "", item[1].outcome != PARALLEL))
     failures = []
     for name, row in rows:
+        if row.is_slow and not os.environ.get("FEATURES_SLOW"):
+            record(name, "not run without FEATURES_SLOW=1")
+            continue
         if not row.runs_on(tree):
             assert tree != trees_for_tests()[-1], f"no ComfyUI has what {name} needs: {row.needs}"
             record(name, f"ComfyUI {tree.version} has no such thing")

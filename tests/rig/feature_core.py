@@ -364,7 +364,7 @@ ROWS: dict[str, Row] = {
     "ContextWindowsManual, over the height": windows(2, 10, 4, "standard_uniform"),
     "ScaleROPE": Row(rope_scale),
     "ScaleROPE, reference latent": Row(rope_scale_with_reference),
-    "TorchCompileModel": Row(compiled, same_as_plain="only speed differs"),
+    "TorchCompileModel": Row(compiled, same_as_plain="only speed differs", is_slow=True),
     "ModelSamplingFlux": patched(
         "ModelSamplingFlux", max_shift=2.0, base_shift=0.9, width=128, height=128
     ),

@@ -33,6 +33,7 @@ class Row:
         why: why it falls back, or another remark, for the page.
         needs: a file of ComfyUI and a text in it, without which this version has no such thing.
         same_as_plain: why the image may equal the plain one; without it, it must differ visibly.
+        is_slow: takes minutes; runs only where FEATURES_SLOW is set.
         pack: a node pack that changes all graphs and therefore gets servers of its own.
     """
 
@@ -42,6 +43,7 @@ class Row:
     why: str = ""
     needs: tuple[str, str] | None = None
     same_as_plain: str = ""
+    is_slow: bool = False
     pack: str | None = None
     size: tuple[int, int] = (128, 128)
     steps: int = STEPS

@@ -1,0 +1,232 @@
+"""Draw a graph from everything that runs in parallel; the same seed draws the same graph.
+
+Runs in: the tests (standard library only).
+
+Only what the feature rows hold one by one is combined here, so that a failure is one of the
+combination. A drawing that stock ComfyUI refuses would be a fault of this file.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from rig.feature_controls import (
+    INPAINT,
+    INSTANTX,
+    INSTANTX_UNION,
+    MISTOLINE,
+    UNION_PRO,
+    UNION_PRO_2,
+    XLABS,
+)
+from rig.feature_core import combined, style
+from rig.feature_graphs import OTHER_PICTURE, PICTURE, Draft
+from rig.graphs import Graph
+
+SIDES = (64, 80, 88, 96, 104, 112, 120, 128, 136, 144, 168)
+REFERENCE_SIDES = (32, 48, 56, 64, 72, 88, 104)
+TEXT = "a red old stone harbour lamp under grey sky with calm sea and three small boats"
+WORDS = TEXT.split()
+SAMPLERS = ("euler", "euler", "heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "dpm_2", "ddim")
+SCHEDULERS = ("simple", "beta", "normal", "sgm_uniform", "linear_quadratic")
+CONTROLS = (XLABS, INSTANTX, INSTANTX_UNION, UNION_PRO, UNION_PRO_2, MISTOLINE)
+UNIONS = (INSTANTX_UNION, UNION_PRO)
+KINDS = ("auto", "openpose", "depth", "tile", "normal")
+METHODS = (None, "offset", "index", "uxo/uno")
+TIMESTEP_ZERO = "index_timestep_zero"
+MODELS = ("flux1-dev.safetensors",) * 4 + ("flux1-schnell.safetensors",)
+LORAS = ("kohya.safetensors", "diffusers.safetensors")
+PICTURES = (PICTURE, OTHER_PICTURE)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A graph, and what is in it."""
+
+    seed: int
+    graph: Graph
+    parts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {', '.join(self.parts)}"
+
+
+def draw(seed: int, *, newest: bool = True) -> Drawn:
+    """Draw a graph; ``newest`` allows what ComfyUI 0.3.75 has not."""
+    choose = Choices(seed)
+    size = (choose.one(SIDES), choose.one(SIDES))
+    draft = Draft(size, steps=choose.one((1, 2, 2, 3)))
+    parts = [f"{size[0]} x {size[1]}", f"{draft.sampler['steps']} steps"]
+    for part in (_model, _prompts, _sampler, _latent, _areas, _style, _controls):
+        parts += part(choose, draft)
+    parts += _references(choose, draft, (*METHODS, TIMESTEP_ZERO) if newest else METHODS)
+    parts += _second_sampler(choose, draft)
+    return Drawn(seed, draft.finished(), tuple(parts))
+
+
+class Choices:
+    """One seeded source of everything that is left to chance."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def one(self, values: Any) -> Any:
+        """Return one of several values."""
+        return self._random.choice(values)
+
+    def chance(self, probability: float) -> bool:
+        """Return True in this part of all cases."""
+        return self._random.random() < probability
+
+    def number(self, low: float, high: float) -> float:
+        """Return a number with two digits after the point."""
+        return round(self._random.uniform(low, high), 2)
+
+    def whole(self, low: int, high: int) -> int:
+        """Return a whole number, both ends included."""
+        return self._random.randint(low, high)
+
+    def words(self, number: int) -> str:
+        """Return a prompt."""
+        return " ".join(self.one(WORDS) for _ in range(number))
+
+
+def _model(choose: Choices, draft: Draft) -> list[str]:
+    parts = [choose.one(MODELS).removesuffix(".safetensors")]
+    draft.nodes["1"]["inputs"]["unet_name"] = f"{parts[0]}.safetensors"
+    for _ in range(choose.one((0, 0, 0, 1, 1, 2))):
+        name, strength = choose.one(LORAS), choose.number(-0.8, 1.0)
+        draft.lora(name, strength)
+        parts.append(f"LoRA {name.removesuffix('.safetensors')} {strength}")
+    if choose.chance(0.15):
+        scale = {"scale_x": choose.number(0.6, 1.5), "scale_y": choose.number(0.6, 1.5)}
+        draft.model("ScaleROPE", **scale, scale_t=1.0, shift_x=1.0, shift_y=0.0, shift_t=0.0)
+        parts.append("ScaleROPE")
+    if choose.chance(0.15):
+        shift = {"max_shift": choose.number(0.8, 1.6), "base_shift": 0.5}
+        draft.model("ModelSamplingFlux", **shift, width=128, height=128)
+        parts.append("ModelSamplingFlux")
+    return parts
+
+
+def _prompts(choose: Choices, draft: Draft) -> list[str]:
+    number = choose.one((1, 5, 12, 40, 260, 300))
+    draft.nodes["4"]["inputs"]["text"] = choose.words(number)
+    draft.nodes["6"]["inputs"]["guidance"] = choose.number(1.0, 6.0)
+    parts = [f"prompt of {number} words"]
+    if choose.chance(0.4):
+        draft.nodes["5"]["inputs"]["text"] = choose.words(choose.one((1, 10, 280)))
+        draft.set(cfg=choose.number(1.2, 3.5))
+        parts.append(f"cfg {draft.sampler['cfg']}")
+    if choose.chance(0.1):
+        draft.positive("FluxDisableGuidance")
+        parts.append("FluxDisableGuidance")
+    return parts
+
+
+def _sampler(choose: Choices, draft: Draft) -> list[str]:
+    name, scheduler = choose.one(SAMPLERS), choose.one(SCHEDULERS)
+    draft.set(seed=choose.whole(0, 2**32), sampler_name=name, scheduler=scheduler)
+    return [f"{name}/{scheduler}"]
+
+
+def _latent(choose: Choices, draft: Draft) -> list[str]:
+    size = tuple(draft.nodes["7"]["inputs"][name] for name in ("width", "height"))
+    number = choose.one((1, 1, 1, 2, 3))
+    kind = choose.one(("empty", "empty", "empty", "picture", "noise mask", "inpaint"))
+    if kind == "empty":
+        draft.nodes["7"]["inputs"]["batch_size"] = number
+        return [f"batch of {number}"]
+    name = choose.one(PICTURES)
+    # The VAE drops what does not fill its 8 px.
+    draft.set(latent_image=draft.encoded(name, size), denoise=choose.number(0.4, 1.0))
+    if kind == "noise mask":
+        draft.latent("SetLatentNoiseMask", mask=draft.mask())
+        if choose.chance(0.4):
+            draft.model("DifferentialDiffusion")
+            kind = "DifferentialDiffusion"
+    elif kind == "inpaint":
+        values = {key: draft.sampler[key] for key in ("positive", "negative")}
+        inputs = {**values, "vae": ["3", 0], "pixels": draft.picture(name, size)}
+        made = draft.add("InpaintModelConditioning", **inputs, mask=draft.mask(), noise_mask=True)
+        draft.set(positive=made, negative=[made[0], 1], latent_image=[made[0], 2])
+    if number > 1:
+        draft.latent("RepeatLatentBatch", amount=number)
+    return [f"{kind}, denoise {draft.sampler['denoise']}, batch of {number}"]
+
+
+def _areas(choose: Choices, draft: Draft) -> list[str]:
+    parts = []
+    for _ in range(choose.one((0, 0, 0, 1, 2))):
+        kind, prompt = (
+            choose.one(("area", "mask", "mask bounds", "whole", "range")),
+            choose.words(6),
+        )
+        other = draft.prompt(prompt)
+        strength = choose.number(0.4, 1.2)
+        if kind == "area":
+            box = {"width": 0.5, "height": choose.number(0.3, 0.7), "x": 0.25, "y": 0.2}
+            node = "ConditioningSetAreaPercentage"
+            other = draft.add(node, conditioning=other, **box, strength=strength)
+        elif kind == "range":
+            node = "ConditioningSetTimestepRange"
+            other = draft.add(node, conditioning=other, start=0.0, end=choose.number(0.3, 0.8))
+        elif kind != "whole":
+            bounds = {"set_cond_area": kind if kind != "mask" else "default"}
+            inputs = {"mask": draft.mask(), "strength": strength, **bounds}
+            other = draft.add("ConditioningSetMask", conditioning=other, **inputs)
+        combined(draft, other)
+        parts.append(f"second prompt ({kind})")
+    return parts
+
+
+def _style(choose: Choices, draft: Draft) -> list[str]:
+    if not choose.chance(0.2):
+        return []
+    kind = choose.one(("multiply", "attn_bias"))
+    style(draft, kind, choose.number(0.3, 0.9))
+    return [f"Redux {kind}"]
+
+
+def _controls(choose: Choices, draft: Draft) -> list[str]:
+    parts = []
+    for _ in range(choose.one((0, 0, 0, 1, 1, 2))):
+        file = choose.one((*CONTROLS, INPAINT))
+        values: dict[str, Any] = {"strength": choose.number(0.2, 1.2)}
+        values |= {"picture": choose.one(PICTURES), "inpaint": file == INPAINT}
+        if file in UNIONS:
+            values["kind"] = choose.one(KINDS)
+        if choose.chance(0.3):
+            values |= {"start": choose.number(0.0, 0.4), "end": choose.number(0.5, 1.0)}
+        draft.control(file, **values)
+        parts.append(file.removesuffix(".safetensors") + (" part" if "start" in values else ""))
+    return parts
+
+
+def _references(choose: Choices, draft: Draft, methods: tuple[str | None, ...]) -> list[str]:
+    sizes = [
+        (choose.one(REFERENCE_SIDES), choose.one(REFERENCE_SIDES))
+        for _ in range(choose.one((0, 0, 0, 1, 1, 2, 3)))
+    ]
+    for size in sizes:
+        draft.reference(size, choose.one(PICTURES))
+    if not sizes:
+        return []
+    method = choose.one(methods)
+    if method is not None:
+        node = "FluxKontextMultiReferenceLatentMethod"
+        draft.positive(node, reference_latents_method=method)
+    return [f"references {sizes} {method or ''}".strip()]
+
+
+def _second_sampler(choose: Choices, draft: Draft) -> list[str]:
+    if not choose.chance(0.15):
+        return []
+    latent = ["8", 0]
+    if choose.chance(0.5):
+        inputs = {"samples": latent, "upscale_method": "bilinear", "scale_by": 1.25}
+        latent = draft.add("LatentUpscaleBy", **inputs)
+    draft.again(latent, denoise=0.5, sampler_name="euler")
+    return ["second sampler" + (", larger" if latent[0] != "8" else "")]
