@@ -1,0 +1,49 @@
+"""Random graphs: the same seed draws the same graph, and everything is drawn now and then."""
+
+from __future__ import annotations
+
+import pytest
+from rig.feature_controls import INPAINT
+from rig.random_graphs import CONTROLS, draw
+
+MANY = [draw(seed) for seed in range(200)]
+PARTS = [
+    "LoRA",
+    "cfg",
+    "ScaleROPE",
+    "ModelSamplingFlux",
+    "FluxDisableGuidance",
+    "batch of 3",
+    "noise mask",
+    "DifferentialDiffusion",
+    "inpaint",
+    "second prompt (area)",
+    "second prompt (mask bounds)",
+    "Redux attn_bias",
+    "references",
+    "index_timestep_zero",
+    "second sampler",
+    "second sampler, larger",
+    *(name.removesuffix(".safetensors") for name in (*CONTROLS, INPAINT)),
+]
+
+
+def test_the_same_seed_draws_the_same_graph():
+    assert draw(17) == draw(17)
+    assert draw(17).graph != draw(18).graph
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_two_hundred_graphs_hold_everything(part):
+    assert any(part in text for drawn in MANY for text in drawn.parts)
+
+
+def test_what_the_oldest_comfyui_has_not_is_left_out():
+    assert not any("timestep_zero" in str(draw(seed, newest=False)) for seed in range(200))
+
+
+def test_every_link_leads_to_a_node():
+    for drawn in MANY:
+        for node in drawn.graph.values():
+            links = [value for value in node["inputs"].values() if isinstance(value, list)]
+            assert all(link[0] in drawn.graph for link in links), str(drawn)
