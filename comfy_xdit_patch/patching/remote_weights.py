@@ -71,6 +71,11 @@ class RemoteWeights:
         """Whether every rank holds this model in this state and place."""
         return self._held.get(known.number) == (state.key, mode)
 
+    def leaves(self, room_bytes: int | None) -> bool:
+        """Whether what is held fits into the room that a model would leave beside itself."""
+        held = max(self._totals.weight_bytes.values(), default=0)
+        return room_bytes is None or held <= room_bytes
+
     def load(
         self,
         base_model: Any,
@@ -100,8 +105,10 @@ class RemoteWeights:
                 backup=patcher.backup,
             )
             replies = self._ask(base_model, known, state, placement, poll)
-            if not isinstance(replies, Refusal) and any(
-                reply.fingerprint != expected for reply in replies
+            if (
+                not isinstance(replies, Refusal)
+                and any(reply.fingerprint != expected for reply in replies)
+                and hasattr(base_model, "model_config")  # what a model is rebuilt from
             ):
                 known = self._models.renumber_without_file(base_model)
                 replies = self._ask(base_model, known, state, placement, poll)

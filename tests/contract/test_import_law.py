@@ -56,6 +56,8 @@ IMPORTERS = {
         "engine/groups.py",
         "engine/loading.py",
         "engine/own_tokens.py",
+        "engine/pixel_space.py",
+        "engine/sharded_sequence.py",
         "engine/placing.py",
         "engine/residents.py",
         "engine/sequence.py",
