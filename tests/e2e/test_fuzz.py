@@ -31,15 +31,14 @@ SETUP = {"node_packs": (PACKS / "small_inputs",)}
 def test_random_graphs_equal_stock(
     servers: Servers, tree: Tree, num_ranks: int, record_property: Record
 ) -> None:
-    is_newest = tree == trees_for_tests()[-1]
-    if num_ranks > 2 and not is_newest:
+    if num_ranks > 2 and tree != trees_for_tests()[-1]:
         pytest.skip("unequal shares: on the newest ComfyUI only")
     setup = {**SETUP, "models": feature_models()}
     # Other seeds on three ranks: other graphs are worth more than the same ones again.
     first = FIRST + (0 if num_ranks == 2 else 100_000)
     failures, worst = [], 0
     for seed in range(first, first + NUM_GRAPHS):
-        drawn = draw(seed, newest=is_newest)
+        drawn = draw(seed)
         stock = servers(tree, XDIT_STRATEGY="off", **setup)
         ranks = servers(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT, **setup)
         try:

@@ -18,6 +18,7 @@ from rig.trees import Tree
 
 PARALLEL, GATHERED, FALLS_BACK = "parallel", "parallel with gather", "falls back"
 UNSEEN = "not seen"  # the model ran, and none of its calls reached us
+REFUSED = "ComfyUI refuses it"  # stock ComfyUI fails, and so does ours, in the same words
 NOT_HERE = "not in this version"
 
 
@@ -27,9 +28,9 @@ class Row:
 
     Attributes:
         change: makes the graph, starting from the plain one.
-        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED``, ``FALLS_BACK``
-            or ``UNSEEN``.
-        reason: a part of the reason that the log gives for falling back.
+        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED``, ``FALLS_BACK``,
+            ``UNSEEN`` or ``REFUSED``.
+        reason: a part of the reason that the log gives for falling back, or of ComfyUI's error.
         why: why it falls back, or another remark, for the page.
         needs: a file of ComfyUI and a text in it, without which this version has no such thing.
         same_as_plain: why the image may equal the plain one; without it, it must differ visibly.

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from rig.compare import Difference, compare_all
+from rig.environment import RigError
 from rig.feature_graphs import MASK, OTHER_PICTURE, PICTURE
-from rig.feature_rows import FALLS_BACK, GATHERED, NOT_HERE, PARALLEL, UNSEEN, Row
+from rig.feature_rows import FALLS_BACK, GATHERED, NOT_HERE, PARALLEL, REFUSED, UNSEEN, Row
 from rig.pair import EQUAL, Bound, Result, latent_error, run, run_stock
 from rig.server import Server
 
@@ -67,12 +68,26 @@ def run_row(stock: Server, ranks: Server, row: Row, bound: Bound = EQUAL) -> Fou
     """Run a row on both servers; an image that is not stock's is an AssertionError."""
     for server in (stock, ranks):
         write_inputs(server)
+    if row.outcome == REFUSED:
+        refusal(ranks, row)
+        return Found(REFUSED, {})
     graph = row.graph()
     reference = run_stock(stock, graph)
     before = ranks.status()
     result = run(ranks, graph)
     after = ranks.status()
     return found(reference, result, before, after, bound)
+
+
+def refusal(server: Server, row: Row) -> str:
+    """Return ComfyUI's error; the graph must fail, and in these words."""
+    try:
+        run(server, row.graph())
+    except RigError as error:
+        first: str = str(error).splitlines()[0]
+        assert row.reason in first, f"another error than {row.reason!r}: {first}"
+        return first
+    raise AssertionError("ComfyUI does not refuse this graph")
 
 
 def found(

@@ -21,7 +21,8 @@ from rig.feature_controls import (
     UNION_PRO_2,
     XLABS,
 )
-from rig.feature_core import combined, style
+from rig.feature_core import combined
+from rig.feature_family import style
 from rig.feature_graphs import OTHER_PICTURE, PICTURE, Draft
 from rig.graphs import Graph
 
@@ -35,7 +36,6 @@ CONTROLS = (XLABS, INSTANTX, INSTANTX_UNION, UNION_PRO, UNION_PRO_2, MISTOLINE)
 UNIONS = (INSTANTX_UNION, UNION_PRO)
 KINDS = ("auto", "openpose", "depth", "tile", "normal")
 METHODS = (None, "offset", "index", "uxo/uno")
-TIMESTEP_ZERO = "index_timestep_zero"
 MODELS = ("flux1-dev.safetensors",) * 4 + ("flux1-schnell.safetensors",)
 LORAS = ("kohya.safetensors", "diffusers.safetensors")
 PICTURES = (PICTURE, OTHER_PICTURE)
@@ -53,16 +53,24 @@ class Drawn:
         return f"seed {self.seed}: {', '.join(self.parts)}"
 
 
-def draw(seed: int, *, newest: bool = True) -> Drawn:
-    """Draw a graph; ``newest`` allows what ComfyUI 0.3.75 has not."""
+def draw(seed: int) -> Drawn:
+    """Draw a graph that every ComfyUI knows."""
     choose = Choices(seed)
     size = (choose.one(SIDES), choose.one(SIDES))
     draft = Draft(size, steps=choose.one((1, 2, 2, 3)))
     parts = [f"{size[0]} x {size[1]}", f"{draft.sampler['steps']} steps"]
-    for part in (_model, _prompts, _sampler, _latent, _areas, _style, _controls):
+    for part in (
+        _model,
+        _prompts,
+        _sampler,
+        _latent,
+        _areas,
+        _style,
+        _controls,
+        _references,
+        _second_sampler,
+    ):
         parts += part(choose, draft)
-    parts += _references(choose, draft, (*METHODS, TIMESTEP_ZERO) if newest else METHODS)
-    parts += _second_sampler(choose, draft)
     return Drawn(seed, draft.finished(), tuple(parts))
 
 
@@ -205,7 +213,7 @@ def _controls(choose: Choices, draft: Draft) -> list[str]:
     return parts
 
 
-def _references(choose: Choices, draft: Draft, methods: tuple[str | None, ...]) -> list[str]:
+def _references(choose: Choices, draft: Draft) -> list[str]:
     sizes = [
         (choose.one(REFERENCE_SIDES), choose.one(REFERENCE_SIDES))
         for _ in range(choose.one((0, 0, 0, 1, 1, 2, 3)))
@@ -214,7 +222,7 @@ def _references(choose: Choices, draft: Draft, methods: tuple[str | None, ...]) 
         draft.reference(size, choose.one(PICTURES))
     if not sizes:
         return []
-    method = choose.one(methods)
+    method = choose.one(METHODS)
     if method is not None:
         node = "FluxKontextMultiReferenceLatentMethod"
         draft.positive(node, reference_latents_method=method)
