@@ -1,7 +1,7 @@
 """Everything that graphs do with FLUX: the image is stock's, and the outcome is the written one.
 
-The rows stand in ``rig.feature_controls``, ``rig.feature_core`` and ``rig.feature_packs``. Rows
-that run in parallel do so in strict mode; the others run without it, and their reason is asserted.
+The rows stand in ``rig.feature_table``. Rows that run in parallel do so in
+strict mode; the others run without it, and their reason is asserted.
 
 ``FEATURES_RESULTS=docs/compatibility.json`` keeps what was found, of which docs/compatibility.md
 is made. ``FEATURES_ROWS`` is a part of the names of the rows to run. ``FEATURES_SLOW=1`` runs those
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import feature_controls, feature_core, feature_family, feature_packs
 from rig.compare import compare_all
 from rig.environment import RigError
 from rig.feature_models import feature_models
 from rig.feature_rows import FALLS_BACK, PACKS, PARALLEL, REFUSED, Row, plain
 from rig.feature_run import ABSENT, Found, refusal, run_row, write_inputs
+from rig.feature_table import SECTIONS
 from rig.pair import STRICT, Result, run_stock
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
@@ -31,12 +31,6 @@ from rig.trees import Tree, trees_for_tests
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
-SECTIONS: dict[str, dict[str, Row]] = {
-    "Family": feature_family.ROWS,
-    "ControlNets": feature_controls.ROWS,
-    "Graph features": feature_core.ROWS,
-    "Node packs": feature_packs.ROWS,
-}
 COMPLAINTS = ("unet missing", "unet unexpected", "lora key not loaded", "missing controlnet keys")
 VISIBLE = 8  # of 255
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}

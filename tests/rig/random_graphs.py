@@ -21,9 +21,9 @@ from rig.feature_controls import (
     UNION_PRO_2,
     XLABS,
 )
-from rig.feature_core import combined
 from rig.feature_family import style
 from rig.feature_graphs import OTHER_PICTURE, PICTURE, Draft
+from rig.feature_prompts import combined
 from rig.graphs import Graph
 
 SIDES = (64, 80, 88, 96, 104, 112, 120, 128, 136, 144, 168)

@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from rig import feature_controls, feature_core, feature_family, feature_packs
-from rig.feature_rows import FALLS_BACK, NOT_HERE, REFUSED, UNSEEN, Row
+from rig.feature_rows import FALLS_BACK, NOT_HERE, REFUSED, UNSEEN
+from rig.feature_table import NODE_PACKS, SECTIONS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "compatibility.json"
-SECTIONS: dict[str, dict[str, Row]] = {
-    "Family": feature_family.ROWS,
-    "ControlNets": feature_controls.ROWS,
-    "Graph features": feature_core.ROWS,
-    "Node packs": feature_packs.ROWS,
-}
 ALL = [(title, name) for title, rows in SECTIONS.items() for name in rows]
 
 
@@ -35,7 +29,7 @@ def test_the_page_has_no_rows_that_no_test_runs(title):
 @pytest.mark.parametrize(("title", "name"), ALL, ids=[f"{t}: {n}" for t, n in ALL])
 def test_what_falls_back_says_why(title, name):
     row = SECTIONS[title][name]
-    if row.outcome in (UNSEEN, REFUSED) or (row.outcome == FALLS_BACK and title != "Node packs"):
+    if row.outcome in (UNSEEN, REFUSED) or (row.outcome == FALLS_BACK and title != NODE_PACKS):
         assert row.why
     if row.outcome == FALLS_BACK:
         assert row.reason

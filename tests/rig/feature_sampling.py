@@ -1,4 +1,4 @@
-"""Rows: what graphs do with ComfyUI's own nodes, beside ControlNets and ways to load weights.
+"""Rows: samplers, guiders, and ComfyUI's own nodes between model and sampler.
 
 Runs in: the tests (standard library only).
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rig.feature_graphs import OTHER_PICTURE, SEED, VAE, Draft, Link
-from rig.feature_rows import FALLS_BACK, REFUSED, Row, plain
+from rig.feature_graphs import SEED, Draft
+from rig.feature_rows import FALLS_BACK, REFUSED, TO_BUILD, Row
 
-SMALL_REFERENCES = ((112, 144), (80, 80), (96, 64))
-REFERENCE_METHODS = ("offset", "index", "uxo/uno")
 SAME_UNREAD = "FLUX does not read what the node sets"
 
 
@@ -27,80 +25,6 @@ def extra(name: str) -> tuple[str, str]:
     return f"comfy_extras/{files[name]}", f"class {name}"
 
 
-def combined(draft: Draft, other: Link) -> None:
-    """Combine a second prompt with the first."""
-    both = {"conditioning_1": draft.sampler["positive"], "conditioning_2": other}
-    draft.set(positive=draft.add("ConditioningCombine", **both))
-
-
-def area(draft: Draft) -> None:
-    inputs = {"width": 64, "height": 96, "x": 32, "y": 16, "strength": 1.0}
-    combined(draft, draft.add("ConditioningSetArea", conditioning=draft.prompt(), **inputs))
-
-
-def area_of_odd_size(draft: Draft) -> None:
-    inputs = {"width": 88, "height": 72, "x": 24, "y": 8, "strength": 0.7}
-    combined(draft, draft.add("ConditioningSetArea", conditioning=draft.prompt(), **inputs))
-
-
-def area_percentage(draft: Draft) -> None:
-    inputs = {"width": 0.5, "height": 0.4, "x": 0.3, "y": 0.6, "strength": 0.8}
-    node = "ConditioningSetAreaPercentage"
-    combined(draft, draft.add(node, conditioning=draft.prompt(), **inputs))
-
-
-def masked_prompt(draft: Draft, set_cond_area: str = "default") -> None:
-    inputs = {"mask": draft.mask(), "strength": 1.0, "set_cond_area": set_cond_area}
-    combined(draft, draft.add("ConditioningSetMask", conditioning=draft.prompt(), **inputs))
-
-
-def timestep_range(draft: Draft) -> None:
-    node = "ConditioningSetTimestepRange"
-    draft.positive(node, start=0.0, end=0.5)
-    combined(draft, draft.add(node, conditioning=draft.prompt(), start=0.5, end=1.0))
-
-
-def concatenated(draft: Draft) -> None:
-    both = {"conditioning_to": draft.sampler["positive"], "conditioning_from": draft.prompt()}
-    draft.set(positive=draft.add("ConditioningConcat", **both))
-
-
-def averaged(draft: Draft) -> None:
-    both = {"conditioning_to": draft.sampler["positive"], "conditioning_from": draft.prompt()}
-    node = "ConditioningAverage"
-    draft.set(positive=draft.add(node, **both, conditioning_to_strength=0.4))
-
-
-def long_prompt(draft: Draft) -> None:
-    draft.nodes["4"]["inputs"]["text"] = ", ".join(["waves and gulls and salt"] * 80)
-
-
-def noise_mask(draft: Draft) -> None:
-    draft.set(latent_image=draft.encoded())
-    draft.latent("SetLatentNoiseMask", mask=draft.mask())
-
-
-def differential(draft: Draft) -> None:
-    noise_mask(draft)
-    draft.model("DifferentialDiffusion")
-
-
-def encoded_for_inpaint(draft: Draft) -> None:
-    inputs = {"pixels": draft.picture(), "vae": VAE, "mask": draft.mask(), "grow_mask_by": 6}
-    draft.set(latent_image=draft.add("VAEEncodeForInpaint", **inputs))
-
-
-def inpaint_conditioning(draft: Draft) -> None:
-    values = {name: draft.sampler[name] for name in ("positive", "negative")}
-    inputs = {**values, "vae": VAE, "pixels": draft.picture(), "mask": draft.mask()}
-    made = draft.add("InpaintModelConditioning", **inputs, noise_mask=True)
-    draft.set(positive=made, negative=[made[0], 1], latent_image=[made[0], 2])
-
-
-def image_to_image(draft: Draft) -> None:
-    draft.set(latent_image=draft.encoded(OTHER_PICTURE), denoise=0.6)
-
-
 def hires_fix(draft: Draft) -> None:
     inputs = {"samples": ["8", 0], "upscale_method": "bislerp", "scale_by": 1.5}
     draft.again(draft.add("LatentUpscaleBy", **inputs), denoise=0.6)
@@ -108,43 +32,6 @@ def hires_fix(draft: Draft) -> None:
 
 def two_samplers(draft: Draft) -> None:
     draft.again(["8", 0], denoise=0.5, seed=SEED + 1, sampler_name="heun", cfg=2.0)
-
-
-def tiled_decoding(draft: Draft) -> None:
-    tiles = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
-    draft.set(seed=SEED + 2)  # or ComfyUI would take the plain graph's result from its cache
-    draft.nodes["9"]["class_type"] = "VAEDecodeTiled"
-    draft.nodes["9"]["inputs"] |= tiles
-
-
-def tiled_encoding(draft: Draft) -> None:
-    tiles = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
-    encoded = draft.add("VAEEncodeTiled", pixels=draft.picture(), vae=VAE, **tiles)
-    draft.set(latent_image=encoded, denoise=0.6)
-
-
-def batch(draft: Draft) -> None:
-    draft.nodes["7"]["inputs"]["batch_size"] = 3
-
-
-def repeated_batch(draft: Draft) -> None:
-    draft.set(latent_image=draft.encoded(), denoise=0.7)
-    draft.latent("RepeatLatentBatch", amount=2)
-
-
-def one_seed_for_the_batch(draft: Draft) -> None:
-    repeated_batch(draft)
-    draft.latent("LatentBatchSeedBehavior", seed_behavior="fixed")
-
-
-def part_of_a_batch(draft: Draft) -> None:
-    batch(draft)
-    draft.latent("LatentFromBatch", batch_index=2, length=1)
-
-
-def batch_of_two_pictures(draft: Draft) -> None:
-    both = {"samples1": draft.encoded(), "samples2": draft.encoded(OTHER_PICTURE)}
-    draft.set(latent_image=draft.add("LatentBatch", **both), denoise=0.7, cfg=2.0)
 
 
 def leftover_noise(draft: Draft) -> None:
@@ -254,17 +141,6 @@ def negative_attention(draft: Draft) -> None:
     draft.model("NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)
 
 
-def references(number: int, method: str | None = None) -> Row:
-    def change(draft: Draft) -> None:
-        for index, size in enumerate(SMALL_REFERENCES[:number]):
-            draft.reference(size, OTHER_PICTURE if index % 2 else "rig-picture.png")
-        if method is not None:
-            node = "FluxKontextMultiReferenceLatentMethod"
-            draft.positive(node, reference_latents_method=method)
-
-    return Row(change)
-
-
 def hook_lora(draft: Draft) -> None:
     lora = {"lora_name": "kohya.safetensors", "strength_model": 1.0, "strength_clip": 0.0}
     hooks = draft.add("CreateHookLora", **lora)
@@ -290,33 +166,8 @@ def sampler(name: str, scheduler: str = "simple", **inputs: Any) -> Row:
 
 
 ROWS: dict[str, Row] = {
-    "plain": Row(plain, same_as_plain="it is the plain one"),
-    "negative prompt, cfg 3": Row(lambda draft: draft.set(cfg=3.0)),
-    "long prompt": Row(long_prompt),
-    "ConditioningSetArea": Row(area),
-    "ConditioningSetArea, odd size": Row(area_of_odd_size),
-    "ConditioningSetAreaPercentage": Row(area_percentage),
-    "ConditioningSetMask": Row(masked_prompt),
-    "ConditioningSetMask, mask bounds": Row(lambda d: masked_prompt(d, "mask bounds")),
-    "ConditioningCombine": Row(lambda draft: combined(draft, draft.prompt())),
-    "ConditioningSetTimestepRange": Row(timestep_range, steps=4),
-    "ConditioningConcat": Row(concatenated),
-    "ConditioningAverage": Row(averaged),
-    "inpaint noise mask (SetLatentNoiseMask)": Row(noise_mask),
-    "VAEEncodeForInpaint": Row(encoded_for_inpaint),
-    "InpaintModelConditioning": Row(inpaint_conditioning),
-    "DifferentialDiffusion": Row(differential),
-    "image to image, denoise 0.6": Row(image_to_image),
     "hires fix (latent upscale, second KSampler)": Row(hires_fix),
     "two samplers, one after the other": Row(two_samplers),
-    "VAEDecodeTiled": Row(tiled_decoding),
-    "VAEEncodeTiled": Row(tiled_encoding),
-    "batch of 3": Row(batch),
-    "RepeatLatentBatch": Row(repeated_batch),
-    "LatentBatchSeedBehavior": Row(one_seed_for_the_batch),
-    "LatentFromBatch": Row(part_of_a_batch),
-    "batch of two pictures, cfg 2": Row(batch_of_two_pictures),
-    "200 x 136 px": Row(plain, size=(200, 136), same_as_plain="it is the plain one"),
     "KSamplerAdvanced, leftover noise": Row(leftover_noise),
     "SplitSigmas, two SamplerCustomAdvanced": Row(split_sigmas),
     "CFGGuider": Row(cfg_guider),
@@ -324,8 +175,12 @@ ROWS: dict[str, Row] = {
     "DualCFGGuider, nested": dual_cfg("nested"),
     "DualModelGuider": Row(dual_model, needs=extra("DualModelGuider")),
     "PerpNegGuider": Row(perpendicular_negative),
-    "SkipLayerGuidanceDiT": Row(skip_layers),
-    "SkipLayerGuidanceDiTSimple": Row(skip_layers_simple),
+    "SkipLayerGuidanceDiT": Row(
+        skip_layers, FALLS_BACK, "a node replaces dit blocks", why=TO_BUILD
+    ),
+    "SkipLayerGuidanceDiTSimple": Row(
+        skip_layers_simple, FALLS_BACK, "a node replaces dit blocks", why=TO_BUILD
+    ),
     "EasyCache": cache("EasyCache"),
     "LazyCache": cache("LazyCache"),
     "ContextWindowsManual, over a batch": windows(0, 2, 1, "standard_static"),
@@ -343,20 +198,34 @@ ROWS: dict[str, Row] = {
     "TCFG": patched("TCFG", 3.0),
     "Mahiro": patched("Mahiro", 3.0),
     "FreSca": patched("FreSca", 3.0, scale_low=1.0, scale_high=1.25, freq_cutoff=5),
-    "NAGuidance": Row(negative_attention, needs=extra("NAGuidance")),
+    "NAGuidance": Row(
+        negative_attention,
+        FALLS_BACK,
+        "attn1_output_patch",
+        why=TO_BUILD,
+        needs=extra("NAGuidance"),
+    ),
     "ModelAttentionBackend": Row(
         lambda draft: draft.model("ModelAttentionBackend", attention="pytorch attention"),
+        FALLS_BACK,
+        "overrides the attention function",
+        why=TO_BUILD,
         needs=extra("ModelAttentionBackend"),
         same_as_plain="the tests use that attention anyway",
     ),
     "FluxDisableGuidance": Row(lambda draft: draft.positive("FluxDisableGuidance")),
-    "reference latent": references(1),
-    "two reference latents": references(2),
-    "three reference latents": references(3),
-    **{f"three reference latents, {m}": references(3, m) for m in REFERENCE_METHODS},
-    "LoRA scheduled by hooks": Row(hook_lora, FALLS_BACK, "hook"),
+    "LoRA scheduled by hooks": Row(
+        hook_lora,
+        FALLS_BACK,
+        "hook",
+        why="ComfyUI changes the weights in place between two calls of one step",
+    ),
     "LoraLoaderBypass": Row(
-        bypass_lora, FALLS_BACK, "injected", needs=extra("LoraLoaderBypassModelOnly")
+        bypass_lora,
+        FALLS_BACK,
+        "injected",
+        why="it replaces the forward of single layers by closures",
+        needs=extra("LoraLoaderBypassModelOnly"),
     ),
     "ModelComputeDtype": unread("ModelComputeDtype", dtype="bf16"),
     "FreeU": Row(
@@ -365,7 +234,13 @@ ROWS: dict[str, Row] = {
         "KeyError: 'model_channels'",
         why="made for U-Nets; ComfyUI's node fails on FLUX",
     ),
-    "PerturbedAttentionGuidance": unread("PerturbedAttentionGuidance", scale=3.0),
+    "PerturbedAttentionGuidance": Row(
+        lambda draft: draft.model("PerturbedAttentionGuidance", scale=3.0),
+        FALLS_BACK,
+        "a node replaces attn1 blocks",
+        why=TO_BUILD,
+        same_as_plain=SAME_UNREAD,
+    ),
     "sampler heun, cfg 2": sampler("heun", cfg=2.0),
     "sampler dpmpp_2m, scheduler beta": sampler("dpmpp_2m", "beta"),
     "sampler euler_ancestral": sampler("euler_ancestral"),
