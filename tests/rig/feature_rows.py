@@ -34,6 +34,7 @@ class Row:
         why: why it falls back, or another remark, for the page.
         needs: a file of ComfyUI and a text in it, without which this version has no such thing.
         same_as_plain: why the image may equal the plain one; without it, it must differ visibly.
+        is_rounded: whether the model computes in 16 bits, so that the order of sums shows.
         is_slow: takes minutes; runs only where FEATURES_SLOW is set.
         pack: a node pack that changes all graphs and therefore gets servers of its own.
     """
@@ -44,6 +45,7 @@ class Row:
     why: str = ""
     needs: tuple[str, str] | None = None
     same_as_plain: str = ""
+    is_rounded: bool = False
     is_slow: bool = False
     pack: str | None = None
     size: tuple[int, int] = (128, 128)

@@ -20,6 +20,9 @@ from rig.pair import EQUAL, Bound, Result, latent_error, run, run_stock
 from rig.server import Server
 
 SIDE = 128
+# In 16 bits, stock against stock with another of ComfyUI's attention functions (0.33.0, 128 x 128
+# px, 2 steps) differs by up to 3/255, 52.3 dB and 6.2e-3 of the latent.
+ROUNDED = Bound(max_pixel=3, min_psnr_db=50.0, max_latent_error=8e-3)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def write_inputs(server: Server) -> None:
             Image.fromarray((255 * values).astype(np.uint8)).save(folder / name)
 
 
-def run_row(stock: Server, ranks: Server, row: Row, bound: Bound = EQUAL) -> Found:
+def run_row(stock: Server, ranks: Server, row: Row) -> Found:
     """Run a row on both servers; an image that is not stock's is an AssertionError."""
     for server in (stock, ranks):
         write_inputs(server)
@@ -76,7 +79,7 @@ def run_row(stock: Server, ranks: Server, row: Row, bound: Bound = EQUAL) -> Fou
     before = ranks.status()
     result = run(ranks, graph)
     after = ranks.status()
-    return found(reference, result, before, after, bound)
+    return found(reference, result, before, after, ROUNDED if row.is_rounded else EQUAL)
 
 
 def refusal(server: Server, row: Row) -> str:

@@ -132,11 +132,6 @@ def patched(node: str, cfg: float | None = None, **inputs: Any) -> Row:
     return Row(change)
 
 
-def unread(node: str, reason: str = "", **inputs: Any) -> Row:
-    """A node made for other models, which FLUX does not notice."""
-    return Row(lambda draft: draft.model(node, **inputs), same_as_plain=SAME_UNREAD, reason=reason)
-
-
 def negative_attention(draft: Draft) -> None:
     draft.model("NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)
 
@@ -227,7 +222,9 @@ ROWS: dict[str, Row] = {
         why="it replaces the forward of single layers by closures",
         needs=extra("LoraLoaderBypassModelOnly"),
     ),
-    "ModelComputeDtype": unread("ModelComputeDtype", dtype="bf16"),
+    "ModelComputeDtype, bf16": Row(
+        lambda draft: draft.model("ModelComputeDtype", dtype="bf16"), is_rounded=True
+    ),
     "FreeU": Row(
         lambda draft: draft.model("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
         REFUSED,
