@@ -121,7 +121,7 @@ class ControlNets:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         model = self._known.get(net)
         if model is None or model.current_patcher is None:
-            return Refusal("the ControlNet did not come from a file", Scope.STEP)
+            return Refusal("it did not come from a file of its own", Scope.STEP)
         refusal = self._pristine.check_step(net) or check_grad(arguments["x"])
         if refusal is not None:
             return refusal
@@ -145,9 +145,7 @@ class ControlNets:
                 known.number, arguments, plan=plan, compute=compute, poll=poll
             )
         except UncarriedArgumentError as error:
-            return Refusal(
-                f"an argument of a ControlNet cannot be carried over: {error}", Scope.STEP
-            )
+            return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._totals.last_loss_unix_s = time.time()

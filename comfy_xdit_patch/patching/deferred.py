@@ -132,8 +132,11 @@ def _recorded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Defe
         recipe = ("add", first.recipe, other.recipe if is_deferred else ("tensor", _plain(other)))
         shape = max(shape, other.shape)
         dtype = torch.promote_types(dtype, other.dtype)
-    elif func is aten._to_copy.default and {k for k, v in kwargs.items() if v} == {"dtype"}:
-        dtype = kwargs["dtype"]
+    elif func is aten._to_copy.default and kwargs.get("device") in (None, device):
+        dtype = kwargs.get("dtype") or dtype
+        recipe = ("to", first.recipe, dtype)
+    elif func is aten.to.dtype:  # as it comes under inference_mode
+        dtype = rest[0]
         recipe = ("to", first.recipe, dtype)
     else:
         return None

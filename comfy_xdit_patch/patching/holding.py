@@ -98,7 +98,7 @@ class Holding:
         if isinstance(place, Refusal):
             return place
         if is_guest and (place.mode != "full" or not self._weights.leaves(place.room_bytes)):
-            return Refusal("a ControlNet does not fit on the cards beside the model", Scope.STEP)
+            return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         if not is_guest:
             self._totals.residency = self._residency.arithmetic
         if run.generation != self._pool.generation:

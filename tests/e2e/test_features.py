@@ -23,7 +23,7 @@ from rig.environment import RigError
 from rig.feature_models import feature_models
 from rig.feature_rows import FALLS_BACK, PACKS, PARALLEL, REFUSED, Row, plain
 from rig.feature_run import ABSENT, Found, refusal, run_row, write_inputs
-from rig.feature_table import SECTIONS
+from rig.feature_table import CONTROLS, SECTIONS
 from rig.pair import STRICT, Result, run_stock
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
@@ -81,6 +81,10 @@ def test_every_row_becomes_what_is_written(
         if row.outcome == FALLS_BACK:
             wrong = [reason for reason in found.reasons if row.reason not in reason]
             assert not wrong, f"other reasons than {row.reason!r}: {wrong}"
+        alone = "; ".join(found.controls_alone)
+        assert bool(alone) == bool(row.control_alone), f"a ControlNet ran alone: {alone!r}"
+        assert row.control_alone in alone
+        assert section != CONTROLS or alone or found.controls_parallel, "no ControlNet was counted"
         return str(found)
 
     check_rows(tree, section, check, record_property, every=1 if num_ranks == 2 else 3)

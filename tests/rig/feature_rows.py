@@ -32,6 +32,7 @@ class Row:
             ``UNSEEN`` or ``REFUSED``.
         reason: a part of the reason that the log gives for falling back, or of ComfyUI's error.
         why: why it falls back, or another remark, for the page.
+        control_alone: a part of the reason why ComfyUI computes the ControlNet itself.
         needs: a file of ComfyUI and a text in it, without which this version has no such thing.
         same_as_plain: why the image may equal the plain one; without it, it must differ visibly.
         is_rounded: whether the model computes in 16 bits, so that the order of sums shows.
@@ -43,6 +44,7 @@ class Row:
     outcome: str = PARALLEL
     reason: str = ""
     why: str = ""
+    control_alone: str = ""
     needs: tuple[str, str] | None = None
     same_as_plain: str = ""
     is_rounded: bool = False

@@ -34,6 +34,8 @@ class Found:
     steps_parallel: int = 0
     steps_gathered: int = 0
     steps_fell_back: int = 0
+    controls_parallel: int = 0
+    controls_alone: tuple[str, ...] = ()
     max_pixel: int | None = None
     psnr_db: float | None = None
     latent_error: float | None = None
@@ -108,11 +110,8 @@ def found(
     parallel, gathered, fell = (
         more(name) for name in ("steps_parallel", "steps_gathered", "steps_fell_back")
     )
-    reasons = {
-        reason: number - before["fall_back_reasons"].get(reason, 0)
-        for reason, number in after["fall_back_reasons"].items()
-        if number > before["fall_back_reasons"].get(reason, 0)
-    }
+    reasons = _more(before["fall_back_reasons"], after["fall_back_reasons"])
+    controls, controls_before = after["controls"], before["controls"]
     difference = compare_all(reference.images, result.images)
     error = latent_error(reference.latents, result.latents)
     said = f"{parallel} steps parallel, fell back: {reasons}"
@@ -126,10 +125,18 @@ def found(
         steps_parallel=parallel,
         steps_gathered=gathered,
         steps_fell_back=fell,
+        controls_parallel=controls["parallel"] - controls_before["parallel"],
+        controls_alone=tuple(_more(controls_before["alone"], controls["alone"])),
         max_pixel=difference.max_pixel,
         psnr_db=min(difference.psnr_db, 999.0),  # no infinity in JSON
         latent_error=error,
     )
+
+
+def _more(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """Return what was counted between two reports, by reason."""
+    added = {reason: number - before.get(reason, 0) for reason, number in after.items()}
+    return {reason: number for reason, number in added.items() if number}
 
 
 def outcome_of(parallel: int, gathered: int, fell_back: int) -> str:

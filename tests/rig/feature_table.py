@@ -14,10 +14,10 @@ from rig import (
 )
 from rig.feature_rows import Row
 
-NODE_PACKS = "Node packs"
+CONTROLS, NODE_PACKS = "ControlNets", "Node packs"
 SECTIONS: dict[str, dict[str, Row]] = {
     "Family": feature_family.ROWS,
-    "ControlNets": feature_controls.ROWS,
+    CONTROLS: feature_controls.ROWS,
     "Prompts, masks, latents": feature_prompts.ROWS,
     "Samplers, guiders, model nodes": feature_sampling.ROWS,
     NODE_PACKS: feature_packs.ROWS,
