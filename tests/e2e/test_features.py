@@ -32,6 +32,7 @@ Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
 COMPLAINTS = ("unet missing", "unet unexpected", "lora key not loaded", "missing controlnet keys")
+MARK_OF_RADIANCE = "unexpected: ['__x0__']"  # a tensor without numbers, read by its name
 VISIBLE = 8  # of 255
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
 COMMON_PACKS = (
@@ -52,7 +53,11 @@ def test_every_row_shows_in_stock_images(
         already_logged = len(stock.log_text())
         result = run_stock(stock, row.graph())
         log = stock.log_text()[already_logged:].splitlines()
-        complaints = [line for line in log if any(text in line for text in COMPLAINTS)]
+        complaints = [
+            line
+            for line in log
+            if any(text in line for text in COMPLAINTS) and MARK_OF_RADIANCE not in line
+        ]
         assert not complaints, complaints[0][:300]
         if row.same_as_plain:
             return row.same_as_plain

@@ -96,7 +96,14 @@ def cache(node: str) -> Row:
     return Row(change, steps=6)
 
 
-def windows(dim: int, length: int, overlap: int, schedule: str) -> Row:
+def windows(
+    dim: int,
+    length: int,
+    overlap: int,
+    schedule: str,
+    needs: tuple[str, str] | None = None,
+    why: str = "",
+) -> Row:
     def change(draft: Draft) -> None:
         values = {"context_length": length, "context_overlap": overlap, "dim": dim}
         values |= {"context_stride": 1, "closed_loop": False}
@@ -108,7 +115,7 @@ def windows(dim: int, length: int, overlap: int, schedule: str) -> Row:
         if dim == 0:
             draft.nodes["7"]["inputs"]["batch_size"] = 4
 
-    return Row(change)
+    return Row(change, needs=needs, why=why)
 
 
 def rope_scale(draft: Draft) -> None:
@@ -178,7 +185,14 @@ ROWS: dict[str, Row] = {
     ),
     "EasyCache": cache("EasyCache"),
     "LazyCache": cache("LazyCache"),
-    "ContextWindowsManual, over a batch": windows(0, 2, 1, "standard_static"),
+    "ContextWindowsManual, over a batch": windows(
+        0,
+        2,
+        1,
+        "standard_static",
+        needs=("comfy_extras/nodes_context_windows.py", "freenoise"),
+        why="the node of 0.3.75 fails on a batch",
+    ),
     "ContextWindowsManual, over the height": windows(2, 10, 4, "standard_uniform"),
     "ScaleROPE": Row(rope_scale),
     "ScaleROPE, reference latent": Row(rope_scale_with_reference),
