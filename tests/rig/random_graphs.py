@@ -32,7 +32,9 @@ TEXT = "a red old stone harbour lamp under grey sky with calm sea and three smal
 WORDS = TEXT.split()
 SAMPLERS = ("euler", "euler", "heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "dpm_2", "ddim")
 SCHEDULERS = ("simple", "beta", "normal", "sgm_uniform", "linear_quadratic")
-CONTROLS = (XLABS, INSTANTX, INSTANTX_UNION, UNION_PRO, UNION_PRO_2, MISTOLINE)
+LATENT_HINTS = (INSTANTX, INSTANTX_UNION, UNION_PRO, UNION_PRO_2, INPAINT)
+# ComfyUI does not pad what they make of the picture: they take whole tokens of 16 px only.
+PICTURE_HINTS = (XLABS, MISTOLINE)
 UNIONS = (INSTANTX_UNION, UNION_PRO)
 KINDS = ("auto", "openpose", "depth", "tile", "normal")
 METHODS = (None, "offset", "index", "uxo/uno")
@@ -200,8 +202,9 @@ def _style(choose: Choices, draft: Draft) -> list[str]:
 
 def _controls(choose: Choices, draft: Draft) -> list[str]:
     parts = []
+    files = (*LATENT_HINTS, *PICTURE_HINTS) if _has_whole_tokens(draft) else LATENT_HINTS
     for _ in range(choose.one((0, 0, 0, 1, 1, 2))):
-        file = choose.one((*CONTROLS, INPAINT))
+        file = choose.one(files)
         values: dict[str, Any] = {"strength": choose.number(0.2, 1.2)}
         values |= {"picture": choose.one(PICTURES), "inpaint": file == INPAINT}
         if file in UNIONS:
@@ -211,6 +214,18 @@ def _controls(choose: Choices, draft: Draft) -> list[str]:
         draft.control(file, **values)
         parts.append(file.removesuffix(".safetensors") + (" part" if "start" in values else ""))
     return parts
+
+
+def _has_whole_tokens(draft: Draft) -> bool:
+    """Whether no part of the picture ends in the middle of a token."""
+    sides = [draft.nodes["7"]["inputs"][name] for name in ("width", "height")]
+    parts = [
+        node
+        for node in draft.nodes.values()
+        if node["class_type"] == "ConditioningSetAreaPercentage"
+        or node["inputs"].get("set_cond_area") == "mask bounds"
+    ]
+    return not parts and all(side % 16 == 0 for side in sides)
 
 
 def _references(choose: Choices, draft: Draft) -> list[str]:
@@ -234,7 +249,8 @@ def _second_sampler(choose: Choices, draft: Draft) -> list[str]:
         return []
     latent = ["8", 0]
     if choose.chance(0.5):
-        inputs = {"samples": latent, "upscale_method": "bilinear", "scale_by": 1.25}
-        latent = draft.add("LatentUpscaleBy", **inputs)
+        sides = {name: draft.nodes["7"]["inputs"][name] + 32 for name in ("width", "height")}
+        inputs = {"samples": latent, "upscale_method": "bilinear", "crop": "disabled"}
+        latent = draft.add("LatentUpscale", **inputs, **sides)
     draft.again(latent, denoise=0.5, sampler_name="euler")
     return ["second sampler" + (", larger" if latent[0] != "8" else "")]

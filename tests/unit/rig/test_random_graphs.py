@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rig.feature_controls import INPAINT
-from rig.random_graphs import CONTROLS, draw
+from rig.random_graphs import LATENT_HINTS, PICTURE_HINTS, draw
 
 MANY = [draw(seed) for seed in range(200)]
 PARTS = [
@@ -23,7 +22,7 @@ PARTS = [
     "references",
     "second sampler",
     "second sampler, larger",
-    *(name.removesuffix(".safetensors") for name in (*CONTROLS, INPAINT)),
+    *(name.removesuffix(".safetensors") for name in (*LATENT_HINTS, *PICTURE_HINTS)),
 ]
 
 
