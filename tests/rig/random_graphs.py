@@ -8,7 +8,6 @@ combination. A drawing that stock ComfyUI refuses would be a fault of this file.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +24,10 @@ from rig.feature_family import style
 from rig.feature_graphs import OTHER_PICTURE, PICTURE, Draft
 from rig.feature_prompts import combined
 from rig.graphs import Graph
+from rig.random_choices import Choices
 
 SIDES = (64, 80, 88, 96, 104, 112, 120, 128, 136, 144, 168)
 REFERENCE_SIDES = (32, 48, 56, 64, 72, 88, 104)
-TEXT = "a red old stone harbour lamp under grey sky with calm sea and three small boats"
-WORDS = TEXT.split()
 SAMPLERS = ("euler", "euler", "heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "dpm_2", "ddim")
 SCHEDULERS = ("simple", "beta", "normal", "sgm_uniform", "linear_quadratic")
 LATENT_HINTS = (INSTANTX, INSTANTX_UNION, UNION_PRO, UNION_PRO_2, INPAINT)
@@ -74,33 +72,6 @@ def draw(seed: int) -> Drawn:
     ):
         parts += part(choose, draft)
     return Drawn(seed, draft.finished(), tuple(parts))
-
-
-class Choices:
-    """One seeded source of everything that is left to chance."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def one(self, values: Any) -> Any:
-        """Return one of several values."""
-        return self._random.choice(values)
-
-    def chance(self, probability: float) -> bool:
-        """Return True in this part of all cases."""
-        return self._random.random() < probability
-
-    def number(self, low: float, high: float) -> float:
-        """Return a number with two digits after the point."""
-        return round(self._random.uniform(low, high), 2)
-
-    def whole(self, low: int, high: int) -> int:
-        """Return a whole number, both ends included."""
-        return self._random.randint(low, high)
-
-    def words(self, number: int) -> str:
-        """Return a prompt."""
-        return " ".join(self.one(WORDS) for _ in range(number))
 
 
 def _model(choose: Choices, draft: Draft) -> list[str]:
