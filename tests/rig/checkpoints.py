@@ -88,7 +88,7 @@ def write_models(models_dir: Path, sizes: Sizes) -> None:
     _save(models_dir / "text_encoders" / "t5xxl_fp16.safetensors", _cast(text["t5xxl"], TEXT_DTYPE))
     vae = weights.vae(seed=sizes.seed + 12)
     _save(models_dir / "vae" / "ae.safetensors", _cast(vae, VAE_DTYPE))
-    whole = _checkpoint(sizes, _cast(dev, CHECKPOINT_DTYPE))
+    whole = checkpoint(sizes, _cast(dev, CHECKPOINT_DTYPE))
     _save(models_dir / "checkpoints" / "flux1-dev-fp8.safetensors", whole)
 
 
@@ -101,18 +101,18 @@ def write_variants(models_dir: Path, sizes: Sizes) -> None:
     diffusion_models, checkpoints = models_dir / "diffusion_models", models_dir / "checkpoints"
     other = _flux(dataclasses.replace(sizes, seed=sizes.seed + 100), guidance=True)
     _save(diffusion_models / "flux1-dev-other.safetensors", _cast(other, dtype))
-    _save(checkpoints / "flux1-dev-bf16.safetensors", _checkpoint(sizes, _cast(dev, dtype)))
+    _save(checkpoints / "flux1-dev-bf16.safetensors", checkpoint(sizes, _cast(dev, dtype)))
     for name, state in loras.files(dev, seed=sizes.seed + 20).items():
         _save(models_dir / "loras" / name, state)
     for name, file in quantised.files(dev).items():
         _save(diffusion_models / name, file.state, file.metadata)
         if name in quantised.AS_CHECKPOINTS:
-            _save(checkpoints / name, _checkpoint(sizes, file.state))
+            _save(checkpoints / name, checkpoint(sizes, file.state))
     for name, kind in gguf_files.FILES.items():
         gguf_files.write(dev, diffusion_models / name, kind)
 
 
-def _checkpoint(sizes: Sizes, flux: State) -> State:
+def checkpoint(sizes: Sizes, flux: State) -> State:
     """Put the diffusion model, text encoders and VAE into one file."""
     whole = {CHECKPOINT_PREFIX + name: tensor for name, tensor in flux.items()}
     whole |= _cast(weights.vae(seed=sizes.seed + 12), VAE_DTYPE, "vae.")

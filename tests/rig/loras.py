@@ -83,7 +83,7 @@ def kohya(shapes: Shapes, seed: int) -> State:
     make, state = Maker(seed), State()
     for name, (rows, columns) in shapes.items():
         key = _kohya_key(name)
-        up, down = _pair(make, rows, columns, scale=RANK / ALPHA)
+        up, down = pair(make, rows, columns, scale=RANK / ALPHA)
         state[f"{key}.lora_up.weight"] = up
         state[f"{key}.lora_down.weight"] = down
         state[f"{key}.alpha"] = torch.tensor(ALPHA)
@@ -95,7 +95,7 @@ def diffusers(shapes: Shapes, seed: int) -> State:
     make, state = Maker(seed), State()
 
     def add(key: str, rows: int, columns: int) -> None:
-        up, down = _pair(make, rows, columns)
+        up, down = pair(make, rows, columns)
         state[f"transformer.{key}.lora_B.weight"] = up
         state[f"transformer.{key}.lora_A.weight"] = down
 
@@ -123,7 +123,7 @@ def lokr(shapes: Shapes, seed: int) -> State:
         if number % 2:
             state[f"{key}.lokr_w2"] = make.normal(*size, std=STRENGTH * columns**-0.5)
         else:
-            up, down = _pair(make, *size, scale=RANK / ALPHA * (size[1] / columns) ** 0.5)
+            up, down = pair(make, *size, scale=RANK / ALPHA * (size[1] / columns) ** 0.5)
             state[f"{key}.lokr_w2_a"], state[f"{key}.lokr_w2_b"] = up, down
             state[f"{key}.alpha"] = torch.tensor(ALPHA)
     return state
@@ -136,7 +136,7 @@ def loha(shapes: Shapes, seed: int) -> State:
         key = _kohya_key(name)
         state[f"{key}.hada_w1_a"] = make.normal(rows, RANK, std=RANK**-0.25)
         state[f"{key}.hada_w1_b"] = make.normal(RANK, columns, std=RANK**-0.25)
-        up, down = _pair(make, rows, columns, scale=RANK / ALPHA)
+        up, down = pair(make, rows, columns, scale=RANK / ALPHA)
         state[f"{key}.hada_w2_a"], state[f"{key}.hada_w2_b"] = up, down
         state[f"{key}.alpha"] = torch.tensor(ALPHA)
     return state
@@ -163,13 +163,13 @@ def bfl_control(flux: State, seed: int) -> State:
         elif tensor.ndim == 2 and ("_blocks." in name or module in ("img_in", "txt_in")):
             rows, columns = tensor.shape
             columns = CONTROL_COLUMNS if module == "img_in" else columns
-            up, down = _pair(make, rows, columns)
+            up, down = pair(make, rows, columns)
             state[f"{module}.lora_B.weight"], state[f"{module}.lora_A.weight"] = up, down
             state[f"{module}.lora_B.bias"] = make.normal(rows, std=0.05)
     return state
 
 
-def _pair(
+def pair(
     make: Maker, rows: int, columns: int, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return matrices whose product is ``scale * STRENGTH`` of a linear layer's matrix."""

@@ -45,9 +45,9 @@ def files(flux: State) -> dict[str, QuantisedFile]:
     made = {
         "scaled-fp8": QuantisedFile(scaled_fp8(flux, with_inputs=False)),
         "scaled-fp8-input": QuantisedFile(scaled_fp8(flux, with_inputs=True)),
-        "mixed-fp8": _with_header(mixed(flux, _fp8)),
-        "mixed-fp8-input": _with_header(mixed(flux, _fp8) | _input_scales(flux, INPUT_SCALE)),
-        "mixed-fp8-tensors": QuantisedFile(mixed(flux, _fp8)),
+        "mixed-fp8": with_header(mixed(flux, fp8)),
+        "mixed-fp8-input": with_header(mixed(flux, fp8) | _input_scales(flux, INPUT_SCALE)),
+        "mixed-fp8-tensors": QuantisedFile(mixed(flux, fp8)),
         "mxfp8": QuantisedFile(mixed(flux, _mxfp8)),
         "nvfp4": QuantisedFile(mixed(flux, _nvfp4)),
         "nvfp4-input": QuantisedFile(mixed(flux, _nvfp4) | _input_scales(flux, INPUT_SCALE / 6.0)),
@@ -95,7 +95,7 @@ def _input_scales(flux: State, scale: torch.Tensor) -> State:
     }
 
 
-def _with_header(state: State) -> QuantisedFile:
+def with_header(state: State) -> QuantisedFile:
     """Move the formats from tensors to the header of the file."""
     suffix = ".comfy_quant"
     formats = {
@@ -116,7 +116,7 @@ def _scaled(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (tensor.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
-def _fp8(tensor: torch.Tensor) -> State:
+def fp8(tensor: torch.Tensor) -> State:
     weight, scale = _scaled(tensor)
     return {"weight": weight, "weight_scale": scale, "comfy_quant": _format("float8_e4m3fn")}
 

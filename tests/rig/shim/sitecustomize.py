@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import sys
 
+import rig_shim_corpus
+
 TYPE_CHECKING = False  # typing and importlib.util are slow to import at every start
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -71,7 +73,9 @@ def adapt_text_encoder_files(long_clipl: Any) -> None:
     ) -> tuple[Options, Options]:
         tokenizer_data, model_options = read(state_dict, tokenizer_data, model_options)
         model_options = dict(model_options)
-        for name, config in text_encoder_options(state_dict).items():
+        overrides = text_encoder_options(state_dict)
+        overrides |= rig_shim_corpus.language_model_options(state_dict)
+        for name, config in overrides.items():
             model_options[name] = {**config, **model_options.get(name, {})}
         return tokenizer_data, model_options
 
@@ -114,16 +118,16 @@ def adapt_diffusion_model(model_detection: Any) -> None:
 
 
 class Finder:
-    """Run an adaptation right after a module of ComfyUI was executed."""
+    """Run adaptations right after a module of ComfyUI was executed."""
 
-    def __init__(self, adaptations: Mapping[str, Callable[[Any], None]]) -> None:
+    def __init__(self, adaptations: Mapping[str, list[Callable[[Any], None]]]) -> None:
         self.adaptations = adaptations
         self.busy: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Find the module as the others would, and wrap its loader."""
-        adapt = self.adaptations.get(name)
-        if adapt is None or name in self.busy:
+        adaptations = self.adaptations.get(name)
+        if adaptations is None or name in self.busy:
             return None
         import importlib.util
 
@@ -139,16 +143,25 @@ class Finder:
 
         def exec_module(module: Any) -> None:
             execute(module)
-            adapt(module)
+            for adapt in adaptations:
+                adapt(module)
 
         loader.exec_module = exec_module
         return spec
 
 
-_adaptations = {
-    "comfy.text_encoders.long_clipl": adapt_text_encoder_files,
-    "comfy.sd": adapt_checkpoints,
+_adaptations: Mapping[str, list[Callable[[Any], None]]] = {
+    "comfy.text_encoders.long_clipl": [adapt_text_encoder_files],
+    "comfy.sd": [
+        adapt_checkpoints,
+        rig_shim_corpus.adapt_text_encoder_kinds,
+        rig_shim_corpus.adapt_vae,
+    ],
+    "comfy.clip_vision": [rig_shim_corpus.adapt_vision],
+    "comfy.ldm.flux.redux": [rig_shim_corpus.adapt_redux],
+    "comfy.text_encoders.flux": [rig_shim_corpus.adapt_mistral_tokenizer],
 }
 if os.environ.get("RIG_SHIM_DIFFUSION") != "0":
-    _adaptations["comfy.model_detection"] = adapt_diffusion_model
+    diffusion_model = [adapt_diffusion_model, rig_shim_corpus.adapt_radiance]
+    _adaptations = {**_adaptations, "comfy.model_detection": diffusion_model}
 sys.meta_path.insert(0, Finder(_adaptations))
