@@ -123,7 +123,7 @@ class Pristine:
             # An object patch that was taken back leaves the bound original behind as an instance
             # attribute: compare functions, not presence.
             own = flux.__dict__.get(name)
-            stock = inspect.getattr_static(type(flux), name)
+            stock = inspect.getattr_static(type(flux), name, None)
             if own is not None and getattr(own, "__func__", own) is not stock:
                 found.append(
                     Refusal(f"a node replaced {name} of this model", is_around_blocks=True)
@@ -145,7 +145,7 @@ class Pristine:
             is_block = name.split(".")[0] in BLOCK_LISTS
             own = module.__dict__.get("forward")
             # What was put back leaves the bound original behind: compare functions.
-            stock = inspect.getattr_static(type(module), "forward")
+            stock = inspect.getattr_static(type(module), "forward", None)
             is_foreign = own is not None and getattr(own, "__func__", own) is not stock
             is_compiled = hasattr(module, "_orig_mod")
             if is_foreign and not is_compiled and module is not flux:
@@ -226,7 +226,7 @@ def check_grad(x: Any) -> list[Refusal]:
 def check_forward(flux: Any) -> list[Refusal]:
     """See why a call did not come to ``_forward``, if a node is the reason."""
     own = vars(flux).get("forward")
-    stock = inspect.getattr_static(type(flux), "forward")
+    stock = inspect.getattr_static(type(flux), "forward", None)
     if own is None or getattr(own, "__func__", own) is stock:
         return []
     return [Refusal("a node replaced forward of this model", Scope.STEP)]
