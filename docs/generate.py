@@ -187,7 +187,7 @@ def _why(row: dict[str, Any]) -> str:
         reason: None
         for runs in row["found"].values()
         for run in runs.values()
-        for reason in run["reasons"]
+        for reason in (*run["reasons"], *(f"its ControlNet: {x}" for x in run["controls_alone"]))
     }
     return row["why"] or "; ".join(reasons)
 

@@ -89,6 +89,7 @@ ROWS: dict[str, Row] = {
         "RigReplacedBlocks", outcome=FALLS_BACK, reason="a node replaces dit blocks"
     ),
     "IPAdapter-Flux": replaced("RigAdapter", "a block of this model by AdapterBlock"),
+    "a block around ComfyUI's": replaced("RigWrapping", "a block of this model by WrappingBlock"),
     "XLabs": replaced("RigProcessor", "a block of this model by ProcessedBlock"),
     "NAG (node pack)": through(
         "RigNegativeGuidance",
@@ -109,6 +110,15 @@ ROWS: dict[str, Row] = {
     ),
     "unknown attention override, all tokens": through(
         "RigShiftedTokens", outcome=FALLS_BACK, reason="overrides the attention function"
+    ),
+    "attention override that counts its calls": through(
+        "RigCounting", outcome=FALLS_BACK, reason="overrides the attention function"
+    ),
+    "closure that runs a block twice": through(
+        "RigTwice", outcome=FALLS_BACK, reason="a node replaces dit blocks"
+    ),
+    "closure that counts its calls and leaves blocks out": through(
+        "RigCounted", outcome=FALLS_BACK, reason="a node replaces dit blocks"
     ),
     "unknown post_input patch": through(
         "RigPostInput", outcome=FALLS_BACK, reason="a node set a post_input patch"
