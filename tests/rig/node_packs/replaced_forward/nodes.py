@@ -45,6 +45,7 @@ def cached_forward(
     timesteps: Any,
     y: Any,
     guidance: Any = None,
+    control: Any = None,
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
@@ -56,7 +57,7 @@ def cached_forward(
     if self.rig_calls == 1 or float((seen - self.rig_seen).abs().mean()) > LITTLE:
         self.rig_seen = seen
         before = img.clone()
-        img = all_blocks(self)(img, txt, given)
+        img = all_blocks(self, control=control)(img, txt, given)
         self.rig_residual = img - before
     else:
         img = img + self.rig_residual
