@@ -148,10 +148,23 @@ def compatibility_page() -> str:
         f"{min(run['psnr_db'] for run in compared):.0f} dB.",
         "",
         "- **parallel**: every step is computed by all ranks together.",
-        "- **parallel with gather**: so too, but a node's function is given all tokens, which are",
-        "  collected for it on every rank.",
+        "- **parallel with gather**: so too, but a node's own code is given all tokens, collected",
+        "  for it on every rank, or in ComfyUI while the blocks run on the ranks. Steps in which",
+        "  a cache leaves all blocks out need no ranks.",
         "- **falls back**: ComfyUI computes these steps on one GPU, as without this package. Where",
         "  only some steps of a graph do so, it says how many.",
+        "",
+        "The rule for what nodes set, in this order:",
+        "",
+        "| what it is | what becomes of it |",
+        "|---|---|",
+        "| what this model never reads | parallel |",
+        "| what works outside of the model: samplers, guiders, wrappers | parallel |",
+        "| a patch known to look at one token at a time | parallel |",
+        "| a patch inside a block that keeps nothing between calls | parallel with gather |",
+        "| code around the blocks: a loop of its own, a function in a block's place, tokens added "
+        "before the first block, hooks on a block | parallel with gather |",
+        "| anything else | falls back, with its reason in the log |",
         "",
         "Node packs are tested by stand-ins that reach into ComfyUI as the pack does. See",
         "[troubleshooting](troubleshooting.md) for the reasons.",
@@ -182,12 +195,17 @@ def _outcome(runs: dict[str, Any]) -> str:
     return str(run["outcome"])
 
 
+def _controls_alone(run: dict[str, Any]) -> list[str]:
+    """Return why ComfyUI computes the ControlNets of a row itself."""
+    return [f"its ControlNet runs on one GPU: {reason}" for reason in run["controls_alone"]]
+
+
 def _why(row: dict[str, Any]) -> str:
     reasons = {
         reason: None
         for runs in row["found"].values()
         for run in runs.values()
-        for reason in run["reasons"]
+        for reason in (*run["reasons"], *run.get("gather_reasons", ()), *_controls_alone(run))
     }
     return row["why"] or "; ".join(reasons)
 

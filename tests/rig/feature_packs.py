@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from rig import weight_graphs
-from rig.feature_controls import XLABS
+from rig.feature_controls import INSTANTX_UNION, XLABS
 from rig.feature_graphs import Draft
 from rig.feature_rows import FALLS_BACK, TO_BUILD, UNSEEN, Row, plain
 
@@ -54,6 +54,11 @@ def masked_control_with_cfg(draft: Draft) -> None:
     draft.set(cfg=3.0)
 
 
+def cached_control(draft: Draft) -> None:
+    draft.control(INSTANTX_UNION, kind="tile")
+    draft.model("RigStepCache")
+
+
 ROWS: dict[str, Row] = {
     "ComfyUI-GGUF": Row(gguf),
     "Advanced-ControlNet (masked residuals)": Row(masked_control),
@@ -81,6 +86,9 @@ ROWS: dict[str, Row] = {
         same_as_plain="only speed differs",
     ),
     "TeaCache and MagCache": replaced("RigStepCache", "replaced forward_orig", steps=4),
+    "TeaCache and MagCache, ControlNet": Row(
+        cached_control, FALLS_BACK, "replaced forward_orig", why=REPLACED, steps=4
+    ),
     "WaveSpeed, first block cache": replaced(
         "RigFirstBlockCache", "replaced a block of this model by CachedBlocks", steps=4
     ),
@@ -89,6 +97,7 @@ ROWS: dict[str, Row] = {
         "RigReplacedBlocks", outcome=FALLS_BACK, reason="a node replaces dit blocks"
     ),
     "IPAdapter-Flux": replaced("RigAdapter", "a block of this model by AdapterBlock"),
+    "a block around ComfyUI's": replaced("RigWrapping", "a block of this model by WrappingBlock"),
     "XLabs": replaced("RigProcessor", "a block of this model by ProcessedBlock"),
     "NAG (node pack)": through(
         "RigNegativeGuidance",
@@ -109,6 +118,15 @@ ROWS: dict[str, Row] = {
     ),
     "unknown attention override, all tokens": through(
         "RigShiftedTokens", outcome=FALLS_BACK, reason="overrides the attention function"
+    ),
+    "attention override that counts its calls": through(
+        "RigCounting", outcome=FALLS_BACK, reason="overrides the attention function"
+    ),
+    "closure that runs a block twice": through(
+        "RigTwice", outcome=FALLS_BACK, reason="a node replaces dit blocks"
+    ),
+    "closure that counts its calls and leaves blocks out": through(
+        "RigCounted", outcome=FALLS_BACK, reason="a node replaces dit blocks"
     ),
     "unknown post_input patch": through(
         "RigPostInput", outcome=FALLS_BACK, reason="a node set a post_input patch"

@@ -34,6 +34,8 @@ class Found:
     steps_parallel: int = 0
     steps_gathered: int = 0
     steps_fell_back: int = 0
+    steps_skipped: int = 0
+    gather_reasons: tuple[str, ...] = ()
     controls_parallel: int = 0
     controls_alone: tuple[str, ...] = ()
     max_pixel: int | None = None
@@ -107,8 +109,8 @@ def found(
     def more(name: str) -> int:
         return int(after.get(name, 0)) - int(before.get(name, 0))
 
-    parallel, gathered, fell = (
-        more(name) for name in ("steps_parallel", "steps_gathered", "steps_fell_back")
+    parallel, gathered, fell, skipped = (
+        more(f"steps_{name}") for name in ("parallel", "gathered", "fell_back", "skipped")
     )
     reasons = _more(before["fall_back_reasons"], after["fall_back_reasons"])
     controls, controls_before = after["controls"], before["controls"]
@@ -125,6 +127,8 @@ def found(
         steps_parallel=parallel,
         steps_gathered=gathered,
         steps_fell_back=fell,
+        steps_skipped=skipped,
+        gather_reasons=tuple(after["last_run"].get("gather_reasons", ())) if gathered else (),
         controls_parallel=controls["parallel"] - controls_before["parallel"],
         controls_alone=tuple(_more(controls_before["alone"], controls["alone"])),
         max_pixel=difference.max_pixel,

@@ -166,13 +166,16 @@ def _areas(choose: Choices, draft: Draft) -> list[str]:
 def _style(choose: Choices, draft: Draft) -> list[str]:
     if not choose.chance(0.2):
         return []
-    kind = choose.one(("multiply", "attn_bias"))
+    # ComfyUI's mask is for the whole picture.
+    kind = choose.one(("multiply", "attn_bias")) if not _has_areas(draft) else "multiply"
     style(draft, kind, choose.number(0.3, 0.9))
     return [f"Redux {kind}"]
 
 
 def _controls(choose: Choices, draft: Draft) -> list[str]:
-    parts = []
+    parts: list[str] = []
+    if _holds(draft, "FluxDisableGuidance"):  # ComfyUI's ControlNets ask for guidance.
+        return parts
     files = (*LATENT_HINTS, *PICTURE_HINTS) if _has_whole_tokens(draft) else LATENT_HINTS
     for _ in range(choose.one((0, 0, 0, 1, 1, 2))):
         file = choose.one(files)
@@ -187,19 +190,31 @@ def _controls(choose: Choices, draft: Draft) -> list[str]:
     return parts
 
 
+def _holds(draft: Draft, *values: str) -> bool:
+    """Whether a node is of one of these kinds, or has one of these values."""
+    texts = [
+        text
+        for node in draft.nodes.values()
+        for text in (node["class_type"], *node["inputs"].values())
+        if isinstance(text, str)
+    ]
+    return any(value in texts for value in values)
+
+
+def _has_areas(draft: Draft) -> bool:
+    """Whether a part of the picture is computed for itself."""
+    return _holds(draft, "ConditioningSetAreaPercentage", "mask bounds")
+
+
 def _has_whole_tokens(draft: Draft) -> bool:
     """Whether no part of the picture ends in the middle of a token."""
     sides = [draft.nodes["7"]["inputs"][name] for name in ("width", "height")]
-    parts = [
-        node
-        for node in draft.nodes.values()
-        if node["class_type"] == "ConditioningSetAreaPercentage"
-        or node["inputs"].get("set_cond_area") == "mask bounds"
-    ]
-    return not parts and all(side % 16 == 0 for side in sides)
+    return not _has_areas(draft) and all(side % 16 == 0 for side in sides)
 
 
 def _references(choose: Choices, draft: Draft) -> list[str]:
+    if _holds(draft, "attn_bias"):  # ComfyUI's mask has no room for references.
+        return []
     sizes = [
         (choose.one(REFERENCE_SIDES), choose.one(REFERENCE_SIDES))
         for _ in range(choose.one((0, 0, 0, 1, 1, 2, 3)))

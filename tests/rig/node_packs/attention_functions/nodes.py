@@ -64,8 +64,22 @@ class ShiftedTokens(Override):
         return shifted
 
 
+class Counting(Override):
+    """A closure that keeps count of its calls, so that it cannot be run anywhere else."""
+
+    def override(self) -> Any:
+        calls = [0]
+
+        def counting(func: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            return func(q * (1.4 if calls[0] % 2 else 0.8), *args, **kwargs)
+
+        return counting
+
+
 NODE_CLASS_MAPPINGS = {
     "RigOtherBackend": OtherBackend,
     "RigSharpened": Sharpened,
     "RigShiftedTokens": ShiftedTokens,
+    "RigCounting": Counting,
 }

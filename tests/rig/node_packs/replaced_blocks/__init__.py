@@ -8,8 +8,10 @@ Written for the tests; only the mechanism is that of the packs named at each nod
 from __future__ import annotations
 
 import unittest.mock
+from collections.abc import Callable
 from typing import Any
 
+import comfy.ldm.flux.math
 import comfy_api.torch_helpers
 import torch
 
@@ -24,6 +26,34 @@ def attend(img: torch.Tensor, seed: int) -> torch.Tensor:
     """Attention of the image tokens to eight fixed ones: what face and image adapters add."""
     faces = noise(seed, 8, WIDTH).to(img)
     return 0.5 * torch.softmax(img @ faces.T / WIDTH**0.5, dim=-1) @ faces
+
+
+def own_forward(
+    layers: Any, img: Any, txt: Any, vec: Any, pe: Any, extra: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """Compute a double block from its layers; ``extra`` is added to the image's attention."""
+    streams = ((txt, "txt"), (img, "img"))
+    mods = {name: getattr(layers, f"{name}_mod")(vec) for _, name in streams}
+    parts: list[list[torch.Tensor]] = [[], [], []]
+    for tokens, name in streams:
+        attention_layer, first = getattr(layers, f"{name}_attn"), mods[name][0]
+        normed = (1 + first.scale) * getattr(layers, f"{name}_norm1")(tokens) + first.shift
+        q, k, v = attention_layer.qkv(normed).unflatten(-1, (3, layers.num_heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        for part, value in zip(parts, (*attention_layer.norm(q, k, v), v), strict=True):
+            part.append(value)
+    q, k, v = (torch.cat(part, dim=2) for part in parts)
+    joint = comfy.ldm.flux.math.attention(q, k, v, pe=pe, mask=None)
+    results = []
+    for (tokens, name), out in zip(
+        streams, joint.split([txt.shape[1], img.shape[1]], 1), strict=True
+    ):
+        first, second = mods[name]
+        out = out + extra(out) if name == "img" else out
+        tokens = tokens + first.gate * getattr(layers, f"{name}_attn").proj(out)
+        normed = (1 + second.scale) * getattr(layers, f"{name}_norm2")(tokens) + second.shift
+        results.append(tokens + second.gate * getattr(layers, f"{name}_mlp")(normed))
+    return results[1], results[0]
 
 
 class ModelNode:
@@ -79,15 +109,14 @@ class FirstBlockCache(ModelNode):
 
 
 class AdapterBlock(torch.nn.Module):
-    """A block that runs ComfyUI's and adds attention to an image prompt."""
+    """A block with ComfyUI's layers and a forward of its own, which attends to a picture too."""
 
     def __init__(self, block: Any, seed: int) -> None:
         super().__init__()
-        self.block, self.seed = block, seed
+        self.layers, self.seed = block, seed
 
-    def forward(self, img: Any, txt: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        img, txt = self.block(img, txt, *args, **kwargs)
-        return img + attend(img, self.seed), txt
+    def forward(self, img: Any, txt: Any, vec: Any, pe: Any, **_: Any) -> tuple[Any, Any]:
+        return own_forward(self.layers, img, txt, vec, pe, lambda out: attend(out, self.seed))
 
 
 class Adapter(ModelNode):
@@ -101,69 +130,52 @@ class Adapter(ModelNode):
         return (model,)
 
 
+class WrappingBlock(torch.nn.Module):
+    """A block that runs ComfyUI's and adds attention to a picture."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, img: Any, txt: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        img, txt = self.block(img, txt, *args, **kwargs)
+        return img + attend(img, 8), txt
+
+
+class Wrapping(ModelNode):
+    """An object patch that is a block around ComfyUI's."""
+
+    def change(self, model: Any) -> tuple[Any]:
+        model = model.clone()
+        block = WrappingBlock(model.model.diffusion_model.double_blocks[1])
+        model.add_object_patch("diffusion_model.double_blocks.1", block)
+        return (model,)
+
+
 class ProcessedBlock(torch.nn.Module):
     """A block that leaves its work to a processor, which can be exchanged."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.block, self.processor = block, None
+        self.layers, self.processor = block, None
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def forward(self, img: Any, txt: Any, vec: Any, pe: Any, **_: Any) -> tuple[Any, Any]:
         assert self.processor is not None
-        return self.processor(self.block, *args, **kwargs)
+        return self.processor(self.layers, img, txt, vec, pe)
 
 
-def processor(block: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    img, txt = block(*args, **kwargs)
-    return img + 0.5 * attend(img, 5), txt
+def processor(layers: Any, img: Any, txt: Any, vec: Any, pe: Any) -> tuple[Any, Any]:
+    return own_forward(layers, img, txt, vec, pe, lambda out: 0.5 * attend(out, 5))
 
 
 class Processor(ModelNode):
-    """XLabs: blocks with a processor, and the processor itself an object patch."""
+    """XLabs: blocks with a processor."""
 
     def change(self, model: Any) -> tuple[Any]:
         model = model.clone()
         block = ProcessedBlock(model.model.diffusion_model.double_blocks[0])
         block.processor = processor
         model.add_object_patch("diffusion_model.double_blocks.0", block)
-        return (model,)
-
-
-class ReplacedBlocks(ModelNode):
-    """PuLID_Flux_ll: closures in ``patches_replace``, around ComfyUI's block; needs all tokens."""
-
-    def change(self, model: Any) -> tuple[Any]:
-        model = model.clone()
-
-        def double(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-            out = extra["original_block"](args)
-            img = out["img"]
-            out["img"] = img + attend(img, 6) + 0.1 * img.mean(dim=1, keepdim=True)
-            return out
-
-        def single(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-            out = extra["original_block"](args)
-            joint = out["img"]
-            first, end = args["transformer_options"].get("img_slice", (256, joint.shape[1]))
-            picture = joint[:, first:end]
-            joint[:, first:end] = picture + 0.5 * attend(picture, 7)
-            return out
-
-        model.set_model_patch_replace(double, "dit", "double_block", 1)
-        model.set_model_patch_replace(single, "dit", "single_block", 0)
-        return (model,)
-
-
-class Hooked(ModelNode):
-    """Anything that watches or changes a block through PyTorch's own hooks."""
-
-    def change(self, model: Any) -> tuple[Any]:
-        model = model.clone()
-
-        def hook(module: Any, args: Any, output: tuple[Any, Any]) -> tuple[Any, Any]:
-            return output[0] * 1.1, output[1]
-
-        model.model.diffusion_model.double_blocks[0].register_forward_hook(hook)
         return (model,)
 
 
@@ -190,9 +202,8 @@ class CompiledModel(ModelNode):
 NODE_CLASS_MAPPINGS = {
     "RigFirstBlockCache": FirstBlockCache,
     "RigAdapter": Adapter,
+    "RigWrapping": Wrapping,
     "RigProcessor": Processor,
-    "RigReplacedBlocks": ReplacedBlocks,
-    "RigHooked": Hooked,
     "RigCompiledBlocks": CompiledBlocks,
     "RigCompiledModel": CompiledModel,
 }

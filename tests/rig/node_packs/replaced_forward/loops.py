@@ -2,7 +2,7 @@
 
 Runs in: a ComfyUI process of a test server.
 
-Takes plain calls only: no ControlNet, no references with a time step of their own, no patches.
+Takes plain calls and ControlNets: no references with a time step of their own, no patches.
 """
 
 from __future__ import annotations
@@ -30,17 +30,29 @@ def embedded(
 
 
 def all_blocks(
-    flux: Any, after: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    flux: Any,
+    after: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    control: Any = None,
 ) -> Blocks:
     """Return a function that runs every block; ``after`` sees the image tokens of each."""
+
+    def residual(kind: str, number: int) -> torch.Tensor | None:
+        residuals = (control or {}).get(kind, ())
+        return residuals[number] if number < len(residuals) else None
 
     def run(img: torch.Tensor, txt: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         for number, block in enumerate(flux.double_blocks):
             img, txt = block(img=img, txt=txt, **given)
+            add = residual("input", number)
+            if add is not None:
+                img += add
             img = img if after is None else after(number, img)
         joint = torch.cat((txt, img), dim=1)
-        for block in flux.single_blocks:
+        for number, block in enumerate(flux.single_blocks):
             joint = block(joint, **given)
+            add = residual("output", number)
+            if add is not None:
+                joint[:, txt.shape[1] :] += add
         return joint[:, txt.shape[1] :]
 
     return run
