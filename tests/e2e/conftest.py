@@ -19,8 +19,9 @@ GGUF_PACK = Path(__file__).parents[1] / "rig" / "gguf_pack"
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable.
 
-    ``variants`` adds the model files of ``rig.checkpoints``; ``node_packs`` are custom nodes. Most
-    tests leave both alone and so share one stock server and one with ranks.
+    ``variants`` adds the model files of ``rig.checkpoints``, and ``models`` is another directory of
+    models; ``node_packs`` are custom nodes. Most tests leave all of them alone and so share one
+    stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
 
@@ -30,9 +31,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         hidden: int = 768,
         variants: bool = True,
         node_packs: tuple[Path, ...] = (GGUF_PACK,),
+        models: Path | None = None,
         **env: str,
     ) -> Server:
-        kind = ("models", f"{hidden} {variants} {node_packs}")
+        kind = ("models", f"{models or hidden} {variants} {node_packs}")
         key = (tree.version, (kind, *sorted(env.items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
             return running[key][0]
@@ -43,7 +45,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
                 del running[other]
         stack = ExitStack()
         path = Path(tmp_path_factory.mktemp("comfyui"))
-        models = models_directory(Sizes(hidden=hidden, variants=variants))
+        models = models or models_directory(Sizes(hidden=hidden, variants=variants))
         base = stack.enter_context(base_directory(path, models))
         started = Server(tree, base, env=env, node_packs=node_packs)
         running[key] = (stack.enter_context(started), stack)

@@ -49,6 +49,8 @@ NEWER = (
     "image_longcat_image_edit",
 )
 NAMES = {"0.3.75": FLUX1 + CHROMA + FLUX2, "0.33.0": FLUX1 + CHROMA + FLUX2 + NEWER}
+# One calls paid services beside FLUX.2, the other upscales with a model that is not of the family.
+LEFT_OUT = ("templates-all_in_one-image_edit_models", "utility_pid_latent_upscale_dit")
 # What a template must name to belong here: a model file of the family, among its loaders' values.
 FAMILY_FILES = re.compile(
     r"(flux|chroma|longcat|ovis)[^/]*\.(safetensors|sft|gguf)$", re.IGNORECASE

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rig import encoder_weights, family_weights, loras, quantised, weights
+from rig import encoder_weights, family_weights, loras, lotus_weights, quantised, weights
 from rig.checkpoints import CHECKPOINT_DTYPE, Sizes, checkpoint, models_directory
 from rig.environment import cache_root
 from rig.quantised import QuantisedFile
@@ -29,6 +29,7 @@ SOURCES = (
     "encoder_weights.py",
     "family_weights.py",
     "loras.py",
+    "lotus_weights.py",
     "quantised.py",
     "weights.py",
     "checkpoints.py",
@@ -81,6 +82,7 @@ def files() -> Files:
         made |= {f"{folder}/{name}": file for name, file in part().items()}
     schnell = checkpoint(SIZES, _cast(flux1(2, guidance=False), CHECKPOINT_DTYPE))
     made["checkpoints/flux1-schnell-fp8.safetensors"] = QuantisedFile(schnell)
+    made["diffusion_models/lotus-depth-d-v1-1.safetensors"] = _plain(lotus_weights.lotus(seed=91))
     made |= _vision()
     made |= _vaes()
     return made
@@ -239,6 +241,9 @@ def _vaes() -> Files:
         return QuantisedFile({name: tensor.contiguous() for name, tensor in state.items()})
 
     return {
+        "vae/vae-ft-mse-840000-ema-pruned.safetensors": _plain(
+            lotus_weights.vae(seed=92), torch.float32
+        ),
         "vae/flux2-vae.safetensors": vae(decoder_width=32),
         "vae/full_encoder_small_decoder.safetensors": vae(decoder_width=64),
     }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     StateDict = Mapping[str, Any]
 
 HEAD_WIDTH = 128
+LOTUS_HEAD_WIDTH = 64
 NARROW = 1024
 NARROWER = 64
 LANGUAGE_NORM = "model.layers.0.post_attention_layernorm.weight"
@@ -158,6 +159,14 @@ def adapt_radiance(model_detection: Any) -> None:
         return config
 
     model_detection.detect_unet_config = detect_unet_config
+
+
+def adapt_lotus(supported_models: Any) -> None:
+    """Give Lotus its width of a head also where the file has ComfyUI's own names for its layers.
+
+    ComfyUI 0.3.75 adds it for diffusers' names only; later versions have this very line.
+    """
+    supported_models.LotusD.unet_extra_config.setdefault("num_head_channels", LOTUS_HEAD_WIDTH)
 
 
 def adapt_mistral_tokenizer(flux: Any) -> None:

@@ -146,6 +146,7 @@ _adaptations: Mapping[str, list[Callable[[Any], None]]] = {
         rig_shim_corpus.adapt_text_encoder_kinds,
         rig_shim_corpus.adapt_vae,
     ],
+    "comfy.supported_models": [rig_shim_corpus.adapt_lotus],
     "comfy.clip_vision": [rig_shim_corpus.adapt_vision],
     "comfy.ldm.flux.redux": [rig_shim_corpus.adapt_redux],
     "comfy.text_encoders.flux": [rig_shim_corpus.adapt_mistral_tokenizer],
