@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit_patch import __version__
-from comfy_xdit_patch.bootstrap import SAMPLING_MODULES
+from comfy_xdit_patch.bootstrap import CONTROL_MODULES, SAMPLING_MODULES, SERVER_MODULES
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.patchset import PatchSet
-from comfy_xdit_patch.patching.points import sampling_points, server_points
+from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
 from comfy_xdit_patch.patching.wrappers import Wrappers
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.topology import Device, choose_devices
@@ -37,17 +37,20 @@ class Activation:
         self.host: Host | None = None
         self.refused: str | None = None
         self.sampling: PatchSet | None = None
+        self.controls: PatchSet | None = None
         self.server: PatchSet | None = None
+        self._ready: set[frozenset[str]] = set()
 
     def modules_ready(self, names: frozenset[str], root: str) -> None:
         """Act on a complete set of ComfyUI's modules."""
+        self._ready.add(names)
+        if names == SERVER_MODULES:
+            self._activate_server()
+            return
         if names == SAMPLING_MODULES:
             self._activate_sampling(root)
-        else:
-            self.server = PatchSet(server_points(self._around_add_routes))
-            misfit = self.server.install()
-            if misfit is not None:
-                log.warning("xDiT: GET /xdit/status is not available: %s", misfit)
+        if self.host is not None and CONTROL_MODULES in self._ready:
+            self._activate_controls(self.host)
 
     def status(self) -> dict[str, Any]:
         """The status object of ``GET /xdit/status``."""
@@ -88,6 +91,19 @@ class Activation:
             pool.device_word,
             settings.strategy,
         )
+
+    def _activate_controls(self, host: Host) -> None:
+        host.remember_controls(sys.modules)
+        self.controls = PatchSet(control_points(Wrappers(host)))
+        misfit = self.controls.install()
+        if misfit is not None:
+            log.warning("xDiT: ControlNets run on one GPU: %s", misfit)
+
+    def _activate_server(self) -> None:
+        self.server = PatchSet(server_points(self._around_add_routes))
+        misfit = self.server.install()
+        if misfit is not None:
+            log.warning("xDiT: GET /xdit/status is not available: %s", misfit)
 
     def _around_add_routes(
         self, wrapped: Callable[..., Any], server: Any, args: Any, kwargs: Any

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # are named here so that a process without ComfyUI pays for two sets and no import.
 SAMPLING_MODULES = frozenset(
     {
+        "comfy.ldm.chroma.model",
+        "comfy.ldm.chroma_radiance.model",
         "comfy.ldm.flux.model",
         "comfy.model_base",
         "comfy.model_management",
@@ -33,7 +35,9 @@ SAMPLING_MODULES = frozenset(
         "comfy.sd",
     }
 )
+CONTROL_MODULES = frozenset({"comfy.controlnet", "comfy.ldm.flux.controlnet"})
 SERVER_MODULES = frozenset({"server"})
+SETS = (SAMPLING_MODULES, CONTROL_MODULES, SERVER_MODULES)
 WORKER_MARK = "_COMFY_XDIT_WORKER"
 """Set in a worker's environment: a worker imports ComfyUI and must not patch it."""
 
@@ -66,7 +70,7 @@ class _Finder:
     """A meta path finder that finds nothing itself, and notes when ComfyUI's modules are ready."""
 
     def __init__(self) -> None:
-        self.waiting = set(SAMPLING_MODULES | SERVER_MODULES)
+        self.waiting = set().union(*SETS)
         self.ready: dict[str, str] = {}
 
     def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
@@ -105,7 +109,7 @@ class _Finder:
     def _module_ready(self, name: str, root: str) -> None:
         try:
             self.ready[name] = root
-            names = SAMPLING_MODULES if name in SAMPLING_MODULES else SERVER_MODULES
+            names = next(names for names in SETS if name in names)
             if all(self.ready.get(other) == root for other in names):
                 from comfy_xdit_patch import activation
 

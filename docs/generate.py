@@ -90,7 +90,7 @@ def _no_wrapper(*_: Any) -> None:
 
 def patch_points_page() -> str:
     """Return the page of every attribute of ComfyUI that is touched."""
-    from comfy_xdit_patch.patching.points import sampling_points, server_points
+    from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
 
     stand_in: Any = NoWrappers()
     lines = [
@@ -107,6 +107,12 @@ def patch_points_page() -> str:
         "## Sampling",
         "",
         *_points_table(sampling_points(stand_in)),
+        "",
+        "## ControlNets",
+        "",
+        "Without these, ControlNets run on one GPU and their residuals are carried.",
+        "",
+        *_points_table(control_points(stand_in)),
         "",
         "## Server",
         "",

@@ -10,14 +10,16 @@ import time
 
 import torch
 
+from comfy_xdit_patch.engine.control import control_share
 from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.placing import Progress
-from comfy_xdit_patch.engine.residents import Residents
+from comfy_xdit_patch.engine.residents import Resident, Residents
+from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.messages import Forward, Load
-from comfy_xdit_patch.transport.replies import Done, Loaded, NotLoaded
+from comfy_xdit_patch.transport.messages import Control, Forward, Load
+from comfy_xdit_patch.transport.replies import Controlled, Done, Loaded, NotLoaded
 from comfy_xdit_patch.transport.slots import SlotMap
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class Engine:
         self._groups = groups
         self._slots = slots
         self._residents = Residents(slots, groups)
+        self._residuals = Residuals()
         self._num_forwards = 0
 
     def load(self, message: Load, progress: Progress) -> Loaded | NotLoaded:
@@ -69,9 +72,7 @@ class Engine:
         Collective: every rank gets the same message.
         """
         start = time.perf_counter()
-        resident = self._residents.get(message.model)
-        if resident is None:
-            raise WorkerError(f"Model {message.model} is asked for and not held.")
+        resident = self._resident(message.model)
         plan = ParallelPlan(self._groups.world_size, message.batch_degree, message.ulysses_degree)
         arguments = self._slots.fetch(message.arguments)
         rank = self._groups.rank
@@ -88,6 +89,7 @@ class Engine:
                 # A shard's layers get their scales only when their block begins; where a scale goes
                 # is a matter of rounding.
                 scaled={} if resident.blocks is not None else resident.scaled,
+                residuals=self._residuals,
             )
             if resident.blocks is not None:
                 bytes_sent += resident.blocks.bytes_gathered - gathered
@@ -108,3 +110,37 @@ class Engine:
             bytes_between_ranks=bytes_sent,
             bytes_written=bytes_written,
         )
+
+    def control(self, message: Control) -> Controlled:
+        """Compute this rank's tokens of a ControlNet's residuals, and keep them.
+
+        Collective: every rank gets the same message.
+        """
+        start = time.perf_counter()
+        resident = self._resident(message.model)
+        plan = ParallelPlan(self._groups.world_size, message.batch_degree, message.ulysses_degree)
+        arguments = self._slots.fetch(message.arguments)
+        with torch.inference_mode():
+            layout, residuals, bytes_sent = control_share(
+                resident.flux, arguments, plan=plan, groups=self._groups
+            )
+        self._residuals.keep(message.call, residuals)
+        num_rows, features = arguments["x"].shape[0], residuals.tensors[0].shape[-1]
+        return Controlled(
+            request=message.request,
+            layout=layout,
+            dtype=str(residuals.tensors[0].dtype).removeprefix("torch."),
+            shape=(num_rows, sum(residuals.image), features),
+            seconds=time.perf_counter() - start,
+            bytes_between_ranks=bytes_sent,
+        )
+
+    def forget(self, calls: list[int]) -> None:
+        """Free residuals that the host does not refer to any more."""
+        self._residuals.forget(calls)
+
+    def _resident(self, model: int) -> Resident:
+        resident = self._residents.get(model)
+        if resident is None:
+            raise WorkerError(f"Model {model} is asked for and not held.")
+        return resident

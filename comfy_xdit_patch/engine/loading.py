@@ -39,6 +39,8 @@ def load_patcher(source: ModelSource) -> Any:
     with mapped_weights():
         if source.loader == "load_diffusion_model":
             return comfy.sd.load_diffusion_model(source.path, model_options=options)
+        if source.loader == "load_controlnet":
+            return _controlnet(source.path, options)
         return comfy.sd.load_checkpoint_guess_config(
             source.path,
             output_vae=False,
@@ -46,6 +48,27 @@ def load_patcher(source: ModelSource) -> Any:
             output_clipvision=False,
             model_options=options,
         )[0]
+
+
+class _Holder(torch.nn.Module):
+    """Gives a ControlNet's module the place that a diffusion model has in ComfyUI's BaseModel."""
+
+    def __init__(self, control: Any) -> None:
+        super().__init__()
+        self.diffusion_model = control.control_model
+        self.manual_cast_dtype = control.manual_cast_dtype
+
+
+def _controlnet(path: str, options: dict[str, Any]) -> Any:
+    import comfy.controlnet
+    import comfy.model_patcher
+
+    control = comfy.controlnet.load_controlnet(path, model_options=options)
+    return comfy.model_patcher.ModelPatcher(
+        _Holder(control),
+        load_device=control.control_model_wrapped.load_device,
+        offload_device=control.control_model_wrapped.offload_device,
+    )
 
 
 @contextmanager

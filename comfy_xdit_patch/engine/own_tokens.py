@@ -5,8 +5,7 @@ Runs in: worker process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -39,19 +38,6 @@ class OwnTokens:
             if start < length
         ]
         return torch.cat(parts, SEQUENCE_DIM) if len(parts) > 1 else (*parts, whole[:, :0])[0]
-
-    def control(self, control: Mapping[str, Any]) -> dict[str, Any]:
-        """Residuals by block; a tensor that many blocks share is cut once."""
-        cut: dict[int, torch.Tensor] = {}
-
-        def one(residual: torch.Tensor | None) -> torch.Tensor | None:
-            if residual is None:
-                return None
-            if id(residual) not in cut:
-                cut[id(residual)] = self.image(residual)
-            return cut[id(residual)]
-
-        return {name: [one(residual) for residual in part] for name, part in control.items()}
 
     def ranges(self, ranges: Sequence[Sequence[int]]) -> list[list[int]]:
         """Ranges of the image stream, as this rank numbers its own part of it."""

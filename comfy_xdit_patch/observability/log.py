@@ -20,6 +20,13 @@ def warn_once(reason: str) -> None:
         log.warning("xDiT: running on one GPU as ComfyUI does: %s.", reason)
 
 
+def note_once(text: str) -> None:
+    """Say something that takes no step out of the parallel path, once."""
+    if text not in _said:
+        _said.add(text)
+        log.info("xDiT: %s.", text)
+
+
 def summary(run: RunReport, *, device_word: str) -> str:
     """The line for a finished sampling run."""
     if not run.steps_parallel:

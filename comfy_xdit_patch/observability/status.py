@@ -69,6 +69,12 @@ class Totals:
     """How often a worker gave its device's memory back because ComfyUI wanted it."""
     weights_verified: int = 0
     """Weights compared bit for bit with ComfyUI's own, counted for each rank."""
+    controls_parallel: int = 0
+    """Calls of a ControlNet that the ranks computed together."""
+    controls_alone: Counter[str] = field(default_factory=Counter)
+    """Calls of a ControlNet that ComfyUI computed, by reason, in steps that are parallel."""
+    control_seconds: dict[int, float] = field(default_factory=dict)
+    """What each rank needed for the last call of a ControlNet."""
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
     weight_bytes: dict[int, int] = field(default_factory=dict)
@@ -98,6 +104,11 @@ class Totals:
                 "between_ranks": self.bytes_between_ranks,
             },
             "bytes_weights": self.bytes_weights,
+            "controls": {
+                "parallel": self.controls_parallel,
+                "alone": dict(self.controls_alone),
+                "last_s": dict(self.control_seconds),
+            },
             "loads": self.loads,
             "residency": list(self.residency),
             "gave_way": self.gave_way,

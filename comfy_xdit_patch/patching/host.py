@@ -8,20 +8,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import FallBackError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.log import summary, warn_once
-from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.controls import ControlNets
+from comfy_xdit_patch.patching.deferred import Residuals
+from comfy_xdit_patch.patching.holding import Holding, Run
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
-from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry
+from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.pool_status import pool_status
 from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.patching.remote_control import RemoteControl
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
 from comfy_xdit_patch.patching.wire import Wire
@@ -31,6 +34,7 @@ from comfy_xdit_patch.planning.eligibility import (
     check_grad,
     check_patcher,
 )
+from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.settings import Settings
@@ -38,20 +42,6 @@ from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 from comfy_xdit_patch.workers.pool import Pool, PoolState
 
 log = logging.getLogger("comfy_xdit_patch")
-
-
-@dataclass(slots=True)
-class Run:
-    """One sampling run. A refusal of scope RUN holds until its end."""
-
-    is_flux: bool = False
-    counts: RunCounts = field(default_factory=RunCounts)
-    refusal: Refusal | None = None
-    models: dict[int, KnownModel] = field(default_factory=dict)
-    """Models whose modules were scanned in this run, by the identity of their BaseModel."""
-    compared: set[int] = field(default_factory=set)
-    """Numbers of the models whose weights were compared with the workers' in this run."""
-    generation: int = 0
 
 
 class Host:
@@ -68,13 +58,33 @@ class Host:
         wire = Wire(pool)
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
-        self._residency = Residency(settings, pool)
         self.memory = SharedMemory(pool.devices, self._weights)
+        self._holding = Holding(
+            pool=pool,
+            weights=self._weights,
+            residency=Residency(settings, pool),
+            memory=self.memory,
+            totals=self.totals,
+            pristine=pristine,
+            models=self.models,
+        )
+        self.controls = ControlNets(
+            RemoteControl(wire, self.totals),
+            holding=self._holding,
+            memory=self.memory,
+            models=self.models,
+            pristine=pristine,
+            totals=self.totals,
+        )
         self._lock = threading.RLock()
 
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
         """Note which file a model of ours came from."""
         self.models.remember(patcher.model, loader, path, options)
+
+    def remember_controls(self, modules: Mapping[str, Any]) -> None:
+        """Note ComfyUI's own ControlNet code before any node pack changes it."""
+        self._pristine.remember_controls(modules)
 
     def begin_run(self, patcher: Any = None) -> Run:
         """Make the books of a sampling run of a ModelPatcher."""
@@ -83,7 +93,7 @@ class Host:
     def is_flux(self, patcher: Any) -> bool:
         """Whether a ModelPatcher's model is one for the workers."""
         flux = getattr(getattr(patcher, "model", None), "diffusion_model", None)
-        return type(flux) is self._pristine.flux_class
+        return self._pristine.is_member(flux)
 
     def end_run(self, run: Run) -> None:
         """Close the books of a run, and say one line about it if FLUX took part."""
@@ -129,6 +139,16 @@ class Host:
         warn_once(outcome.reason)
         return None
 
+    def control(
+        self, net: Any, arguments: Mapping[str, Any], compute: Callable[[], Residuals]
+    ) -> Residuals | None:
+        """Compute one call of a ControlNet on the workers; see ``ControlNets.forward``."""
+        run = self.current_run.get()
+        if run is None or not run.is_flux or run.refusal or run.counts.fall_backs:
+            return None  # Residuals will be needed here.
+        with self._lock:
+            return self.controls.forward(net, arguments, compute, run)
+
     def free(self, required: float, device: Any) -> None:
         """Have workers give memory back: all of it for Free and Unload, or what is missing."""
         if self.pool.state is not PoolState.READY:
@@ -149,7 +169,8 @@ class Host:
     def holds_back(self, patcher: Any) -> bool:
         """Whether ComfyUI's own copy of a model is to stay off the GPU."""
         is_up = self.pool.state in (PoolState.READY, PoolState.STARTING)
-        return is_up and self.is_flux(patcher) and self.memory.is_held_back(patcher)
+        is_ours = self.is_flux(patcher) or self.controls.holds(patcher.model)
+        return is_up and is_ours and self.memory.is_held_back(patcher)
 
     def _forward(self, flux: Any, arguments: Mapping[str, Any], run: Run) -> torch.Tensor | Refusal:
         import comfy.model_management
@@ -172,41 +193,22 @@ class Host:
         plan = plan_call(workload, world_size=self.pool.world_size)
         if isinstance(plan, Refusal):
             return plan
-        known = self._known_model(flux, base_model, run)
-        if isinstance(known, Refusal):
-            return known
         try:
-            self.pool.wait_until_ready(poll)
-        except WorkerError as error:
-            self.totals.last_error = str(error)
-            return Refusal("the workers did not start")
-        self._weights.follow_generation()
-        state = self._weights.state(base_model)
-        if isinstance(state, Refusal):
-            return state
-        place = self._residency.place(base_model, workload, plan, arguments["x"].dtype)
-        if isinstance(place, Refusal):
-            return place
-        self.totals.residency = self._residency.arithmetic
-        if run.generation != self.pool.generation:
-            run.generation = self.pool.generation
-            run.compared.clear()
-        try:
-            # Also once in every run: the host's weights are compared with the workers' again.
-            is_held = self._weights.holds(known, state, place.mode)
-            if known.number not in run.compared or not is_held:
-                if not is_held:
-                    self.memory.make_room_for_workers(base_model)
-                loaded = self._weights.load(base_model, known, state, place, poll=poll)
-                if isinstance(loaded, Refusal):
-                    return loaded
-                known = run.models[id(base_model)] = loaded
-                run.compared.add(known.number)
+            known = self._holding.hold(
+                base_model,
+                run,
+                workload=workload,
+                plan=plan,
+                dtype=arguments["x"].dtype,
+                poll=poll,
+            )
+            if isinstance(known, Refusal):
+                return known
             out = self._remote.forward(
                 known.number,
                 arguments,
                 plan=plan,
-                out_channels=flux.params.out_channels,
+                out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                 poll=poll,
             )
         except WorkerError as error:
@@ -217,15 +219,6 @@ class Host:
             return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
         run.counts.plan = plan.name
         return out
-
-    def _known_model(self, flux: Any, base_model: Any, run: Run) -> KnownModel | Refusal:
-        """Once a run: scan the modules, and find the model's file."""
-        known: KnownModel | Refusal | None = run.models.get(id(base_model))
-        if known is None:
-            known = self._pristine.check_modules(flux) or self.models.find(base_model)
-            if not isinstance(known, Refusal):
-                run.models[id(base_model)] = known
-        return known
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""

@@ -25,6 +25,22 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             hidden_from_dynamo=True,
         ),
         PatchPoint(
+            "comfy.ldm.chroma.model",
+            "Chroma._forward",
+            wrappers.flux_forward,
+            frozenset({"x", "timestep", "context", "transformer_options"}),
+            "The same for Chroma.",
+            hidden_from_dynamo=True,
+        ),
+        PatchPoint(
+            "comfy.ldm.chroma_radiance.model",
+            "ChromaRadiance._forward",
+            wrappers.flux_forward,
+            frozenset({"x", "timestep", "context", "transformer_options"}),
+            "The same for Chroma Radiance.",
+            hidden_from_dynamo=True,
+        ),
+        PatchPoint(
             "comfy.model_base",
             "BaseModel._apply_model",
             wrappers.apply_model,
@@ -69,6 +85,27 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             frozenset({"device_to", "extra_memory"}),
             "A FLUX model that a worker on the same GPU runs is not loaded there a second time. "
             "ComfyUI's copy stays in RAM, as with --novram, and is still complete.",
+        ),
+    )
+
+
+def control_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
+    """The points that run ControlNets on the ranks; without them they run as ComfyUI has it."""
+    return (
+        PatchPoint(
+            "comfy.ldm.flux.controlnet",
+            "ControlNetFlux.forward",
+            wrappers.control_forward,
+            frozenset({"x", "timesteps", "context", "hint"}),
+            "A ControlNet on one GPU keeps the others waiting, and its residuals would have to be "
+            "carried to them in every step.",
+        ),
+        PatchPoint(
+            "comfy.controlnet",
+            "load_controlnet",
+            wrappers.load_controlnet,
+            frozenset({"ckpt_path", "model_options"}),
+            "Which file a ControlNet came from, so that the workers load the same one.",
         ),
     )
 

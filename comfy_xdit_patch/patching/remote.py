@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -20,8 +21,8 @@ from comfy_xdit_patch.transport.messages import Forward, Message
 from comfy_xdit_patch.transport.replies import Done
 from comfy_xdit_patch.workers.exchange import Poll
 
-# What core FLUX reads of transformer_options besides patches, which eligibility refuses.
-CARRIED_OPTIONS = ("rope_options",)
+# What the family reads of transformer_options besides patches, which eligibility refuses.
+CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
 
 class RemoteForward:
@@ -65,8 +66,15 @@ class RemoteForward:
         def prepare() -> Sequence[Message]:
             slots.begin_call()
             for name in CARRIED_ARGUMENTS:
-                if name in arguments:
+                if name in arguments and name != "control":
                     tree[name] = slots.place(name, arguments[name])
+            if arguments.get("control") is not None:
+                tree["control"] = encode_control(
+                    arguments["control"],
+                    slots.place,
+                    generation=self._wire.generation,
+                    plan=plan,
+                )
             options = arguments.get("transformer_options") or {}
             tree["transformer_options"] = {
                 name: slots.place(name, options[name])

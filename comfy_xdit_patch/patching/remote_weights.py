@@ -71,6 +71,11 @@ class RemoteWeights:
         """Whether every rank holds this model in this state and place."""
         return self._held.get(known.number) == (state.key, mode)
 
+    def leaves(self, room_bytes: int | None) -> bool:
+        """Whether what is held fits into the room that a model would leave beside itself."""
+        held = max(self._totals.weight_bytes.values(), default=0)
+        return room_bytes is None or held <= room_bytes
+
     def load(
         self,
         base_model: Any,
@@ -100,8 +105,10 @@ class RemoteWeights:
                 backup=patcher.backup,
             )
             replies = self._ask(base_model, known, state, placement, poll)
-            if not isinstance(replies, Refusal) and any(
-                reply.fingerprint != expected for reply in replies
+            if (
+                not isinstance(replies, Refusal)
+                and any(reply.fingerprint != expected for reply in replies)
+                and hasattr(base_model, "model_config")  # what a model is rebuilt from
             ):
                 known = self._models.renumber_without_file(base_model)
                 replies = self._ask(base_model, known, state, placement, poll)
@@ -136,7 +143,7 @@ class RemoteWeights:
             written = packs.bytes_written
             tensors = describe(base_model, flux_of(base_model), packs)
             self._totals.bytes_weights += packs.bytes_written - written
-        verify = self._verifies and _is_patched_here(base_model)
+        verify = self._verifies and _is_patched_here(base_model.current_patcher)
         # Unknown until every rank has answered: the user may interrupt the wait.
         self._held.pop(known.number, None)
         with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
@@ -223,14 +230,13 @@ class RemoteWeights:
         return None
 
 
-def _is_patched_here(base_model: Any) -> bool:
+def _is_patched_here(patcher: Any) -> bool:
     """Whether ComfyUI has applied all patches to the weights that this process holds."""
-    patcher = base_model.current_patcher
     is_dynamic = getattr(patcher, "is_dynamic", None)
     return (
         not (is_dynamic is not None and is_dynamic())
-        and not base_model.model_lowvram
-        and base_model.current_weight_patches_uuid == patcher.patches_uuid
+        and not patcher.model.model_lowvram
+        and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
     )
 
 

@@ -38,6 +38,23 @@ class Wrappers:
             return self._host.forward(flux, self._bind(wrapped, args, kwargs))
         return None
 
+    def control_forward(self, wrapped: Call, net: Any, args: Any, kwargs: Any) -> Any:
+        """Compute ``ControlNetFlux.forward`` on the workers if they run the model too."""
+        out = None
+        with our_faults_stay_ours("a ControlNet"):
+            out = self._host.control(
+                net, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
+            )
+        return wrapped(*args, **kwargs) if out is None else out
+
+    def load_controlnet(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Note which file a ControlNet came from."""
+        control = wrapped(*args, **kwargs)
+        with our_faults_stay_ours("noting a ControlNet's file"):
+            call = self._bind(wrapped, args, kwargs)
+            self._host.controls.loaded(control, call["ckpt_path"], call["model_options"])
+        return control
+
     def apply_model(self, wrapped: Call, base_model: Any, args: Any, kwargs: Any) -> Any:
         """Tell the call below which BaseModel, and so which ModelPatcher, it belongs to."""
         token = self._host.base_model.set(base_model)

@@ -10,17 +10,16 @@ one for every step, a full one of all modules once a run.
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.planning.family import CONTROL, FLUX_LAYERS, MEMBERS, Member
 
 BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
-# ``forward`` and ``_forward`` are not listed: when our wrapper is reached, whatever lies above it
-# has run in this process already. What lies below runs in the workers, and must be ComfyUI's own.
-FLUX_METHODS = ("forward_orig", "process_img")
-LAYER_CLASSES = (*BLOCK_CLASSES, "LastLayer", "EmbedND", "MLPEmbedder", "Modulation", "QKNorm")
+FLUX_LAYERS_MODULE = "comfy.ldm.flux.layers"
 FUNCTIONS = {
     "comfy.ldm.flux.layers": ("attention", "apply_mod", "timestep_embedding"),
     "comfy.ldm.flux.math": ("optimized_attention", "apply_rope", "rope"),
@@ -42,7 +41,11 @@ CARRIED_CONTROLS = ("input", "middle", "output")
 
 
 class Pristine:
-    """ComfyUI's own FLUX code as it was when ComfyUI imported it, before any node pack ran."""
+    """ComfyUI's own FLUX code as it was when ComfyUI imported it, before any node pack ran.
+
+    ``forward`` and ``_forward`` of a model are not looked at: when our wrapper is reached, whatever
+    lies above it has run in this process already. What lies below runs in the workers.
+    """
 
     def __init__(self, modules: Mapping[str, types.ModuleType]) -> None:
         """Remember classes, methods and functions.
@@ -50,19 +53,15 @@ class Pristine:
         Args:
             modules: ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``.
         """
-        self.flux_class: type[Any] = modules["comfy.ldm.flux.model"].Flux
-        layers = modules["comfy.ldm.flux.layers"]
+        layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
-        classes = [
-            self.flux_class,
-            *(getattr(layers, n) for n in LAYER_CLASSES if hasattr(layers, n)),
-        ]
-        self._methods = [
-            (cls, name, cls.__dict__[name])
-            for cls in classes
-            for name in (FLUX_METHODS if cls is self.flux_class else ("forward",))
-            if name in cls.__dict__
-        ]
+        self.control_class: type[Any] | None = None
+        self._members: dict[type[Any], Member] = {}
+        self._methods: list[tuple[type[Any], str, Any]] = []
+        self._remember_layers(modules, {FLUX_LAYERS_MODULE: FLUX_LAYERS})
+        for member in MEMBERS:
+            if member.module in modules:
+                self._remember(modules, member)
         self._functions = [
             (modules[module], name, getattr(modules[module], name))
             for module, names in FUNCTIONS.items()
@@ -70,9 +69,32 @@ class Pristine:
             if hasattr(modules[module], name)
         ]
 
+    def remember_controls(self, modules: Mapping[str, types.ModuleType]) -> None:
+        """The same for ComfyUI's ControlNets, which are imported later."""
+        self.control_class = self._remember(modules, CONTROL)
+
+    def _remember(self, modules: Mapping[str, types.ModuleType], member: Member) -> type[Any]:
+        cls: type[Any] = getattr(modules[member.module], member.name)
+        self._members[cls] = member
+        self._methods += _own_methods(cls, member.methods)
+        self._remember_layers(modules, member.layers)
+        return cls
+
+    def _remember_layers(
+        self, modules: Mapping[str, types.ModuleType], layers: Mapping[str, Sequence[str]]
+    ) -> None:
+        for module, names in layers.items():
+            for name in names:
+                if hasattr(modules[module], name):
+                    self._methods += _own_methods(getattr(modules[module], name), ("forward",))
+
+    def is_member(self, flux: Any) -> bool:
+        """Whether a model is of one of the family's own classes, and of no subclass."""
+        return type(flux) in self._members and type(flux) is not self.control_class
+
     def check_step(self, flux: Any) -> Refusal | None:
         """See what others changed in FLUX's code: classes, methods, functions. Every step."""
-        if type(flux) is not self.flux_class:
+        if type(flux) not in self._members:
             return Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")
         for cls, name, function in self._methods:
             if cls.__dict__.get(name) is not function:
@@ -80,20 +102,20 @@ class Pristine:
         for module, name, function in self._functions:
             if getattr(module, name, None) is not function:
                 return Refusal(f"{module.__name__}.{name} was replaced by another extension")
-        for name in FLUX_METHODS:
+        for name in self._members[type(flux)].methods:
             # An object patch that was taken back leaves the bound original behind as an instance
             # attribute: compare functions, not presence.
             own = flux.__dict__.get(name)
-            if own is not None and getattr(own, "__func__", own) is not self._own_method(name):
+            stock = inspect.getattr_static(type(flux), name)
+            if own is not None and getattr(own, "__func__", own) is not stock:
                 return Refusal(f"a node replaced {name} of this model")
         blocks: list[Any] = [*flux.double_blocks, *flux.single_blocks]
         for block in blocks:
             if type(block) not in self._block_classes:
                 return Refusal(f"a node replaced a block of this model by {type(block).__name__}")
+        if getattr(flux, "skip_mmdit", None) or getattr(flux, "skip_dit", None):
+            return Refusal("a node has the model skip blocks")
         return None
-
-    def _own_method(self, name: str) -> Any:
-        return self.flux_class.__dict__[name]
 
     def check_modules(self, flux: Any) -> Refusal | None:
         """See what others hung on single modules. Once a run."""
@@ -103,6 +125,10 @@ class Pristine:
             if module._forward_hooks or module._forward_pre_hooks:
                 return Refusal(f"a forward hook is set on {_without_index(name) or 'the model'}")
         return None
+
+
+def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], str, Any]]:
+    return [(cls, name, cls.__dict__[name]) for name in names if name in cls.__dict__]
 
 
 def check_patcher(base_model: Any) -> Refusal | None:

@@ -5,7 +5,7 @@ Runs in: host. Reads ComfyUI's objects, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def workload_of(flux: Any, arguments: Mapping[str, Any]) -> Workload:
-    """Return tokens, heads and batch of one call of ``Flux._forward``."""
+def workload_of(
+    flux: Any, arguments: Mapping[str, Any], *, names: Sequence[str] = CARRIED_ARGUMENTS
+) -> Workload:
+    """Return tokens, heads and batch of one call of ``Flux._forward``, or of a ControlNet's.
+
+    Args:
+        names: of the arguments that the workers are given.
+    """
     x = arguments["x"]
     batch = x.shape[0]
     return Workload(
@@ -27,7 +33,7 @@ def workload_of(flux: Any, arguments: Mapping[str, Any]) -> Workload:
         num_heads=flux.num_heads,
         is_batch_divisible=all(
             t.ndim > 0 and t.shape[0] == batch
-            for name in CARRIED_ARGUMENTS
+            for name in names
             for t in _tensors(arguments.get(name))
         ),
     )

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.replies import (
+    Controlled,
     Done,
     Failed,
     Joined,
@@ -131,7 +132,8 @@ class Drop:
 class Forward:
     """One call of the diffusion model.
 
-    ``arguments`` is the tree of ``Flux._forward``'s keyword arguments. The ranks that own a part
+    ``arguments`` is the tree of ``Flux._forward``'s keyword arguments; ``control`` in it
+    holds recipes for residuals (``engine/residuals.py``). The ranks that own a part
     of the batch write it to the slot ``result``.
     """
 
@@ -141,6 +143,25 @@ class Forward:
     ulysses_degree: int
     arguments: Tree
     result: int
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One call of a ControlNet, whose residuals stay with the ranks under the number ``call``."""
+
+    request: int
+    model: int
+    call: int
+    batch_degree: int
+    ulysses_degree: int
+    arguments: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """ControlNet calls whose residuals the host does not refer to any more."""
+
+    calls: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +178,8 @@ Message: TypeAlias = (
     | GiveWay
     | Drop
     | Forward
+    | Control
+    | Forget
     | Stop
     | Joined
     | Loading
@@ -164,6 +187,7 @@ Message: TypeAlias = (
     | NotLoaded
     | Unloaded
     | Done
+    | Controlled
     | Failed
 )
 
@@ -178,6 +202,8 @@ _TYPES: dict[str, type[Any]] = {
         GiveWay,
         Drop,
         Forward,
+        Control,
+        Forget,
         Stop,
         Joined,
         Loading,
@@ -185,6 +211,7 @@ _TYPES: dict[str, type[Any]] = {
         NotLoaded,
         Unloaded,
         Done,
+        Controlled,
         Failed,
     )
 }

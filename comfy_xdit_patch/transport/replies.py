@@ -80,6 +80,22 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Controlled:
+    """This rank's tokens of a ControlNet's residuals are computed, and kept.
+
+    ``layout`` says for each of ComfyUI's lists which residual a block takes. ``dtype`` and
+    ``shape`` are those of one whole residual.
+    """
+
+    request: int
+    layout: dict[str, list[int | None]]
+    dtype: str
+    shape: tuple[int, ...]
+    seconds: float
+    bytes_between_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This rank could not do what it was asked. The worker may still be alive."""
 
@@ -89,4 +105,4 @@ class Failed:
     traceback: str
 
 
-Reply: TypeAlias = Loaded | NotLoaded | Unloaded | Done | Failed
+Reply: TypeAlias = Loaded | NotLoaded | Unloaded | Done | Controlled | Failed

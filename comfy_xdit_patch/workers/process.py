@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, NoReturn
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import (
+    Control,
     Drop,
+    Forget,
     Forward,
     GiveWay,
     Load,
@@ -163,6 +165,11 @@ class Worker:
         elif isinstance(message, Forward):
             self._phase = "forward"
             self._channel.send(engine.forward(message), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Control):
+            self._phase = "ControlNet"
+            self._channel.send(engine.control(message), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Forget):
+            engine.forget(message.calls)
         else:
             raise TypeError(f"A worker cannot serve {type(message).__name__}.")
 

@@ -19,9 +19,9 @@ GGUF_PACK = Path(__file__).parents[1] / "rig" / "gguf_pack"
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable.
 
-    ``variants`` adds the model files of ``rig.checkpoints``, and ``models`` is another directory of
-    models; ``node_packs`` are custom nodes. Most tests leave all of them alone and so share one
-    stock server and one with ranks.
+    ``variants`` adds the model files of ``rig.checkpoints``; ``models`` is a directory instead of
+    these; ``node_packs`` are custom nodes. Most tests leave all alone and so share one stock server
+    and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
 
@@ -34,7 +34,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         models: Path | None = None,
         **env: str,
     ) -> Server:
-        kind = ("models", f"{models or hidden} {variants} {node_packs}")
+        kind = ("models", f"{hidden} {variants} {node_packs} {models}")
         key = (tree.version, (kind, *sorted(env.items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
             return running[key][0]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.ldm.chroma.model
+import comfy.ldm.chroma_radiance.model
 import comfy.ldm.flux.model
 import comfy.ops
 import torch
@@ -40,16 +42,48 @@ FAMILIES = {
         "guidance_embed": True,
     },
 }
+CHROMA = {
+    "context_in_dim": 64,
+    "mlp_ratio": 4.0,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "in_dim": 64,
+    "n_layers": 2,
+}
+RADIANCE = {
+    "patch_size": 16,
+    "nerf_hidden_size": 64,
+    "nerf_mlp_ratio": 4,
+    "nerf_depth": 4,
+    "nerf_max_freqs": 8,
+    "nerf_tile_size": 32,
+    "nerf_embedder_dtype": torch.float32,
+}
 
 
 def write_model(
     path: str, family: str, hidden: int, double: int, single: int, context: int
 ) -> None:
     """Write a model with seeded random weights that keep the variance of what they read."""
+    model = chroma if "chroma" in family else flux
+    state = {}
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model(family, hidden, double, single, context).state_dict().items():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim in (2, 4):
+            state[name] = noise * parameter[0].numel() ** -0.5
+        else:
+            state[name] = 1.5 + 0.1 * noise if "norm" in name else 0.3 * noise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in state.items()}, path)
+
+
+def flux(family: str, hidden: int, double: int, single: int, context: int) -> torch.nn.Module:
     parameters = dict(FAMILIES[family])
     if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
         parameters["txt_ids_dims"] = [3] if family == "flux2" else []
-    flux = comfy.ldm.flux.model.Flux(
+    return comfy.ldm.flux.model.Flux(
         dtype=torch.float32,
         device="cpu",
         operations=comfy.ops.disable_weight_init,
@@ -60,13 +94,24 @@ def write_model(
         context_in_dim=context,
         **parameters,
     )
-    generator = torch.Generator().manual_seed(7)
-    state = {}
-    for name, parameter in flux.state_dict().items():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 2:
-            state[name] = noise * parameter.shape[1] ** -0.5
-        else:
-            state[name] = 1.5 + 0.1 * noise if "norm" in name else 0.3 * noise
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in state.items()}, path)
+
+
+def chroma(family: str, hidden: int, double: int, single: int, context: int) -> torch.nn.Module:
+    """Chroma, or Chroma Radiance with one of its two heads."""
+    parameters = CHROMA | {"context_in_dim": context, "hidden_dim": hidden // 2, "out_dim": hidden}
+    parameters |= {"hidden_size": hidden, "num_heads": hidden // 128}
+    parameters |= {"depth": double, "depth_single_blocks": single}
+    if "txt_ids_dims" in comfy.ldm.chroma.model.ChromaParams.__dataclass_fields__:
+        parameters |= {"txt_ids_dims": [], "vec_in_dim": None}
+    common = {"dtype": torch.float32, "device": "cpu"}
+    common["operations"] = comfy.ops.disable_weight_init
+    if family == "chroma":
+        parameters |= {"in_channels": 64, "out_channels": 64, "patch_size": 2}
+        return comfy.ldm.chroma.model.Chroma(**parameters, **common)
+    parameters |= RADIANCE | {"in_channels": 3, "out_channels": 3}
+    parameters["nerf_final_head_type"] = family.removeprefix("chroma_radiance_")
+    known = comfy.ldm.chroma_radiance.model.ChromaRadianceParams.__dataclass_fields__
+    for name in ("use_x0", "use_sequential_txt_ids"):
+        if name in known:
+            parameters[name] = family.endswith("conv")  # x0: sizes in whole patches only
+    return comfy.ldm.chroma_radiance.model.ChromaRadiance(**parameters, **common)

@@ -48,17 +48,17 @@ def inputs(
         return torch.randn(*shape, generator=generator)
 
     flux = base.diffusion_model
-    channels = flux.params.out_channels
+    channels = base.latent_format.latent_channels
     arguments: dict[str, Any] = {
         "x": noise(batch, channels, height, width),
         "t": torch.linspace(0.9, 0.4, batch),
         "c_crossattn": noise(batch, text_tokens, flux.params.context_in_dim),
     }
-    if flux.params.in_channels > channels:  # Fill: mask and masked image beside the latent
+    if channels < flux.params.in_channels == 96:  # Fill: mask and masked image beside the latent
         arguments["c_concat"] = noise(batch, flux.params.in_channels - channels, height, width)
-    if flux.params.vec_in_dim is not None:
+    if getattr(flux.params, "vec_in_dim", None) is not None:
         arguments["y"] = noise(batch, flux.params.vec_in_dim)
-    if flux.params.guidance_embed:
+    if getattr(flux.params, "guidance_embed", True):  # Chroma is always guided
         arguments["guidance"] = torch.full((batch,), 3.5)
     if refs:
         arguments["ref_latents"] = [noise(batch, channels, h, w) for h, w in refs]

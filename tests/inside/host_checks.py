@@ -212,6 +212,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.weights:WeightStates.of",
     "comfy_xdit_patch.patching.residency:Residency.place",
     "comfy_xdit_patch.patching.memory:SharedMemory.ran",
+    "comfy_xdit_patch.patching.holding:Holding.hold",
     "comfy_xdit_patch.patching.wire:Wire.follow_generation",
     "comfy_xdit_patch.patching.wire:Wire._slot_messages",
     "comfy_xdit_patch.patching.models:ModelRegistry.find",

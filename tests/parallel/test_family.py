@@ -1,4 +1,4 @@
-"""The FLUX family on ranks equals stock: every member that is ComfyUI's ``Flux`` class."""
+"""The FLUX family on ranks equals stock."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ SMALL = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
         ("fill", SMALL),
         ("flux2", SMALL),
         ("flux2", SMALL | {"batch": 2, "refs": [[7, 9]], "ref_method": "index"}),
+        ("chroma", SMALL),
+        ("chroma", SMALL | {"batch": 2, "control": 35, "mask": True}),
+        ("chroma_radiance_linear", {**SMALL, "height": 70, "width": 99}),
+        ("chroma_radiance_conv", {**SMALL, "height": 96, "width": 80, "batch": 3}),
         # A time step of their own, 0, for the references; before 0.33 ComfyUI does not know it.
         ("flux2", SMALL | {"refs": [[7, 9], [4, 4]], "ref_method": "index_timestep_zero"}),
     ],

@@ -203,6 +203,7 @@ def _text_encoders() -> Files:
     t5 = weights.t5(seed=SIZES.seed + 11)
     plain = {name: t5.pop(name) for name in T5_EMBEDDINGS}
     scaled = quantised.scaled_fp8(t5, with_inputs=False) | _cast(plain, quantised.PLAIN_DTYPE)
+    scaled["scaled_fp8"] = torch.zeros(0, dtype=FP8)  # as in the published file
     state = encoder_weights.mistral(seed=70)
     tokenizer = {"tekken_model": state.pop("tekken_model")}
     mistral = QuantisedFile(_cast(state, torch.float16) | tokenizer)

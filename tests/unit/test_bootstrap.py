@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from comfy_xdit_patch.bootstrap import SAMPLING_MODULES, SERVER_MODULES, WORKER_MARK
+from comfy_xdit_patch.bootstrap import (
+    CONTROL_MODULES,
+    SAMPLING_MODULES,
+    SERVER_MODULES,
+    WORKER_MARK,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 START_FILES = REPO / "comfy_xdit_patch" / "start"
@@ -263,11 +268,12 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_the_hook_waits_for_exactly_the_modules_of_the_patch_points():
-    from comfy_xdit_patch.patching.points import sampling_points, server_points
+    from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
 
     class Any:
         def __getattr__(self, name):
             return lambda *_: None
 
     assert {point.module for point in sampling_points(Any())} == SAMPLING_MODULES
+    assert {point.module for point in control_points(Any())} == CONTROL_MODULES
     assert {point.module for point in server_points(lambda *_: None)} == SERVER_MODULES

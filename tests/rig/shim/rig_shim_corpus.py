@@ -110,6 +110,7 @@ def adapt_vision(clip_vision: Any) -> None:
         if positions is None or positions.shape[0] != VISION_POSITIONS:
             return load(state_dict, *args, **kwargs)
         import json
+        import tempfile
         from pathlib import Path
 
         path = Path(clip_vision.__file__).with_name("clip_vision_siglip_384.json")
@@ -118,7 +119,10 @@ def adapt_vision(clip_vision: Any) -> None:
         config["num_attention_heads"] = positions.shape[1] // VISION_HEAD_WIDTH
         config["intermediate_size"] = _rows(state_dict, VISION_LAYER + "0.mlp.fc1")
         config["num_hidden_layers"] = count(state_dict, VISION_LAYER)
-        clip = clip_vision.ClipVisionModel(config)
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(config, file)  # ComfyUI 0.3.75 reads nothing but files
+            file.flush()
+            clip = clip_vision.ClipVisionModel(file.name)
         clip.load_sd(state_dict)
         return clip
 
@@ -138,7 +142,7 @@ def adapt_redux(redux: Any) -> None:
 
 
 def adapt_radiance(model_detection: Any) -> None:
-    """Let the widths of Chroma and of Chroma Radiance's pixel head follow the file."""
+    """Let the widths of Chroma Radiance's pixel head follow the file."""
     detect = model_detection.detect_unet_config
 
     def detect_unet_config(
@@ -146,12 +150,6 @@ def adapt_radiance(model_detection: Any) -> None:
     ) -> Any:
         config = detect(state_dict, key_prefix, *args, **kwargs)
         kind = None if config is None else config.get("image_model")
-        if kind in ("chroma", "chroma_radiance"):
-            config["hidden_size"] = _rows(state_dict, key_prefix + "txt_in")
-            config["num_heads"] = config["hidden_size"] // HEAD_WIDTH
-            layer = key_prefix + "distilled_guidance_layer."
-            config["out_dim"] = _rows(state_dict, layer + "out_proj")
-            config["hidden_dim"] = _rows(state_dict, layer + "in_proj")
         if kind == "chroma_radiance":
             embedder = key_prefix + "nerf_image_embedder.embedder.0"
             config["nerf_hidden_size"] = _rows(state_dict, embedder)

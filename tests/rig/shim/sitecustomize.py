@@ -5,6 +5,7 @@ Runs in: every Python process of a rig server, workers too (this directory is fi
 Text encoders: the widths of T5 and CLIP-L go through ComfyUI's own override channel
 (``model_options["t5xxl_model_config"]``), in both loaders. Diffusion model: ComfyUI before 0.4
 takes 24 heads for granted; later versions compute hidden width // 128, and so does this shim.
+Chroma's width and those of its approximator are hard-coded in both.
 ``RIG_SHIM_DIFFUSION=0`` leaves the diffusion model alone. For files of the usual widths every
 override equals ComfyUI's own value. Only loading is touched, never sampling.
 """
@@ -94,13 +95,23 @@ def adapt_checkpoints(sd: Any) -> None:
 
 
 def adapt_diffusion_model(model_detection: Any) -> None:
-    """Let the number of heads follow the hidden width."""
+    """Let the number of heads, and Chroma's widths, follow the file."""
     detect = model_detection.detect_unet_config
 
-    def detect_unet_config(*args: Any, **kwargs: Any) -> Any:
-        config = detect(*args, **kwargs)
-        if config is not None and config.get("image_model") in ("flux", "flux2"):
+    def detect_unet_config(
+        state_dict: StateDict, key_prefix: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = detect(state_dict, key_prefix, *args, **kwargs)
+        kind = None if config is None else config.get("image_model")
+        if kind in ("flux", "flux2"):
             config["num_heads"] = config["hidden_size"] // HEAD_WIDTH
+        if kind in ("chroma", "chroma_radiance"):
+            config["hidden_size"] = state_dict[key_prefix + "txt_in.weight"].shape[0]
+            config["num_heads"] = config["hidden_size"] // HEAD_WIDTH
+            layer = key_prefix + "distilled_guidance_layer."
+            config["out_dim"] = state_dict[layer + "out_proj.weight"].shape[0]
+            config["hidden_dim"] = state_dict[layer + "in_proj.weight"].shape[0]
+            config["n_layers"] = _count(state_dict, layer + "layers.")
         return config
 
     model_detection.detect_unet_config = detect_unet_config

@@ -64,6 +64,7 @@ def test_totals_are_json_with_these_keys(has_run):
         "fall_back_reasons",
         "bytes",
         "bytes_weights",
+        "controls",
         "loads",
         "gave_way",
         "weights_verified",

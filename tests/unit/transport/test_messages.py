@@ -56,6 +56,8 @@ MESSAGES = [
     messages.Forward(
         request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0
     ),
+    messages.Control(request=3, model=4, call=7, batch_degree=1, ulysses_degree=8, arguments=TREE),
+    messages.Forget(calls=[5, 6]),
     messages.Stop(),
     replies.Joined(
         rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
@@ -72,6 +74,14 @@ MESSAGES = [
     ),
     replies.NotLoaded(request=1, error="WorkerError: no memory"),
     replies.Unloaded(request=9),
+    replies.Controlled(
+        request=3,
+        layout={"input": [0, 0, None], "output": []},
+        dtype="bfloat16",
+        shape=(1, 4096, 3072),
+        seconds=0.01,
+        bytes_between_ranks=1 << 20,
+    ),
     replies.Done(
         request=2,
         num_forwards=20,

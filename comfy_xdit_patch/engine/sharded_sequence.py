@@ -1,0 +1,144 @@
+"""``forward_orig`` of the FLUX family on this rank's shard of the tokens.
+
+Runs in: worker process.
+
+Nothing of the model is written here a second time: its own ``forward_orig`` is given this rank's
+tokens with their positions, attention over all tokens is put in by ComfyUI's own extension point,
+and the tokens that come out are gathered. The blocks do not know that they see a part.
+
+Arguments are bound by name, since their order differs between classes and versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.engine.attention import UlyssesAttention
+from comfy_xdit_patch.engine.attributes import own_attribute
+from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.own_tokens import OwnTokens
+from comfy_xdit_patch.engine.pixel_space import sharded_head
+from comfy_xdit_patch.engine.residuals import Residuals
+from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
+from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, scales_on_weights
+from comfy_xdit_patch.planning.family import member_of
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+
+# Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
+TEXT_ARGUMENTS = ("txt", "txt_ids")
+IMAGE_ARGUMENTS = ("img", "img_ids")
+
+
+@contextmanager
+def sharded_sequence(
+    flux: Any,
+    *,
+    plan: ParallelPlan,
+    groups: Groups,
+    num_image_tokens: int,
+    residuals: Residuals,
+) -> Iterator[list[int]]:
+    """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
+    group = groups.of_plan(plan).sequence
+    assert group is not None
+    original = flux.forward_orig
+    signature = inspect.signature(original)
+    index = plan.sequence_index(groups.rank)
+    is_pixel_space = member_of(flux).is_pixel_space
+    bytes_sent: list[int] = []
+
+    def gather(tokens: torch.Tensor, shares: SequenceShares) -> torch.Tensor:
+        token_bytes = tokens.nbytes // tokens.shape[SEQUENCE_DIM]
+        bytes_sent.append(max(shares.image) * token_bytes * (plan.ulysses_degree - 1))
+        return gather_sequence(tokens, sizes=shares.image, group=group)
+
+    with ExitStack() as until_the_head_is_done:
+
+        @functools.wraps(original)
+        def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
+            call = signature.bind(*args, **kwargs)
+            call.apply_defaults()
+            values = call.arguments
+            shares = shares_of(flux, values, plan, num_image_tokens)
+            mine = OwnTokens(shares, index)
+            for name in TEXT_ARGUMENTS:
+                values[name] = mine.text(values[name])
+            for name in IMAGE_ARGUMENTS:
+                # Pixels become tokens further down.
+                if not (is_pixel_space and name == "img"):
+                    values[name] = mine.image(values[name])
+            if values.get("control") is not None:
+                values["control"] = residuals.own(
+                    values["control"], shares=shares, mine=mine, group=group
+                )
+            if values.get("timestep_zero_index") is not None:
+                values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"])
+            attention = UlyssesAttention(shares=shares, index=index, group=group)
+            values["transformer_options"] = {
+                **values["transformer_options"],
+                "optimized_attention_override": attention,
+            }
+            if is_pixel_space:
+                until_the_head_is_done.enter_context(
+                    sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
+                )
+            out = original(*call.args, **call.kwargs).narrow(SEQUENCE_DIM, 0, shares.image[index])
+            bytes_sent.append(attention.bytes_sent)
+            return out if is_pixel_space else gather(out, shares)
+
+        with own_attribute(flux, "forward_orig", forward_orig):
+            yield bytes_sent
+
+
+@contextmanager
+def whole_counts(
+    flux: Any,
+    *,
+    plan: ParallelPlan,
+    groups: Groups,
+    scaled: ScaledLayers,
+    num_image_tokens: int,
+) -> Iterator[None]:
+    """Tell layers of old scaled fp8 how many tokens the whole call has."""
+    inner = flux.forward_orig
+    signature = inspect.signature(inner)
+    index = plan.sequence_index(groups.rank)
+
+    def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
+        values = signature.bind(*args, **kwargs).arguments
+        rows = values["img"].shape[0]
+        text, image = (values[name].shape[SEQUENCE_DIM] for name in ("txt", "img_ids"))
+        shares = shares_of(flux, values, plan, num_image_tokens)
+        visual = shares.image[index] + shares.reference[index]
+        local = {"text": shares.text[index], "image": visual, None: 1}
+        local["joint"] = local["text"] + local["image"]
+        whole = {"text": text, "image": image, "joint": text + image, None: 1}
+        with scales_on_weights(
+            scaled,
+            whole={stream: n * rows * plan.batch_degree for stream, n in whole.items()},
+            local={stream: n * rows for stream, n in local.items()},
+        ):
+            out: torch.Tensor = inner(*args, **kwargs)
+            return out
+
+    with own_attribute(flux, "forward_orig", forward_orig):
+        yield
+
+
+def shares_of(
+    flux: Any, values: Mapping[str, Any], plan: ParallelPlan, num_image_tokens: int
+) -> SequenceShares:
+    """The shares of all ranks in the tokens of a call of ``forward_orig``."""
+    return SequenceShares.even(
+        num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
+        num_image_tokens=num_image_tokens,
+        num_reference_tokens=values["img_ids"].shape[SEQUENCE_DIM] - num_image_tokens,
+        num_heads=flux.num_heads,
+        num_shards=plan.ulysses_degree,
+    )

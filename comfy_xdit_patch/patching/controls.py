@@ -1,0 +1,153 @@
+"""Decide for each call of a ControlNet: on the workers, where its residuals are needed, or here.
+
+Runs in: host process.
+
+A ControlNet that runs on one GPU keeps all others waiting, and its residuals have to be carried to
+them in every step. On the same ranks as the model it takes its share of the time, and each rank
+has just the residuals of its own tokens. Where that is not possible the ControlNet runs here as
+ever, and only its residuals are carried: the step itself stays parallel.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
+from comfy_xdit_patch.observability.log import note_once
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.deferred import Residuals
+from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.memory import SharedMemory
+from comfy_xdit_patch.patching.models import ModelRegistry
+from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
+from comfy_xdit_patch.planning.eligibility import Pristine, check_grad
+from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.workload import workload_of
+from comfy_xdit_patch.transport.slots import UncarriedArgumentError
+
+LOADER = "load_controlnet"
+
+
+class ControlModel:
+    """A ControlNet's module as the rest of this package sees a model. Keeps nothing alive."""
+
+    def __init__(self, control: Any) -> None:
+        self._net = weakref.ref(control.control_model)
+        self._patcher = weakref.ref(control.control_model_wrapped)
+        self.manual_cast_dtype: torch.dtype | None = control.manual_cast_dtype
+
+    @property
+    def diffusion_model(self) -> Any:
+        return self._net()
+
+    @property
+    def current_patcher(self) -> Any:
+        return self._patcher()
+
+
+class ControlNets:
+    """The ControlNets alive in the host."""
+
+    def __init__(
+        self,
+        remote: RemoteControl,
+        *,
+        holding: Holding,
+        memory: SharedMemory,
+        models: ModelRegistry,
+        pristine: Pristine,
+        totals: Totals,
+    ) -> None:
+        self._remote = remote
+        self._holding = holding
+        self._memory = memory
+        self._models = models
+        self._pristine = pristine
+        self._totals = totals
+        self._known: weakref.WeakKeyDictionary[Any, ControlModel] = weakref.WeakKeyDictionary()
+
+    def loaded(self, control: Any, path: str, options: dict[str, Any]) -> None:
+        """Note which file a ControlNet came from, if it is one for the workers."""
+        net = getattr(control, "control_model", None)
+        if net is not None and type(net) is self._pristine.control_class:
+            model = self._known[net] = ControlModel(control)
+            self._models.remember(model, LOADER, path, options)
+
+    def holds(self, net: Any) -> bool:
+        """Whether this is the module of a known ControlNet."""
+        return isinstance(net, torch.nn.Module) and net in self._known
+
+    def forward(
+        self,
+        net: Any,
+        arguments: Mapping[str, Any],
+        compute: Callable[[], Residuals],
+        run: Run,
+    ) -> Residuals | None:
+        """Compute one call on the workers.
+
+        Args:
+            arguments: the arguments of ``ControlNetFlux.forward`` by name.
+            compute: ComfyUI's own forward with them.
+
+        Returns:
+            What it returns, or None: the caller runs it here. The step stays parallel either way.
+
+        Raises:
+            InterruptProcessingException: the user cancelled.
+        """
+        outcome = self._forward(net, arguments, compute, run)
+        self._memory.ran(net, is_parallel=not isinstance(outcome, Refusal))
+        if isinstance(outcome, Refusal):
+            self._totals.controls_alone[outcome.reason] += 1
+            note_once(f"a ControlNet runs on one GPU: {outcome.reason}")
+            return None
+        return outcome
+
+    def _forward(
+        self,
+        net: Any,
+        arguments: Mapping[str, Any],
+        compute: Callable[[], Residuals],
+        run: Run,
+    ) -> Residuals | Refusal:
+        import comfy.model_management
+
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        model = self._known.get(net)
+        if model is None or model.current_patcher is None:
+            return Refusal("it did not come from a file of its own", Scope.STEP)
+        refusal = self._pristine.check_step(net) or check_grad(arguments["x"])
+        if refusal is not None:
+            return refusal
+        workload = workload_of(net, arguments, names=CARRIED_ARGUMENTS)
+        plan = plan_call(workload, world_size=self._holding.world_size)
+        if isinstance(plan, Refusal):
+            return plan
+        try:
+            known = self._holding.hold(
+                model,
+                run,
+                workload=workload,
+                plan=plan,
+                dtype=arguments["x"].dtype,
+                poll=poll,
+                is_guest=True,
+            )
+            if isinstance(known, Refusal):
+                return known
+            return self._remote.forward(
+                known.number, arguments, plan=plan, compute=compute, poll=poll
+            )
+        except UncarriedArgumentError as error:
+            return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            self._totals.last_loss_unix_s = time.time()
+            run.refusal = Refusal("a worker was lost")
+            return run.refusal

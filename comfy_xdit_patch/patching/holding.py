@@ -1,0 +1,126 @@
+"""Have the workers ready and holding a model, before one of its calls.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
+from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.patching.memory import SharedMemory
+from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
+from comfy_xdit_patch.patching.remote_weights import RemoteWeights
+from comfy_xdit_patch.patching.residency import Residency
+from comfy_xdit_patch.planning.eligibility import Pristine
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.workers.exchange import Poll
+from comfy_xdit_patch.workers.pool import Pool
+
+
+@dataclass(slots=True)
+class Run:
+    """One sampling run. A refusal of scope RUN holds until its end."""
+
+    is_flux: bool = False
+    counts: RunCounts = field(default_factory=RunCounts)
+    refusal: Refusal | None = None
+    models: dict[int, KnownModel] = field(default_factory=dict)
+    """Models whose modules were scanned in this run, by the identity of their BaseModel."""
+    compared: set[int] = field(default_factory=set)
+    """Numbers of the models whose weights were compared with the workers' in this run."""
+    generation: int = 0
+
+
+class Holding:
+    """Workers that hold what a call needs."""
+
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        weights: RemoteWeights,
+        residency: Residency,
+        memory: SharedMemory,
+        totals: Totals,
+        pristine: Pristine,
+        models: ModelRegistry,
+    ) -> None:
+        self._pool = pool
+        self._weights = weights
+        self._residency = residency
+        self._memory = memory
+        self._totals = totals
+        self._pristine = pristine
+        self._models = models
+        self.world_size = pool.world_size
+
+    def hold(
+        self,
+        model: Any,
+        run: Run,
+        *,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        poll: Poll,
+        is_guest: bool = False,
+    ) -> KnownModel | Refusal:
+        """Have every rank hold a model as its current ModelPatcher has it.
+
+        Args:
+            model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
+            is_guest: the model may not drive another one off the workers' cards.
+
+        Returns:
+            The model as the workers know it now.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        known = self._find(model, run)
+        if isinstance(known, Refusal):
+            return known
+        try:
+            self._pool.wait_until_ready(poll)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            return Refusal("the workers did not start")
+        self._weights.follow_generation()
+        state = self._weights.state(model)
+        if isinstance(state, Refusal):
+            return state
+        place = self._residency.place(model, workload, plan, dtype)
+        if isinstance(place, Refusal):
+            return place
+        if is_guest and (place.mode != "full" or not self._weights.leaves(place.room_bytes)):
+            return Refusal("it does not fit on the cards beside the model", Scope.STEP)
+        if not is_guest:
+            self._totals.residency = self._residency.arithmetic
+        if run.generation != self._pool.generation:
+            run.generation = self._pool.generation
+            run.compared.clear()
+        # Also once in every run: the host's weights are compared with the workers' again.
+        is_held = self._weights.holds(known, state, place.mode)
+        if known.number not in run.compared or not is_held:
+            if not is_held:
+                self._memory.make_room_for_workers(model)
+            loaded = self._weights.load(model, known, state, place, poll=poll)
+            if isinstance(loaded, Refusal):
+                return loaded
+            known = run.models[id(model)] = loaded
+            run.compared.add(known.number)
+        return known
+
+    def _find(self, model: Any, run: Run) -> KnownModel | Refusal:
+        """Once a run: scan the modules, and find the model's file."""
+        known: KnownModel | Refusal | None = run.models.get(id(model))
+        if known is None:
+            known = self._pristine.check_modules(flux_of(model)) or self._models.find(model)
+            if not isinstance(known, Refusal):
+                run.models[id(model)] = known
+        return known

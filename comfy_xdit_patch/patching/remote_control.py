@@ -1,0 +1,126 @@
+"""Run one call of a ControlNet on the workers.
+
+Runs in: host process.
+
+Knows slots and messages; knows nothing of runs, weights or settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.deferred import ControlCall, DeferredResidual, Residuals
+from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.transport.messages import Control, Forget, Message
+from comfy_xdit_patch.transport.replies import Controlled
+from comfy_xdit_patch.workers.exchange import Poll
+
+# Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
+CARRIED_ARGUMENTS = ("x", "timesteps", "context", "y", "guidance", "hint", "control_type")
+
+
+class RemoteControl:
+    """The workers, as a function from a ControlNet's arguments to its residuals."""
+
+    def __init__(self, wire: Wire, totals: Totals) -> None:
+        self._wire = wire
+        self._totals = totals
+        self._numbers = itertools.count(1)
+        self._gone: list[int] = []
+
+    def forward(
+        self,
+        model: int,
+        arguments: Mapping[str, Any],
+        *,
+        plan: ParallelPlan,
+        compute: Callable[[], Residuals],
+        poll: Poll,
+    ) -> Residuals:
+        """Compute one call on all ranks.
+
+        Args:
+            model: number of a ControlNet that every rank holds.
+            arguments: the bound arguments of ``ControlNetFlux.forward``.
+            compute: ComfyUI's own forward with them.
+
+        Returns:
+            What ComfyUI's own forward returns, in residuals that are the workers'.
+
+        Raises:
+            UncarriedArgumentError: an argument is not of a type that can cross.
+            WorkerError: the workers are lost.
+        """
+        slots = self._wire.slots
+        tree: dict[str, Any] = {}
+        call = next(self._numbers)
+        written = slots.bytes_written
+
+        def prepare() -> Sequence[Message]:
+            slots.begin_call()
+            for name in CARRIED_ARGUMENTS:
+                if name in arguments:
+                    tree[name] = slots.place(f"controlnet{model}.{name}", arguments[name])
+            return self._take_gone()
+
+        is_proved = False
+
+        def prove() -> None:
+            nonlocal is_proved
+            is_proved = slots.prove()
+
+        while not is_proved:
+            replies = self._wire.request(
+                lambda number: Control(
+                    request=number,
+                    model=model,
+                    call=call,
+                    batch_degree=plan.batch_degree,
+                    ulysses_degree=plan.ulysses_degree,
+                    arguments=tree,
+                ),
+                poll=poll,
+                prepare=prepare,
+                meanwhile=prove,
+            )
+        self._totals.bytes_to_workers += slots.bytes_written - written
+        self._totals.controls_parallel += 1
+        for rank, reply in enumerate(replies):
+            assert isinstance(reply, Controlled)
+            self._totals.control_seconds[rank] = reply.seconds
+            self._totals.bytes_between_ranks += reply.bytes_between_ranks
+        first = replies[0]
+        assert isinstance(first, Controlled)
+        kept = ControlCall(
+            call,
+            generation=self._wire.generation,
+            plan=plan,
+            layout=first.layout,
+            compute=compute,
+            gone=self._gone,
+        )
+        num_residuals = 1 + max(i for part in first.layout.values() for i in part if i is not None)
+        residuals = [
+            DeferredResidual.make(
+                ("residual", kept, index),
+                shape=first.shape,
+                dtype=getattr(torch, first.dtype),
+                device=arguments["x"].device,
+            )
+            for index in range(num_residuals)
+        ]
+        return {
+            name: tuple(None if i is None else residuals[i] for i in part)
+            for name, part in first.layout.items()
+        }
+
+    def _take_gone(self) -> list[Message]:
+        """Tell the workers which residuals nothing refers to any more."""
+        gone, self._gone[:] = self._gone[:], []
+        return [Forget(gone)] if gone else []

@@ -1,0 +1,146 @@
+"""Everything that graphs do with FLUX: the image is stock's, the outcome the written one.
+
+The rows stand in ``rig.feature_controls``, ``feature_core`` and ``feature_packs``. Rows that
+run in parallel do so in strict mode; the others run without it, and their reason is asserted.
+
+``FEATURES_RESULTS=file.json`` collects what was found, for docs/compatibility.md (see
+docs/contributing.md); ``FEATURES_ROWS`` holds a part of the names of rows, to run only these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import feature_controls, feature_core, feature_packs
+from rig.compare import compare_all
+from rig.environment import RigError
+from rig.feature_models import feature_models
+from rig.feature_rows import PACKS, PARALLEL, Row, plain
+from rig.feature_run import ABSENT, Found, run_row, write_inputs
+from rig.pair import STRICT, Result, run_stock
+from rig.server import Server
+from rig.trees import Tree, trees_for_tests
+
+Servers = Callable[..., Server]
+Record = Callable[[str, object], None]
+
+SECTIONS: dict[str, dict[str, Row]] = {
+    "ControlNets": feature_controls.ROWS,
+    "Graph features": feature_core.ROWS,
+    "Node packs": feature_packs.ROWS,
+}
+VISIBLE = 8  # of 255
+LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
+COMMON_PACKS = (
+    PACKS.with_name("gguf_pack"),
+    *sorted(path for path in PACKS.iterdir() if (path / "__init__.py").exists()),
+)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_row_shows_in_stock_images(
+    servers: Servers, tree: Tree, section: str, record_property: Record
+) -> None:
+    def check(row: Row) -> str:
+        stock = server_for(servers, tree, row, XDIT_STRATEGY="off")
+        write_inputs(stock)
+        result = run_stock(stock, row.graph())
+        if row.same_as_plain:
+            return row.same_as_plain
+        reference = run_stock(stock, Row(plain, size=row.size, steps=row.steps).graph())
+        if not comparable(reference, result):
+            return "other images"
+        difference = compare_all(reference.images, result.images)
+        assert difference.max_pixel >= VISIBLE, f"not visible in the image: {difference}"
+        return str(difference)
+
+    check_rows(tree, section, check, record_property)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("num_ranks", [2, 3])  # the outer loop: one start of each server
+def test_every_row_becomes_what_is_written(
+    servers: Servers, tree: Tree, num_ranks: int, section: str, record_property: Record
+) -> None:
+    if num_ranks > 2 and tree != trees_for_tests()[-1]:
+        pytest.skip("unequal shares: on the newest ComfyUI only")
+
+    def check(row: Row) -> str:
+        found = run_on_ranks(servers, tree, num_ranks, row)
+        keep_result(tree, num_ranks, section, row, found)
+        assert found.outcome == row.outcome, f"{found} instead of {row.outcome}: {found.reasons}"
+        if row.outcome != PARALLEL:
+            wrong = [reason for reason in found.reasons if row.reason not in reason]
+            assert not wrong, f"other reasons than {row.reason!r}: {wrong}"
+        return str(found)
+
+    check_rows(tree, section, check, record_property, every=1 if num_ranks == 2 else 3)
+    for row in SECTIONS[section].values():
+        if not row.runs_on(tree):
+            keep_result(tree, num_ranks, section, row, ABSENT)
+
+
+def server_for(servers: Servers, tree: Tree, row: Row, **env: str) -> Server:
+    packs = COMMON_PACKS if row.pack is None else (PACKS / "alone" / row.pack,)
+    return servers(tree, models=feature_models(), node_packs=packs, **env)
+
+
+def run_on_ranks(servers: Servers, tree: Tree, num_ranks: int, row: Row) -> Found:
+    """Run a row on both servers; rows that are parallel, in strict mode."""
+    stock = server_for(servers, tree, row, XDIT_STRATEGY="off")
+    is_strict = row.outcome == PARALLEL and "FEATURES_LENIENT" not in os.environ
+    env = {"XDIT_GPUS": f"cpu:{num_ranks}", **(STRICT if is_strict else LENIENT)}
+    return run_row(stock, server_for(servers, tree, row, **env), row)
+
+
+def check_rows(
+    tree: Tree, section: str, check: Callable[[Row], str], record: Record, every: int = 1
+) -> None:
+    """Check every row that this ComfyUI has, strict ones first, and name all rows that fail."""
+    chosen = os.environ.get("FEATURES_ROWS", "")
+    rows = [(name, row) for name, row in SECTIONS[section].items() if chosen in name][::every]
+    # Rows that share a server stand together.
+    rows.sort(key=lambda item: (item[1].pack or "", item[1].outcome != PARALLEL))
+    failures = []
+    for name, row in rows:
+        if not row.runs_on(tree):
+            assert tree != trees_for_tests()[-1], f"no ComfyUI has what {name} needs: {row.needs}"
+            record(name, f"ComfyUI {tree.version} has no such thing")
+            continue
+        try:
+            record(name, check(row))
+        except (AssertionError, RigError) as error:
+            failures.append(f"{name}: {abridged(str(error))}")
+    if failures:
+        text = "\n".join(failures)
+        pytest.fail(f"{len(failures)} of {len(rows)} rows failed:\n{text}", pytrace=False)
+
+
+def comparable(reference: Result, result: Result) -> bool:
+    shapes = [[image.shape for image in images] for images in (reference.images, result.images)]
+    return shapes[0] == shapes[1]
+
+
+def abridged(text: str) -> str:
+    """Return what failed, and the end of the traceback if there is one."""
+    lines = text.strip().splitlines()
+    return "\n".join(lines if len(lines) <= 6 else [lines[0], "    ...", *lines[-5:]])
+
+
+def keep_result(tree: Tree, num_ranks: int, section: str, row: Row, found: Found) -> None:
+    """Add what was found to the file that FEATURES_RESULTS names."""
+    path = os.environ.get("FEATURES_RESULTS")
+    if not path:
+        return
+    file = Path(path)
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    name = next(name for name, other in SECTIONS[section].items() if other is row)
+    entry = results.setdefault(section, {}).setdefault(name, {"why": row.why, "found": {}})
+    entry["why"] = row.why
+    entry["found"].setdefault(tree.version, {})[str(num_ranks)] = found.to_dict()
+    file.write_text(json.dumps(results, indent=1))

@@ -1,0 +1,127 @@
+"""Rows: node packs, each by a stand-in of ours that uses the same mechanism.
+
+Runs in: the tests (standard library only).
+
+The stand-ins are in ``node_packs``. Some change the model object for good; they get a file of their
+own, so that no other row meets it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rig import weight_graphs
+from rig.feature_controls import XLABS
+from rig.feature_graphs import Draft
+from rig.feature_rows import FALLS_BACK, UNSEEN, Row, plain
+
+OWN_FILE = "flux1-dev-own.safetensors"
+GGUF_FILE = "flux1-dev-Q8_0.gguf"
+ATTENTION_PATCHES = ("comfy/ldm/flux/layers.py", "attn1_patch")
+REPLACED = "the workers run ComfyUI's own forward; this pack brings another one"
+GLOBAL = "it replaces a function of ComfyUI for all graphs"
+
+
+def through(node: str, *, own_file: bool = False, **values: Any) -> Row:
+    """Put a stand-in's node between the model and the sampler."""
+
+    def change(draft: Draft) -> None:
+        if own_file:
+            draft.nodes["1"]["inputs"]["unet_name"] = OWN_FILE
+        draft.model(node)
+
+    return Row(change, **values)
+
+
+def replaced(node: str, reason: str, *, own_file: bool = False, steps: int = 2) -> Row:
+    """Return a row of a pack that brings a forward of its own."""
+    return through(
+        node, own_file=own_file, outcome=FALLS_BACK, reason=reason, why=REPLACED, steps=steps
+    )
+
+
+def gguf(draft: Draft) -> None:
+    draft.nodes = weight_graphs.with_gguf(draft.nodes, GGUF_FILE)
+    draft.lora()
+
+
+def masked_control(draft: Draft) -> None:
+    draft.control(XLABS, through="RigMaskedControl")
+
+
+def masked_control_with_cfg(draft: Draft) -> None:
+    masked_control(draft)
+    draft.set(cfg=3.0)
+
+
+ROWS: dict[str, Row] = {
+    "ComfyUI-GGUF": Row(gguf),
+    "Advanced-ControlNet (masked residuals)": Row(masked_control),
+    "Advanced-ControlNet (masked residuals), cfg 3": Row(masked_control_with_cfg),
+    "ComfyUI-MultiGPU (own model loading)": Row(
+        plain, pack="own_model_loading", same_as_plain="only loading differs"
+    ),
+    "KJNodes, sage and flash attention": through(
+        "RigOtherBackend",
+        outcome=FALLS_BACK,
+        reason="overrides the attention function",
+        same_as_plain="another function for the same thing",
+    ),
+    "KJNodes, compiled blocks": through("RigCompiledBlocks", same_as_plain="only speed differs"),
+    "TeaCache and WaveSpeed, compiled model": through(
+        "RigCompiledModel",
+        outcome=FALLS_BACK,
+        reason="a node patched diffusion_model",
+        same_as_plain="only speed differs",
+    ),
+    "TeaCache and MagCache": replaced("RigStepCache", "replaced forward_orig", steps=4),
+    "WaveSpeed, first block cache": replaced(
+        "RigFirstBlockCache", "replaced a block of this model by CachedBlocks", steps=4
+    ),
+    "PuLID": replaced("RigIdentity", "replaced forward_orig", own_file=True),
+    "PuLID_Flux_ll (patches_replace)": through(
+        "RigReplacedBlocks", outcome=FALLS_BACK, reason="a node replaces dit blocks"
+    ),
+    "IPAdapter-Flux": replaced("RigAdapter", "a block of this model by AdapterBlock"),
+    "XLabs": replaced("RigProcessor", "a block of this model by ProcessedBlock"),
+    "NAG (node pack)": through(
+        "RigNegativeGuidance",
+        outcome=UNSEEN,
+        why="it replaces the model's forward as a whole, so that ours is never reached",
+    ),
+    "RES4LYF": replaced("RigOwnClasses", "class was changed to OwnFlux"),
+    "regional attention": Row(
+        plain,
+        FALLS_BACK,
+        "attention was replaced by another extension",
+        why=GLOBAL,
+        pack="regional_attention",
+        same_as_plain="the plain graph of its server has it too",
+    ),
+    "unknown attention override": through(
+        "RigSharpened", outcome=FALLS_BACK, reason="overrides the attention function"
+    ),
+    "unknown attention override, all tokens": through(
+        "RigShiftedTokens", outcome=FALLS_BACK, reason="overrides the attention function"
+    ),
+    "unknown post_input patch": through(
+        "RigPostInput", outcome=FALLS_BACK, reason="a node set a post_input patch"
+    ),
+    "unknown attn1_patch": through(
+        "RigBeforeAttention",
+        outcome=FALLS_BACK,
+        reason="a node set a attn1_patch patch",
+        needs=ATTENTION_PATCHES,
+    ),
+    "unknown attn1_output_patch": through(
+        "RigAfterAttention",
+        outcome=FALLS_BACK,
+        reason="a node set a attn1_output_patch patch",
+        needs=ATTENTION_PATCHES,
+    ),
+    "model_function_wrapper": through("RigFunctionWrapper"),
+    "DIFFUSION_MODEL wrapper": through("RigDiffusionWrapper"),
+    "forward hook on a block": replaced(
+        "RigHooked", "a forward hook is set on double_blocks.N", own_file=True
+    ),
+}

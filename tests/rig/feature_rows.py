@@ -1,0 +1,67 @@
+"""The table of issue "every graph people run": each row is a graph and what becomes of it.
+
+Runs in: the tests (standard library only).
+
+Rows stand in ``feature_controls``, ``feature_core`` and ``feature_packs``; what they become is
+written into docs/compatibility.md by the run of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rig.feature_graphs import STEPS, Draft
+from rig.graphs import Graph
+from rig.trees import Tree
+
+PARALLEL, GATHERED, FALLS_BACK = "parallel", "parallel with gather", "falls back"
+UNSEEN = "not seen"  # the model ran, and none of its calls reached us
+NOT_HERE = "not in this version"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that graphs do.
+
+    Attributes:
+        change: makes the graph, starting from the plain one.
+        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED``, ``FALLS_BACK``
+            or ``UNSEEN``.
+        reason: a part of the reason that the log gives for falling back.
+        why: why it falls back, or another remark, for the page.
+        needs: a file of ComfyUI and a text in it, without which this version has no such thing.
+        same_as_plain: why the image may equal the plain one; without it, it must differ visibly.
+        pack: a node pack that changes all graphs and therefore gets servers of its own.
+    """
+
+    change: Callable[[Draft], None]
+    outcome: str = PARALLEL
+    reason: str = ""
+    why: str = ""
+    needs: tuple[str, str] | None = None
+    same_as_plain: str = ""
+    pack: str | None = None
+    size: tuple[int, int] = (128, 128)
+    steps: int = STEPS
+
+    def graph(self) -> Graph:
+        """Return the graph in ComfyUI's API format."""
+        draft = Draft(self.size, self.steps)
+        self.change(draft)
+        return draft.finished()
+
+    def runs_on(self, tree: Tree) -> bool:
+        """Whether this version of ComfyUI has what the row is about."""
+        if self.needs is None:
+            return True
+        path = tree.path / self.needs[0]
+        return path.exists() and self.needs[1] in path.read_text()
+
+
+def plain(_: Draft) -> None:
+    """Change nothing."""
+
+
+PACKS = Path(__file__).with_name("node_packs")

@@ -1,0 +1,130 @@
+"""Run one row on a stock server and on ranks, and say what became of its steps.
+
+Runs in: the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rig.compare import Difference, compare_all
+from rig.feature_graphs import MASK, OTHER_PICTURE, PICTURE
+from rig.feature_rows import FALLS_BACK, GATHERED, NOT_HERE, PARALLEL, UNSEEN, Row
+from rig.pair import EQUAL, Bound, Result, latent_error, run, run_stock
+from rig.server import Server
+
+SIDE = 128
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a row; the figures are None where it is not in this version."""
+
+    outcome: str
+    reasons: dict[str, int]
+    steps_parallel: int = 0
+    steps_gathered: int = 0
+    steps_fell_back: int = 0
+    max_pixel: int | None = None
+    psnr_db: float | None = None
+    latent_error: float | None = None
+
+    def __str__(self) -> str:
+        if self.max_pixel is None:
+            return self.outcome
+        steps = f"{self.steps_parallel} parallel, {self.steps_fell_back} not"
+        return f"{self.outcome} ({steps}), max {self.max_pixel}/255, PSNR {self.psnr_db:.1f} dB"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+ABSENT = Found(NOT_HERE, {})
+
+
+def write_inputs(server: Server) -> None:
+    """Put the pictures that graphs load where this server looks for them."""
+    folder: Path = server.base_dir / "input"
+    x, y = np.meshgrid(np.linspace(0, 1, SIDE), np.linspace(0, 1, SIDE))
+    disc = ((x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.06).astype(float)
+    stripes = (np.floor(8 * x + 3 * y) % 2).astype(float)
+    pictures = {
+        PICTURE: np.stack((disc, 0.7 * y, 0.3 + 0.5 * stripes), axis=-1),
+        OTHER_PICTURE: np.stack((stripes * y, 1 - disc, x), axis=-1),
+        MASK: np.repeat((((x - 0.5) ** 2 + (y - 0.4) ** 2) < 0.09)[..., None] * 1.0, 3, axis=-1),
+    }
+    for name, values in pictures.items():
+        if not (folder / name).exists():
+            Image.fromarray((255 * values).astype(np.uint8)).save(folder / name)
+
+
+def run_row(stock: Server, ranks: Server, row: Row, bound: Bound = EQUAL) -> Found:
+    """Run a row on both servers; an image that is not stock's is an AssertionError."""
+    for server in (stock, ranks):
+        write_inputs(server)
+    graph = row.graph()
+    reference = run_stock(stock, graph)
+    before = ranks.status()
+    result = run(ranks, graph)
+    after = ranks.status()
+    return found(reference, result, before, after, bound)
+
+
+def found(
+    reference: Result,
+    result: Result,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    bound: Bound = EQUAL,
+) -> Found:
+    """Compare two results, and count what became of the steps between two reports."""
+
+    def more(name: str) -> int:
+        return int(after.get(name, 0)) - int(before.get(name, 0))
+
+    parallel, gathered, fell = (
+        more(name) for name in ("steps_parallel", "steps_gathered", "steps_fell_back")
+    )
+    reasons = {
+        reason: number - before["fall_back_reasons"].get(reason, 0)
+        for reason, number in after["fall_back_reasons"].items()
+        if number > before["fall_back_reasons"].get(reason, 0)
+    }
+    difference = compare_all(reference.images, result.images)
+    error = latent_error(reference.latents, result.latents)
+    said = f"{parallel} steps parallel, fell back: {reasons}"
+    check_equal(difference, error, bound, said)
+    for old, new in zip(before["ranks"], after["ranks"], strict=True):
+        forwards = new["forwards"] - old["forwards"]
+        assert forwards == parallel, f"{parallel} steps parallel, but {forwards} forwards: {new}"
+    return Found(
+        outcome=outcome_of(parallel, gathered, fell),
+        reasons=reasons,
+        steps_parallel=parallel,
+        steps_gathered=gathered,
+        steps_fell_back=fell,
+        max_pixel=difference.max_pixel,
+        psnr_db=min(difference.psnr_db, 999.0),  # no infinity in JSON
+        latent_error=error,
+    )
+
+
+def outcome_of(parallel: int, gathered: int, fell_back: int) -> str:
+    """Say in one word what became of steps; one that fell back counts for all."""
+    if parallel + fell_back == 0:
+        return UNSEEN
+    return FALLS_BACK if fell_back else GATHERED if gathered else PARALLEL
+
+
+def check_equal(difference: Difference, error: float, bound: Bound, said: str) -> None:
+    """Hold the difference of two results to a bound."""
+    is_equal = difference.max_pixel <= bound.max_pixel and difference.psnr_db >= bound.min_psnr_db
+    assert is_equal, f"the image is not stock's: {difference}; {said}"
+    assert error <= bound.max_latent_error, (
+        f"the latent is not stock's: relative error {error:.1e}; {said}"
+    )
