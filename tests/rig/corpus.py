@@ -61,9 +61,10 @@ STEPS = 2
 # Sizes that are larger than this are pixels; PrimitiveInt holds pixels and steps alike.
 SMALLEST_PIXELS = 256
 PAD_PX = 40
+SELECTOR_MEGAPIXELS = 0.1  # the least that ResolutionSelector takes
 MEGAPIXELS = SIZE[0] * SIZE[1] / 1e6
-# FluxKontextImageScale enlarges its image to a million pixels and has no value to change.
-ONE_STEP = ("flux_kontext_dev_basic",)
+# FluxKontextImageScale and TextEncodeQwenImageEdit enlarge their image to a million pixels and have
+ONE_STEP = ("flux_kontext_dev_basic", "image_longcat_image_edit")
 HOLE = (64, 48, 176, 128)
 
 
@@ -98,7 +99,7 @@ def shrink(name: str, graph: Graph) -> Graph:
             elif key == "steps":
                 inputs[key] = min(value, steps)
             elif key == "megapixels":
-                inputs[key] = MEGAPIXELS
+                inputs[key] = SELECTOR_MEGAPIXELS if kind == "ResolutionSelector" else MEGAPIXELS
             elif key == "largest_size":
                 inputs[key] = SIZE[0] // 2
             elif kind == "ImagePadForOutpaint" and key in ("left", "top", "right", "bottom"):
