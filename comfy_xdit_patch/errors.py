@@ -40,6 +40,10 @@ class WorkerError(XditError):
     """A worker failed or died. The text names rank, phase and cause, and quotes its log."""
 
 
+class DeclinedError(XditError):
+    """The workers are well, and cannot run a node's patch."""
+
+
 class FallBackError(XditError):
     """``XDIT_STRICT=1`` and a step could not run in parallel."""
 
@@ -64,3 +68,5 @@ class Refusal:
 
     reason: str
     scope: Scope = Scope.RUN
+    is_around_blocks: bool = False
+    """The blocks are ComfyUI's own: the workers can run them while the rest runs here."""

@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that are made from code: settings.md and patch-points.md.
+"""Write the pages of docs/ that are made: settings.md, patch-points.md and compatibility.md.
 
 Runs in: a process of its own, with torch and wrapt installed; ComfyUI is not needed.
 
@@ -9,6 +9,7 @@ Runs in: a process of its own, with torch and wrapt installed; ComfyUI is not ne
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,11 @@ def use_this_checkout() -> None:
 
 def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
-    return {"settings.md": settings_page(), "patch-points.md": patch_points_page()}
+    return {
+        "settings.md": settings_page(),
+        "patch-points.md": patch_points_page(),
+        "compatibility.md": compatibility_page(),
+    }
 
 
 def settings_page() -> str:
@@ -122,6 +127,69 @@ def patch_points_page() -> str:
         *_points_table(server_points(_no_wrapper)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def compatibility_page() -> str:
+    """Return the page of what graphs do and what becomes of it, as a run of the tests found it."""
+    sections = json.loads((DOCS / "compatibility.json").read_text())
+    rows = [row for section in sections.values() for row in section.values()]
+    versions = sorted({version for row in rows for version in row["found"]}, key=_as_numbers)
+    runs = [run for row in rows for runs in row["found"].values() for run in runs.values()]
+    compared = [run for run in runs if run["max_pixel"] is not None]
+    lines = [
+        MADE.format(source="docs/compatibility.json, which the tests write"),
+        "",
+        "# What runs in parallel",
+        "",
+        "Every row is a graph that the tests run on ComfyUI as it is and on ComfyUI with this",
+        "package, on CPU ranks, with tiny models. Both make the same image in every row, whatever",
+        f"stands in it: the largest difference of {len(compared)} pairs of runs was",
+        f"{max(run['max_pixel'] for run in compared)} of 255, the lowest PSNR",
+        f"{min(run['psnr_db'] for run in compared):.0f} dB.",
+        "",
+        "- **parallel**: every step is computed by all ranks together.",
+        "- **parallel with gather**: so too, but a node's function is given all tokens, which are",
+        "  collected for it on every rank.",
+        "- **falls back**: ComfyUI computes these steps on one GPU, as without this package. Where",
+        "  only some steps of a graph do so, it says how many.",
+        "",
+        "Node packs are tested by stand-ins that reach into ComfyUI as the pack does. See",
+        "[troubleshooting](troubleshooting.md) for the reasons.",
+    ]
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", f"| | {' | '.join(versions)} | why |"]
+        lines += ["|---" * (len(versions) + 2) + "|"]
+        for name, row in section.items():
+            cells = [_outcome(row["found"].get(version, {})) for version in versions]
+            lines.append(f"| {_cell(name)} | {' | '.join(cells)} | {_cell(_why(row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _as_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _outcome(runs: dict[str, Any]) -> str:
+    """Return one cell: the outcome on the fewest ranks, the others being held to the same."""
+    if not runs:
+        return "not run"
+    run = runs[min(runs, key=int)]
+    fell_back, steps = run["steps_fell_back"], run["steps_parallel"] + run["steps_fell_back"]
+    if run["outcome"] == "not seen":
+        return "falls back"
+    if 0 < fell_back < steps:
+        return f"falls back ({fell_back} of {steps} steps)"
+    return str(run["outcome"])
+
+
+def _why(row: dict[str, Any]) -> str:
+    reasons = {
+        reason: None
+        for runs in row["found"].values()
+        for run in runs.values()
+        for reason in run["reasons"]
+    }
+    return row["why"] or "; ".join(reasons)
 
 
 def _points_table(points: Any) -> list[str]:

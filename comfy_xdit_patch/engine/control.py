@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.engine.attention import UlyssesAttention
-from comfy_xdit_patch.engine.attributes import own_attribute
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.own_tokens import OwnTokens
 from comfy_xdit_patch.engine.residuals import ResidualSet

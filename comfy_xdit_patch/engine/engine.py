@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 
 from comfy_xdit_patch.engine.control import control_share
+from comfy_xdit_patch.engine.driven import DrivenBlocks
 from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.patches import ModelPatches, Objects
 from comfy_xdit_patch.engine.placing import Progress
 from comfy_xdit_patch.engine.residents import Resident, Residents
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.errors import WorkerError
-from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.messages import Control, Forward, Load
-from comfy_xdit_patch.transport.replies import Controlled, Done, Loaded, NotLoaded
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.transport.messages import (
+    Control,
+    Fetch,
+    Forget,
+    Forward,
+    Load,
+    RunBlock,
+    Tree,
+)
+from comfy_xdit_patch.transport.replies import Controlled, Done, Fetched, Loaded, NotLoaded, Ran
 from comfy_xdit_patch.transport.slots import SlotMap
 
 log = logging.getLogger(__name__)
@@ -33,6 +44,8 @@ class Engine:
         self._slots = slots
         self._residents = Residents(slots, groups)
         self._residuals = Residuals()
+        self._objects = Objects()
+        self._driven = DrivenBlocks(groups)
         self._num_forwards = 0
 
     def load(self, message: Load, progress: Progress) -> Loaded | NotLoaded:
@@ -75,6 +88,7 @@ class Engine:
         resident = self._resident(message.model)
         plan = ParallelPlan(self._groups.world_size, message.batch_degree, message.ulysses_degree)
         arguments = self._slots.fetch(message.arguments)
+        patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
         with torch.inference_mode():
             gathered = 0
@@ -90,6 +104,7 @@ class Engine:
                 # is a matter of rounding.
                 scaled={} if resident.blocks is not None else resident.scaled,
                 residuals=self._residuals,
+                patches=patches,
             )
             if resident.blocks is not None:
                 bytes_sent += resident.blocks.bytes_gathered - gathered
@@ -135,9 +150,57 @@ class Engine:
             bytes_between_ranks=bytes_sent,
         )
 
-    def forget(self, calls: list[int]) -> None:
-        """Free residuals that the host does not refer to any more."""
-        self._residuals.forget(calls)
+    def forget(self, message: Forget) -> None:
+        """Free what the host does not refer to any more."""
+        self._residuals.forget(message.calls)
+        self._objects.forget(message.objects)
+        self._driven.forget(message.tokens)
+
+    def run_block(self, message: RunBlock) -> Ran:
+        """Compute this rank's share of one block, and keep it. Collective."""
+        start = time.perf_counter()
+        resident = self._resident(message.model)
+        with torch.inference_mode():
+            gathered = 0 if resident.blocks is None else resident.blocks.bytes_gathered
+            _, bytes_sent = self._driven.run(
+                resident.flux.get_submodule(message.block),
+                self._slots.fetch(message.arguments),
+                shares=self._shares(resident, message.counts),
+                scaled={
+                    name: layer
+                    for name, layer in ({} if resident.blocks else resident.scaled).items()
+                    if name.startswith(f"{message.block}.")
+                },
+                patches=self._patches(message.patches),
+                keep=message.keep,
+            )
+            if resident.blocks is not None:
+                bytes_sent += resident.blocks.bytes_gathered - gathered
+        self._num_forwards += message.is_first
+        seconds = time.perf_counter() - start
+        return Ran(message.request, self._num_forwards, seconds, bytes_sent)
+
+    def fetch(self, message: Fetch) -> Fetched:
+        """Gather tokens that the ranks keep; the first one writes them. Collective."""
+        shares = self._shares(self._resident(message.model), message.counts)
+        with torch.inference_mode():
+            tokens, bytes_sent = self._driven.fetch(message.tokens, message.stream, shares)
+            if self._groups.rank == 0:
+                self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
+        return Fetched(message.request, bytes_sent)
+
+    def _shares(self, resident: Resident, counts: Sequence[int]) -> SequenceShares:
+        text, image, reference = counts
+        return SequenceShares.even(
+            num_text_tokens=text,
+            num_image_tokens=image,
+            num_reference_tokens=reference,
+            num_heads=resident.flux.num_heads,
+            num_shards=self._groups.world_size,
+        )
+
+    def _patches(self, tree: Tree) -> ModelPatches | None:
+        return None if tree is None else ModelPatches(tree, self._objects)
 
     def _resident(self, model: int) -> Resident:
         resident = self._residents.get(model)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.patches import ModelPatches
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.rows import rows_of
 from comfy_xdit_patch.engine.sharded_sequence import sharded_sequence, whole_counts
@@ -35,6 +36,7 @@ def forward_share(
     groups: Groups,
     scaled: ScaledLayers,
     residuals: Residuals,
+    patches: ModelPatches | None,
 ) -> tuple[torch.Tensor, int]:
     """Compute the rows of this rank's batch share, together with its sequence group.
 
@@ -42,6 +44,7 @@ def forward_share(
         flux: ComfyUI's ``Flux`` module.
         arguments: keyword arguments of ``Flux._forward`` for the whole batch.
         scaled: its layers of old scaled fp8.
+        patches: of nodes, which ``arguments`` do not hold.
         residuals: what ControlNets left on this rank; ``control`` refers to them.
 
     Returns:
@@ -65,10 +68,19 @@ def forward_share(
                     groups=groups,
                     num_image_tokens=num_image_tokens,
                     residuals=residuals,
+                    patches=patches,
                 )
             )
-        elif mine.get("control") is not None:
-            mine["control"] = residuals.whole(mine["control"])
+        else:
+            if mine.get("control") is not None:
+                mine["control"] = residuals.whole(mine["control"])
+            if patches is not None:
+                mine["transformer_options"] = {
+                    **patches.options(None),
+                    **mine["transformer_options"],
+                }
+                if patches.attention is not None:
+                    mine["transformer_options"]["optimized_attention_override"] = patches.attention
         if scaled and plan.world_size > 1:
             stack.enter_context(
                 whole_counts(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from comfy_xdit_patch.engine.attributes import own_attribute
+from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.engine.own_tokens import OwnTokens
 
 CONVOLUTION = "nerf_final_layer_conv"

@@ -19,20 +19,24 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.engine.attention import UlyssesAttention
-from comfy_xdit_patch.engine.attributes import own_attribute
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.own_tokens import OwnTokens
+from comfy_xdit_patch.engine.patches import ModelPatches
 from comfy_xdit_patch.engine.pixel_space import sharded_head
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
 from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, scales_on_weights
+from comfy_xdit_patch.engine.whole_tokens import WholeTokens
 from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
 
 # Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
 TEXT_ARGUMENTS = ("txt", "txt_ids")
 IMAGE_ARGUMENTS = ("img", "img_ids")
+REFERENCES = "reference_image_num_tokens"
+"""An option of ComfyUI's, set by ``_forward``: tokens of each reference image."""
 
 
 @contextmanager
@@ -43,6 +47,7 @@ def sharded_sequence(
     groups: Groups,
     num_image_tokens: int,
     residuals: Residuals,
+    patches: ModelPatches | None,
 ) -> Iterator[list[int]]:
     """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
     group = groups.of_plan(plan).sequence
@@ -79,9 +84,21 @@ def sharded_sequence(
                 )
             if values.get("timestep_zero_index") is not None:
                 values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"])
-            attention = UlyssesAttention(shares=shares, index=index, group=group)
+            whole = WholeTokens(shares, index, group)
+            attention = UlyssesAttention(
+                shares=shares,
+                index=index,
+                group=group,
+                function=None if patches is None else patches.attention,
+                wants_order=patches is not None and patches.wants_order,
+            )
+            options = values["transformer_options"]
+            if REFERENCES in options:
+                num_references = shares.reference[index]
+                options = {**options, REFERENCES: [num_references] if num_references else []}
             values["transformer_options"] = {
-                **values["transformer_options"],
+                **({} if patches is None else patches.options(whole)),
+                **options,
                 "optimized_attention_override": attention,
             }
             if is_pixel_space:
@@ -89,7 +106,7 @@ def sharded_sequence(
                     sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
                 )
             out = original(*call.args, **call.kwargs).narrow(SEQUENCE_DIM, 0, shares.image[index])
-            bytes_sent.append(attention.bytes_sent)
+            bytes_sent.extend((attention.bytes_sent, whole.bytes_sent))
             return out if is_pixel_space else gather(out, shares)
 
         with own_attribute(flux, "forward_orig", forward_orig):
@@ -112,23 +129,37 @@ def whole_counts(
 
     def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
         values = signature.bind(*args, **kwargs).arguments
-        rows = values["img"].shape[0]
-        text, image = (values[name].shape[SEQUENCE_DIM] for name in ("txt", "img_ids"))
         shares = shares_of(flux, values, plan, num_image_tokens)
-        visual = shares.image[index] + shares.reference[index]
-        local = {"text": shares.text[index], "image": visual, None: 1}
-        local["joint"] = local["text"] + local["image"]
-        whole = {"text": text, "image": image, "joint": text + image, None: 1}
-        with scales_on_weights(
-            scaled,
-            whole={stream: n * rows * plan.batch_degree for stream, n in whole.items()},
-            local={stream: n * rows for stream, n in local.items()},
-        ):
+        rows = values["img"].shape[0]
+        counts = stream_counts(shares, index, rows=rows, batch_degree=plan.batch_degree)
+        with scales_on_weights(scaled, **counts):
             out: torch.Tensor = inner(*args, **kwargs)
             return out
 
     with own_attribute(flux, "forward_orig", forward_orig):
         yield
+
+
+def stream_counts(
+    shares: SequenceShares, index: int, *, rows: int, batch_degree: int = 1
+) -> dict[str, dict[str | None, int]]:
+    """Tokens times rows by stream, of the ``whole`` call and of this rank's (``local``) part."""
+    local: dict[str | None, int] = {
+        "text": shares.text[index],
+        "image": shares.image[index] + shares.reference[index],
+        "joint": shares.joint[index],
+        None: 1,
+    }
+    whole: dict[str | None, int] = {
+        "text": sum(shares.text),
+        "image": sum(shares.image) + sum(shares.reference),
+        "joint": sum(shares.joint),
+        None: 1,
+    }
+    return {
+        "whole": {stream: n * rows * batch_degree for stream, n in whole.items()},
+        "local": {stream: n * rows for stream, n in local.items()},
+    }
 
 
 def shares_of(

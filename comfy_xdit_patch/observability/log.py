@@ -36,6 +36,10 @@ def summary(run: RunReport, *, device_word: str) -> str:
         f"xDiT: {run.steps_parallel} steps on {run.ranks} {device_word} ({run.plan}), "
         f"{run.steps_fell_back} fell back, {run.ms_per_step:.0f} ms/step"
     )
+    if run.gather_reasons:
+        text += f", {run.steps_gathered} with gathers ({'; '.join(run.gather_reasons)})"
+    if run.steps_skipped:
+        text += f", {run.steps_skipped} without blocks"
     if run.fall_back_reasons:
         text += f" ({'; '.join(run.fall_back_reasons)})"
     return text

@@ -16,11 +16,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """One finished sampling run. ``ms_per_step`` is the median over parallel steps."""
+    """One finished sampling run. ``ms_per_step`` is the median over parallel steps.
+
+    A gathered step is a parallel one in which a node's code around the blocks ran in the host; a
+    skipped one is a step in which a node had no block run, or computed them itself.
+    """
 
     steps: int
     steps_parallel: int
     steps_fell_back: int
+    steps_gathered: int
+    steps_skipped: int
+    gather_reasons: dict[str, int]
     fall_back_reasons: dict[str, int]
     ms_per_step: float | None
     strategy: str | None
@@ -35,14 +42,19 @@ class RunCounts:
     plan: str | None = None
     parallel_seconds: list[float] = field(default_factory=list)
     fall_backs: Counter[str] = field(default_factory=Counter)
+    gathered: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0
 
     def report(self, *, ranks: int) -> RunReport:
         parallel = len(self.parallel_seconds)
         fell_back = sum(self.fall_backs.values())
         return RunReport(
-            steps=parallel + fell_back,
+            steps=parallel + fell_back + self.skipped,
             steps_parallel=parallel,
             steps_fell_back=fell_back,
+            steps_gathered=sum(self.gathered.values()),
+            steps_skipped=self.skipped,
+            gather_reasons=dict(self.gathered),
             fall_back_reasons=dict(self.fall_backs),
             ms_per_step=statistics.median(self.parallel_seconds) * 1000 if parallel else None,
             strategy="ulysses" if parallel else None,
@@ -57,6 +69,10 @@ class Totals:
 
     runs: int = 0
     steps_parallel: int = 0
+    steps_gathered: int = 0
+    """Parallel steps in which a node's code around the blocks ran in the host."""
+    steps_skipped: int = 0
+    """Steps in which a node had no block run, or computed them itself."""
     fall_backs: Counter[str] = field(default_factory=Counter)
     bytes_to_workers: int = 0
     bytes_from_workers: int = 0
@@ -96,6 +112,8 @@ class Totals:
         return {
             "runs": self.runs,
             "steps_parallel": self.steps_parallel,
+            "steps_gathered": self.steps_gathered,
+            "steps_skipped": self.steps_skipped,
             "steps_fell_back": sum(self.fall_backs.values()),
             "fall_back_reasons": dict(self.fall_backs),
             "bytes": {

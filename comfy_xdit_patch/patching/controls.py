@@ -122,9 +122,13 @@ class ControlNets:
         model = self._known.get(net)
         if model is None or model.current_patcher is None:
             return Refusal("it did not come from a file of its own", Scope.STEP)
-        refusal = self._pristine.check_step(net) or check_grad(arguments["x"])
-        if refusal is not None:
-            return refusal
+        changes = (
+            *self._pristine.check_step(net),
+            *self._holding.changes(model, run),
+            *check_grad(arguments["x"]),
+        )
+        if changes:
+            return changes[0]
         workload = workload_of(net, arguments, names=CARRIED_ARGUMENTS)
         plan = plan_call(workload, world_size=self._holding.world_size)
         if isinstance(plan, Refusal):

@@ -30,7 +30,13 @@ class Run:
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
     models: dict[int, KnownModel] = field(default_factory=dict)
-    """Models whose modules were scanned in this run, by the identity of their BaseModel."""
+    """Models of this run as the workers know them, by the identity of their BaseModel."""
+    changes: dict[int, list[Refusal]] = field(default_factory=dict)
+    """What others hung on single modules of them."""
+    objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    """Objects of nodes that keep state, with their numbers for the workers."""
+    needs_residuals: bool = False
+    """Steps of this run are computed here in part or in whole, and so need ControlNets here."""
     compared: set[int] = field(default_factory=set)
     """Numbers of the models whose weights were compared with the workers' in this run."""
     generation: int = 0
@@ -82,9 +88,7 @@ class Holding:
         Raises:
             WorkerError: the workers are lost.
         """
-        known = self._find(model, run)
-        if isinstance(known, Refusal):
-            return known
+        known = run.models.get(id(model)) or self._models.find(model)
         try:
             self._pool.wait_until_ready(poll)
         except WorkerError as error:
@@ -116,11 +120,8 @@ class Holding:
             run.compared.add(known.number)
         return known
 
-    def _find(self, model: Any, run: Run) -> KnownModel | Refusal:
-        """Once a run: scan the modules, and find the model's file."""
-        known: KnownModel | Refusal | None = run.models.get(id(model))
-        if known is None:
-            known = self._pristine.check_modules(flux_of(model)) or self._models.find(model)
-            if not isinstance(known, Refusal):
-                run.models[id(model)] = known
-        return known
+    def changes(self, model: Any, run: Run) -> list[Refusal]:
+        """What others hung on single modules of a model. Looked for once a run."""
+        if id(model) not in run.changes:
+            run.changes[id(model)] = self._pristine.check_modules(flux_of(model))
+        return run.changes[id(model)]

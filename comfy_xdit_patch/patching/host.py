@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import FallBackError, Refusal, Scope, WorkerError
+from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
+from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import Holding, Run
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
@@ -27,18 +28,12 @@ from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.remote_control import RemoteControl
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
+from comfy_xdit_patch.patching.steps import ParallelSteps, Step
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
-    check_arguments,
-    check_grad,
-    check_patcher,
 )
-from comfy_xdit_patch.planning.family import num_out_channels
-from comfy_xdit_patch.planning.planner import plan_call
-from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 from comfy_xdit_patch.workers.pool import Pool, PoolState
 
 log = logging.getLogger("comfy_xdit_patch")
@@ -59,7 +54,7 @@ class Host:
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
         self.memory = SharedMemory(pool.devices, self._weights)
-        self._holding = Holding(
+        holding = Holding(
             pool=pool,
             weights=self._weights,
             residency=Residency(settings, pool),
@@ -68,9 +63,16 @@ class Host:
             pristine=pristine,
             models=self.models,
         )
+        self._steps = ParallelSteps(
+            self._remote,
+            DrivenForward(wire, self.totals),
+            holding=holding,
+            pristine=pristine,
+            totals=self.totals,
+        )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
-            holding=self._holding,
+            holding=holding,
             memory=self.memory,
             models=self.models,
             pristine=pristine,
@@ -98,16 +100,20 @@ class Host:
     def end_run(self, run: Run) -> None:
         """Close the books of a run, and say one line about it if FLUX took part."""
         report = run.counts.report(ranks=self.pool.world_size)
+        self._remote.gone_objects += [number for _, number in run.objects.values()]
         if report.steps:
             self.totals.runs += 1
             self.totals.last_run = report
             log.info("%s", summary(report, device_word=self.pool.device_word))
 
-    def forward(self, flux: Any, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    def forward(
+        self, flux: Any, arguments: Mapping[str, Any], compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor | None:
         """Compute one call on the workers.
 
         Args:
             arguments: the arguments of ``Flux._forward`` by name.
+            compute: ComfyUI's own forward with them.
 
         Returns:
             The model's output, or None: the caller runs ComfyUI's own forward.
@@ -118,17 +124,17 @@ class Host:
         """
         run = self.current_run.get() or Run()
         begin = time.perf_counter()
+        base_model = self.base_model.get()
         with self._lock:
-            outcome = run.refusal or self._forward(flux, arguments, run)
-        if self.base_model.get() is not None:
-            self.memory.ran(self.base_model.get(), is_parallel=not isinstance(outcome, Refusal))
+            outcome = run.refusal or self._steps.run(flux, arguments, compute, base_model, run)
+        if base_model is not None:
+            self.memory.ran(base_model, is_parallel=not isinstance(outcome, Refusal))
         if not isinstance(outcome, Refusal):
-            self.totals.host_step_seconds = time.perf_counter() - begin
-            run.counts.parallel_seconds.append(self.totals.host_step_seconds)
-            self.totals.steps_parallel += 1
-            return outcome
+            self._count(outcome, run, time.perf_counter() - begin)
+            return outcome.out
         if outcome.scope is Scope.RUN:
             run.refusal = outcome
+        run.needs_residuals = True
         run.counts.fall_backs[outcome.reason] += 1
         self.totals.fall_backs[outcome.reason] += 1
         if self.settings.strict:
@@ -139,12 +145,24 @@ class Host:
         warn_once(outcome.reason)
         return None
 
+    def _count(self, step: Step, run: Run, seconds: float) -> None:
+        self.totals.host_step_seconds = seconds
+        if step.is_empty:
+            run.counts.skipped += 1
+            self.totals.steps_skipped += 1
+            return
+        run.counts.parallel_seconds.append(seconds)
+        self.totals.steps_parallel += 1
+        if step.gathered_for is not None:
+            run.counts.gathered[step.gathered_for] += 1
+            self.totals.steps_gathered += 1
+
     def control(
         self, net: Any, arguments: Mapping[str, Any], compute: Callable[[], Residuals]
     ) -> Residuals | None:
         """Compute one call of a ControlNet on the workers; see ``ControlNets.forward``."""
         run = self.current_run.get()
-        if run is None or not run.is_flux or run.refusal or run.counts.fall_backs:
+        if run is None or not run.is_flux or run.refusal or run.needs_residuals:
             return None  # Residuals will be needed here.
         with self._lock:
             return self.controls.forward(net, arguments, compute, run)
@@ -171,54 +189,6 @@ class Host:
         is_up = self.pool.state in (PoolState.READY, PoolState.STARTING)
         is_ours = self.is_flux(patcher) or self.controls.holds(patcher.model)
         return is_up and is_ours and self.memory.is_held_back(patcher)
-
-    def _forward(self, flux: Any, arguments: Mapping[str, Any], run: Run) -> torch.Tensor | Refusal:
-        import comfy.model_management
-
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        base_model = self.base_model.get()
-        # A compiled model stands in for the module it was made from.
-        own = getattr(base_model, "diffusion_model", None)
-        if flux not in (own, getattr(own, "_orig_mod", None)):
-            return Refusal("FLUX was called outside ComfyUI's sampling", Scope.STEP)
-        refusal = (
-            self._pristine.check_step(flux)
-            or check_patcher(base_model)
-            or check_arguments(arguments)
-            or check_grad(arguments["x"])
-        )
-        if refusal is not None:
-            return refusal
-        workload = workload_of(flux, arguments)
-        plan = plan_call(workload, world_size=self.pool.world_size)
-        if isinstance(plan, Refusal):
-            return plan
-        try:
-            known = self._holding.hold(
-                base_model,
-                run,
-                workload=workload,
-                plan=plan,
-                dtype=arguments["x"].dtype,
-                poll=poll,
-            )
-            if isinstance(known, Refusal):
-                return known
-            out = self._remote.forward(
-                known.number,
-                arguments,
-                plan=plan,
-                out_channels=num_out_channels(flux, arguments["x"].shape[1]),
-                poll=poll,
-            )
-        except WorkerError as error:
-            self.totals.last_error = str(error)
-            self.totals.last_loss_unix_s = time.time()
-            return Refusal("a worker was lost")
-        except UncarriedArgumentError as error:
-            return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
-        run.counts.plan = plan.name
-        return out
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""

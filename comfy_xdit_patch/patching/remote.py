@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.carried import other_options
 from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.messages import Forward, Message
-from comfy_xdit_patch.transport.replies import Done
+from comfy_xdit_patch.transport.messages import Forget, Forward, Message
+from comfy_xdit_patch.transport.replies import Declined, Done
 from comfy_xdit_patch.workers.exchange import Poll
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
@@ -31,6 +33,8 @@ class RemoteForward:
     def __init__(self, wire: Wire, totals: Totals) -> None:
         self._wire = wire
         self._totals = totals
+        self.gone_objects: list[int] = []
+        """Numbers of nodes' objects whose run is over."""
 
     def forward(
         self,
@@ -38,6 +42,7 @@ class RemoteForward:
         arguments: Mapping[str, Any],
         *,
         plan: ParallelPlan,
+        patches: dict[str, Any] | None,
         out_channels: int,
         poll: Poll,
     ) -> torch.Tensor:
@@ -46,6 +51,7 @@ class RemoteForward:
         Args:
             model: number of a model that every rank holds.
             arguments: the bound arguments of ``Flux._forward``.
+            patches: of nodes, from ``carried.py``.
             out_channels: channels of the result; its other sizes are those of ``x``.
 
         Returns:
@@ -53,6 +59,7 @@ class RemoteForward:
 
         Raises:
             UncarriedArgumentError: an argument is not of a type that can cross.
+            DeclinedError: a node's patch cannot run there.
             WorkerError: the workers are lost.
         """
         slots = self._wire.slots
@@ -81,7 +88,11 @@ class RemoteForward:
                 for name in CARRIED_OPTIONS
                 if name in options
             }
-            return ()
+            if patches is not None:
+                more = slots.place("options", other_options(options))
+                tree["patches"] = {**patches, "options": more}
+            gone, self.gone_objects[:] = self.gone_objects[:], []
+            return [Forget(calls=[], objects=gone, tokens=[])] if gone else []
 
         is_proved = False
 
@@ -103,10 +114,12 @@ class RemoteForward:
                 prepare=prepare,
                 meanwhile=prove,
             )
-        self._count(replies)
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.bytes_to_workers += self._wire.control_bytes - control
         first = replies[0]
+        if isinstance(first, Declined):
+            raise DeclinedError(first.reason)
+        self._count(replies)
         assert isinstance(first, Done)
         shared = result.view(getattr(torch, first.dtype), first.shape)
         return torch.empty_like(shared, device=x.device).copy_(shared)

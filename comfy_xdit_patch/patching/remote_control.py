@@ -123,4 +123,4 @@ class RemoteControl:
     def _take_gone(self) -> list[Message]:
         """Tell the workers which residuals nothing refers to any more."""
         gone, self._gone[:] = self._gone[:], []
-        return [Forget(gone)] if gone else []
+        return [Forget(calls=gone, objects=[], tokens=[])] if gone else []

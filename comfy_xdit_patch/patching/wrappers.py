@@ -35,7 +35,9 @@ class Wrappers:
 
     def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         with our_faults_stay_ours("a step", strict=self._strict):
-            return self._host.forward(flux, self._bind(wrapped, args, kwargs))
+            return self._host.forward(
+                flux, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
+            )
         return None
 
     def control_forward(self, wrapped: Call, net: Any, args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, Scope
@@ -36,6 +36,11 @@ CARRIED_ARGUMENTS = (
     "control",
     "attention_mask",
 )
+BLOCK_LISTS = ("double_blocks", "single_blocks")
+# Classes whose ``forward`` runs inside of a block.
+PARTS_OF_BLOCKS = (*BLOCK_CLASSES, "Modulation", "QKNorm")
+CARRIED_OBJECTS = ("diffusion_model.params.default_ref_method",)
+"""Object patches whose value is an argument of the call."""
 # ComfyUI's FLUX reads "input" and "output"; "middle" is always there and never read.
 CARRIED_CONTROLS = ("input", "middle", "output")
 
@@ -92,91 +97,127 @@ class Pristine:
         """Whether a model is of one of the family's own classes, and of no subclass."""
         return type(flux) in self._members and type(flux) is not self.control_class
 
-    def check_step(self, flux: Any) -> Refusal | None:
+    def reads(self, flux: Any, kind: str) -> bool:
+        """Whether this model's code, or its blocks', reads a kind of model patch."""
+        codes = [inspect.getattr_static(type(flux), "forward_orig").__code__]
+        codes += [cls.__dict__["forward"].__code__ for cls in self._block_classes]
+        return any(kind in code.co_consts for code in codes)
+
+    def check_step(self, flux: Any) -> list[Refusal]:
         """See what others changed in FLUX's code: classes, methods, functions. Every step."""
         if type(flux) not in self._members:
-            return Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")
+            return [Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")]
+        found = []
         for cls, name, function in self._methods:
             if cls.__dict__.get(name) is not function:
-                return Refusal(f"{cls.__name__}.{name} was replaced by another extension")
+                found.append(
+                    Refusal(
+                        f"{cls.__name__}.{name} was replaced by another extension",
+                        is_around_blocks=cls.__name__ not in PARTS_OF_BLOCKS,
+                    )
+                )
         for module, name, function in self._functions:
             if getattr(module, name, None) is not function:
-                return Refusal(f"{module.__name__}.{name} was replaced by another extension")
+                found.append(Refusal(f"{module.__name__}.{name} was replaced by another extension"))
         for name in self._members[type(flux)].methods:
             # An object patch that was taken back leaves the bound original behind as an instance
             # attribute: compare functions, not presence.
             own = flux.__dict__.get(name)
             stock = inspect.getattr_static(type(flux), name)
             if own is not None and getattr(own, "__func__", own) is not stock:
-                return Refusal(f"a node replaced {name} of this model")
-        blocks: list[Any] = [*flux.double_blocks, *flux.single_blocks]
-        for block in blocks:
-            if type(block) not in self._block_classes:
-                return Refusal(f"a node replaced a block of this model by {type(block).__name__}")
+                found.append(
+                    Refusal(f"a node replaced {name} of this model", is_around_blocks=True)
+                )
+        found += [
+            Refusal(f"a node replaced a block of this model by {type(block).__name__}")
+            for block in (*flux.double_blocks, *flux.single_blocks)
+            if type(block) not in self._block_classes
+        ]
         if getattr(flux, "skip_mmdit", None) or getattr(flux, "skip_dit", None):
-            return Refusal("a node has the model skip blocks")
-        return None
+            found.append(Refusal("a node has the model skip blocks", is_around_blocks=True))
+        return found
 
-    def check_modules(self, flux: Any) -> Refusal | None:
+    def check_modules(self, flux: Any) -> list[Refusal]:
         """See what others hung on single modules. Once a run."""
+        found = []
         for name, module in flux.named_modules():
+            is_block = name.split(".")[0] in BLOCK_LISTS
             if "forward" in module.__dict__ and module is not flux:
-                return Refusal(f"a node replaced the forward of {_without_index(name)}")
+                found.append(
+                    Refusal(
+                        f"a node replaced the forward of {_without_index(name)}",
+                        is_around_blocks=not is_block,
+                    )
+                )
             if module._forward_hooks or module._forward_pre_hooks:
-                return Refusal(f"a forward hook is set on {_without_index(name) or 'the model'}")
-        return None
+                found.append(
+                    Refusal(
+                        f"a forward hook is set on {_without_index(name) or 'the model'}",
+                        # Hooks of a block as a whole are called around it.
+                        is_around_blocks=not is_block or name.count(".") == 1,
+                    )
+                )
+        return found
 
 
 def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], str, Any]]:
     return [(cls, name, cls.__dict__[name]) for name in names if name in cls.__dict__]
 
 
-def check_patcher(base_model: Any) -> Refusal | None:
+def check_patcher(base_model: Any) -> list[Refusal]:
     """See what the current ModelPatcher changed in the weights or the module. Once a run."""
     patcher = base_model.current_patcher
     if patcher is None:
-        return Refusal("the model has no current ModelPatcher")
+        return [Refusal("the model has no current ModelPatcher")]
+    found = []
     if getattr(patcher, "weight_wrapper_patches", None):
-        return Refusal("the model has weight wrappers")
+        found.append(Refusal("the model has weight wrappers"))
     if getattr(patcher, "is_injected", False):
-        return Refusal("a node injected code into the model's modules")
+        found.append(Refusal("a node injected code into the model's modules"))
     if getattr(patcher, "hook_patches", None) or getattr(patcher, "current_hooks", None):
-        return Refusal("the model has hook-scheduled weight patches")
+        found.append(Refusal("the model has hook-scheduled weight patches"))
     for key in patcher.object_patches:
-        if key.split(".")[0] == "diffusion_model":
-            return Refusal(f"a node patched {_without_index(key)} of the model")
-    return None
+        root, *path = key.split(".")
+        if root != "diffusion_model" or key in CARRIED_OBJECTS:
+            continue
+        found.append(
+            Refusal(
+                f"a node patched {_without_index(key)} of the model",
+                is_around_blocks=bool(path) and path[0] not in BLOCK_LISTS,
+            )
+        )
+    return found
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> Refusal | None:
+def check_arguments(arguments: Mapping[str, Any]) -> list[Refusal]:
     """See whether the workers can be given everything that this call's result depends on.
 
-    Other keyword arguments than the carried ones are swallowed by ``Flux._forward`` unread.
+    Other keyword arguments than the carried ones are swallowed by ``Flux._forward`` unread; what
+    nodes set in ``transformer_options`` is looked at by ``patching/carried.py``.
     """
-    options = arguments.get("transformer_options") or {}
-    if "multigpu_thread_device" in options:
-        return Refusal("ComfyUI's own MultiGPU split is active", Scope.STEP)
-    for name in arguments.get("control") or ():
-        if name not in CARRIED_CONTROLS:
-            return Refusal(f"a ControlNet has {name} residuals", Scope.STEP)
-    if options.get("optimized_attention_override") is not None:
-        return Refusal("a node overrides the attention function", Scope.STEP)
-    for kind, patches in (options.get("patches") or {}).items():
-        if patches:
-            return Refusal(f"a node set a {kind} patch", Scope.STEP)
-    for kind, patches in (options.get("patches_replace") or {}).items():
-        if patches:
-            return Refusal(f"a node replaces {kind} blocks", Scope.STEP)
-    return None
+    found = []
+    if "multigpu_thread_device" in (arguments.get("transformer_options") or {}):
+        found.append(Refusal("ComfyUI's own MultiGPU split is active", Scope.STEP))
+    found += [
+        Refusal(f"a ControlNet has {name} residuals", Scope.STEP)
+        for name in arguments.get("control") or ()
+        if name not in CARRIED_CONTROLS
+    ]
+    return found
 
 
-def check_grad(x: Any) -> Refusal | None:
+def check_grad(x: Any) -> list[Refusal]:
     """See whether this is training: gradients do not cross processes."""
     import torch
 
     if torch.is_grad_enabled() and x.requires_grad:
-        return Refusal("gradients are wanted", Scope.STEP)
-    return None
+        return [Refusal("gradients are wanted", Scope.STEP)]
+    return []
+
+
+def blocking(refusals: Iterable[Refusal]) -> Refusal | None:
+    """Return the first refusal that keeps even the blocks from running on the workers."""
+    return next((refusal for refusal in refusals if not refusal.is_around_blocks), None)
 
 
 def _without_index(name: str) -> str:

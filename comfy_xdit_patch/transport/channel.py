@@ -106,14 +106,23 @@ class Channel:
         while self._fds:
             os.close(self._fds.pop())
 
-    def _next_message(self) -> Message | None:
+    @property
+    def has_message(self) -> bool:
+        """Whether a whole message was read from the socket, and not taken yet."""
+        return self._end_of_message() is not None
+
+    def _end_of_message(self) -> int | None:
         if len(self._received) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._received)
         if length > MAX_MESSAGE_BYTES:
             raise MessageError(f"A message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}.")
-        end = _LENGTH.size + length
-        if len(self._received) < end:
+        end: int = _LENGTH.size + length
+        return end if len(self._received) >= end else None
+
+    def _next_message(self) -> Message | None:
+        end = self._end_of_message()
+        if end is None:
             return None
         body = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
@@ -144,7 +153,14 @@ def frame_of(message: Message) -> bytes:
 
 
 def wait_readable(channels: Iterable[Channel], *, timeout_s: float) -> list[Channel]:
-    """Return the channels that can be read now, waiting at most ``timeout_s`` for the first."""
+    """Return the channels that can be read now, waiting at most ``timeout_s`` for the first.
+
+    Two messages may come in one read: the second is no event of the socket any more.
+    """
+    channels = list(channels)
+    read_already = [channel for channel in channels if channel.has_message]
+    if read_already:
+        return read_already
     by_fd = {channel.fileno(): channel for channel in channels}
     poller = select.poll()
     for fd in by_fd:

@@ -15,12 +15,15 @@ from typing import Any, TypeAlias
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.replies import (
     Controlled,
+    Declined,
     Done,
     Failed,
+    Fetched,
     Joined,
     Loaded,
     Loading,
     NotLoaded,
+    Ran,
     Unloaded,
 )
 
@@ -133,7 +136,8 @@ class Forward:
     """One call of the diffusion model.
 
     ``arguments`` is the tree of ``Flux._forward``'s keyword arguments; ``control`` in it
-    holds recipes for residuals (``engine/residuals.py``). The ranks that own a part
+    holds recipes for residuals (``engine/residuals.py``), ``patches`` are those of nodes
+    (``engine/patches.py``). The ranks that own a part
     of the batch write it to the slot ``result``.
     """
 
@@ -158,10 +162,47 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class RunBlock:
+    """One block of a forward that runs in the host.
+
+    ``counts`` are text, image and reference tokens of all ranks. ``arguments`` are those of the
+    block's ``forward``; tokens among them are whole, or recipes of what the ranks keep
+    (``engine/driven.py``). The ranks keep what it returns under the numbers ``keep``.
+    """
+
+    request: int
+    model: int
+    block: str
+    counts: list[int]
+    arguments: Tree
+    patches: Tree
+    keep: list[int]
+    is_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Write all tokens of a recipe to the slot ``result``, in ComfyUI's order."""
+
+    request: int
+    model: int
+    tokens: Tree
+    stream: str
+    counts: list[int]
+    result: int
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
-    """ControlNet calls whose residuals the host does not refer to any more."""
+    """What the host does not refer to any more.
+
+    ``calls`` of ControlNets, whose residuals the ranks keep; ``objects`` of nodes' patches;
+    ``tokens`` between blocks.
+    """
 
     calls: list[int]
+    objects: list[int]
+    tokens: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +220,8 @@ Message: TypeAlias = (
     | Drop
     | Forward
     | Control
+    | RunBlock
+    | Fetch
     | Forget
     | Stop
     | Joined
@@ -188,6 +231,9 @@ Message: TypeAlias = (
     | Unloaded
     | Done
     | Controlled
+    | Ran
+    | Fetched
+    | Declined
     | Failed
 )
 
@@ -203,6 +249,8 @@ _TYPES: dict[str, type[Any]] = {
         Drop,
         Forward,
         Control,
+        RunBlock,
+        Fetch,
         Forget,
         Stop,
         Joined,
@@ -212,6 +260,9 @@ _TYPES: dict[str, type[Any]] = {
         Unloaded,
         Done,
         Controlled,
+        Ran,
+        Fetched,
+        Declined,
         Failed,
     )
 }

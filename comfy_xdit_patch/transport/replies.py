@@ -96,6 +96,32 @@ class Controlled:
 
 
 @dataclass(frozen=True, slots=True)
+class Ran:
+    """This rank's share of a block is computed, and kept. Fields as in ``Done``."""
+
+    request: int
+    num_forwards: int
+    seconds: float
+    bytes_between_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The tokens are in the slot. Bytes are those that this rank sent to others."""
+
+    request: int
+    bytes_between_ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """A node's patch cannot run here. Every rank says so, at the same place, and is well."""
+
+    request: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This rank could not do what it was asked. The worker may still be alive."""
 
@@ -105,4 +131,6 @@ class Failed:
     traceback: str
 
 
-Reply: TypeAlias = Loaded | NotLoaded | Unloaded | Done | Controlled | Failed
+Reply: TypeAlias = (
+    Loaded | NotLoaded | Unloaded | Done | Controlled | Ran | Fetched | Declined | Failed
+)

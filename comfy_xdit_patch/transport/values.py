@@ -78,19 +78,30 @@ def encode_class(cls: type[Any]) -> Tree:
         found = getattr(found, part, None)
     if found is not cls:
         raise UncarriedValueError(f"the class {cls.__qualname__}, which has no importable name")
-    package = cls.__module__.rpartition(".")[0]
-    paths = [str(path) for path in getattr(sys.modules.get(package), "__path__", ())]
-    return [cls.__module__, cls.__qualname__, package, paths]
+    return [cls.__module__, cls.__qualname__, *package_of(cls.__module__)]
 
 
 def decode_class(tree: Tree) -> Any:
     """Import a class named by ``encode_class``."""
-    module, name, package, paths = tree
-    if "/" in package and package not in sys.modules:
-        stand_in = types.ModuleType(package)
-        stand_in.__path__ = paths
-        sys.modules[package] = stand_in
+    module, name, *package = tree
+    import_package_of(package)
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+def package_of(module: str) -> Tree:
+    """Name a module's package, and where it lies."""
+    package = module.rpartition(".")[0]
+    found = sys.modules.get(package) if "/" in package else None
+    return [package, [str(path) for path in getattr(found, "__path__", ())]]
+
+
+def import_package_of(tree: Tree) -> None:
+    """Put an empty package in the place of a node pack's own."""
+    package, paths = tree
+    if "/" in package and package not in sys.modules:
+        stand_in = types.ModuleType(package)
+        stand_in.__path__ = paths
+        sys.modules[package] = stand_in

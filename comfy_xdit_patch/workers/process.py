@@ -26,18 +26,20 @@ from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import (
     Control,
     Drop,
+    Fetch,
     Forget,
     Forward,
     GiveWay,
     Load,
     Map,
     Message,
+    RunBlock,
     Start,
     Stop,
     Unload,
     Unmap,
 )
-from comfy_xdit_patch.transport.replies import Failed, Joined, Loading, Unloaded
+from comfy_xdit_patch.transport.replies import Declined, Failed, Joined, Loading, Reply, Unloaded
 
 if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
@@ -162,14 +164,11 @@ class Worker:
         elif isinstance(message, Drop):
             self._phase = "dropping models"
             engine.drop(message.models)
-        elif isinstance(message, Forward):
-            self._phase = "forward"
-            self._channel.send(engine.forward(message), deadline_s=REPLY_DEADLINE_S)
-        elif isinstance(message, Control):
-            self._phase = "ControlNet"
-            self._channel.send(engine.control(message), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, (Forward, Control, RunBlock, Fetch)):
+            self._phase = type(message).__name__
+            self._channel.send(_compute(message, engine), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Forget):
-            engine.forget(message.calls)
+            engine.forget(message)
         else:
             raise TypeError(f"A worker cannot serve {type(message).__name__}.")
 
@@ -184,6 +183,21 @@ class Worker:
                 self._channel.send(Loading(request, done), deadline_s=REPLY_DEADLINE_S)
 
         return progress
+
+
+def _compute(message: Forward | Control | RunBlock | Fetch, engine: Engine) -> Reply:
+    from comfy_xdit_patch.engine.patches import PatchRefusedError
+
+    try:
+        if isinstance(message, Forward):
+            return engine.forward(message)
+        if isinstance(message, Control):
+            return engine.control(message)
+        if isinstance(message, RunBlock):
+            return engine.run_block(message)
+        return engine.fetch(message)
+    except PatchRefusedError as error:
+        return Declined(message.request, str(error))
 
 
 def _leave_at_once(code: int) -> NoReturn:

@@ -105,7 +105,7 @@ def rows() -> list[list[str]]:
 TEXTS = collect()
 
 
-@pytest.mark.parametrize("name", ["settings.md", "patch-points.md"])
+@pytest.mark.parametrize("name", ["settings.md", "patch-points.md", "compatibility.md"])
 def test_pages_made_from_code_are_there(name):
     assert "Made by docs/generate.py" in (DOCS / name).read_text()
 

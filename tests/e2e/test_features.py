@@ -1,10 +1,12 @@
-"""Everything that graphs do with FLUX: the image is stock's, the outcome the written one.
+"""Everything that graphs do with FLUX: the image is stock's, and the outcome is the written one.
 
-The rows stand in ``rig.feature_controls``, ``feature_core`` and ``feature_packs``. Rows that
-run in parallel do so in strict mode; the others run without it, and their reason is asserted.
+The rows stand in ``rig.feature_table``. Rows that run in parallel do so in
+strict mode; the others run without it, and their reason is asserted.
 
-``FEATURES_RESULTS=file.json`` collects what was found, for docs/compatibility.md (see
-docs/contributing.md); ``FEATURES_ROWS`` holds a part of the names of rows, to run only these.
+``FEATURES_RESULTS=docs/compatibility.json`` keeps what was found, of which docs/compatibility.md
+is made. ``FEATURES_ROWS`` is a part of the names of the rows to run. ``FEATURES_SLOW=1`` runs those
+too that take minutes (a compiler is in them). ``FEATURES_LENIENT=1`` leaves strict mode off, which
+shows why a row falls back that should not.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import feature_controls, feature_core, feature_packs
 from rig.compare import compare_all
 from rig.environment import RigError
 from rig.feature_models import feature_models
-from rig.feature_rows import PACKS, PARALLEL, Row, plain
-from rig.feature_run import ABSENT, Found, run_row, write_inputs
+from rig.feature_rows import FALLS_BACK, PACKS, PARALLEL, REFUSED, Row, plain
+from rig.feature_run import ABSENT, Found, refusal, run_row, write_inputs
+from rig.feature_table import CONTROLS, SECTIONS
 from rig.pair import STRICT, Result, run_stock
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
@@ -29,11 +31,8 @@ from rig.trees import Tree, trees_for_tests
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
-SECTIONS: dict[str, dict[str, Row]] = {
-    "ControlNets": feature_controls.ROWS,
-    "Graph features": feature_core.ROWS,
-    "Node packs": feature_packs.ROWS,
-}
+COMPLAINTS = ("unet missing", "unet unexpected", "lora key not loaded", "missing controlnet keys")
+MARK_OF_RADIANCE = "unexpected: ['__x0__']"  # a tensor without numbers, read by its name
 VISIBLE = 8  # of 255
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
 COMMON_PACKS = (
@@ -49,7 +48,17 @@ def test_every_row_shows_in_stock_images(
     def check(row: Row) -> str:
         stock = server_for(servers, tree, row, XDIT_STRATEGY="off")
         write_inputs(stock)
+        if row.outcome == REFUSED:
+            return refusal(stock, row)
+        already_logged = len(stock.log_text())
         result = run_stock(stock, row.graph())
+        log = stock.log_text()[already_logged:].splitlines()
+        complaints = [
+            line
+            for line in log
+            if any(text in line for text in COMPLAINTS) and MARK_OF_RADIANCE not in line
+        ]
+        assert not complaints, complaints[0][:300]
         if row.same_as_plain:
             return row.same_as_plain
         reference = run_stock(stock, Row(plain, size=row.size, steps=row.steps).graph())
@@ -74,9 +83,13 @@ def test_every_row_becomes_what_is_written(
         found = run_on_ranks(servers, tree, num_ranks, row)
         keep_result(tree, num_ranks, section, row, found)
         assert found.outcome == row.outcome, f"{found} instead of {row.outcome}: {found.reasons}"
-        if row.outcome != PARALLEL:
+        if row.outcome == FALLS_BACK:
             wrong = [reason for reason in found.reasons if row.reason not in reason]
             assert not wrong, f"other reasons than {row.reason!r}: {wrong}"
+        alone = "; ".join(found.controls_alone)
+        assert bool(alone) == bool(row.control_alone), f"a ControlNet ran alone: {alone!r}"
+        assert row.control_alone in alone
+        assert section != CONTROLS or alone or found.controls_parallel, "no ControlNet was counted"
         return str(found)
 
     check_rows(tree, section, check, record_property, every=1 if num_ranks == 2 else 3)
@@ -108,6 +121,9 @@ def check_rows(
     rows.sort(key=lambda item: (item[1].pack or "", item[1].outcome != PARALLEL))
     failures = []
     for name, row in rows:
+        if row.is_slow and not os.environ.get("FEATURES_SLOW"):
+            record(name, "not run without FEATURES_SLOW=1")
+            continue
         if not row.runs_on(tree):
             assert tree != trees_for_tests()[-1], f"no ComfyUI has what {name} needs: {row.needs}"
             record(name, f"ComfyUI {tree.version} has no such thing")

@@ -2,9 +2,9 @@
 
 Runs in: the rig's environment (numpy and torch; no ComfyUI).
 
-Formats: XLabs (v3), InstantX (diffusers names), Union (with modes), InstantX inpainting (17
-latent channels), MistoLine. Each is a FLUX without its last layer, with a layer for the hint and
-one output layer for each block. Trained files start from output layers of zero; here they are
+Formats: XLabs (v3), InstantX (diffusers names), Union (InstantX with modes), InstantX inpainting
+(17 latent channels), MistoLine. Each is a FLUX without its last layer, with a layer for the hint
+and one output layer for each block. Trained files start from output layers of zero; here they are
 random, and about a third of the stream they are added to, so that a lost residual shows.
 """
 

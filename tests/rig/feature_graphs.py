@@ -165,6 +165,10 @@ class Draft:
         }
         self.nodes[SAMPLER] = {"class_type": "SamplerCustomAdvanced", "inputs": sampler}
 
+    def decoded_small(self) -> None:
+        """Make the picture of a latent without its VAE."""
+        self.nodes[DECODER] = {"class_type": "SmallDecode", "inputs": {"samples": [SAMPLER, 0]}}
+
     def finished(self) -> Graph:
         """Return the graph."""
         return copy.deepcopy(self.nodes)

@@ -13,7 +13,7 @@ from typing import Any
 from rig import weight_graphs
 from rig.feature_controls import XLABS
 from rig.feature_graphs import Draft
-from rig.feature_rows import FALLS_BACK, UNSEEN, Row, plain
+from rig.feature_rows import FALLS_BACK, TO_BUILD, UNSEEN, Row, plain
 
 OWN_FILE = "flux1-dev-own.safetensors"
 GGUF_FILE = "flux1-dev-Q8_0.gguf"
@@ -67,7 +67,13 @@ ROWS: dict[str, Row] = {
         reason="overrides the attention function",
         same_as_plain="another function for the same thing",
     ),
-    "KJNodes, compiled blocks": through("RigCompiledBlocks", same_as_plain="only speed differs"),
+    "KJNodes, compiled blocks": through(
+        "RigCompiledBlocks",
+        outcome=FALLS_BACK,
+        reason="a block of this model by OptimizedModule",
+        why=TO_BUILD,
+        same_as_plain="only speed differs",
+    ),
     "TeaCache and WaveSpeed, compiled model": through(
         "RigCompiledModel",
         outcome=FALLS_BACK,

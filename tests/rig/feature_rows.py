@@ -2,8 +2,8 @@
 
 Runs in: the tests (standard library only).
 
-Rows stand in ``feature_controls``, ``feature_core`` and ``feature_packs``; what they become is
-written into docs/compatibility.md by the run of the tests.
+All rows stand in ``feature_table``; what they become is written into docs/compatibility.md by a run
+of the tests.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rig.trees import Tree
 
 PARALLEL, GATHERED, FALLS_BACK = "parallel", "parallel with gather", "falls back"
 UNSEEN = "not seen"  # the model ran, and none of its calls reached us
+REFUSED = "ComfyUI refuses it"  # stock ComfyUI fails, and so does ours, in the same words
 NOT_HERE = "not in this version"
 
 
@@ -27,12 +28,15 @@ class Row:
 
     Attributes:
         change: makes the graph, starting from the plain one.
-        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED``, ``FALLS_BACK``
-            or ``UNSEEN``.
-        reason: a part of the reason that the log gives for falling back.
+        outcome: what the sampling steps become; ``PARALLEL``, ``GATHERED``, ``FALLS_BACK``,
+            ``UNSEEN`` or ``REFUSED``.
+        reason: a part of the reason that the log gives for falling back, or of ComfyUI's error.
         why: why it falls back, or another remark, for the page.
+        control_alone: a part of the reason why ComfyUI computes the ControlNet itself.
         needs: a file of ComfyUI and a text in it, without which this version has no such thing.
         same_as_plain: why the image may equal the plain one; without it, it must differ visibly.
+        is_rounded: whether the model computes in 16 bits, so that the order of sums shows.
+        is_slow: takes minutes; runs only where FEATURES_SLOW is set.
         pack: a node pack that changes all graphs and therefore gets servers of its own.
     """
 
@@ -40,8 +44,11 @@ class Row:
     outcome: str = PARALLEL
     reason: str = ""
     why: str = ""
+    control_alone: str = ""
     needs: tuple[str, str] | None = None
     same_as_plain: str = ""
+    is_rounded: bool = False
+    is_slow: bool = False
     pack: str | None = None
     size: tuple[int, int] = (128, 128)
     steps: int = STEPS
@@ -64,4 +71,5 @@ def plain(_: Draft) -> None:
     """Change nothing."""
 
 
+TO_BUILD = "not built yet"
 PACKS = Path(__file__).with_name("node_packs")

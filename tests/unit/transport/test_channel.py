@@ -242,3 +242,17 @@ def test_wait_readable_waits_no_longer_than_told(pair):
     assert wait_readable(pair, timeout_s=0.1) == []
     assert wait_readable(pair, timeout_s=-1) == []
     assert 0.09 <= time.monotonic() - start < 2
+
+
+def test_a_message_that_was_read_together_with_another_one_is_not_waited_for(raw):
+    """A worker's progress and its reply, a millisecond apart, once cost a whole step timeout."""
+    channel, other = raw
+    other.sendall(frame(Unload(1)) + frame(Unload(2)))
+    assert wait_readable([channel], timeout_s=1) == [channel]
+    assert channel.poll() == Unload(1)
+    assert wait_readable([channel], timeout_s=0) == [channel]
+    assert channel.poll() == Unload(2)
+    other.sendall(frame(Unload(3))[:5])
+    assert wait_readable([channel], timeout_s=1) == [channel]
+    assert channel.poll() is None
+    assert wait_readable([channel], timeout_s=0) == [], "half a message is none"

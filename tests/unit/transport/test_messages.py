@@ -57,7 +57,7 @@ MESSAGES = [
         request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0
     ),
     messages.Control(request=3, model=4, call=7, batch_degree=1, ulysses_degree=8, arguments=TREE),
-    messages.Forget(calls=[5, 6]),
+    messages.Forget(calls=[5, 6], objects=[1]),
     messages.Stop(),
     replies.Joined(
         rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0

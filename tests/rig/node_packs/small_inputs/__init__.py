@@ -1,4 +1,4 @@
-"""Style models and vision outputs of small widths, for nodes that take them from large files.
+"""Small stand-ins for what nodes make with large files: styles, prompts, and pictures of latents.
 
 Runs in: a ComfyUI process of a test server.
 
@@ -8,6 +8,7 @@ these objects are made here; StyleModelApply and USOStyleReference are ComfyUI's
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import comfy.clip_vision
@@ -91,4 +92,47 @@ class SmallStyleProjector:
         return patcher, vision_output(4)
 
 
-NODE_CLASS_MAPPINGS = {"SmallStyle": SmallStyle, "SmallStyleProjector": SmallStyleProjector}
+class SmallPrompt:
+    """A prompt for models whose text encoder is large: tokens drawn from the text's own seed."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "rig"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        sizes = {"width": ("INT", {"default": TEXT_WIDTH}), "num_tokens": ("INT", {"default": 40})}
+        return {"required": {"text": ("STRING", {"default": ""}), **sizes}}
+
+    def make(self, text: str, width: int, num_tokens: int) -> tuple[Any]:
+        generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        tokens = torch.randn(1, num_tokens, width, generator=generator)
+        return ([[tokens, {"pooled_output": torch.zeros(1, TEXT_WIDTH)}]],)
+
+
+class SmallDecode:
+    """A picture of a latent of any number of channels, for models whose VAE is large."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "rig"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        return {"required": {"samples": ("LATENT",)}}
+
+    def make(self, samples: dict[str, Any]) -> tuple[Any]:
+        latent = samples["samples"].float()
+        channels = latent.shape[1]
+        mix = torch.randn(channels, 3, generator=torch.Generator().manual_seed(5)) / channels**0.5
+        picture = torch.einsum("bchw,cd->bhwd", latent, mix)
+        picture = (picture - picture.mean()) / picture.std()
+        return ((0.5 + 0.2 * picture).clamp(0, 1),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "SmallStyle": SmallStyle,
+    "SmallStyleProjector": SmallStyleProjector,
+    "SmallPrompt": SmallPrompt,
+    "SmallDecode": SmallDecode,
+}

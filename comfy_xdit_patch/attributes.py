@@ -1,6 +1,6 @@
 """Put an attribute on an object for a while.
 
-Runs in: worker process.
+Runs in: host and worker.
 """
 
 from __future__ import annotations

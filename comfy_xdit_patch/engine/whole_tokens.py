@@ -1,0 +1,90 @@
+"""All tokens of a stream in ComfyUI's own order, from every rank's part of them, and back.
+
+Runs in: worker process.
+
+For code that was not written for shards: it is given whole tensors on every rank, and does the same
+on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
+from comfy_xdit_patch.planning.plan import SequenceShares
+
+STREAMS = {"text": (0,), "image": (1, 2), "joint": (0, 1, 2)}
+"""Which kinds of tokens (text, image, reference) make up a stream."""
+
+
+class WholeTokens:
+    """Gathers and cuts along the tokens of one call."""
+
+    def __init__(self, shares: SequenceShares, index: int, group: dist.ProcessGroup) -> None:
+        self.shares = shares
+        self._index = index
+        self._group = group
+        self.bytes_sent = 0
+        """What this rank sent to others in gathers."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.shares.joint)
+
+    @property
+    def num_text_tokens(self) -> int:
+        return sum(self.shares.text)
+
+    def gather(
+        self, own: torch.Tensor, stream: str = "joint", *, dim: int = SEQUENCE_DIM
+    ) -> torch.Tensor:
+        """Return the tokens of all ranks in ComfyUI's order.
+
+        Collective:
+            Every rank of the sequence group calls this in the same order.
+        """
+        places = [self._places(stream, rank) for rank in range(len(self.shares.text))]
+        sizes = tuple(sum(end - start for start, end in of_rank) for of_rank in places)
+        first_dims = own.transpose(SEQUENCE_DIM, dim)
+        flat = first_dims.flatten(2) if first_dims.ndim > 2 else first_dims.unsqueeze(2)
+        joined = gather_sequence(flat, sizes=sizes, group=self._group)
+        self.bytes_sent += max(sizes) * (flat.nbytes // max(flat.shape[1], 1)) * (len(sizes) - 1)
+        order = torch.tensor(
+            [token for of_rank in places for start, end in of_rank for token in range(start, end)],
+            device=own.device,
+        )
+        whole = torch.empty_like(joined).index_copy_(SEQUENCE_DIM, order, joined)
+        shape = (whole.shape[0], whole.shape[1], *first_dims.shape[2:])
+        return whole.view(shape).transpose(SEQUENCE_DIM, dim)
+
+    def own(
+        self, whole: torch.Tensor, stream: str = "joint", *, dim: int = SEQUENCE_DIM
+    ) -> torch.Tensor:
+        """Return this rank's part of whole tokens, in a tensor of its own."""
+        return torch.cat(
+            [
+                whole.narrow(dim, start, end - start)
+                for start, end in self._places(stream, self._index)
+            ],
+            dim,
+        )
+
+    def ranges(self, ranges: Sequence[Sequence[int]], stream: str) -> list[tuple[int, ...]]:
+        """Cut ranges (start, end, more...) of a stream, as this rank numbers its own part."""
+        found = []
+        for first, last, *more in ranges:
+            before = 0
+            for start, end in self._places(stream, self._index):
+                low, high = max(first, start), min(last, end)
+                if low < high:
+                    found.append((before + low - start, before + high - start, *more))
+                before += end - start
+        return found
+
+    def _places(self, stream: str, rank: int) -> list[tuple[int, int]]:
+        places = self.shares.places(rank)
+        offset = sum(self.shares.text) if stream == "image" else 0
+        return [(places[kind][0] - offset, places[kind][1] - offset) for kind in STREAMS[stream]]

@@ -1,0 +1,181 @@
+"""What nodes put into ``transformer_options``: which of it the workers can be given, and how.
+
+Runs in: host process. Reads ComfyUI's objects, changes nothing.
+
+The rule (docs/compatibility.md has it as a table):
+    a patch known to work on any part of the tokens runs on every rank's own tokens;
+    another one runs on every rank with all tokens gathered, if its source is found there again and
+        it keeps nothing from call to call;
+    what works around the blocks (before them, between them, instead of one) runs here, as it
+        always does, and the blocks run on the ranks (``driven.py``);
+    anything else is refused with its reason.
+What FLUX never reads changes nothing.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.transport.functions import encode_callable, is_stateful
+from comfy_xdit_patch.transport.messages import Tree
+from comfy_xdit_patch.transport.values import PLAIN, UncarriedValueError
+
+OVERRIDE = "optimized_attention_override"
+IN_BLOCKS = ("attn1_patch", "attn1_output_patch")
+BLOCKS = ("double_block", "single_block")
+
+# By module and path: they look at each token alone, or at what is passed on of the whole.
+NATIVE = {
+    ("comfy_extras.nodes_nag", "NAGuidance.execute.<locals>.nag_attention_output_patch"),
+    ("comfy_extras.nodes_flux", "FluxKVCache.execute.<locals>.model_input_patch"),
+    ("comfy_extras.nodes_flux", "KV_Attn_Input"),
+}
+SKIPS = {
+    ("comfy_extras.nodes_slg", f"{node}.{method}.<locals>.skip")
+    for node in ("SkipLayerGuidanceDiT", "SkipLayerGuidanceDiTSimple")
+    for method in ("execute", "skip_guidance")
+}
+# Attention functions that look at no positions: ComfyUI's own, chosen by a node.
+ORDERLESS_MODULES = ("comfy.ldm.modules.attention", "comfy.model_patcher")
+
+
+@dataclass(slots=True)
+class CarriedPatches:
+    """The patches of one call: a tree for the workers, and why they cannot be given all."""
+
+    tree: dict[str, Any] | None = None
+    refusals: list[Refusal] = field(default_factory=list)
+    keeps_references: bool = False
+    """Every rank must hold a reference token, for a cache of their keys to be all of them."""
+
+    def in_blocks(self) -> dict[str, Any] | None:
+        """The part of the tree that blocks apply."""
+        if self.tree is None:
+            return None
+        patches = {
+            mode: {kind: of_kind for kind, of_kind in kinds.items() if kind in IN_BLOCKS}
+            for mode, kinds in self.tree["patches"].items()
+        }
+        return {**self.tree, "patches": patches, "skip": []}
+
+
+def carry(
+    options: Mapping[str, Any], *, reads: Callable[[str], bool], numbers: Callable[[Any], int]
+) -> CarriedPatches:
+    """Sort the patches of a call.
+
+    Args:
+        options: ``transformer_options``.
+        reads: whether this model's code reads a kind of patch at all.
+        numbers: gives an object that keeps state its number for the workers.
+    """
+    carried = CarriedPatches()
+    modes: dict[str, dict[str, list[Tree]]] = {"native": {}, "gathered": {}}
+    for kind, patches in (options.get("patches") or {}).items():
+        for patch in patches if reads(kind) else ():
+            mode = "native" if _name_of(patch) in NATIVE else "gathered"
+            if kind not in IN_BLOCKS and mode == "gathered":
+                carried.refusals.append(_around(f"a node set a {kind} patch"))
+                continue
+            try:
+                if mode == "gathered":
+                    _check_keeps_nothing(patch)
+                modes[mode].setdefault(kind, []).append(encode_callable(patch, numbers))
+                carried.keeps_references |= is_stateful(patch)
+            except UncarriedValueError as error:
+                carried.refusals.append(Refusal(f"a node set a {kind} patch, {error}", Scope.STEP))
+    skip = []
+    for (name, number), patch in ((options.get("patches_replace") or {}).get("dit") or {}).items():
+        if name not in BLOCKS:
+            continue
+        if _name_of(patch) in SKIPS:
+            skip.append([name, number])
+        else:
+            carried.refusals.append(_around("a node replaces blocks"))
+    attention = None
+    if options.get(OVERRIDE) is not None:
+        try:
+            function = options[OVERRIDE]
+            _check_keeps_nothing(function)
+            attention = {
+                "function": encode_callable(function, numbers),
+                "wants_order": not _is_orderless(function),
+            }
+        except UncarriedValueError as error:
+            carried.refusals.append(
+                Refusal(f"a node overrides the attention function: {error}", Scope.STEP)
+            )
+    if any(modes.values()) or skip or attention is not None:
+        carried.tree = {"patches": modes, "skip": skip, "attention": attention}
+    return carried
+
+
+def other_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What patches may read of ``transformer_options``; under "missing" what cannot be carried."""
+    values: dict[str, Any] = {}
+    missing = []
+    for name, value in options.items():
+        if name in ("patches", "patches_replace", "wrappers", "callbacks", OVERRIDE):
+            continue
+        if _is_plain(value):
+            values[name] = value
+        else:
+            missing.append(name)
+    return {"values": values, "missing": missing}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return type(value) in PLAIN or type(value) is torch.Tensor
+
+
+def _around(reason: str) -> Refusal:
+    return Refusal(reason, Scope.STEP, is_around_blocks=True)
+
+
+def _name_of(value: Any) -> tuple[str, str]:
+    if isinstance(value, types.FunctionType):
+        return value.__module__, value.__qualname__
+    return type(value).__module__, type(value).__qualname__
+
+
+def _is_orderless(function: Any) -> bool:
+    """Whether a function and all that it closes over are ComfyUI's own attention code."""
+    if not isinstance(function, types.FunctionType):
+        return True
+    inner = (cell.cell_contents for cell in function.__closure__ or ())
+    return function.__module__ in ORDERLESS_MODULES and all(_is_orderless(f) for f in inner)
+
+
+def _check_keeps_nothing(function: Any) -> None:
+    """Raise UncarriedValueError if a function's next call may depend on this one."""
+    if not isinstance(function, types.FunctionType):
+        return
+    for code in _codes(function.__code__):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                raise UncarriedValueError("a function that sets a global variable")
+            stores = instruction.opname == "STORE_DEREF"
+            if stores and instruction.argval in function.__code__.co_freevars:
+                raise UncarriedValueError("a function that keeps something between calls")
+    for cell in function.__closure__ or ():
+        if isinstance(cell.cell_contents, (list, dict, set)):
+            raise UncarriedValueError("a function that may keep something between calls")
+        _check_keeps_nothing(cell.cell_contents)
+
+
+def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)

@@ -1,0 +1,85 @@
+"""Run a forward here while its blocks run on the workers.
+
+Runs in: host process.
+
+For what nodes put around the blocks: a ``forward_orig`` of their own, a function in a block's
+place, tokens added before the first block, hooks. All of it runs here, with the objects and the
+state that the node gave it, exactly as without us; only ``forward`` of each block is ours while
+this lasts, and asks the ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.attributes import own_attribute
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.driven_step import DrivenStep
+from comfy_xdit_patch.patching.remote_tokens import RemoteTokens
+from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.planning.eligibility import BLOCK_LISTS
+from comfy_xdit_patch.transport.messages import Tree
+from comfy_xdit_patch.workers.exchange import Poll
+
+
+class DrivenForward:
+    """The workers, as the blocks of a model whose forward runs here."""
+
+    def __init__(self, wire: Wire, totals: Totals) -> None:
+        self._wire = wire
+        self._totals = totals
+        self._numbers = itertools.count(1)
+        self._gone: list[int] = []
+
+    def run(
+        self,
+        flux: Any,
+        compute: Callable[[], torch.Tensor],
+        *,
+        model: int,
+        num_image_tokens: int,
+        patches: Tree,
+        carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
+        poll: Poll,
+    ) -> tuple[torch.Tensor, int]:
+        """Run ComfyUI's own forward with the blocks on all ranks.
+
+        Args:
+            model: number of the model that every rank holds.
+            num_image_tokens: of the latent; more image tokens are references.
+            patches: those that blocks apply, for the workers, or None.
+            carry_options: what such patches may read of a block's ``transformer_options``.
+
+        Returns:
+            The model's output, and how many blocks ran on the ranks.
+
+        Raises:
+            WorkerError: the workers are lost.
+            PlanError: there are fewer tokens than ranks.
+        """
+        step = DrivenStep(
+            self._wire,
+            self._totals,
+            flux=flux,
+            model=model,
+            num_image_tokens=num_image_tokens,
+            patches=patches,
+            carry_options=carry_options,
+            poll=poll,
+            numbers=self._numbers,
+            gone=self._gone,
+        )
+        with ExitStack() as stack:
+            for list_name in BLOCK_LISTS:
+                for number, block in enumerate(getattr(flux, list_name)):
+                    stub = step.stub(block, f"{list_name}.{number}")
+                    stack.enter_context(own_attribute(block, "forward", stub))
+            out = compute()
+            if isinstance(out, RemoteTokens):
+                out = out.numbers()
+        return out, step.num_blocks

@@ -1,0 +1,223 @@
+"""The blocks of one step whose forward runs here: each is a request to all ranks.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import DeclinedError, PlanError
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
+from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.planning.plan import SequenceShares
+from comfy_xdit_patch.transport.messages import Fetch, Forget, Message, RunBlock, Tree
+from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran
+from comfy_xdit_patch.workers.exchange import Poll
+
+TOKENS = {"img": "image", "txt": "text", "x": "joint"}
+CONSTANT = ("pe", "attn_mask")
+"""Arguments that are the same tensor for all blocks of a step."""
+
+
+class DrivenStep:
+    """One step: its blocks, and the tokens between them."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        totals: Totals,
+        *,
+        flux: Any,
+        model: int,
+        num_image_tokens: int,
+        patches: Tree,
+        carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
+        poll: Poll,
+        numbers: Iterator[int],
+        gone: list[int],
+    ) -> None:
+        self._wire = wire
+        self._totals = totals
+        self._flux = flux
+        self._model = model
+        self._num_image_tokens = num_image_tokens
+        self._patches = patches
+        self._carry_options = carry_options
+        self._poll = poll
+        self._numbers = numbers
+        self._gone = gone
+        self._num_text_tokens = 0
+        self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
+        self.num_blocks = 0
+
+    def stub(self, block: Any, name: str) -> Callable[..., Any]:
+        """Return what stands in for a block's ``forward``."""
+        signature = inspect.signature(type(block).forward)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._block(name, signature.bind(block, *args, **kwargs).arguments)
+
+        return forward
+
+    def _block(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        tokens = {key: arguments[key] for key in TOKENS if key in arguments}
+        counts = self._counts(tokens)
+        keep = [next(self._numbers) for _ in tokens]
+        tree: dict[str, Any] = {}
+        constants: dict[str, tuple[torch.Tensor, Tree]] = {}
+        slots = self._wire.slots
+        written = slots.bytes_written
+
+        def prepare() -> Sequence[Message]:
+            slots.begin_call()
+            for key, value in arguments.items():
+                if key in tokens:
+                    tree[key] = self._tokens(key, value, counts)
+                elif key == "vec":
+                    tree[key] = slots.place("driven.vec", encode_modulation(value))
+                elif key in CONSTANT and isinstance(value, torch.Tensor):
+                    known, place = self._constants.get(key, (None, None))
+                    tree[key] = place if known is value else slots.place(f"driven.{key}", value)
+                    constants[key] = value, tree[key]
+                elif key not in ("self", "transformer_options"):
+                    tree[key] = slots.place(f"driven.{key}", value)
+            if self._patches is not None:
+                options = self._carry_options(arguments.get("transformer_options") or {})
+                self._patches["options"] = slots.place("driven.options", options)
+            return self._forget()
+
+        # Numbers that must be here are fetched before the request: one request at a time.
+        for value in tokens.values():
+            if isinstance(value, RemoteTokens) and not self._is_there(value, counts):
+                value.numbers()
+        is_proved = False
+
+        def prove() -> None:
+            nonlocal is_proved
+            is_proved = slots.prove()
+
+        while not is_proved:
+            replies = self._wire.request(
+                lambda number: RunBlock(
+                    request=number,
+                    model=self._model,
+                    block=name,
+                    counts=list(counts),
+                    arguments=tree,
+                    patches=self._patches,
+                    keep=keep,
+                    is_first=self.num_blocks == 0,
+                ),
+                poll=self._poll,
+                prepare=prepare,
+                meanwhile=prove,
+            )
+        self._constants |= constants
+        self._totals.bytes_to_workers += slots.bytes_written - written
+        self.num_blocks += 1
+        for rank, reply in enumerate(replies):
+            if isinstance(reply, Declined):
+                raise DeclinedError(reply.reason)
+            assert isinstance(reply, Ran)
+            self._totals.num_forwards[rank] = reply.num_forwards
+            self._totals.step_seconds[rank] = reply.seconds
+            self._totals.bytes_between_ranks += reply.bytes_between_ranks
+        results = []
+        for (key, value), number in zip(tokens.items(), keep, strict=True):
+            recipe = ("kept", Kept(number, self._gone.append))
+            if isinstance(value, RemoteTokens):
+                value.move(recipe, counts)
+                results.append(value)
+            else:
+                results.append(
+                    RemoteTokens.make(
+                        recipe,
+                        TOKENS[key],
+                        counts,
+                        shape=value.shape,
+                        like=value,
+                        fetch=self._fetch,
+                    )
+                )
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _counts(self, tokens: Mapping[str, torch.Tensor]) -> Counts:
+        if "txt" in tokens:
+            self._num_text_tokens = tokens["txt"].shape[SEQUENCE_DIM]
+        visual = tokens["img" if "img" in tokens else "x"].shape[SEQUENCE_DIM]
+        if "x" in tokens:
+            visual -= self._num_text_tokens
+        num_image = min(visual, self._num_image_tokens)
+        counts = (self._num_text_tokens, num_image, visual - num_image)
+        shares_of_counts(self._flux, counts, self._wire.pool.world_size)  # or PlanError, here
+        return counts
+
+    def _tokens(self, key: str, value: torch.Tensor, counts: Counts) -> Tree:
+        if isinstance(value, RemoteTokens):
+            if self._is_there(value, counts):
+                return encode(value.recipe)
+            value = value.numbers()
+        return ["whole", self._wire.slots.place(f"driven.{key}", value)]
+
+    def _is_there(self, value: RemoteTokens, counts: Counts) -> bool:
+        return value.here is None and value.counts == counts
+
+    def _fetch(self, tokens: RemoteTokens) -> torch.Tensor:
+        slots = self._wire.slots
+        result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
+        replies = self._wire.request(
+            lambda number: Fetch(
+                request=number,
+                model=self._model,
+                tokens=encode(tokens.recipe),
+                stream=tokens.stream,
+                counts=list(tokens.counts),
+                result=result.number,
+            ),
+            poll=self._poll,
+            prepare=self._forget,
+        )
+        for reply in replies:
+            assert isinstance(reply, Fetched)
+            self._totals.bytes_between_ranks += reply.bytes_between_ranks
+        self._totals.bytes_from_workers += tokens.numel() * tokens.dtype.itemsize
+        shared = result.view(tokens.dtype, tuple(tokens.shape))
+        out = torch.empty_like(shared, device=tokens.device).copy_(shared)
+        return out
+
+    def _forget(self) -> list[Message]:
+        gone, self._gone[:] = self._gone[:], []
+        return [Forget(calls=[], objects=[], tokens=gone)] if gone else []
+
+
+def shares_of_counts(flux: Any, counts: Counts, world_size: int) -> SequenceShares:
+    """The shares of all ranks in the tokens of one block.
+
+    Raises:
+        PlanError: a rank would hold none.
+    """
+    text, image, reference = counts
+    if text < 1:
+        raise PlanError("A block of the image's stream alone cannot be shared.")
+    return SequenceShares.even(
+        num_text_tokens=text,
+        num_image_tokens=image,
+        num_reference_tokens=reference,
+        num_heads=flux.num_heads,
+        num_shards=world_size,
+    )
+
+
+def encode_modulation(value: Any) -> Any:
+    """Turn what modulates a block into tensors, lists and dictionaries."""
+    if isinstance(value, (tuple, list)):
+        return [encode_modulation(item) for item in value]
+    if all(hasattr(value, name) for name in ("shift", "scale", "gate")):
+        return {"$modulation": [value.shift, value.scale, value.gate]}
+    return value

@@ -1,0 +1,182 @@
+"""Run one call of a FLUX model on the workers, in the way that its graph allows.
+
+Runs in: host process.
+
+    whole      the workers run ComfyUI's forward, with the patches that they can be given
+    gathered   what nodes put around the blocks runs here, the blocks run on the workers
+    refused    with a reason; the caller runs ComfyUI's forward here
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import DeclinedError, PlanError, Refusal, Scope, WorkerError
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.carried import carry, other_options
+from comfy_xdit_patch.patching.driven import DrivenForward
+from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.planning.eligibility import (
+    Pristine,
+    blocking,
+    check_arguments,
+    check_grad,
+    check_patcher,
+)
+from comfy_xdit_patch.planning.family import num_out_channels
+from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.workload import workload_of
+from comfy_xdit_patch.transport.slots import UncarriedArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A call that is computed.
+
+    ``gathered_for`` is why a part of it ran here; ``is_empty`` says that no block ran on the
+    workers: a node left them out, or computed them itself.
+    """
+
+    out: torch.Tensor
+    gathered_for: str | None = None
+    is_empty: bool = False
+
+
+class ParallelSteps:
+    """The workers, as a function from a call to its result or a refusal."""
+
+    def __init__(
+        self,
+        remote: RemoteForward,
+        driven: DrivenForward,
+        *,
+        holding: Holding,
+        pristine: Pristine,
+        totals: Totals,
+    ) -> None:
+        self._remote = remote
+        self._driven = driven
+        self._holding = holding
+        self._pristine = pristine
+        self._totals = totals
+        self._numbers = itertools.count(1)
+
+    def run(
+        self,
+        flux: Any,
+        arguments: Mapping[str, Any],
+        compute: Callable[[], torch.Tensor],
+        base_model: Any,
+        run: Run,
+    ) -> Step | Refusal:
+        """Compute one call on the workers.
+
+        Args:
+            arguments: the arguments of ``Flux._forward`` by name.
+            compute: ComfyUI's own forward with them.
+            base_model: ComfyUI's ``BaseModel`` around the model, or None.
+
+        Raises:
+            InterruptProcessingException: the user cancelled.
+        """
+        import comfy.model_management
+
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        # A compiled model stands in for the module it was made from.
+        own = getattr(base_model, "diffusion_model", None)
+        if flux not in (own, getattr(own, "_orig_mod", None)):
+            return Refusal("FLUX was called outside ComfyUI's sampling", Scope.STEP)
+        carried = carry(
+            arguments.get("transformer_options") or {},
+            reads=partial(self._pristine.reads, flux),
+            numbers=partial(self._number_of, run),
+        )
+        changes = [
+            *self._pristine.check_step(flux),
+            *check_patcher(base_model),
+            *check_arguments(arguments),
+            *check_grad(arguments["x"]),
+            *carried.refusals,
+            *self._holding.changes(base_model, run),
+        ]
+        refusal = blocking(changes)
+        if refusal is not None:
+            return refusal
+        workload = workload_of(flux, arguments)
+        if changes or carried.tree is not None:
+            # A node's code may look at all rows.
+            workload = replace(workload, is_batch_divisible=False)
+        plan = plan_call(
+            workload,
+            world_size=self._holding.world_size,
+            needs_references=carried.keeps_references,
+        )
+        if isinstance(plan, Refusal):
+            return plan
+        if changes and (plan.ulysses_degree == 1 or carried.keeps_references):
+            return changes[0]
+        try:
+            known = self._holding.hold(
+                base_model,
+                run,
+                workload=workload,
+                plan=plan,
+                dtype=arguments["x"].dtype,
+                poll=poll,
+            )
+            if isinstance(known, Refusal):
+                return known
+            if not changes:
+                out = self._remote.forward(
+                    known.number,
+                    arguments_of(flux, arguments),
+                    plan=plan,
+                    patches=carried.tree,
+                    out_channels=num_out_channels(flux, arguments["x"].shape[1]),
+                    poll=poll,
+                )
+                run.counts.plan = plan.name
+                return Step(out)
+            run.needs_residuals = True
+            out, num_blocks = self._driven.run(
+                flux,
+                compute,
+                model=known.number,
+                num_image_tokens=workload.num_image_tokens,
+                patches=carried.in_blocks(),
+                carry_options=other_options,
+                poll=poll,
+            )
+            run.counts.plan = plan.name
+            return Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            self._totals.last_loss_unix_s = time.time()
+            return Refusal("a worker was lost")
+        except DeclinedError as error:
+            return Refusal(f"a node's patch cannot run on the workers: {error}")
+        except PlanError:
+            return Refusal("a node left a rank without tokens", Scope.STEP)
+        except UncarriedArgumentError as error:
+            return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+
+    def _number_of(self, run: Run, thing: Any) -> int:
+        if id(thing) not in run.objects:
+            run.objects[id(thing)] = thing, next(self._numbers)
+        return run.objects[id(thing)][1]
+
+
+def arguments_of(flux: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call, with what the model itself would take from its parameters."""
+    name = "default_ref_method"
+    if not arguments.get("ref_latents") or not hasattr(flux.params, name):
+        return arguments
+    return {"ref_latents_method": getattr(flux.params, name), **arguments}
