@@ -45,10 +45,12 @@ SELECTION = (
     "image_flux2_fp8",
     "image_flux2_klein_9b_kv_image_edit",
 )
-SLOW = ("flux_kontext_dev_basic",)  # a node of it makes every image a million pixels large
 EVERYTHING = os.environ.get("RIG_CORPUS") == "all"
 ALL_NAMES = tuple(dict.fromkeys(name for names in corpus.NAMES.values() for name in names))
 
+COMPLAINTS = ("unet missing", "unet unexpected", "clip unexpected")
+
+_outcomes: dict[tuple[str, int], dict[str, str]] = {}
 _graphs: dict[str, dict[str, Graph]] = {}
 _stock: dict[tuple[str, str], list[Pixels]] = {}
 
@@ -58,7 +60,7 @@ def is_selected(tree: Tree, num_ranks: int, name: str) -> bool:
     if EVERYTHING:
         return True
     if tree == trees_for_tests()[-1] and num_ranks == 2:
-        return name not in SLOW
+        return name not in corpus.LARGE
     return name in SELECTION
 
 
@@ -81,6 +83,8 @@ def test_template_equals_stock(
     stock_server = servers(tree, XDIT_STRATEGY="off", models=models, node_packs=())
     graph = small_graph(stock_server, tree, name)
     reference = stock_images(stock_server, tree, name, graph)
+    outcomes = _outcomes.setdefault((tree.version, num_ranks), {})
+    outcomes[name] = "failed"
     settings = {"XDIT_GPUS": f"cpu:{num_ranks}", **STRICT}
     if expected is not None:
         settings["XDIT_STRICT"] = "0"
@@ -100,6 +104,24 @@ def test_template_equals_stock(
     else:
         reasons = "; ".join(counts["fall_back_reasons"])
         assert re.search(expected, reasons), f"not the reason in the table: {counts}"
+    outcomes[name] = "; ".join(counts["fall_back_reasons"]) or "parallel"
+
+
+@pytest.mark.group("last")
+def test_nothing_of_the_corpus_was_passed_over(tree: Tree, record_property: Record) -> None:
+    """Count what the tests above found; without them there is nothing to count."""
+    ran = {ranks: found for (version, ranks), found in _outcomes.items() if version == tree.version}
+    if not ran:
+        pytest.skip("no graph of the corpus ran in this session")
+    for num_ranks, outcomes in ran.items():
+        parallel = [name for name, outcome in outcomes.items() if outcome == "parallel"]
+        others = {name: outcome for name, outcome in outcomes.items() if name not in parallel}
+        summary = f"{len(outcomes)} graphs, {len(parallel)} parallel, {len(others)} not: {others}"
+        record_property(f"{num_ranks} ranks", summary)
+        assert all(reason_to_fall_back(tree, name) for name in others), summary
+    if EVERYTHING:
+        for num_ranks, outcomes in ran.items():
+            assert set(outcomes) == set(corpus.NAMES[tree.version]), f"{num_ranks} ranks"
 
 
 def known_version(tree: Tree) -> str:
@@ -127,7 +149,11 @@ def stock_images(server: Server, tree: Tree, name: str, graph: Graph) -> list[Pi
     """Return what stock ComfyUI makes of a graph; every sampled picture must show something."""
     key = tree.version, name
     if key not in _stock:
+        already_logged = len(server.log_text())
         images = run(server, graph)
+        log = server.log_text()[already_logged:]
+        complaints = [line for line in log.splitlines() if any(c in line for c in COMPLAINTS)]
+        assert not complaints, f"a file does not fit its model: {complaints[0]}"
         flattest = min(float(image.std()) for image in images)
         assert flattest > FLAT, f"a flat image proves nothing: standard deviation {flattest:.1f}"
         _stock[key] = images

@@ -64,7 +64,8 @@ PAD_PX = 40
 SELECTOR_MEGAPIXELS = 0.1  # the least that ResolutionSelector takes
 MEGAPIXELS = SIZE[0] * SIZE[1] / 1e6
 # FluxKontextImageScale and TextEncodeQwenImageEdit enlarge their image to a million pixels and have
-ONE_STEP = ("flux_kontext_dev_basic", "image_longcat_image_edit")
+# no value that says otherwise.
+LARGE = ("flux_kontext_dev_basic", "image_longcat_image_edit")
 HOLE = (64, 48, 176, 128)
 
 
@@ -88,7 +89,7 @@ def _names_family(workflow: Workflow) -> bool:
 def shrink(name: str, graph: Graph) -> Graph:
     """Return a copy of a template's graph with small sizes and few steps."""
     small = copy.deepcopy(graph)
-    steps = 1 if name in ONE_STEP else STEPS
+    steps = 1 if name in LARGE else STEPS
     for node in small.values():
         inputs, kind = node["inputs"], node["class_type"]
         for key, value in inputs.items():
