@@ -41,14 +41,16 @@ SELECTION = (
     "flux_fill_inpaint_example",
     "image_flux.1_fill_dev_OneReward",
     "flux_redux_model_example",
-    "flux1_dev_uso_reference_image_gen",
+    "flux1_dev_uso_reference_image_gen, all on",
     "image_chroma_text_to_image",
     "image_chroma1_radiance_text_to_image",
     "image_flux2_fp8",
     "image_flux2_klein_9b_kv_image_edit",
 )
 EVERYTHING = os.environ.get("RIG_CORPUS") == "all"
-ALL_NAMES = tuple(dict.fromkeys(name for names in corpus.NAMES.values() for name in names))
+ALL_NAMES = tuple(
+    dict.fromkeys(name for version in corpus.NAMES for name in corpus.graph_names(version))
+)
 
 COMPLAINTS = ("unet missing", "unet unexpected", "clip unexpected")
 
@@ -77,7 +79,7 @@ def test_the_table_names_every_template_of_the_family(tree: Tree) -> None:
 def test_template_equals_stock(
     servers: Servers, tree: Tree, num_ranks: int, name: str, record_property: Record
 ) -> None:
-    if name not in corpus.NAMES[known_version(tree)]:
+    if name not in corpus.graph_names(known_version(tree)):
         pytest.skip(f"ComfyUI {tree.version} has no such template")
     if not is_selected(tree, num_ranks, name):
         pytest.skip("RIG_CORPUS=all runs it")
@@ -127,7 +129,7 @@ def test_nothing_of_the_corpus_was_passed_over(tree: Tree, record_property: Reco
         assert all(reason_to_fall_back(tree, name) for name in others), summary
     if EVERYTHING:
         for num_ranks, outcomes in ran.items():
-            assert set(outcomes) == set(corpus.NAMES[tree.version]), f"{num_ranks} ranks"
+            assert set(outcomes) == set(corpus.graph_names(tree.version)), f"{num_ranks} ranks"
 
 
 def known_version(tree: Tree) -> str:
@@ -145,9 +147,8 @@ def reason_to_fall_back(tree: Tree, name: str) -> str | None:
 def small_graph(server: Server, tree: Tree, name: str) -> Graph:
     """Return a template of this version, converted and shrunk."""
     if tree.version not in _graphs:
-        found = templates.workflows(tree.version)
-        wanted = {known: found[known] for known in corpus.NAMES[tree.version]}
-        _graphs[tree.version] = templates.convert(server, wanted)
+        found = corpus.corpus_workflows(tree.version, templates.workflows(tree.version))
+        _graphs[tree.version] = templates.convert(server, found)
     return corpus.shrink(name, _graphs[tree.version][name])
 
 

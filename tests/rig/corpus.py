@@ -49,12 +49,25 @@ NEWER = (
     "image_longcat_image_edit",
 )
 NAMES = {"0.3.75": FLUX1 + CHROMA + FLUX2, "0.33.0": FLUX1 + CHROMA + FLUX2 + NEWER}
+# Templates with parts that are switched off ("bypassed") until the user wants them: run once more
+# with every part switched on.
+ALL_ON = ", all on"
+WITH_PARTS_OFF = {
+    "0.3.75": ("flux1_dev_uso_reference_image_gen",),
+    "0.33.0": (
+        "flux1_dev_uso_reference_image_gen",
+        "image_flux2_klein_image_edit_4b_distilled",
+        "image_flux2_klein_image_edit_9b_base",
+    ),
+}
 # One calls paid services beside FLUX.2, the other upscales with a model that is not of the family.
 LEFT_OUT = ("templates-all_in_one-image_edit_models", "utility_pid_latent_upscale_dit")
 # What a template must name to belong here: a model file of the family, among its loaders' values.
 FAMILY_FILES = re.compile(
     r"(flux|chroma|longcat|ovis)[^/]*\.(safetensors|sft|gguf)$", re.IGNORECASE
 )
+
+ALWAYS, BYPASSED = 0, 4  # what the web page writes as "mode" of a node
 
 SIZE = (256, 192)
 STEPS = 2
@@ -84,6 +97,29 @@ def _names_family(workflow: Workflow) -> bool:
         if node.get("type") in ("UNETLoader", "CheckpointLoaderSimple")
         for value in node.get("widgets_values") or []
     )
+
+
+def corpus_workflows(version: str, workflows: dict[str, Workflow]) -> dict[str, Workflow]:
+    """Return every workflow of the corpus by its name there."""
+    found = {name: workflows[name] for name in NAMES[version]}
+    for name in WITH_PARTS_OFF[version]:
+        found[name + ALL_ON] = switched_on(workflows[name])
+    return found
+
+
+def graph_names(version: str) -> tuple[str, ...]:
+    """Return the names of all graphs of the corpus."""
+    return NAMES[version] + tuple(name + ALL_ON for name in WITH_PARTS_OFF[version])
+
+
+def switched_on(workflow: Workflow) -> Workflow:
+    """Return a copy without any bypassed node."""
+    changed = copy.deepcopy(workflow)
+    subgraphs = changed.get("definitions", {}).get("subgraphs", [])
+    for node in [node for part in (changed, *subgraphs) for node in part["nodes"]]:
+        if node.get("mode") == BYPASSED:
+            node["mode"] = ALWAYS
+    return changed
 
 
 def shrink(name: str, graph: Graph) -> Graph:

@@ -147,6 +147,9 @@ def _vision() -> Files:
             encoder_weights.siglip(seed=80), torch.float16
         ),
         "style_models/flux1-redux-dev.safetensors": plain(redux),
+        "model_patches/uso-flux1-projector-v1.safetensors": plain(
+            encoder_weights.uso_projector(hidden=SIZES.hidden, seed=82)
+        ),
     }
 
 

@@ -27,6 +27,7 @@ VISION_WIDTH = 72
 VISION_LAYERS = 27
 VISION_POSITIONS = 729
 VISION_PATCH = 14
+USO_TOKENS = 64
 QWEN_VISION_WIDTH = 1280 // 8
 QWEN_VISION_FF = 3420 // 8
 QWEN_VISION_LAYERS = 32
@@ -156,6 +157,17 @@ def redux(*, context: int, seed: int) -> State:
     make, state = Maker(seed), State()
     make.linear(state, "redux_up", VISION_WIDTH, 3 * context)
     make.linear(state, "redux_down", 3 * context, context, gain=1.8)
+    return state
+
+
+def uso_projector(*, hidden: int, seed: int) -> State:
+    """Make USO's projector: three layers of SigLIP become tokens beside those of the text."""
+    make, state = Maker(seed), State()
+    for level in ("high", "mid", "low"):
+        name = f"feature_embedder.{level}"
+        make.linear(state, f"{name}_embedding_linear.0", VISION_POSITIONS, USO_TOKENS)
+        _layer_norm(state, f"{name}_layer_norm", VISION_WIDTH)
+        make.linear(state, f"{name}_projection", VISION_WIDTH, hidden)
     return state
 
 
