@@ -137,6 +137,11 @@ class Host:
         self._refuse(outcome, run)
         return None
 
+    def faulted(self) -> None:
+        """Count a step that a fault of ours left to ComfyUI."""
+        run = self.current_run.get() or Run()
+        self._refuse(Refusal("a fault of comfy-xdit-patch, which is in the log", Scope.STEP), run)
+
     def applied(self, base_model: Any, num_calls: int) -> None:
         """Say why a call of a BaseModel never came to us, if a node is the reason.
 

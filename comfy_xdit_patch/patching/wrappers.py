@@ -38,6 +38,8 @@ class Wrappers:
             return self._host.forward(
                 flux, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
             )
+        with our_faults_stay_ours("counting a fault"):
+            self._host.faulted()
         return None
 
     def control_forward(self, wrapped: Call, net: Any, args: Any, kwargs: Any) -> Any:
