@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import DeclinedError, PlanError
+from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
@@ -206,8 +206,6 @@ def shares_of_counts(flux: Any, counts: Counts, world_size: int) -> SequenceShar
         PlanError: a rank would hold none.
     """
     text, image, reference = counts
-    if text < 1:
-        raise PlanError("A block of the image's stream alone cannot be shared.")
     return SequenceShares.even(
         num_text_tokens=text,
         num_image_tokens=image,
