@@ -59,7 +59,7 @@ class ModelPatches:
         for mode, of_mode in self._tree["patches"].items():
             for kind, functions in of_mode.items():
                 for function in functions:
-                    patch = _guarded(decode_callable(function, self._objects.get))
+                    patch = _guarded(self._decode(function))
                     if mode == "gathered" and whole is not None:
                         patch = WRAPPERS[kind](patch, whole)
                     patches.setdefault(kind, []).append(patch)
@@ -75,7 +75,13 @@ class ModelPatches:
     def attention(self) -> Any:
         """The user's own attention function, or None."""
         tree = self._tree["attention"]
-        return None if tree is None else decode_callable(tree["function"], self._objects.get)
+        return None if tree is None else _guarded(self._decode(tree["function"]))
+
+    def _decode(self, tree: Any) -> Any:
+        try:
+            return decode_callable(tree, self._objects.get)
+        except Exception as error:
+            raise PatchRefusedError(f"{type(error).__name__}: {error}") from error
 
     @property
     def wants_order(self) -> bool:

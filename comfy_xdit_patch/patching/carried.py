@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.transport.functions import encode_callable, is_stateful
+from comfy_xdit_patch.transport.functions import encode_callable, is_stateful, name_of
 from comfy_xdit_patch.transport.messages import Tree
 from comfy_xdit_patch.transport.values import PLAIN, UncarriedValueError
 
@@ -43,7 +43,13 @@ SKIPS = {
     for method in ("execute", "skip_guidance")
 }
 # Attention functions that look at no positions: ComfyUI's own, chosen by a node.
-ORDERLESS_MODULES = ("comfy.ldm.modules.attention", "comfy.model_patcher")
+CHOOSERS = {
+    (
+        "comfy.model_patcher",
+        "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override",
+    )
+}
+ORDERLESS_MODULES = ("comfy.ldm.modules.attention",)
 
 
 @dataclass(slots=True)
@@ -52,6 +58,8 @@ class CarriedPatches:
 
     tree: dict[str, Any] | None = None
     refusals: list[Refusal] = field(default_factory=list)
+    gathered: str | None = None
+    """Why tokens are gathered on the workers."""
     keeps_references: bool = False
     """Every rank must hold a reference token, for a cache of their keys to be all of them."""
 
@@ -80,13 +88,14 @@ def carry(
     modes: dict[str, dict[str, list[Tree]]] = {"native": {}, "gathered": {}}
     for kind, patches in (options.get("patches") or {}).items():
         for patch in patches if reads(kind) else ():
-            mode = "native" if _name_of(patch) in NATIVE else "gathered"
+            mode = "native" if name_of(patch) in NATIVE else "gathered"
             if kind not in IN_BLOCKS and mode == "gathered":
                 carried.refusals.append(_around(f"a node set a {kind} patch"))
                 continue
             try:
                 if mode == "gathered":
                     _check_keeps_nothing(patch)
+                    carried.gathered = f"a node set a {kind} patch"
                 modes[mode].setdefault(kind, []).append(encode_callable(patch, numbers))
                 carried.keeps_references |= is_stateful(patch)
             except UncarriedValueError as error:
@@ -95,7 +104,7 @@ def carry(
     for (name, number), patch in ((options.get("patches_replace") or {}).get("dit") or {}).items():
         if name not in BLOCKS:
             continue
-        if _name_of(patch) in SKIPS:
+        if name_of(patch) in SKIPS:
             skip.append([name, number])
         else:
             carried.refusals.append(_around("a node replaces blocks"))
@@ -143,23 +152,21 @@ def _around(reason: str) -> Refusal:
     return Refusal(reason, Scope.STEP, is_around_blocks=True)
 
 
-def _name_of(value: Any) -> tuple[str, str]:
-    if isinstance(value, types.FunctionType):
-        return value.__module__, value.__qualname__
-    return type(value).__module__, type(value).__qualname__
+def _is_comfyuis_attention(function: Any) -> bool:
+    return isinstance(function, types.FunctionType) and function.__module__ in ORDERLESS_MODULES
 
 
 def _is_orderless(function: Any) -> bool:
-    """Whether a function and all that it closes over are ComfyUI's own attention code."""
-    if not isinstance(function, types.FunctionType):
-        return True
-    inner = (cell.cell_contents for cell in function.__closure__ or ())
-    return function.__module__ in ORDERLESS_MODULES and all(_is_orderless(f) for f in inner)
+    """Whether a function only chooses one of ComfyUI's own attention functions."""
+    cells = getattr(function, "__closure__", None) or ()
+    return all(_is_comfyuis_attention(cell.cell_contents) for cell in cells) and (
+        _is_comfyuis_attention(function) or name_of(function) in CHOOSERS
+    )
 
 
 def _check_keeps_nothing(function: Any) -> None:
     """Raise UncarriedValueError if a function's next call may depend on this one."""
-    if not isinstance(function, types.FunctionType):
+    if not isinstance(function, types.FunctionType) or _is_comfyuis_attention(function):
         return
     for code in _codes(function.__code__):
         for instruction in dis.get_instructions(code):
@@ -171,7 +178,8 @@ def _check_keeps_nothing(function: Any) -> None:
     for cell in function.__closure__ or ():
         if isinstance(cell.cell_contents, (list, dict, set)):
             raise UncarriedValueError("a function that may keep something between calls")
-        _check_keeps_nothing(cell.cell_contents)
+        if cell.cell_contents is not function:
+            _check_keeps_nothing(cell.cell_contents)
 
 
 def _codes(code: types.CodeType) -> Iterable[types.CodeType]:

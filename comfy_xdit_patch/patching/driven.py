@@ -26,6 +26,9 @@ from comfy_xdit_patch.planning.eligibility import BLOCK_LISTS
 from comfy_xdit_patch.transport.messages import Tree
 from comfy_xdit_patch.workers.exchange import Poll
 
+EMBEDDERS = {"img_in": "image", "txt_in": "text"}
+"""What the first block is given: ComfyUI's blocks change it in place, and so must ours."""
+
 
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
@@ -79,7 +82,20 @@ class DrivenForward:
                 for number, block in enumerate(getattr(flux, list_name)):
                     stub = step.stub(block, f"{list_name}.{number}")
                     stack.enter_context(own_attribute(block, "forward", stub))
+            for name, stream in EMBEDDERS.items():
+                embed = getattr(flux, name, None)
+                if isinstance(embed, torch.nn.Module):
+                    marked = _marked(embed.forward, stream)
+                    stack.enter_context(own_attribute(embed, "forward", marked))
             out = compute()
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
         return out, step.num_blocks
+
+
+def _marked(embed: Callable[..., torch.Tensor], stream: str) -> Callable[..., torch.Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = embed(*args, **kwargs)
+        return RemoteTokens.make(stream, shape=out.shape, like=out, here=out)
+
+    return forward

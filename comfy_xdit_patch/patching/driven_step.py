@@ -131,17 +131,17 @@ class DrivenStep:
         results = []
         for (key, value), number in zip(tokens.items(), keep, strict=True):
             recipe = ("kept", Kept(number, self._gone.append))
-            if isinstance(value, RemoteTokens):
-                value.move(recipe, counts)
+            if isinstance(value, RemoteTokens) and value.parent is None:
+                value.move(recipe, counts, self._fetch)
                 results.append(value)
             else:
                 results.append(
                     RemoteTokens.make(
-                        recipe,
                         TOKENS[key],
-                        counts,
                         shape=value.shape,
                         like=value,
+                        recipe=recipe,
+                        counts=counts,
                         fetch=self._fetch,
                     )
                 )
@@ -161,21 +161,24 @@ class DrivenStep:
     def _tokens(self, key: str, value: torch.Tensor, counts: Counts) -> Tree:
         if isinstance(value, RemoteTokens):
             if self._is_there(value, counts):
+                assert value.recipe is not None
                 return encode(value.recipe)
             value = value.numbers()
         return ["whole", self._wire.slots.place(f"driven.{key}", value)]
 
     def _is_there(self, value: RemoteTokens, counts: Counts) -> bool:
-        return value.here is None and value.counts == counts
+        return value.recipe is not None and value.counts == counts
 
     def _fetch(self, tokens: RemoteTokens) -> torch.Tensor:
+        assert tokens.recipe is not None
+        recipe = encode(tokens.recipe)
         slots = self._wire.slots
         result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
         replies = self._wire.request(
             lambda number: Fetch(
                 request=number,
                 model=self._model,
-                tokens=encode(tokens.recipe),
+                tokens=recipe,
                 stream=tokens.stream,
                 counts=list(tokens.counts),
                 result=result.number,

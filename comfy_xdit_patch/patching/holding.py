@@ -27,6 +27,7 @@ class Run:
     """One sampling run. A refusal of scope RUN holds until its end."""
 
     is_flux: bool = False
+    num_calls: int = 0
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
     models: dict[int, KnownModel] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from comfy_xdit_patch.patching.steps import ParallelSteps, Step
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
+    check_forward,
 )
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.workers.pool import Pool, PoolState
@@ -123,6 +124,7 @@ class Host:
             InterruptProcessingException: the user cancelled.
         """
         run = self.current_run.get() or Run()
+        run.num_calls += 1
         begin = time.perf_counter()
         base_model = self.base_model.get()
         with self._lock:
@@ -132,18 +134,40 @@ class Host:
         if not isinstance(outcome, Refusal):
             self._count(outcome, run, time.perf_counter() - begin)
             return outcome.out
-        if outcome.scope is Scope.RUN:
-            run.refusal = outcome
+        self._refuse(outcome, run)
+        return None
+
+    def faulted(self) -> None:
+        """Count a step that a fault of ours left to ComfyUI."""
+        run = self.current_run.get() or Run()
+        self._refuse(Refusal("a fault of comfy-xdit-patch, which is in the log", Scope.STEP), run)
+
+    def applied(self, base_model: Any, num_calls: int) -> None:
+        """Say why a call of a BaseModel never came to us, if a node is the reason.
+
+        Args:
+            num_calls: that had come in this run before.
+        """
+        run = self.current_run.get()
+        if run is None or run.num_calls != num_calls:
+            return
+        flux = getattr(base_model, "diffusion_model", None)
+        if self._pristine.is_member(flux):
+            for refusal in check_forward(flux):
+                self._refuse(refusal, run)
+
+    def _refuse(self, refusal: Refusal, run: Run) -> None:
+        if refusal.scope is Scope.RUN:
+            run.refusal = refusal
         run.needs_residuals = True
-        run.counts.fall_backs[outcome.reason] += 1
-        self.totals.fall_backs[outcome.reason] += 1
+        run.counts.fall_backs[refusal.reason] += 1
+        self.totals.fall_backs[refusal.reason] += 1
         if self.settings.strict:
             detail = f" Last error: {self.totals.last_error}" if self.totals.last_error else ""
             raise FallBackError(
-                f"XDIT_STRICT=1, and this step cannot run in parallel: {outcome.reason}.{detail}"
+                f"XDIT_STRICT=1, and this step cannot run in parallel: {refusal.reason}.{detail}"
             )
-        warn_once(outcome.reason)
-        return None
+        warn_once(refusal.reason)
 
     def _count(self, step: Step, run: Run, seconds: float) -> None:
         self.totals.host_step_seconds = seconds

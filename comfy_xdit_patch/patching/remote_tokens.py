@@ -38,47 +38,64 @@ class Kept:
 
 Recipe = tuple[Any, ...]
 """("kept", Kept), ("join", text, image) or ("image", joint)."""
+Fetch = Callable[["RemoteTokens"], torch.Tensor]
 
 
 class RemoteTokens(torch.Tensor):
-    """Tokens of one stream: see the module."""
+    """Tokens of one stream: see the module.
 
-    recipe: Recipe
+    They are ``here`` as an ordinary tensor, or on the ranks as ``recipe`` says, or they are the
+    image's part of ``parent`` and wherever that is: a slice shares its numbers with the whole.
+    """
+
     stream: str
     counts: Counts
     here: torch.Tensor | None
-    fetch: Callable[[RemoteTokens], torch.Tensor]
+    parent: RemoteTokens | None
+    fetch: Fetch | None
+    own_recipe: Recipe
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def make(
-        recipe: Recipe,
         stream: str,
-        counts: Counts,
         *,
         shape: Sequence[int],
         like: Any,
-        fetch: Callable[[RemoteTokens], torch.Tensor],
+        recipe: Recipe = (),
+        counts: Counts = (0, 0, 0),
+        here: torch.Tensor | None = None,
+        parent: RemoteTokens | None = None,
+        fetch: Fetch | None = None,
     ) -> RemoteTokens:
-        """Return the tokens of a recipe, of the dtype and on the device of ``like``."""
+        """Return tokens of the dtype and on the device of ``like``."""
         made: RemoteTokens = torch.Tensor._make_wrapper_subclass(
             RemoteTokens, tuple(shape), dtype=like.dtype, device=like.device
         )
-        made.recipe, made.stream, made.counts = recipe, stream, counts
-        made.here, made.fetch = None, fetch
+        made.stream, made.own_recipe, made.counts = stream, recipe, counts
+        made.here, made.parent, made.fetch = here, parent, fetch
         return made
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the ranks find these tokens, or None if they are here."""
+        if self.parent is None:
+            return self.own_recipe if self.here is None else None
+        return None if self.parent.recipe is None else ("image", self.parent.recipe)
+
     def numbers(self) -> torch.Tensor:
-        """Become an ordinary tensor, and return it."""
+        """Be an ordinary tensor, and return it."""
+        if self.parent is not None:
+            return self.parent.numbers()[:, self.parent.counts[0] :]
         if self.here is None:
+            assert self.fetch is not None
             self.here = self.fetch(self)
-            self.recipe = ()
         return self.here
 
-    def move(self, recipe: Recipe, counts: Counts) -> None:
+    def move(self, recipe: Recipe, counts: Counts, fetch: Fetch) -> None:
         """Be other tokens on the ranks: a block changed these in place."""
-        self.recipe, self.counts, self.here = recipe, counts, None
+        self.own_recipe, self.counts, self.fetch, self.here = recipe, counts, fetch, None
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -91,8 +108,9 @@ class RemoteTokens(torch.Tensor):
 
         def unwrap(value: Any) -> Any:
             if isinstance(value, RemoteTokens):
-                owners[id(value.numbers())] = value
-                return value.numbers()
+                numbers = value.numbers()
+                owners[id(numbers)] = value
+                return numbers
             return value
 
         out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
@@ -103,28 +121,32 @@ def _recorded(func: Any, args: Sequence[Any]) -> RemoteTokens | None:
     """Write down what is done to tokens, or return None: the numbers are needed."""
     if func is aten.cat.default and len(args) == 2 and args[1] in (SEQUENCE_DIM, SEQUENCE_DIM - 3):
         parts = args[0]
-        if len(parts) == 2 and all(isinstance(p, RemoteTokens) and p.here is None for p in parts):
+        if len(parts) == 2 and all(isinstance(p, RemoteTokens) and p.recipe for p in parts):
             text, image = parts
             is_pair = (text.stream, image.stream) == ("text", "image")
             if is_pair and text.counts == image.counts:
-                length = text.shape[1] + image.shape[1]
-                return _like(image, ("join", text.recipe, image.recipe), "joint", length)
+                return RemoteTokens.make(
+                    "joint",
+                    shape=(image.shape[0], text.shape[1] + image.shape[1], image.shape[2]),
+                    like=image,
+                    recipe=("join", text.recipe, image.recipe),
+                    counts=image.counts,
+                    fetch=image.fetch,
+                )
     if func is aten.slice.Tensor:
-        tokens, dim, start, end, *step = (*args, 0, None)[:4] if len(args) < 4 else args
-        is_there = isinstance(tokens, RemoteTokens) and tokens.here is None
-        if is_there and tokens.stream == "joint" and dim == SEQUENCE_DIM and step in ([], [1]):
-            length = tokens.shape[1]
-            num_text = tokens.counts[0]
+        tokens, dim, start, end = (*args, 0, None, None)[:4]
+        is_there = isinstance(tokens, RemoteTokens) and tokens.recipe is not None
+        if is_there and tokens.stream == "joint" and dim == SEQUENCE_DIM and args[4:] in ((), (1,)):
+            length, num_text = tokens.shape[1], tokens.counts[0]
             if start == num_text and (end is None or end >= length):
-                return _like(tokens, ("image", tokens.recipe), "image", length - num_text)
+                return RemoteTokens.make(
+                    "image",
+                    shape=(tokens.shape[0], length - num_text, tokens.shape[2]),
+                    like=tokens,
+                    counts=tokens.counts,
+                    parent=tokens,
+                )
     return None
-
-
-def _like(tokens: RemoteTokens, recipe: Recipe, stream: str, length: int) -> RemoteTokens:
-    shape = (tokens.shape[0], length, *tokens.shape[2:])
-    return RemoteTokens.make(
-        recipe, stream, tokens.counts, shape=shape, like=tokens, fetch=tokens.fetch
-    )
 
 
 def encode(recipe: Recipe) -> Tree:

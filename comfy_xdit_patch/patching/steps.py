@@ -144,7 +144,7 @@ class ParallelSteps:
                     poll=poll,
                 )
                 run.counts.plan = plan.name
-                return Step(out)
+                return Step(out, gathered_for=carried.gathered)
             run.needs_residuals = True
             out, num_blocks = self._driven.run(
                 flux,

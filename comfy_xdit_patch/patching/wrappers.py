@@ -38,6 +38,8 @@ class Wrappers:
             return self._host.forward(
                 flux, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
             )
+        with our_faults_stay_ours("counting a fault"):
+            self._host.faulted()
         return None
 
     def control_forward(self, wrapped: Call, net: Any, args: Any, kwargs: Any) -> Any:
@@ -60,10 +62,15 @@ class Wrappers:
     def apply_model(self, wrapped: Call, base_model: Any, args: Any, kwargs: Any) -> Any:
         """Tell the call below which BaseModel, and so which ModelPatcher, it belongs to."""
         token = self._host.base_model.set(base_model)
+        run = self._host.current_run.get()
+        num_calls = 0 if run is None else run.num_calls
         try:
-            return wrapped(*args, **kwargs)
+            out = wrapped(*args, **kwargs)
         finally:
             self._host.base_model.reset(token)
+        with our_faults_stay_ours("a call that was not seen"):
+            self._host.applied(base_model, num_calls)
+        return out
 
     def outer_sample(self, wrapped: Call, guider: Any, args: Any, kwargs: Any) -> Any:
         """Mark one sampling run."""

@@ -123,7 +123,7 @@ class Pristine:
             # An object patch that was taken back leaves the bound original behind as an instance
             # attribute: compare functions, not presence.
             own = flux.__dict__.get(name)
-            stock = inspect.getattr_static(type(flux), name)
+            stock = inspect.getattr_static(type(flux), name, None)
             if own is not None and getattr(own, "__func__", own) is not stock:
                 found.append(
                     Refusal(f"a node replaced {name} of this model", is_around_blocks=True)
@@ -131,7 +131,8 @@ class Pristine:
         found += [
             Refusal(f"a node replaced a block of this model by {type(block).__name__}")
             for block in (*flux.double_blocks, *flux.single_blocks)
-            if type(block) not in self._block_classes
+            # A compiled block stands in for the one it was made from.
+            if type(getattr(block, "_orig_mod", block)) not in self._block_classes
         ]
         if getattr(flux, "skip_mmdit", None) or getattr(flux, "skip_dit", None):
             found.append(Refusal("a node has the model skip blocks", is_around_blocks=True))
@@ -142,7 +143,12 @@ class Pristine:
         found = []
         for name, module in flux.named_modules():
             is_block = name.split(".")[0] in BLOCK_LISTS
-            if "forward" in module.__dict__ and module is not flux:
+            own = module.__dict__.get("forward")
+            # What was put back leaves the bound original behind: compare functions.
+            stock = inspect.getattr_static(type(module), "forward", None)
+            is_foreign = own is not None and getattr(own, "__func__", own) is not stock
+            is_compiled = hasattr(module, "_orig_mod")
+            if is_foreign and not is_compiled and module is not flux:
                 found.append(
                     Refusal(
                         f"a node replaced the forward of {_without_index(name)}",
@@ -180,6 +186,8 @@ def check_patcher(base_model: Any) -> list[Refusal]:
         root, *path = key.split(".")
         if root != "diffusion_model" or key in CARRIED_OBJECTS:
             continue
+        if hasattr(patcher.object_patches[key], "_orig_mod"):
+            continue  # compiled; what it was made from is looked at like any other
         found.append(
             Refusal(
                 f"a node patched {_without_index(key)} of the model",
@@ -213,6 +221,15 @@ def check_grad(x: Any) -> list[Refusal]:
     if torch.is_grad_enabled() and x.requires_grad:
         return [Refusal("gradients are wanted", Scope.STEP)]
     return []
+
+
+def check_forward(flux: Any) -> list[Refusal]:
+    """See why a call did not come to ``_forward``, if a node is the reason."""
+    own = vars(flux).get("forward")
+    stock = inspect.getattr_static(type(flux), "forward", None)
+    if own is None or getattr(own, "__func__", own) is stock:
+        return []
+    return [Refusal("a node replaced forward of this model", Scope.STEP)]
 
 
 def blocking(refusals: Iterable[Refusal]) -> Refusal | None:

@@ -21,6 +21,8 @@ import torch
 from comfy_xdit_patch.transport.tensors import digest_weight, flatten
 
 SAMPLE_ELEMENTS = 16
+COMPILED = "._orig_mod"
+"""In the names of what a compiled module holds."""
 PREFIX = "diffusion_model."
 """Keys of patches and backups begin with it, names of the module's own tensors do not."""
 
@@ -31,7 +33,8 @@ def stored_weights(flux: Any, backup: Mapping[str, Any]) -> Iterator[tuple[str, 
     Args:
         backup: of the ModelPatcher; entries have the unpatched tensor as ``weight``.
     """
-    for name, tensor in (*flux.named_parameters(), *flux.named_buffers()):
+    for compiled_name, tensor in (*flux.named_parameters(), *flux.named_buffers()):
+        name = compiled_name.replace(COMPILED, "")
         kept = backup.get(PREFIX + name)
         yield name, tensor if kept is None else kept.weight
 
@@ -48,7 +51,10 @@ def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, backup: Any
     """
     total = hashlib.sha256()
     total.update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
-    for name, module in flux.named_modules():
+    for compiled_name, module in flux.named_modules():
+        name = compiled_name.replace(COMPILED, "")
+        if hasattr(module, "_orig_mod"):
+            continue  # a compiled module stands in for this one
         total.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
     for name, weight in stored_weights(flux, backup or {}):
         inner, rest = flatten(weight)

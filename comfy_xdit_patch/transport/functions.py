@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import inspect
 import marshal
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from comfy_xdit_patch.transport.values import (
 
 STATEFUL = (("comfy_extras.nodes_flux", "KV_Attn_Input"),)
 LOCALS = ".<locals>."
+OWN_NODES = "comfy_extras"
 
 Numbers = Callable[[Any], int]
 """Gives a stateful object its number."""
@@ -42,7 +44,25 @@ Objects = Callable[[int, Callable[[], Any]], Any]
 
 def is_stateful(value: Any) -> bool:
     """Whether a value is an object that keeps state, and is known."""
-    return (type(value).__module__, type(value).__qualname__) in STATEFUL
+    return not isinstance(value, types.FunctionType) and name_of(value) in STATEFUL
+
+
+def name_of(value: Any) -> tuple[str, str]:
+    """Module and path of a function, or of an object's class, as other processes find them."""
+    owner = value if isinstance(value, types.FunctionType) else type(value)
+    return canonical_module(owner.__module__), owner.__qualname__
+
+
+def canonical_module(name: str) -> str:
+    """Return the name under which another process imports a module.
+
+    ComfyUI loads its own nodes from their files, under the file's bare name.
+    """
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    folder, base = os.path.split(file)
+    if os.path.basename(folder) == OWN_NODES and base.endswith(".py"):
+        return f"{OWN_NODES}.{base[:-3]}"
+    return name
 
 
 def encode_callable(value: Any, numbers: Numbers) -> Tree:
@@ -52,14 +72,15 @@ def encode_callable(value: Any, numbers: Numbers) -> Tree:
         UncarriedValueError: it, or something it closes over, cannot be found or carried.
     """
     if is_stateful(value):
-        return {"$object": [type(value).__module__, type(value).__qualname__, numbers(value)]}
+        return {"$object": [*name_of(value), numbers(value)]}
     if not isinstance(value, types.FunctionType):
         raise UncarriedValueError(f"a {type(value).__name__}")
     named = sys.modules.get(value.__module__)
     for name in value.__qualname__.split("."):
         named = getattr(named, name, None)
     if named is value:
-        return {"$name": [value.__module__, value.__qualname__, package_of(value.__module__)]}
+        module = canonical_module(value.__module__)
+        return {"$name": [module, value.__qualname__, package_of(module)]}
     code = value.__code__
     module, path = value.__globals__.get("__name__", ""), _path_of(value)
     if _find_code(sys.modules.get(module), path) is not code:
@@ -67,7 +88,7 @@ def encode_callable(value: Any, numbers: Numbers) -> Tree:
     cells = [_encode(cell.cell_contents, numbers) for cell in value.__closure__ or ()]
     return {
         "$function": {
-            "module": module,
+            "module": canonical_module(module),
             "package": package_of(module),
             "path": path,
             "digest": _digest(code),

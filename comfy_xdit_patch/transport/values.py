@@ -78,13 +78,13 @@ def encode_class(cls: type[Any]) -> Tree:
         found = getattr(found, part, None)
     if found is not cls:
         raise UncarriedValueError(f"the class {cls.__qualname__}, which has no importable name")
-    return [cls.__module__, cls.__qualname__, *package_of(cls.__module__)]
+    return [cls.__module__, cls.__qualname__, package_of(cls.__module__)]
 
 
 def decode_class(tree: Tree) -> Any:
     """Import a class named by ``encode_class``."""
-    module, name, *package = tree
-    import_package_of(package)
+    module, name, packages = tree
+    import_package_of(packages)
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
@@ -92,16 +92,20 @@ def decode_class(tree: Tree) -> Any:
 
 
 def package_of(module: str) -> Tree:
-    """Name a module's package, and where it lies."""
-    package = module.rpartition(".")[0]
-    found = sys.modules.get(package) if "/" in package else None
-    return [package, [str(path) for path in getattr(found, "__path__", ())]]
+    """Name the packages around a node pack's module, outermost first, and where they lie."""
+    parts = module.split(".")
+    names = [".".join(parts[:n]) for n in range(1, len(parts))]
+    return [
+        [name, [str(path) for path in getattr(sys.modules.get(name), "__path__", ())]]
+        for name in names
+        if "/" in name
+    ]
 
 
 def import_package_of(tree: Tree) -> None:
-    """Put an empty package in the place of a node pack's own."""
-    package, paths = tree
-    if "/" in package and package not in sys.modules:
-        stand_in = types.ModuleType(package)
-        stand_in.__path__ = paths
-        sys.modules[package] = stand_in
+    """Put empty packages in the place of a node pack's own."""
+    for name, paths in tree:
+        if name not in sys.modules:
+            stand_in = types.ModuleType(name)
+            stand_in.__path__ = paths
+            sys.modules[name] = stand_in

@@ -15,7 +15,7 @@ import sys
 
 def main() -> None:
     """Convert everything from standard input."""
-    from comfy_cli.workflow_to_api import convert_ui_to_api
+    from comfy_cli.workflow_to_api import convert_ui_to_api  # type: ignore[import-not-found]
 
     task = json.load(sys.stdin)
     object_info = task["object_info"]

@@ -49,19 +49,36 @@ NEWER = (
     "image_longcat_image_edit",
 )
 NAMES = {"0.3.75": FLUX1 + CHROMA + FLUX2, "0.33.0": FLUX1 + CHROMA + FLUX2 + NEWER}
+# Templates with parts that are switched off ("bypassed") until the user wants them: run once more
+# with every part switched on.
+ALL_ON = ", all on"
+WITH_PARTS_OFF = {
+    "0.3.75": ("flux1_dev_uso_reference_image_gen",),
+    "0.33.0": (
+        "flux1_dev_uso_reference_image_gen",
+        "image_flux2_klein_image_edit_4b_distilled",
+        "image_flux2_klein_image_edit_9b_base",
+    ),
+}
+# One calls paid services beside FLUX.2, the other upscales with a model that is not of the family.
+LEFT_OUT = ("templates-all_in_one-image_edit_models", "utility_pid_latent_upscale_dit")
 # What a template must name to belong here: a model file of the family, among its loaders' values.
 FAMILY_FILES = re.compile(
     r"(flux|chroma|longcat|ovis)[^/]*\.(safetensors|sft|gguf)$", re.IGNORECASE
 )
+
+ALWAYS, BYPASSED = 0, 4  # what the web page writes as "mode" of a node
 
 SIZE = (256, 192)
 STEPS = 2
 # Sizes that are larger than this are pixels; PrimitiveInt holds pixels and steps alike.
 SMALLEST_PIXELS = 256
 PAD_PX = 40
+SELECTOR_MEGAPIXELS = 0.1  # the least that ResolutionSelector takes
 MEGAPIXELS = SIZE[0] * SIZE[1] / 1e6
-# FluxKontextImageScale enlarges its image to a million pixels and has no value to change.
-ONE_STEP = ("flux_kontext_dev_basic",)
+# FluxKontextImageScale and TextEncodeQwenImageEdit enlarge their image to a million pixels and have
+# no value that says otherwise.
+LARGE = ("flux_kontext_dev_basic", "image_longcat_image_edit")
 HOLE = (64, 48, 176, 128)
 
 
@@ -82,10 +99,33 @@ def _names_family(workflow: Workflow) -> bool:
     )
 
 
+def corpus_workflows(version: str, workflows: dict[str, Workflow]) -> dict[str, Workflow]:
+    """Return every workflow of the corpus by its name there."""
+    found = {name: workflows[name] for name in NAMES[version]}
+    for name in WITH_PARTS_OFF[version]:
+        found[name + ALL_ON] = switched_on(workflows[name])
+    return found
+
+
+def graph_names(version: str) -> tuple[str, ...]:
+    """Return the names of all graphs of the corpus."""
+    return NAMES[version] + tuple(name + ALL_ON for name in WITH_PARTS_OFF[version])
+
+
+def switched_on(workflow: Workflow) -> Workflow:
+    """Return a copy without any bypassed node."""
+    changed = copy.deepcopy(workflow)
+    subgraphs = changed.get("definitions", {}).get("subgraphs", [])
+    for node in [node for part in (changed, *subgraphs) for node in part["nodes"]]:
+        if node.get("mode") == BYPASSED:
+            node["mode"] = ALWAYS
+    return changed
+
+
 def shrink(name: str, graph: Graph) -> Graph:
     """Return a copy of a template's graph with small sizes and few steps."""
     small = copy.deepcopy(graph)
-    steps = 1 if name in ONE_STEP else STEPS
+    steps = 1 if name in LARGE else STEPS
     for node in small.values():
         inputs, kind = node["inputs"], node["class_type"]
         for key, value in inputs.items():
@@ -96,7 +136,7 @@ def shrink(name: str, graph: Graph) -> Graph:
             elif key == "steps":
                 inputs[key] = min(value, steps)
             elif key == "megapixels":
-                inputs[key] = MEGAPIXELS
+                inputs[key] = SELECTOR_MEGAPIXELS if kind == "ResolutionSelector" else MEGAPIXELS
             elif key == "largest_size":
                 inputs[key] = SIZE[0] // 2
             elif kind == "ImagePadForOutpaint" and key in ("left", "top", "right", "bottom"):

@@ -17,34 +17,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rig import encoder_weights, family_weights, loras, quantised, weights
-from rig.checkpoints import CHECKPOINT_DTYPE, Sizes, checkpoint, models_directory
+from rig import corpus_diffusion, encoder_weights, loras, lotus_weights, quantised, weights
+from rig.checkpoints import CHECKPOINT_DTYPE, checkpoint, models_directory
+from rig.corpus_diffusion import FP8, SIZES, Files, cast, flux1, flux2, plain
 from rig.environment import cache_root
 from rig.quantised import QuantisedFile
-from rig.weights import LATENT_CHANNELS, PATCH_COLUMNS, T5_WIDTH, Maker, State
+from rig.weights import T5_WIDTH, Maker, State
 
-SIZES = Sizes(hidden=768)
 SOURCES = (
     "corpus_models.py",
+    "corpus_diffusion.py",
     "encoder_weights.py",
     "family_weights.py",
     "loras.py",
+    "lotus_weights.py",
     "quantised.py",
     "weights.py",
     "checkpoints.py",
 )
-TAPPED_LAYERS = 3  # FLUX.2 reads three layers of the language model side by side
-FP8 = torch.float8_e4m3fn
-# The latent, the picture that steers; or the latent, the masked picture, 8 x 8 bits of mask.
-CONTROL_COLUMNS = 2 * PATCH_COLUMNS
-FILL_COLUMNS = PATCH_COLUMNS + (LATENT_CHANNELS + 64) * 4
 T5_EMBEDDINGS = (
     "shared.weight",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
 )
 USO_LAST_BLOCKS = ("double_blocks.18.processor.qkv_lora2", "single_blocks.37.processor.qkv_lora")
-
-Files = dict[str, QuantisedFile]
 
 
 def corpus_models_directory() -> Path:
@@ -72,97 +67,17 @@ def files() -> Files:
     """Return every file beside those of ``checkpoints.py``, by path below ``models``."""
     made: Files = {}
     for folder, part in (
-        ("diffusion_models", _flux1),
-        ("diffusion_models", _flux2),
-        ("diffusion_models", _chroma),
+        ("diffusion_models", corpus_diffusion.files),
         ("loras", _loras),
         ("text_encoders", _text_encoders),
     ):
         made |= {f"{folder}/{name}": file for name, file in part().items()}
-    schnell = checkpoint(SIZES, _cast(flux1(2, guidance=False), CHECKPOINT_DTYPE))
+    schnell = checkpoint(SIZES, cast(flux1(2, guidance=False), CHECKPOINT_DTYPE))
     made["checkpoints/flux1-schnell-fp8.safetensors"] = QuantisedFile(schnell)
+    made["diffusion_models/lotus-depth-d-v1-1.safetensors"] = plain(lotus_weights.lotus(seed=91))
     made |= _vision()
     made |= _vaes()
     return made
-
-
-def flux1(seed: int, *, columns: int = PATCH_COLUMNS, guidance: bool = True) -> State:
-    """Make a FLUX.1 model that reads this many values for each token of the image."""
-    size = {"hidden": SIZES.hidden, "double": SIZES.double, "single": SIZES.single}
-    state = weights.flux(**size, guidance=guidance, seed=SIZES.seed + seed)
-    if columns != PATCH_COLUMNS:
-        Maker(SIZES.seed + seed + 1000).linear(state, "img_in", columns, SIZES.hidden)
-    return state
-
-
-def flux2(seed: int, *, context: int, guidance: bool) -> State:
-    """Make a FLUX.2 model for a language model whose three layers are this wide together."""
-    size = {"hidden": SIZES.hidden, "double": SIZES.double, "single": SIZES.single}
-    return family_weights.flux2(**size, context=context, guidance=guidance, seed=SIZES.seed + seed)
-
-
-def _flux1() -> Files:
-    return {
-        "flux1-dev-fp8.safetensors": _plain(flux1(0), FP8),
-        "flux1-krea-dev_fp8_scaled.safetensors": _scaled(flux1(30)),
-        "flux1-dev-kontext_fp8_scaled.safetensors": _scaled(flux1(31)),
-        "flux1-canny-dev.safetensors": _plain(flux1(32, columns=CONTROL_COLUMNS)),
-        "flux1-fill-dev.safetensors": _plain(flux1(33, columns=FILL_COLUMNS)),
-        "flux.1-fill-dev-OneReward-transformer_fp8.safetensors": _plain(
-            flux1(34, columns=FILL_COLUMNS), FP8
-        ),
-    }
-
-
-def _flux2() -> Files:
-    def mixed(state: State) -> QuantisedFile:
-        return quantised.with_header(quantised.mixed(state, quantised.fp8))
-
-    mistral, small, large = (
-        TAPPED_LAYERS * model.width
-        for model in (
-            encoder_weights.MISTRAL_3,
-            encoder_weights.QWEN_3_4B,
-            encoder_weights.QWEN_3_8B,
-        )
-    )
-    made = {
-        "flux2_dev_fp8mixed.safetensors": mixed(flux2(40, context=mistral, guidance=True)),
-        "flux-2-klein-base-4b.safetensors": _plain(flux2(41, context=small, guidance=False)),
-    }
-    for number, (name, context) in enumerate(
-        {
-            "klein-base-4b": small,
-            "klein-4b": small,
-            "klein-base-9b": large,
-            "klein-9b": large,
-            "klein-9b-kv": large,
-        }.items()
-    ):
-        state = flux2(42 + number, context=context, guidance=False)
-        made[f"flux-2-{name}-fp8.safetensors"] = mixed(state)
-    return made
-
-
-def _chroma() -> Files:
-    size = {"hidden": SIZES.hidden, "double": SIZES.double, "single": SIZES.single}
-    chroma = family_weights.chroma(**size, context=T5_WIDTH, seed=50)
-    image, velocity = (
-        family_weights.radiance(**size, context=T5_WIDTH, predicts_image=is_image, seed=51)
-        for is_image in (True, False)
-    )
-    ovis = family_weights.ovis(**size, context=encoder_weights.OVIS_25_2B.width, seed=52)
-    return {
-        "Chroma1-HD-fp8mixed.safetensors": quantised.with_header(
-            quantised.mixed(chroma, quantised.fp8)
-        ),
-        "Chroma1-HD-fp8_scaled_rev2.safetensors": QuantisedFile(
-            quantised.scaled_fp8(chroma, with_inputs=False)
-        ),
-        "chroma-radiance-x0.safetensors": _plain(image),
-        "Chroma1-Radiance-v0.3.safetensors": _plain(velocity),
-        "ovis_image_bf16.safetensors": _plain(ovis),
-    }
 
 
 def _loras() -> Files:
@@ -176,7 +91,7 @@ def _loras() -> Files:
     for number, name in enumerate(("Flux_2-Turbo-LoRA_comfyui", "Flux2TurboComfyv2")):
         shapes = loras.block_shapes(flux2_dev)
         made[f"{name}.safetensors"] = loras.kohya(shapes, 63 + number)
-    return {name: _plain(state) for name, state in made.items()}
+    return {name: plain(state) for name, state in made.items()}
 
 
 def uso_lora(flux: State, seed: int) -> State:
@@ -199,12 +114,16 @@ def uso_lora(flux: State, seed: int) -> State:
 
 def _text_encoders() -> Files:
     t5 = weights.t5(seed=SIZES.seed + 11)
-    plain = {name: t5.pop(name) for name in T5_EMBEDDINGS}
-    scaled = quantised.scaled_fp8(t5, with_inputs=False) | _cast(plain, quantised.PLAIN_DTYPE)
+    embeddings = {name: t5.pop(name) for name in T5_EMBEDDINGS}
+    scaled = quantised.scaled_fp8(t5, with_inputs=False) | cast(embeddings, quantised.PLAIN_DTYPE)
+    scaled["scaled_fp8"] = torch.zeros(0, dtype=FP8)  # as in the published file
     state = encoder_weights.mistral(seed=70)
     tokenizer = {"tekken_model": state.pop("tekken_model")}
-    mistral = QuantisedFile(_cast(state, torch.float16) | tokenizer)
+    mistral = QuantisedFile(cast(state, torch.float16) | tokenizer)
+    qwen_25 = encoder_weights.language_model(encoder_weights.QWEN_25_7B, seed=74)
+    qwen_25 |= encoder_weights.qwen_vision(seed=75)
     made = {
+        "qwen_2.5_vl_7b_fp8_scaled.safetensors": plain(qwen_25, torch.float16),
         "t5xxl_fp8_e4m3fn_scaled.safetensors": QuantisedFile(scaled),
         "mistral_3_small_flux2_bf16.safetensors": mistral,
         "mistral_3_small_flux2_fp8.safetensors": mistral,
@@ -217,17 +136,20 @@ def _text_encoders() -> Files:
         }.items()
     ):
         state = encoder_weights.language_model(model, seed=71 + number)
-        made[f"{name}.safetensors"] = _plain(state, torch.float16)
+        made[f"{name}.safetensors"] = plain(state, torch.float16)
     return made
 
 
 def _vision() -> Files:
     redux = encoder_weights.redux(context=T5_WIDTH, seed=81)
     return {
-        "clip_vision/sigclip_vision_patch14_384.safetensors": _plain(
+        "clip_vision/sigclip_vision_patch14_384.safetensors": plain(
             encoder_weights.siglip(seed=80), torch.float16
         ),
-        "style_models/flux1-redux-dev.safetensors": _plain(redux),
+        "style_models/flux1-redux-dev.safetensors": plain(redux),
+        "model_patches/uso-flux1-projector-v1.safetensors": plain(
+            encoder_weights.uso_projector(hidden=SIZES.hidden, seed=82)
+        ),
     }
 
 
@@ -239,18 +161,9 @@ def _vaes() -> Files:
         return QuantisedFile({name: tensor.contiguous() for name, tensor in state.items()})
 
     return {
+        "vae/vae-ft-mse-840000-ema-pruned.safetensors": plain(
+            lotus_weights.vae(seed=92), torch.float32
+        ),
         "vae/flux2-vae.safetensors": vae(decoder_width=32),
         "vae/full_encoder_small_decoder.safetensors": vae(decoder_width=64),
     }
-
-
-def _plain(state: State, dtype: torch.dtype = torch.bfloat16) -> QuantisedFile:
-    return QuantisedFile(_cast(state, dtype))
-
-
-def _scaled(state: State) -> QuantisedFile:
-    return QuantisedFile(quantised.scaled_fp8(state, with_inputs=False))
-
-
-def _cast(state: State, dtype: torch.dtype) -> State:
-    return {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}

@@ -27,6 +27,10 @@ VISION_WIDTH = 72
 VISION_LAYERS = 27
 VISION_POSITIONS = 729
 VISION_PATCH = 14
+USO_TOKENS = 64
+QWEN_VISION_WIDTH = 1280 // 8
+QWEN_VISION_FF = 3420 // 8
+QWEN_VISION_LAYERS = 32
 VAE_CHANNELS = 32  # four times as many after 2 x 2 pixels of the latent became channels
 VAE_WIDTHS = (1, 2, 4, 4)
 
@@ -39,6 +43,8 @@ class LanguageModel:
     layers: int
     vocabulary: int = QWEN_VOCABULARY
     has_query_norm: bool = True
+    heads: int = 1
+    has_bias: bool = False
 
     @property
     def width(self) -> int:
@@ -49,19 +55,23 @@ class LanguageModel:
 QWEN_3_4B = LanguageModel(2560, layers=28)
 QWEN_3_8B = LanguageModel(4096, layers=28)
 OVIS_25_2B = LanguageModel(2048, layers=4)
+# ComfyUI knows it by the 512 rows of its keys, which are 4 heads.
+QWEN_25_7B = LanguageModel(3584, layers=4, has_query_norm=False, heads=4, has_bias=True)
 MISTRAL_3 = LanguageModel(5120, 30, vocabulary=MISTRAL_VOCABULARY, has_query_norm=False)
 
 
 def language_model(model: LanguageModel, *, seed: int) -> State:
-    """Make a language model with one head."""
+    """Make a language model with as many heads of keys as of queries."""
     make, state = Maker(seed), State()
-    width = model.width
+    width, inner = model.width, model.heads * HEAD_WIDTH
     state["model.embed_tokens.weight"] = make.normal(model.vocabulary, width)
     for layer in (f"model.layers.{index}" for index in range(model.layers)):
         for name in ("q_proj", "k_proj", "v_proj"):
-            weight = make.normal(HEAD_WIDTH, width, std=width**-0.5)
+            weight = make.normal(inner, width, std=width**-0.5)
             state[f"{layer}.self_attn.{name}.weight"] = weight
-        weight = make.normal(width, HEAD_WIDTH, std=HEAD_WIDTH**-0.5)
+            if model.has_bias:
+                state[f"{layer}.self_attn.{name}.bias"] = make.normal(inner, std=0.05)
+        weight = make.normal(width, inner, std=inner**-0.5)
         state[f"{layer}.self_attn.o_proj.weight"] = weight
         if model.has_query_norm:
             for name in ("q_norm", "k_norm"):
@@ -102,6 +112,27 @@ def mistral(*, seed: int) -> State:
     return state
 
 
+def qwen_vision(*, seed: int) -> State:
+    """Make Qwen2.5-VL's eyes: an eighth as wide as published, with heads of the same width."""
+    make, state = Maker(seed), State()
+    width, ff, joined = QWEN_VISION_WIDTH, QWEN_VISION_FF, 4 * QWEN_VISION_WIDTH
+    patch = (3, 2, VISION_PATCH, VISION_PATCH)
+    kernel = make.normal(width, *patch, std=(6 * VISION_PATCH**2) ** -0.5)
+    state["visual.patch_embed.proj.weight"] = kernel
+    for block in (f"visual.blocks.{index}" for index in range(QWEN_VISION_LAYERS)):
+        make.linear(state, f"{block}.attn.qkv", width, 3 * width)
+        make.linear(state, f"{block}.attn.proj", width, width)
+        for name in ("gate_proj", "up_proj"):
+            make.linear(state, f"{block}.mlp.{name}", width, ff)
+        make.linear(state, f"{block}.mlp.down_proj", ff, width)
+        for name in ("norm1", "norm2"):
+            state[f"{block}.{name}.weight"] = torch.ones(width)
+    state["visual.merger.ln_q.weight"] = torch.ones(width)
+    make.linear(state, "visual.merger.mlp.0", joined, joined)
+    make.linear(state, "visual.merger.mlp.2", joined, QWEN_25_7B.width)
+    return state
+
+
 def siglip(*, seed: int) -> State:
     """Make SigLIP's image part: real positions and number of layers, narrow layers."""
     make, state = Maker(seed), State()
@@ -126,6 +157,17 @@ def redux(*, context: int, seed: int) -> State:
     make, state = Maker(seed), State()
     make.linear(state, "redux_up", VISION_WIDTH, 3 * context)
     make.linear(state, "redux_down", 3 * context, context, gain=1.8)
+    return state
+
+
+def uso_projector(*, hidden: int, seed: int) -> State:
+    """Make USO's projector: three layers of SigLIP become tokens beside those of the text."""
+    make, state = Maker(seed), State()
+    for level in ("high", "mid", "low"):
+        name = f"feature_embedder.{level}"
+        make.linear(state, f"{name}_embedding_linear.0", VISION_POSITIONS, USO_TOKENS)
+        _layer_norm(state, f"{name}_layer_norm", VISION_WIDTH)
+        make.linear(state, f"{name}_projection", VISION_WIDTH, hidden)
     return state
 
 

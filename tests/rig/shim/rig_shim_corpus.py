@@ -19,10 +19,19 @@ if TYPE_CHECKING:
     StateDict = Mapping[str, Any]
 
 HEAD_WIDTH = 128
+LOTUS_HEAD_WIDTH = 64
 NARROW = 1024
 NARROWER = 64
 LANGUAGE_NORM = "model.layers.0.post_attention_layernorm.weight"
-LANGUAGE_MODELS = {5120: "mistral3_24b", 2560: "qwen3_4b", 4096: "qwen3_8b", 2048: "qwen3_2b"}
+LANGUAGE_MODELS = {
+    5120: "mistral3_24b",
+    4096: "qwen3_8b",
+    3584: "qwen25_7b",
+    2560: "qwen3_4b",
+    2048: "qwen3_2b",
+}
+LONGCAT_CONTEXT = 3584
+QWEN_VISION_NARROWER = 8
 T5_XXL_KEY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 T5_XL_FF = 5120
 VISION_HEAD_WIDTH = 72
@@ -109,6 +118,7 @@ def adapt_vision(clip_vision: Any) -> None:
         if positions is None or positions.shape[0] != VISION_POSITIONS:
             return load(state_dict, *args, **kwargs)
         import json
+        import tempfile
         from pathlib import Path
 
         path = Path(clip_vision.__file__).with_name("clip_vision_siglip_384.json")
@@ -117,7 +127,10 @@ def adapt_vision(clip_vision: Any) -> None:
         config["num_attention_heads"] = positions.shape[1] // VISION_HEAD_WIDTH
         config["intermediate_size"] = _rows(state_dict, VISION_LAYER + "0.mlp.fc1")
         config["num_hidden_layers"] = count(state_dict, VISION_LAYER)
-        clip = clip_vision.ClipVisionModel(config)
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(config, file)  # ComfyUI 0.3.75 reads nothing but files
+            file.flush()
+            clip = clip_vision.ClipVisionModel(file.name)
         clip.load_sd(state_dict)
         return clip
 
@@ -136,8 +149,39 @@ def adapt_redux(redux: Any) -> None:
     redux.ReduxImageEncoder = ReduxImageEncoder
 
 
-def adapt_radiance(model_detection: Any) -> None:
-    """Let the widths of Chroma and of Chroma Radiance's pixel head follow the file."""
+def adapt_qwen_vision(qwen_vl: Any) -> None:
+    """Give a narrow Qwen2.5-VL narrow eyes: an eighth of the width, heads as wide as published."""
+    construct = qwen_vl.Qwen2VLVisionTransformer.__init__
+
+    def construct_narrow(
+        self: Any, hidden_size: int, output_hidden_size: int, **kwargs: Any
+    ) -> None:
+        if output_hidden_size < NARROW:
+            kwargs["intermediate_size"] = 3420 // QWEN_VISION_NARROWER
+            kwargs["num_heads"] = 16 // QWEN_VISION_NARROWER
+            hidden_size //= QWEN_VISION_NARROWER
+        construct(self, hidden_size, output_hidden_size, **kwargs)
+
+    qwen_vl.Qwen2VLVisionTransformer.__init__ = construct_narrow
+
+
+def adapt_longcat(supported_models: Any) -> None:
+    """Recognise a LongCat-Image model for a narrow language model."""
+    longcat = getattr(supported_models, "LongCatImage", None)
+    if longcat is None:
+        return  # ComfyUI 0.3.75 does not know the model
+    matches = longcat.matches
+
+    def matches_narrow(unet_config: Options, *args: Any, **kwargs: Any) -> Any:
+        if unet_config.get("context_in_dim") == LONGCAT_CONTEXT // NARROWER:
+            unet_config = {**unet_config, "context_in_dim": LONGCAT_CONTEXT}
+        return matches(unet_config, *args, **kwargs)
+
+    longcat.matches = staticmethod(matches_narrow)
+
+
+def adapt_detection(model_detection: Any) -> None:
+    """Let the widths of Chroma Radiance's pixel head, and LongCat-Image's text, follow the file."""
     detect = model_detection.detect_unet_config
 
     def detect_unet_config(
@@ -145,12 +189,8 @@ def adapt_radiance(model_detection: Any) -> None:
     ) -> Any:
         config = detect(state_dict, key_prefix, *args, **kwargs)
         kind = None if config is None else config.get("image_model")
-        if kind in ("chroma", "chroma_radiance"):
-            config["hidden_size"] = _rows(state_dict, key_prefix + "txt_in")
-            config["num_heads"] = config["hidden_size"] // HEAD_WIDTH
-            layer = key_prefix + "distilled_guidance_layer."
-            config["out_dim"] = _rows(state_dict, layer + "out_proj")
-            config["hidden_dim"] = _rows(state_dict, layer + "in_proj")
+        if kind == "flux" and config.get("context_in_dim") == LONGCAT_CONTEXT // NARROWER:
+            config["txt_ids_dims"] = [1, 2]
         if kind == "chroma_radiance":
             embedder = key_prefix + "nerf_image_embedder.embedder.0"
             config["nerf_hidden_size"] = _rows(state_dict, embedder)
@@ -158,6 +198,14 @@ def adapt_radiance(model_detection: Any) -> None:
         return config
 
     model_detection.detect_unet_config = detect_unet_config
+
+
+def adapt_lotus(supported_models: Any) -> None:
+    """Give Lotus its width of a head also where the file has ComfyUI's own names for its layers.
+
+    ComfyUI 0.3.75 adds it for diffusers' names only; later versions have this very line.
+    """
+    supported_models.LotusD.unet_extra_config.setdefault("num_head_channels", LOTUS_HEAD_WIDTH)
 
 
 def adapt_mistral_tokenizer(flux: Any) -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 
 import rig_shim_corpus
+import rig_shim_nodes
 
 TYPE_CHECKING = False  # typing and importlib.util are slow to import at every start
 if TYPE_CHECKING:
@@ -157,11 +158,14 @@ _adaptations: Mapping[str, list[Callable[[Any], None]]] = {
         rig_shim_corpus.adapt_text_encoder_kinds,
         rig_shim_corpus.adapt_vae,
     ],
+    "nodes": [rig_shim_nodes.adapt_node_loader],
+    "comfy.supported_models": [rig_shim_corpus.adapt_lotus, rig_shim_corpus.adapt_longcat],
+    "comfy.text_encoders.qwen_vl": [rig_shim_corpus.adapt_qwen_vision],
     "comfy.clip_vision": [rig_shim_corpus.adapt_vision],
     "comfy.ldm.flux.redux": [rig_shim_corpus.adapt_redux],
     "comfy.text_encoders.flux": [rig_shim_corpus.adapt_mistral_tokenizer],
 }
 if os.environ.get("RIG_SHIM_DIFFUSION") != "0":
-    diffusion_model = [adapt_diffusion_model, rig_shim_corpus.adapt_radiance]
+    diffusion_model = [adapt_diffusion_model, rig_shim_corpus.adapt_detection]
     _adaptations = {**_adaptations, "comfy.model_detection": diffusion_model}
 sys.meta_path.insert(0, Finder(_adaptations))

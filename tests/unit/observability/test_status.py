@@ -65,6 +65,8 @@ def test_totals_are_json_with_these_keys(has_run):
         "bytes",
         "bytes_weights",
         "controls",
+        "steps_gathered",
+        "steps_skipped",
         "loads",
         "gave_way",
         "weights_verified",

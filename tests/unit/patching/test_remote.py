@@ -69,11 +69,12 @@ def remote(pool):
     return Remote(Wire(pool), Totals())
 
 
-def call(remote, x, **arguments):
+def call(remote, x, patches=None, **arguments):
     return remote.forward(
         1,
         {"x": x, **arguments},
         plan=ParallelPlan(1, 1, 1),
+        patches=patches,
         out_channels=x.shape[1],
         poll=lambda: None,
     )

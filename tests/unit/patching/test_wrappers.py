@@ -37,11 +37,14 @@ class Host:
         self.pool = SimpleNamespace(start=lambda: self.seen.append("start"))
         self.seen = []
 
-    def forward(self, flux, arguments):
+    def forward(self, flux, arguments, compute):
         self.seen.append((flux, arguments))
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
+
+    def applied(self, base_model, num_calls):
+        pass
 
     def begin_run(self, patcher):
         self.seen.append("begin")
@@ -66,7 +69,10 @@ class Host:
 class FaultyHost(Host):
     """Everything that it is asked to do fails."""
 
-    def forward(self, flux, arguments):
+    def forward(self, flux, arguments, compute):
+        raise RuntimeError("planted")
+
+    def applied(self, base_model, num_calls):
         raise RuntimeError("planted")
 
     def begin_run(self, patcher):

@@ -12,7 +12,9 @@ from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.planning.eligibility import (
     CARRIED_ARGUMENTS,
     Pristine,
+    blocking,
     check_arguments,
+    check_forward,
     check_grad,
     check_patcher,
 )
@@ -77,8 +79,8 @@ def world():
 
 
 def test_comfyuis_own_code_is_not_refused(world):
-    assert world.pristine.check_step(world.flux) is None
-    assert world.pristine.check_modules(world.flux) is None
+    assert world.pristine.check_step(world.flux) == []
+    assert world.pristine.check_modules(world.flux) == []
 
 
 def change_class(world):
@@ -119,41 +121,50 @@ def subclass_block(world):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "is_around_blocks"),
     [
-        (change_class, "the diffusion model's class was changed to MyFlux"),
-        (replace_forward_orig, "Flux.forward_orig was replaced by another extension"),
-        (remove_forward_orig, "Flux.forward_orig was replaced by another extension"),
-        (replace_block_forward, "SingleStreamBlock.forward was replaced by another extension"),
+        (change_class, "the diffusion model's class was changed to MyFlux", False),
+        (replace_forward_orig, "Flux.forward_orig was replaced by another extension", True),
+        (remove_forward_orig, "Flux.forward_orig was replaced by another extension", True),
+        (
+            replace_block_forward,
+            "SingleStreamBlock.forward was replaced by another extension",
+            False,
+        ),
         (
             replace_attention,
             "comfy.ldm.flux.math.optimized_attention was replaced by another extension",
+            False,
         ),
         (
             replace_embedding,
             "comfy.ldm.flux.model.timestep_embedding was replaced by another extension",
+            False,
         ),
-        (replace_on_instance, "a node replaced process_img of this model"),
-        (replace_block, "a node replaced a block of this model by CachedBlock"),
-        (subclass_block, "a node replaced a block of this model by TimedBlock"),
+        (replace_on_instance, "a node replaced process_img of this model", True),
+        (replace_block, "a node replaced a block of this model by CachedBlock", False),
+        (subclass_block, "a node replaced a block of this model by TimedBlock", False),
     ],
 )
-def test_changed_code_is_refused_for_the_run(world, change, reason):
+def test_changed_code_is_seen(world, change, reason, is_around_blocks):
+    """What lies around the blocks leaves them to the workers; the rest lasts for the run."""
     change(world)
-    assert world.pristine.check_step(world.flux) == Refusal(reason, Scope.RUN)
+    found = world.pristine.check_step(world.flux)
+    assert found == [Refusal(reason, Scope.RUN, is_around_blocks=is_around_blocks)]
+    assert blocking(found) == (None if is_around_blocks else found[0])
 
 
 def test_an_object_patch_that_was_taken_back_is_no_change(world):
     """ComfyUI puts the bound original back as an attribute of the instance."""
     world.flux.forward_orig = world.flux.forward_orig
     assert "forward_orig" in vars(world.flux)
-    assert world.pristine.check_step(world.flux) is None
+    assert world.pristine.check_step(world.flux) == []
 
 
 def test_what_another_extension_does_above_our_wrapper_is_no_obstacle(world):
     world.model.Flux.forward = another
     world.model.Flux._forward = another
-    assert world.pristine.check_step(world.flux) is None
+    assert world.pristine.check_step(world.flux) == []
 
 
 def set_forward_of_block(flux):
@@ -169,18 +180,41 @@ def pre_hook_model(flux):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "is_around_blocks"),
     [
-        (set_forward_of_block, "a node replaced the forward of single_blocks.N"),
-        (hook_block, "a forward hook is set on double_blocks.N"),
-        (pre_hook_model, "a forward hook is set on the model"),
+        (set_forward_of_block, "a node replaced the forward of single_blocks.N", False),
+        (hook_block, "a forward hook is set on double_blocks.N", True),
+        (pre_hook_model, "a forward hook is set on the model", True),
     ],
 )
 def test_what_hangs_on_single_modules_is_refused_under_one_name_for_all_blocks(
-    world, change, reason
+    world, change, reason, is_around_blocks
 ):
     change(world.flux)
-    assert world.pristine.check_modules(world.flux) == Refusal(reason)
+    found = world.pristine.check_modules(world.flux)
+    assert found == [Refusal(reason, is_around_blocks=is_around_blocks)]
+
+
+def test_a_forward_that_was_put_back_is_no_change(world):
+    block = world.flux.double_blocks[0]
+    block.forward = block.forward
+    assert world.pristine.check_modules(world.flux) == []
+
+
+def test_a_compiled_block_stands_in_for_its_own(world):
+    compiled = Module()
+    compiled.forward, compiled._orig_mod = another, world.flux.double_blocks[0]
+    world.flux.double_blocks[0] = compiled
+    assert world.pristine.check_step(world.flux) == []
+    assert world.pristine.check_modules(world.flux) == []
+
+
+def test_a_call_that_never_came_to_us_has_a_reason(world):
+    assert check_forward(world.flux) == []
+    world.flux.forward = another
+    assert check_forward(world.flux) == [
+        Refusal("a node replaced forward of this model", Scope.STEP)
+    ]
 
 
 def patcher(**changes):
@@ -195,13 +229,13 @@ def patcher(**changes):
     ],
 )
 def test_a_patcher_that_changed_nothing_is_not_refused(plain):
-    assert check_patcher(SimpleNamespace(current_patcher=plain)) is None
+    assert check_patcher(SimpleNamespace(current_patcher=plain)) == []
 
 
 def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
     current = patcher()
     current.object_patches = {"model_sampling": object(), "latent_format": object()}
-    assert check_patcher(SimpleNamespace(current_patcher=current)) is None
+    assert check_patcher(SimpleNamespace(current_patcher=current)) == []
 
 
 @pytest.mark.parametrize(
@@ -219,12 +253,29 @@ def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
 )
 def test_a_patcher_that_changes_the_model_is_refused(changes, reason):
     current = SimpleNamespace(**{"patches": {}, "object_patches": {}, **changes})
-    assert check_patcher(SimpleNamespace(current_patcher=current)) == Refusal(reason)
+    assert check_patcher(SimpleNamespace(current_patcher=current)) == [Refusal(reason)]
 
 
 def test_a_model_without_a_patcher_is_refused():
-    refusal = check_patcher(SimpleNamespace(current_patcher=None))
-    assert refusal == Refusal("the model has no current ModelPatcher")
+    found = check_patcher(SimpleNamespace(current_patcher=None))
+    assert found == [Refusal("the model has no current ModelPatcher")]
+
+
+def test_what_a_node_changed_around_the_blocks_leaves_them_to_the_workers():
+    current = patcher()
+    current.object_patches = {"diffusion_model.forward_orig": another}
+    found = check_patcher(SimpleNamespace(current_patcher=current))
+    reason = "a node patched diffusion_model.forward_orig of the model"
+    assert found == [Refusal(reason, is_around_blocks=True)]
+
+
+def test_the_default_of_an_argument_and_a_compiled_model_are_no_change():
+    current = patcher()
+    current.object_patches = {
+        "diffusion_model.params.default_ref_method": "index_timestep_zero",
+        "diffusion_model": SimpleNamespace(_orig_mod=object()),
+    }
+    assert check_patcher(SimpleNamespace(current_patcher=current)) == []
 
 
 @pytest.mark.parametrize(
@@ -244,7 +295,7 @@ def test_a_model_without_a_patcher_is_refused():
     ],
 )
 def test_these_arguments_are_not_refused(arguments):
-    assert check_arguments(arguments) is None
+    assert check_arguments(arguments) == []
 
 
 @pytest.mark.parametrize(
@@ -255,28 +306,15 @@ def test_these_arguments_are_not_refused(arguments):
             "ComfyUI's own MultiGPU split is active",
         ),
         ({"control": {"input": [], "extra": []}}, "a ControlNet has extra residuals"),
-        (
-            {"transformer_options": {"optimized_attention_override": another}},
-            "a node overrides the attention function",
-        ),
-        (
-            {"transformer_options": {"patches": {"post_input": [another]}}},
-            "a node set a post_input patch",
-        ),
-        (
-            {"transformer_options": {"patches_replace": {"dit": {("double_block", 0): another}}}},
-            "a node replaces dit blocks",
-        ),
     ],
 )
 def test_these_arguments_are_refused_for_this_step(arguments, reason):
-    refusal = check_arguments(arguments)
-    assert refusal == Refusal(reason, Scope.STEP)
+    assert check_arguments(arguments) == [Refusal(reason, Scope.STEP)]
 
 
 def test_training_is_refused_and_sampling_is_not():
     x = torch.zeros(1, requires_grad=True)
-    assert check_grad(x) == Refusal("gradients are wanted", Scope.STEP)
-    assert check_grad(x.detach()) is None
+    assert check_grad(x) == [Refusal("gradients are wanted", Scope.STEP)]
+    assert check_grad(x.detach()) == []
     with torch.no_grad():
-        assert check_grad(x) is None
+        assert check_grad(x) == []

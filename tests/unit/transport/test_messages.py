@@ -57,7 +57,20 @@ MESSAGES = [
         request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0
     ),
     messages.Control(request=3, model=4, call=7, batch_degree=1, ulysses_degree=8, arguments=TREE),
-    messages.Forget(calls=[5, 6], objects=[1]),
+    messages.Forget(calls=[5, 6], objects=[1], tokens=[2]),
+    messages.RunBlock(
+        request=4,
+        model=2,
+        block="double_blocks.3",
+        counts=[512, 4096, 0],
+        arguments=TREE,
+        patches=None,
+        keep=[8, 9],
+        is_first=True,
+    ),
+    messages.Fetch(
+        request=5, model=2, tokens=["kept", 8], stream="text", counts=[512, 4096, 0], result=1
+    ),
     messages.Stop(),
     replies.Joined(
         rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
@@ -74,6 +87,9 @@ MESSAGES = [
     ),
     replies.NotLoaded(request=1, error="WorkerError: no memory"),
     replies.Unloaded(request=9),
+    replies.Ran(request=4, num_forwards=9, seconds=0.01, bytes_between_ranks=1 << 20),
+    replies.Fetched(request=5, bytes_between_ranks=1 << 20),
+    replies.Declined(request=2, reason="KeyError: 'sigmas'"),
     replies.Controlled(
         request=3,
         layout={"input": [0, 0, None], "output": []},
