@@ -21,7 +21,7 @@ import pytest
 from rig.compare import compare_all
 from rig.environment import RigError
 from rig.feature_models import feature_models
-from rig.feature_rows import FALLS_BACK, PACKS, PARALLEL, REFUSED, Row, plain
+from rig.feature_rows import FALLS_BACK, GATHERED, PACKS, PARALLEL, REFUSED, Row, plain
 from rig.feature_run import ABSENT, Found, refusal, run_row, write_inputs
 from rig.feature_table import CONTROLS, SECTIONS
 from rig.pair import STRICT, Result, run_stock
@@ -34,6 +34,7 @@ Record = Callable[[str, object], None]
 COMPLAINTS = ("unet missing", "unet unexpected", "lora key not loaded", "missing controlnet keys")
 MARK_OF_RADIANCE = "unexpected: ['__x0__']"  # a tensor without numbers, read by its name
 VISIBLE = 8  # of 255
+SHARED = (PARALLEL, GATHERED)
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
 COMMON_PACKS = (
     PACKS.with_name("gguf_pack"),
@@ -68,19 +69,38 @@ def test_every_row_shows_in_stock_images(
         assert difference.max_pixel >= VISIBLE, f"not visible in the image: {difference}"
         return str(difference)
 
-    check_rows(tree, section, check, record_property)
+    check_rows(tree, rows_of(section), check, record_property)
+
+
+# All sections of the one, then of the other: strict mode is another server, and a start is dear.
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_parallel_rows_are_parallel(
+    servers: Servers, tree: Tree, num_ranks: int, section: str, record_property: Record
+) -> None:
+    check_ranks(servers, tree, num_ranks, section, record_property, is_strict=True)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-@pytest.mark.parametrize("num_ranks", [2, 3])  # the outer loop: one start of each server
-def test_every_row_becomes_what_is_written(
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_other_rows_become_what_is_written(
     servers: Servers, tree: Tree, num_ranks: int, section: str, record_property: Record
 ) -> None:
+    check_ranks(servers, tree, num_ranks, section, record_property, is_strict=False)
+
+
+def check_ranks(
+    servers: Servers, tree: Tree, num_ranks: int, section: str, record: Record, is_strict: bool
+) -> None:
+    """Every row becomes what is written; those that are parallel, in strict mode."""
     if num_ranks > 2 and tree != trees_for_tests()[-1]:
         pytest.skip("unequal shares: on the newest ComfyUI only")
+    mode = STRICT if is_strict and "FEATURES_LENIENT" not in os.environ else LENIENT
 
     def check(row: Row) -> str:
-        found = run_on_ranks(servers, tree, num_ranks, row)
+        stock = server_for(servers, tree, row, XDIT_STRATEGY="off")
+        ranks = server_for(servers, tree, row, XDIT_GPUS=f"cpu:{num_ranks}", **mode)
+        found = run_row(stock, ranks, row)
         keep_result(tree, num_ranks, section, row, found)
         assert found.outcome == row.outcome, f"{found} instead of {row.outcome}: {found.reasons}"
         if row.outcome == FALLS_BACK:
@@ -92,10 +112,19 @@ def test_every_row_becomes_what_is_written(
         assert section != CONTROLS or alone or found.controls_parallel, "no ControlNet was counted"
         return str(found)
 
-    check_rows(tree, section, check, record_property, every=1 if num_ranks == 2 else 3)
-    for row in SECTIONS[section].values():
+    rows = rows_of(section, every=1 if num_ranks == 2 else 3)
+    rows = {name: row for name, row in rows.items() if (row.outcome in SHARED) == is_strict}
+    check_rows(tree, rows, check, record)
+    for row in rows.values():
         if not row.runs_on(tree):
             keep_result(tree, num_ranks, section, row, ABSENT)
+
+
+def rows_of(section: str, every: int = 1) -> dict[str, Row]:
+    """Return the rows of a section that were asked for; those that share a server side by side."""
+    chosen = os.environ.get("FEATURES_ROWS", "")
+    rows = [(name, row) for name, row in SECTIONS[section].items() if chosen in name][::every]
+    return dict(sorted(rows, key=lambda item: item[1].pack or ""))
 
 
 def server_for(servers: Servers, tree: Tree, row: Row, **env: str) -> Server:
@@ -103,24 +132,12 @@ def server_for(servers: Servers, tree: Tree, row: Row, **env: str) -> Server:
     return servers(tree, models=feature_models(), node_packs=packs, **env)
 
 
-def run_on_ranks(servers: Servers, tree: Tree, num_ranks: int, row: Row) -> Found:
-    """Run a row on both servers; rows that are parallel, in strict mode."""
-    stock = server_for(servers, tree, row, XDIT_STRATEGY="off")
-    is_strict = row.outcome == PARALLEL and "FEATURES_LENIENT" not in os.environ
-    env = {"XDIT_GPUS": f"cpu:{num_ranks}", **(STRICT if is_strict else LENIENT)}
-    return run_row(stock, server_for(servers, tree, row, **env), row)
-
-
 def check_rows(
-    tree: Tree, section: str, check: Callable[[Row], str], record: Record, every: int = 1
+    tree: Tree, rows: dict[str, Row], check: Callable[[Row], str], record: Record
 ) -> None:
-    """Check every row that this ComfyUI has, strict ones first, and name all rows that fail."""
-    chosen = os.environ.get("FEATURES_ROWS", "")
-    rows = [(name, row) for name, row in SECTIONS[section].items() if chosen in name][::every]
-    # Rows that share a server stand together.
-    rows.sort(key=lambda item: (item[1].pack or "", item[1].outcome != PARALLEL))
+    """Check every row that this ComfyUI has, and name all rows that fail."""
     failures = []
-    for name, row in rows:
+    for name, row in rows.items():
         if row.is_slow and not os.environ.get("FEATURES_SLOW"):
             record(name, "not run without FEATURES_SLOW=1")
             continue
@@ -154,9 +171,15 @@ def keep_result(tree: Tree, num_ranks: int, section: str, row: Row, found: Found
     if not path:
         return
     file = Path(path)
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    old: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     name = next(name for name, other in SECTIONS[section].items() if other is row)
-    entry = results.setdefault(section, {}).setdefault(name, {"why": row.why, "found": {}})
+    entry = old.setdefault(section, {}).setdefault(name, {"why": "", "found": {}})
     entry["why"] = row.why
     entry["found"].setdefault(tree.version, {})[str(num_ranks)] = found.to_dict()
-    file.write_text(json.dumps(results, indent=1))
+    # In the table's order, without rows that it does not have any more.
+    results = {
+        title: {name: old[title][name] for name in rows if name in old[title]}
+        for title, rows in SECTIONS.items()
+        if title in old
+    }
+    file.write_text(json.dumps(results, indent=1) + "\n")

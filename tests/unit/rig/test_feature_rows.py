@@ -15,7 +15,10 @@ ALL = [(title, name) for title, rows in SECTIONS.items() for name in rows]
 
 @pytest.mark.parametrize(("title", "name"), ALL, ids=[f"{t}: {n}" for t, n in ALL])
 def test_the_page_says_what_the_tests_ask_for(title, name):
-    row, entry = SECTIONS[title][name], json.loads(PAGE.read_text())[title][name]
+    row, entry = SECTIONS[title][name], json.loads(PAGE.read_text())[title].get(name)
+    if entry is None and row.is_slow:
+        pytest.skip("takes minutes and was left out of the last run: FEATURES_SLOW=1")
+    assert entry is not None
     outcomes = {run["outcome"] for runs in entry["found"].values() for run in runs.values()}
     assert row.outcome in outcomes
     assert outcomes <= {row.outcome, NOT_HERE}
@@ -23,7 +26,7 @@ def test_the_page_says_what_the_tests_ask_for(title, name):
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_the_page_has_no_rows_that_no_test_runs(title):
-    assert set(json.loads(PAGE.read_text())[title]) == set(SECTIONS[title])
+    assert set(json.loads(PAGE.read_text())[title]) <= set(SECTIONS[title])
 
 
 @pytest.mark.parametrize(("title", "name"), ALL, ids=[f"{t}: {n}" for t, n in ALL])

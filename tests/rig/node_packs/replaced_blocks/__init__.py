@@ -68,6 +68,12 @@ class ModelNode:
         return {"required": {"model": ("MODEL",)}}
 
 
+def own_block(model: Any, index: int) -> Any:
+    """Return ComfyUI's block, also while the patches of the graph before are still applied."""
+    key = f"diffusion_model.double_blocks.{index}"
+    return model.object_patches_backup.get(key) or model.model.get_submodule(key)
+
+
 class CachedBlocks(torch.nn.Module):
     """All double blocks as one: while the first changes little, the rest is not run."""
 
@@ -124,9 +130,9 @@ class Adapter(ModelNode):
 
     def change(self, model: Any) -> tuple[Any]:
         model = model.clone()
-        for index, block in enumerate(model.model.diffusion_model.double_blocks):
+        for index in range(len(model.model.diffusion_model.double_blocks)):
             key = f"diffusion_model.double_blocks.{index}"
-            model.add_object_patch(key, AdapterBlock(block, index))
+            model.add_object_patch(key, AdapterBlock(own_block(model, index), index))
         return (model,)
 
 
@@ -147,7 +153,7 @@ class Wrapping(ModelNode):
 
     def change(self, model: Any) -> tuple[Any]:
         model = model.clone()
-        block = WrappingBlock(model.model.diffusion_model.double_blocks[1])
+        block = WrappingBlock(own_block(model, 1))
         model.add_object_patch("diffusion_model.double_blocks.1", block)
         return (model,)
 
@@ -173,7 +179,7 @@ class Processor(ModelNode):
 
     def change(self, model: Any) -> tuple[Any]:
         model = model.clone()
-        block = ProcessedBlock(model.model.diffusion_model.double_blocks[0])
+        block = ProcessedBlock(own_block(model, 0))
         block.processor = processor
         model.add_object_patch("diffusion_model.double_blocks.0", block)
         return (model,)
