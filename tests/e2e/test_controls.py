@@ -1,0 +1,101 @@
+"""ControlNets and nodes' own code with the ranks: what crosses, and what a lost rank costs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+from rig import feature_controls, feature_packs
+from rig.compare import compare_all
+from rig.feature_models import feature_models
+from rig.feature_rows import PACKS, Row, plain
+from rig.feature_run import write_inputs
+from rig.graphs import Graph, set_inputs
+from rig.pair import STRICT, run, run_stock
+from rig.server import Server
+from rig.trees import Tree
+
+Servers = Callable[..., Server]
+
+DEADLINE_S = 600.0
+WIDTH, TOKENS = 768, 64  # of the models, and of an image of 128 px
+RESIDUAL_BYTES = WIDTH * TOKENS * 4
+
+
+def setup() -> dict[str, object]:
+    packs = sorted(path for path in PACKS.iterdir() if (path / "__init__.py").exists())
+    return {"models": feature_models(), "node_packs": (PACKS.with_name("gguf_pack"), *packs)}
+
+
+def with_ranks(servers: Servers, tree: Tree) -> Server:
+    server = servers(
+        tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT=STRICT["XDIT_START_TIMEOUT"], **setup()
+    )
+    write_inputs(server)
+    return server
+
+
+def bytes_per_step(server: Server, graph: Graph) -> tuple[float, dict[str, int]]:
+    """Run a graph twice; the second time nothing is new but the noise."""
+    run(server, graph)
+    before = server.status()
+    run(server, set_inputs(graph, seed=71))
+    after = server.status()
+    steps = after["steps_parallel"] - before["steps_parallel"]
+    assert steps > 0, after["fall_back_reasons"]
+    written = after["bytes"]["to_workers"] - before["bytes"]["to_workers"]
+    controls = {name: after["controls"][name] - before["controls"][name] for name in ("parallel",)}
+    return written / steps, controls
+
+
+@pytest.mark.group("not strict, features")
+@pytest.mark.usefixtures("newest_only")
+def test_no_residual_crosses(
+    servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
+) -> None:
+    ranks = with_ranks(servers, tree)
+    without, _ = bytes_per_step(ranks, Row(plain).graph())
+    row = feature_controls.ROWS["two ControlNets, chained"]
+    together, controls = bytes_per_step(ranks, row.graph())
+    record_property("bytes per step", {"without": without, "two ControlNets": together})
+    assert controls == {"parallel": 2 * row.steps}
+    assert together - without < RESIDUAL_BYTES, "a residual, or what could hide one, was sent"
+
+
+@pytest.mark.group("not strict, features")
+@pytest.mark.usefixtures("newest_only")
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("ControlNet", feature_controls.ROWS["two ControlNets, chained"]),
+        ("around the blocks", feature_packs.ROWS["PuLID_Flux_ll (patches_replace)"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_lost_in_mid_run_costs_no_image(
+    servers: Servers, tree: Tree, name: str, row: Row, victim: int
+) -> None:
+    graph = set_inputs(row.graph(), steps=8, seed=80 + victim)
+    stock = servers(tree, XDIT_STRATEGY="off", **setup())
+    write_inputs(stock)
+    expected = run_stock(stock, graph)
+    ranks = with_ranks(servers, tree)
+    run(ranks, row.graph())  # warm, and whole again after the case before
+    end = time.monotonic() + DEADLINE_S
+    while ranks.status()["state"] != "ready":
+        assert time.monotonic() < end, ranks.status()
+        time.sleep(0.2)
+    prompt = ranks.post_prompt(graph)
+    while ranks.num_steps_done(prompt) < 2:
+        time.sleep(0.005)
+    os.kill(ranks.status()["ranks"][victim]["pid"], signal.SIGKILL)
+    history = ranks.wait(prompt, DEADLINE_S)
+    difference = compare_all(expected.images, ranks.images(history))
+    assert difference.is_equal, str(difference)
+    last = ranks.status()["last_run"]
+    assert 0 < last["steps_parallel"] < 8, last
+    assert list(last["fall_back_reasons"]) == ["a worker was lost"]
