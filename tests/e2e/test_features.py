@@ -115,10 +115,10 @@ def check_ranks(
 
     rows = rows_of(section, every=1 if num_ranks == 2 else 3)
     rows = {name: row for name, row in rows.items() if (row.outcome in SHARED) == is_strict}
-    check_rows(tree, rows, check, record)
     for row in rows.values():
         if not row.runs_on(tree):
             keep_result(tree, num_ranks, section, row, ABSENT)
+    check_rows(tree, rows, check, record)
 
 
 def rows_of(section: str, every: int = 1) -> dict[str, Row]:
@@ -177,7 +177,7 @@ def keep_result(tree: Tree, num_ranks: int, section: str, row: Row, found: Found
     old: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     name = next(name for name, other in SECTIONS[section].items() if other is row)
     entry = old.setdefault(section, {}).setdefault(name, {"why": "", "found": {}})
-    entry["why"] = row.why
+    entry |= {"why": row.why, "is_rounded": row.is_rounded}
     entry["found"].setdefault(tree.version, {})[str(num_ranks)] = found.to_dict()
     # In the table's order, without rows that it does not have any more.
     results = {
