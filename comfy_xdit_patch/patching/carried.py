@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.transport.calls import (
+    Tree,
+)
 from comfy_xdit_patch.transport.functions import encode_callable, is_stateful, name_of
-from comfy_xdit_patch.transport.messages import Tree
 from comfy_xdit_patch.transport.values import PLAIN, UncarriedValueError
 
 OVERRIDE = "optimized_attention_override"
@@ -90,7 +92,9 @@ def carry(
         for patch in patches if reads(kind) else ():
             mode = "native" if name_of(patch) in NATIVE else "gathered"
             if kind not in IN_BLOCKS and mode == "gathered":
-                carried.refusals.append(_around(f"a node set a {kind} patch"))
+                carried.refusals.append(
+                    Refusal(f"a node set a {kind} patch", Scope.STEP, is_around_blocks=True)
+                )
                 continue
             try:
                 if mode == "gathered":
@@ -107,7 +111,9 @@ def carry(
         if name_of(patch) in SKIPS:
             skip.append([name, number])
         else:
-            carried.refusals.append(_around("a node replaces blocks"))
+            carried.refusals.append(
+                Refusal("a node replaces blocks", Scope.STEP, is_around_blocks=True)
+            )
     attention = None
     if options.get(OVERRIDE) is not None:
         try:
@@ -146,10 +152,6 @@ def _is_plain(value: Any) -> bool:
     if type(value) is dict:
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return type(value) in PLAIN or type(value) is torch.Tensor
-
-
-def _around(reason: str) -> Refusal:
-    return Refusal(reason, Scope.STEP, is_around_blocks=True)
 
 
 def _is_comfyuis_attention(function: Any) -> bool:

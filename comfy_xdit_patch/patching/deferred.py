@@ -19,7 +19,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.messages import Tree
+from comfy_xdit_patch.transport.calls import (
+    Tree,
+)
 
 aten = torch.ops.aten
 TIMES = (aten.mul.Tensor, aten.mul.Scalar)

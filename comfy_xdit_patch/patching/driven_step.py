@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import DeclinedError, PlanError
+from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import SequenceShares
-from comfy_xdit_patch.transport.messages import Fetch, Forget, Message, RunBlock, Tree
+from comfy_xdit_patch.transport.calls import (
+    Fetch,
+    Forget,
+    RunBlock,
+    Tree,
+)
+from comfy_xdit_patch.transport.messages import (
+    Message,
+)
 from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran
 from comfy_xdit_patch.workers.exchange import Poll
 
@@ -206,8 +214,6 @@ def shares_of_counts(flux: Any, counts: Counts, world_size: int) -> SequenceShar
         PlanError: a rank would hold none.
     """
     text, image, reference = counts
-    if text < 1:
-        raise PlanError("A block of the image's stream alone cannot be shared.")
     return SequenceShares.even(
         num_text_tokens=text,
         num_image_tokens=image,

@@ -229,7 +229,7 @@ def check_forward(flux: Any) -> list[Refusal]:
     stock = inspect.getattr_static(type(flux), "forward", None)
     if own is None or getattr(own, "__func__", own) is stock:
         return []
-    return [Refusal("a node replaced forward of this model", Scope.STEP)]
+    return [Refusal("a node put a forward of its own on the whole model", Scope.STEP)]
 
 
 def blocking(refusals: Iterable[Refusal]) -> Refusal | None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.transport.calls import (
+    Tree,
+)
 from comfy_xdit_patch.transport.fingerprint import stored_weights
-from comfy_xdit_patch.transport.messages import Tree
 from comfy_xdit_patch.transport.packs import PackTable
 from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES, flatten, own_attributes
 from comfy_xdit_patch.transport.values import (

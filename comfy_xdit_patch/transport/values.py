@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.transport.messages import Tree
+from comfy_xdit_patch.transport.calls import (
+    Tree,
+)
 
 PLAIN = (bool, int, float, str, type(None))
 

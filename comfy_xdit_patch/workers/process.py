@@ -22,18 +22,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
-from comfy_xdit_patch.transport.channel import Channel
-from comfy_xdit_patch.transport.messages import (
+from comfy_xdit_patch.transport.calls import (
     Control,
-    Drop,
     Fetch,
     Forget,
     Forward,
+    RunBlock,
+)
+from comfy_xdit_patch.transport.channel import Channel
+from comfy_xdit_patch.transport.messages import (
+    Drop,
     GiveWay,
     Load,
     Map,
     Message,
-    RunBlock,
     Start,
     Stop,
     Unload,

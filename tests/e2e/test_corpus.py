@@ -31,9 +31,7 @@ Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
 # A graph whose FLUX steps run as in ComfyUI alone, and the reason that the log gives for it.
-FALLS_BACK: dict[str, str] = {
-    "image_flux2_klein_9b_kv_image_edit": "attn1_patch patch, a KV_Attn_Input",
-}
+FALLS_BACK: dict[str, str] = {}
 # One graph for each way in which a graph can be special.
 SELECTION = (
     "flux_schnell",

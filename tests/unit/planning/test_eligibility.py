@@ -213,7 +213,7 @@ def test_a_call_that_never_came_to_us_has_a_reason(world):
     assert check_forward(world.flux) == []
     world.flux.forward = another
     assert check_forward(world.flux) == [
-        Refusal("a node replaced forward of this model", Scope.STEP)
+        Refusal("a node put a forward of its own on the whole model", Scope.STEP)
     ]
 
 

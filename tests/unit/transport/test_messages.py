@@ -9,8 +9,13 @@ from typing import get_args
 import pytest
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport import messages, replies
-from comfy_xdit_patch.transport.messages import Message, ModelSource, decode, encode
+from comfy_xdit_patch.transport import calls, messages, replies
+from comfy_xdit_patch.transport.messages import (
+    Message,
+    ModelSource,
+    decode,
+    encode,
+)
 
 SOURCE = ModelSource(
     loader="load_diffusion_model",
@@ -53,12 +58,10 @@ MESSAGES = [
     messages.Unload(request=9),
     messages.GiveWay(request=9, ranks=[0]),
     messages.Drop(models=[1, 2]),
-    messages.Forward(
-        request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0
-    ),
-    messages.Control(request=3, model=4, call=7, batch_degree=1, ulysses_degree=8, arguments=TREE),
-    messages.Forget(calls=[5, 6], objects=[1], tokens=[2]),
-    messages.RunBlock(
+    calls.Forward(request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0),
+    calls.Control(request=3, model=4, call=7, batch_degree=1, ulysses_degree=8, arguments=TREE),
+    calls.Forget(calls=[5, 6], objects=[1], tokens=[2]),
+    calls.RunBlock(
         request=4,
         model=2,
         block="double_blocks.3",
@@ -68,7 +71,7 @@ MESSAGES = [
         keep=[8, 9],
         is_first=True,
     ),
-    messages.Fetch(
+    calls.Fetch(
         request=5, model=2, tokens=["kept", 8], stream="text", counts=[512, 4096, 0], result=1
     ),
     messages.Stop(),

@@ -73,7 +73,7 @@ def test_a_node_packs_class_is_imported_without_running_the_pack(tmp_path, monke
         "from .names import NAME\nclass Ops:\n    class Linear:\n        name = NAME\n"
     )
     package = str(directory)
-    tree = [f"{package}.ops", "Ops.Linear", package, [str(directory)]]
+    tree = [f"{package}.ops", "Ops.Linear", [[package, [str(directory)]]]]
     try:
         assert decode_class(tree).name == "here"
         assert isinstance(sys.modules[package], types.ModuleType)
