@@ -4,7 +4,7 @@ The rows stand in ``rig.feature_table``. Rows that run in parallel do so in
 strict mode; the others run without it, and their reason is asserted.
 
 ``FEATURES_RESULTS=docs/compatibility.json`` keeps what was found, of which docs/compatibility.md
-is made. ``FEATURES_ROWS`` is a part of the names of the rows to run. ``FEATURES_SLOW=1`` runs those
+is made. ``FEATURES_ROWS`` is a pattern that picks rows by name. ``FEATURES_SLOW=1`` runs those
 too that take minutes (a compiler is in them). ``FEATURES_LENIENT=1`` leaves strict mode off, which
 shows why a row falls back that should not.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,16 +115,18 @@ def check_ranks(
 
     rows = rows_of(section, every=1 if num_ranks == 2 else 3)
     rows = {name: row for name, row in rows.items() if (row.outcome in SHARED) == is_strict}
-    check_rows(tree, rows, check, record)
     for row in rows.values():
         if not row.runs_on(tree):
             keep_result(tree, num_ranks, section, row, ABSENT)
+    check_rows(tree, rows, check, record)
 
 
 def rows_of(section: str, every: int = 1) -> dict[str, Row]:
     """Return the rows of a section that were asked for; those that share a server side by side."""
     chosen = os.environ.get("FEATURES_ROWS", "")
-    rows = [(name, row) for name, row in SECTIONS[section].items() if chosen in name][::every]
+    rows = [(name, row) for name, row in SECTIONS[section].items() if re.search(chosen, name)][
+        ::every
+    ]
     return dict(sorted(rows, key=lambda item: item[1].pack or ""))
 
 
@@ -174,7 +177,7 @@ def keep_result(tree: Tree, num_ranks: int, section: str, row: Row, found: Found
     old: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     name = next(name for name, other in SECTIONS[section].items() if other is row)
     entry = old.setdefault(section, {}).setdefault(name, {"why": "", "found": {}})
-    entry["why"] = row.why
+    entry |= {"why": row.why, "is_rounded": row.is_rounded}
     entry["found"].setdefault(tree.version, {})[str(num_ranks)] = found.to_dict()
     # In the table's order, without rows that it does not have any more.
     results = {

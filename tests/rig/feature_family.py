@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from rig import weight_graphs
 from rig.feature_graphs import SEED, VAE, Draft
-from rig.feature_rows import FALLS_BACK, PARALLEL, TO_BUILD, Row, plain
+from rig.feature_rows import GATHERED, PARALLEL, Row, plain
 
 T5, OVIS, LONGCAT = 128, 2048, 3584  # widths of the text
 NEWER_FLUX = ("comfy/ldm/flux/model.py", "yak_mlp")
@@ -148,8 +148,6 @@ def klein(*more: Change, **values: object) -> Row:
 FLUX2_SIZE = (208, 256)
 RADIANCE = "EmptyChromaRadianceLatentImage"
 
-CACHED = {"outcome": FALLS_BACK, "reason": "default_ref_method", "why": TO_BUILD}
-
 ROWS: dict[str, Row] = {
     "FLUX.1 dev": Row(plain, same_as_plain=SAME),
     "FLUX.1 Krea": Row(
@@ -162,7 +160,7 @@ ROWS: dict[str, Row] = {
     "FLUX.1 Redux": Row(lambda draft: style(draft, "multiply", 1.0)),
     "FLUX.1 Redux, attention mask": Row(lambda draft: style(draft, "attn_bias", 0.4)),
     "FLUX.1 Redux twice, attention mask, cfg 2": Row(two_styles),
-    "USO": Row(uso, FALLS_BACK, "a node set a post_input patch", why=TO_BUILD),
+    "USO": Row(uso, GATHERED),
     "FLUX.2 dev": member(FLUX2, "EmptyFlux2LatentImage", size=FLUX2_SIZE),
     "FLUX.2 dev, two references, cfg 2": member(
         FLUX2, "EmptyFlux2LatentImage", flux2_references(2), cfg=2.0, size=FLUX2_SIZE
@@ -175,11 +173,9 @@ ROWS: dict[str, Row] = {
     "FLUX.2 klein, three references, index_timestep_zero, cfg 2": klein(
         flux2_references(3, "index_timestep_zero"), cfg=2.0, needs=TIMESTEP_ZERO
     ),
-    "FLUX.2 klein, FluxKVCache": klein(
-        flux2_references(1), kv_cache, needs=KV_CACHE, steps=3, **CACHED
-    ),
+    "FLUX.2 klein, FluxKVCache": klein(flux2_references(1), kv_cache, needs=KV_CACHE, steps=3),
     "FLUX.2 klein, FluxKVCache, two references, cfg 2": klein(
-        flux2_references(2), kv_cache, needs=KV_CACHE, steps=3, cfg=2.0, **CACHED
+        flux2_references(2), kv_cache, needs=KV_CACHE, steps=3, cfg=2.0
     ),
     "Chroma": member("chroma.safetensors", "EmptySD3LatentImage"),
     "Chroma, cfg 3, batch of 2": member(

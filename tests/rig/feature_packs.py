@@ -13,7 +13,7 @@ from typing import Any
 from rig import weight_graphs
 from rig.feature_controls import INSTANTX_UNION, XLABS
 from rig.feature_graphs import Draft
-from rig.feature_rows import FALLS_BACK, TO_BUILD, UNSEEN, Row, plain
+from rig.feature_rows import FALLS_BACK, GATHERED, Row, plain
 
 OWN_FILE = "flux1-dev-own.safetensors"
 GGUF_FILE = "flux1-dev-Q8_0.gguf"
@@ -68,42 +68,27 @@ ROWS: dict[str, Row] = {
     ),
     "KJNodes, sage and flash attention": through(
         "RigOtherBackend",
-        outcome=FALLS_BACK,
-        reason="overrides the attention function",
         same_as_plain="another function for the same thing",
     ),
     "KJNodes, compiled blocks": through(
         "RigCompiledBlocks",
-        outcome=FALLS_BACK,
-        reason="a block of this model by OptimizedModule",
-        why=TO_BUILD,
         same_as_plain="only speed differs",
     ),
     "TeaCache and WaveSpeed, compiled model": through(
         "RigCompiledModel",
-        outcome=FALLS_BACK,
-        reason="a node patched diffusion_model",
         same_as_plain="only speed differs",
     ),
-    "TeaCache and MagCache": replaced("RigStepCache", "replaced forward_orig", steps=4),
-    "TeaCache and MagCache, ControlNet": Row(
-        cached_control, FALLS_BACK, "replaced forward_orig", why=REPLACED, steps=4
-    ),
+    "TeaCache and MagCache": through("RigStepCache", outcome=GATHERED, steps=4),
+    "TeaCache and MagCache, ControlNet": Row(cached_control, GATHERED, steps=4),
     "WaveSpeed, first block cache": replaced(
         "RigFirstBlockCache", "replaced a block of this model by CachedBlocks", steps=4
     ),
-    "PuLID": replaced("RigIdentity", "replaced forward_orig", own_file=True),
-    "PuLID_Flux_ll (patches_replace)": through(
-        "RigReplacedBlocks", outcome=FALLS_BACK, reason="a node replaces dit blocks"
-    ),
+    "PuLID": through("RigIdentity", own_file=True, outcome=GATHERED),
+    "PuLID_Flux_ll (patches_replace)": through("RigReplacedBlocks", outcome=GATHERED),
     "IPAdapter-Flux": replaced("RigAdapter", "a block of this model by AdapterBlock"),
     "a block around ComfyUI's": replaced("RigWrapping", "a block of this model by WrappingBlock"),
     "XLabs": replaced("RigProcessor", "a block of this model by ProcessedBlock"),
-    "NAG (node pack)": through(
-        "RigNegativeGuidance",
-        outcome=UNSEEN,
-        why="it replaces the model's forward as a whole, so that ours is never reached",
-    ),
+    "NAG (node pack)": replaced("RigNegativeGuidance", "replaced forward of this model"),
     "RES4LYF": replaced("RigOwnClasses", "class was changed to OwnFlux"),
     "regional attention": Row(
         plain,
@@ -113,39 +98,28 @@ ROWS: dict[str, Row] = {
         pack="regional_attention",
         same_as_plain="the plain graph of its server has it too",
     ),
-    "unknown attention override": through(
-        "RigSharpened", outcome=FALLS_BACK, reason="overrides the attention function"
-    ),
-    "unknown attention override, all tokens": through(
-        "RigShiftedTokens", outcome=FALLS_BACK, reason="overrides the attention function"
-    ),
+    "unknown attention override": through("RigSharpened"),
+    "unknown attention override, all tokens": through("RigShiftedTokens"),
     "attention override that counts its calls": through(
-        "RigCounting", outcome=FALLS_BACK, reason="overrides the attention function"
+        "RigCounting",
+        outcome=FALLS_BACK,
+        reason="may keep something between calls",
+        why="on several ranks each would count for itself",
     ),
-    "closure that runs a block twice": through(
-        "RigTwice", outcome=FALLS_BACK, reason="a node replaces dit blocks"
-    ),
-    "closure that counts its calls and leaves blocks out": through(
-        "RigCounted", outcome=FALLS_BACK, reason="a node replaces dit blocks"
-    ),
-    "unknown post_input patch": through(
-        "RigPostInput", outcome=FALLS_BACK, reason="a node set a post_input patch"
-    ),
+    "closure that runs a block twice": through("RigTwice", outcome=GATHERED),
+    "closure that counts its calls and leaves blocks out": through("RigCounted", outcome=GATHERED),
+    "unknown post_input patch": through("RigPostInput", outcome=GATHERED),
     "unknown attn1_patch": through(
         "RigBeforeAttention",
-        outcome=FALLS_BACK,
-        reason="a node set a attn1_patch patch",
+        outcome=GATHERED,
         needs=ATTENTION_PATCHES,
     ),
     "unknown attn1_output_patch": through(
         "RigAfterAttention",
-        outcome=FALLS_BACK,
-        reason="a node set a attn1_output_patch patch",
+        outcome=GATHERED,
         needs=ATTENTION_PATCHES,
     ),
     "model_function_wrapper": through("RigFunctionWrapper"),
     "DIFFUSION_MODEL wrapper": through("RigDiffusionWrapper"),
-    "forward hook on a block": replaced(
-        "RigHooked", "a forward hook is set on double_blocks.N", own_file=True
-    ),
+    "forward hook on a block": through("RigHooked", own_file=True, outcome=GATHERED),
 }

@@ -71,5 +71,4 @@ def plain(_: Draft) -> None:
     """Change nothing."""
 
 
-TO_BUILD = "not built yet"
 PACKS = Path(__file__).with_name("node_packs")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rig.feature_graphs import SEED, Draft
-from rig.feature_rows import FALLS_BACK, REFUSED, TO_BUILD, Row
+from rig.feature_rows import FALLS_BACK, REFUSED, Row
 
 SAME_UNREAD = "FLUX does not read what the node sets"
 
@@ -177,12 +177,8 @@ ROWS: dict[str, Row] = {
     "DualCFGGuider, nested": dual_cfg("nested"),
     "DualModelGuider": Row(dual_model, needs=extra("DualModelGuider")),
     "PerpNegGuider": Row(perpendicular_negative),
-    "SkipLayerGuidanceDiT": Row(
-        skip_layers, FALLS_BACK, "a node replaces dit blocks", why=TO_BUILD
-    ),
-    "SkipLayerGuidanceDiTSimple": Row(
-        skip_layers_simple, FALLS_BACK, "a node replaces dit blocks", why=TO_BUILD
-    ),
+    "SkipLayerGuidanceDiT": Row(skip_layers),
+    "SkipLayerGuidanceDiTSimple": Row(skip_layers_simple),
     "EasyCache": cache("EasyCache"),
     "LazyCache": cache("LazyCache"),
     "ContextWindowsManual, over a batch": windows(
@@ -209,16 +205,10 @@ ROWS: dict[str, Row] = {
     "FreSca": patched("FreSca", 3.0, scale_low=1.0, scale_high=1.25, freq_cutoff=5),
     "NAGuidance": Row(
         negative_attention,
-        FALLS_BACK,
-        "attn1_output_patch",
-        why=TO_BUILD,
         needs=extra("NAGuidance"),
     ),
     "ModelAttentionBackend": Row(
         lambda draft: draft.model("ModelAttentionBackend", attention="pytorch attention"),
-        FALLS_BACK,
-        "overrides the attention function",
-        why=TO_BUILD,
         needs=extra("ModelAttentionBackend"),
         same_as_plain="the tests use that attention anyway",
     ),
@@ -247,9 +237,6 @@ ROWS: dict[str, Row] = {
     ),
     "PerturbedAttentionGuidance": Row(
         lambda draft: draft.model("PerturbedAttentionGuidance", scale=3.0),
-        FALLS_BACK,
-        "a node replaces attn1 blocks",
-        why=TO_BUILD,
         same_as_plain=SAME_UNREAD,
     ),
     "sampler heun, cfg 2": sampler("heun", cfg=2.0),
