@@ -1,6 +1,6 @@
 """Graphs drawn by chance from everything that runs in parallel: each image is stock's.
 
-``FUZZ_GRAPHS`` is the number of graphs for each ComfyUI and number of ranks (10 if it is not set),
+``FUZZ_GRAPHS`` is the number of graphs for each ComfyUI and number of ranks (4 if it is not set),
 ``FUZZ_FIRST`` the first seed; a failure names its seed and what the graph contains.
 """
 
@@ -22,7 +22,7 @@ from rig.trees import Tree, trees_for_tests
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
-NUM_GRAPHS = int(os.environ.get("FUZZ_GRAPHS", "10"))
+NUM_GRAPHS = int(os.environ.get("FUZZ_GRAPHS", "4"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SETUP = {"node_packs": (PACKS / "small_inputs",)}
 
