@@ -5,9 +5,9 @@ strict mode; the others run without it, and their reason is asserted.
 
 The newest ComfyUI runs every row on 2 ranks, and a part on 3; older ones run a part.
 ``FEATURES_ALL=1`` runs all of them everywhere, and so does ``FEATURES_RESULTS=FILE``, which keeps
-what was found: docs/compatibility.md is made of it. ``FEATURES_ROWS`` is a pattern that picks rows by name. ``FEATURES_SLOW=1`` runs those
-too that take minutes (a compiler is in them). ``FEATURES_LENIENT=1`` leaves strict mode off, which
-shows why a row falls back that should not.
+what was found: docs/compatibility.md is made of it. ``FEATURES_ROWS`` is a pattern that picks rows
+by name. ``FEATURES_SLOW=1`` runs those too that take minutes (a compiler is in them).
+``FEATURES_LENIENT=1`` leaves strict mode off, which shows why a row falls back that should not.
 """
 
 from __future__ import annotations
