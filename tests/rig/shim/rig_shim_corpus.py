@@ -218,7 +218,9 @@ def adapt_mistral_tokenizer(flux: Any) -> None:
 
         from tokenizers.processors import TemplateProcessing
         from transformers import PreTrainedTokenizerFast
-        from transformers.integrations.mistral import MistralConverter
+        from transformers.integrations.mistral import (  # type: ignore[attr-defined]
+            MistralConverter,
+        )
 
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             file.write(data.numpy().tobytes())
@@ -226,7 +228,8 @@ def adapt_mistral_tokenizer(flux: Any) -> None:
             tokenizer = MistralConverter(file.name).converted()
         start = "<s>", tokenizer.token_to_id("<s>")
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
-        return {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer)}
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]
+        return {"tokenizer": made}
 
     class MistralTokenizerClass:
         @staticmethod

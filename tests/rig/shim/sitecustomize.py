@@ -166,6 +166,9 @@ _adaptations: Mapping[str, list[Callable[[Any], None]]] = {
     "comfy.text_encoders.flux": [rig_shim_corpus.adapt_mistral_tokenizer],
 }
 if os.environ.get("RIG_SHIM_DIFFUSION") != "0":
-    diffusion_model = [adapt_diffusion_model, rig_shim_corpus.adapt_detection]
+    diffusion_model: list[Callable[[Any], None]] = [
+        adapt_diffusion_model,
+        rig_shim_corpus.adapt_detection,
+    ]
     _adaptations = {**_adaptations, "comfy.model_detection": diffusion_model}
 sys.meta_path.insert(0, Finder(_adaptations))
