@@ -21,17 +21,8 @@ from comfy_xdit_patch.engine.residents import Resident, Residents
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
-from comfy_xdit_patch.transport.calls import (
-    Control,
-    Fetch,
-    Forget,
-    Forward,
-    RunBlock,
-    Tree,
-)
-from comfy_xdit_patch.transport.messages import (
-    Load,
-)
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
+from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.replies import Controlled, Done, Fetched, Loaded, NotLoaded, Ran
 from comfy_xdit_patch.transport.slots import SlotMap
 

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import WorkerError
-from comfy_xdit_patch.transport.messages import (
-    ModelSource,
-)
+from comfy_xdit_patch.transport.messages import ModelSource
 
 
 def load_patcher(source: ModelSource) -> Any:

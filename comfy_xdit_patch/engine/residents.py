@@ -24,18 +24,9 @@ from comfy_xdit_patch.engine.loading import load_patcher
 from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_whole
 from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
-from comfy_xdit_patch.transport.fingerprint import (
-    PREFIX,
-    digests,
-    fingerprint,
-    stored_weights,
-)
-from comfy_xdit_patch.transport.messages import (
-    Load,
-)
+from comfy_xdit_patch.transport.calls import Tree
+from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint, stored_weights
+from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.packs import PackMap
 from comfy_xdit_patch.transport.patches import decode
 from comfy_xdit_patch.transport.skeleton import build

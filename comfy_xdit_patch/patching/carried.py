@@ -23,9 +23,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.functions import encode_callable, is_stateful, name_of
 from comfy_xdit_patch.transport.values import PLAIN, UncarriedValueError
 

@@ -19,9 +19,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 
 aten = torch.ops.aten
 TIMES = (aten.mul.Tensor, aten.mul.Scalar)

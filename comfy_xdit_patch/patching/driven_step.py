@@ -16,15 +16,8 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import SequenceShares
-from comfy_xdit_patch.transport.calls import (
-    Fetch,
-    Forget,
-    RunBlock,
-    Tree,
-)
-from comfy_xdit_patch.transport.messages import (
-    Message,
-)
+from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
+from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran
 from comfy_xdit_patch.workers.exchange import Poll
 

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.transport.messages import (
-    ModelSource,
-)
+from comfy_xdit_patch.transport.messages import ModelSource
 from comfy_xdit_patch.transport.values import PLAIN
 
 

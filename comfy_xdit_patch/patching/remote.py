@@ -19,13 +19,8 @@ from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.calls import (
-    Forget,
-    Forward,
-)
-from comfy_xdit_patch.transport.messages import (
-    Message,
-)
+from comfy_xdit_patch.transport.calls import Forget, Forward
+from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Done
 from comfy_xdit_patch.workers.exchange import Poll
 

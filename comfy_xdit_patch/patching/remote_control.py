@@ -17,13 +17,8 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.deferred import ControlCall, DeferredResidual, Residuals
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.calls import (
-    Control,
-    Forget,
-)
-from comfy_xdit_patch.transport.messages import (
-    Message,
-)
+from comfy_xdit_patch.transport.calls import Control, Forget
+from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Controlled
 from comfy_xdit_patch.workers.exchange import Poll
 

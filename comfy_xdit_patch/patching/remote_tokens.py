@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 
 aten = torch.ops.aten
 SEQUENCE_DIM = 1

@@ -18,13 +18,7 @@ from comfy_xdit_patch.patching.weights import WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
-from comfy_xdit_patch.transport.messages import (
-    Drop,
-    GiveWay,
-    Load,
-    Message,
-    Unload,
-)
+from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.packs import NoRoomError
 from comfy_xdit_patch.transport.replies import Loaded, NotLoaded
 from comfy_xdit_patch.transport.skeleton import describe

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.packs import NoRoomError, PackTable
 from comfy_xdit_patch.transport.patches import PatchEncoder, UncarriedPatchError
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from comfy_xdit_patch.transport.messages import (
-    Map,
-    Message,
-    Unmap,
-)
+from comfy_xdit_patch.transport.messages import Map, Message, Unmap
 from comfy_xdit_patch.transport.packs import PackTable
 from comfy_xdit_patch.transport.replies import Reply
 from comfy_xdit_patch.transport.slot import Slot

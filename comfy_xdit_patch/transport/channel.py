@@ -17,11 +17,7 @@ import time
 from collections.abc import Iterable
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError, MessageError
-from comfy_xdit_patch.transport.messages import (
-    Message,
-    decode,
-    encode,
-)
+from comfy_xdit_patch.transport.messages import Message, decode, encode
 
 MAX_MESSAGE_BYTES = 16 << 20
 _LENGTH = struct.Struct("!I")

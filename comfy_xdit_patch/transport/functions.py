@@ -23,9 +23,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.values import (
     UncarriedValueError,
     decode_value,

@@ -23,9 +23,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.slot import Slot
 from comfy_xdit_patch.transport.tensors import digest
 

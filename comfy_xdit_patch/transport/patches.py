@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.packs import check_room
 from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES
 

@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import stored_weights
 from comfy_xdit_patch.transport.packs import PackTable
 from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES, flatten, own_attributes

@@ -26,12 +26,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
-from comfy_xdit_patch.transport.messages import (
-    SlotRef,
-)
+from comfy_xdit_patch.transport.calls import Tree
+from comfy_xdit_patch.transport.messages import SlotRef
 from comfy_xdit_patch.transport.slot import Slot
 
 PROBE_BYTES = 4096

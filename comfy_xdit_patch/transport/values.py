@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.transport.calls import (
-    Tree,
-)
+from comfy_xdit_patch.transport.calls import Tree
 
 PLAIN = (bool, int, float, str, type(None))
 

@@ -15,9 +15,7 @@ from typing import Any
 
 from comfy_xdit_patch.bootstrap import WORKER_MARK
 from comfy_xdit_patch.planning.topology import Device
-from comfy_xdit_patch.transport.messages import (
-    Start,
-)
+from comfy_xdit_patch.transport.messages import Start
 
 # ``torchrun`` and other launchers leave these behind; a worker must not join somebody else's job.
 _FOREIGN_VARIABLES = (

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 
 from comfy_xdit_patch.errors import ChannelClosedError, WorkerError
 from comfy_xdit_patch.transport.channel import frame_of, wait_readable
-from comfy_xdit_patch.transport.messages import (
-    Message,
-)
+from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Failed, Loading, Reply
 from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, failure_text

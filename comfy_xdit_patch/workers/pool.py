@@ -32,10 +32,7 @@ from comfy_xdit_patch.errors import (
 )
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.transport.messages import (
-    Message,
-    Stop,
-)
+from comfy_xdit_patch.transport.messages import Message, Stop
 from comfy_xdit_patch.transport.replies import Done, Joined, Reply
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll

@@ -22,13 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
-from comfy_xdit_patch.transport.calls import (
-    Control,
-    Fetch,
-    Forget,
-    Forward,
-    RunBlock,
-)
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import (
     Drop,

@@ -16,9 +16,7 @@ from comfy_xdit_patch.errors import ChannelClosedError, WorkerError, XditError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.channel import Channel, wait_readable
-from comfy_xdit_patch.transport.messages import (
-    Start,
-)
+from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.transport.replies import Failed, Joined
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.launcher import Worker, launch_worker

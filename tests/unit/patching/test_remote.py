@@ -13,10 +13,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.transport.messages import (
-    Map,
-    Unmap,
-)
+from comfy_xdit_patch.transport.messages import Map, Unmap
 from comfy_xdit_patch.transport.replies import Done
 from comfy_xdit_patch.transport.slots import SlotMap, UncarriedArgumentError
 

@@ -12,13 +12,7 @@ import pytest
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError, MessageError
 from comfy_xdit_patch.transport.channel import MAX_MESSAGE_BYTES, Channel, wait_readable
-from comfy_xdit_patch.transport.messages import (
-    Map,
-    Stop,
-    Unload,
-    Unmap,
-    encode,
-)
+from comfy_xdit_patch.transport.messages import Map, Stop, Unload, Unmap, encode
 from comfy_xdit_patch.transport.replies import Failed
 
 

@@ -10,12 +10,7 @@ import pytest
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport import calls, messages, replies
-from comfy_xdit_patch.transport.messages import (
-    Message,
-    ModelSource,
-    decode,
-    encode,
-)
+from comfy_xdit_patch.transport.messages import Message, ModelSource, decode, encode
 
 SOURCE = ModelSource(
     loader="load_diffusion_model",

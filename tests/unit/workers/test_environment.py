@@ -12,9 +12,7 @@ import pytest
 
 from comfy_xdit_patch.bootstrap import WORKER_MARK
 from comfy_xdit_patch.planning.topology import Device
-from comfy_xdit_patch.transport.messages import (
-    Start,
-)
+from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.workers.environment import (
     capture_host_state,
     restore_host_state,

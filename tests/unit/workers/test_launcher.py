@@ -16,9 +16,7 @@ import pytest
 from comfy_xdit_patch.errors import ChannelClosedError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
-from comfy_xdit_patch.transport.messages import (
-    Stop,
-)
+from comfy_xdit_patch.transport.messages import Stop
 from comfy_xdit_patch.transport.replies import Failed
 from comfy_xdit_patch.workers.launcher import (
     LOG_PREFIX,
