@@ -20,14 +20,20 @@ import torch
 from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.engine.attention import UlyssesAttention
 from comfy_xdit_patch.engine.groups import Groups
-from comfy_xdit_patch.engine.own_tokens import OwnTokens
+from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import ResidualSet
 from comfy_xdit_patch.engine.rows import rows_of
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
 from comfy_xdit_patch.planning.workload import num_tokens
 
-TEXT_ARGUMENTS = ("txt", "txt_ids")
-IMAGE_ARGUMENTS = ("img", "img_ids", "controlnet_cond")
+# Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
+STREAM_OF = {
+    "txt": "text",
+    "txt_ids": "text",
+    "img": "image",
+    "img_ids": "image",
+    "controlnet_cond": "image",
+}
 
 Layout = dict[str, list[int | None]]
 """Which of the residuals every block of the diffusion model takes."""
@@ -84,7 +90,7 @@ def _sharded(
     index = plan.sequence_index(groups.rank)
     original = net.forward_orig
     signature = inspect.signature(original)
-    mine = OwnTokens(shares, index)
+    mine = RankTokens(shares, index, group)
     bytes_sent: list[int] = []
 
     @functools.wraps(original)
@@ -92,10 +98,8 @@ def _sharded(
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         values = call.arguments
-        for name in TEXT_ARGUMENTS:
-            values[name] = mine.text(values[name])
-        for name in IMAGE_ARGUMENTS:
-            values[name] = mine.image(values[name])
+        for name, stream in STREAM_OF.items():
+            values[name] = mine.own(values[name], stream)
         # A union ControlNet puts the token of its mode before the text: once, not on every rank.
         modes = values.get("control_type") or []
         if index > 0 and modes:

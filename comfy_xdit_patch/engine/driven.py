@@ -18,6 +18,7 @@ import torch
 from comfy_xdit_patch.engine.attention import UlyssesAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches
+from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM
 from comfy_xdit_patch.engine.sharded_sequence import REFERENCES, stream_counts
 from comfy_xdit_patch.engine.whole_tensor import (
@@ -25,7 +26,6 @@ from comfy_xdit_patch.engine.whole_tensor import (
     scales_on_weights,
     whole_input_scales,
 )
-from comfy_xdit_patch.engine.whole_tokens import WholeTokens
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
 
 STREAM_OF = {"img": "image", "txt": "text", "x": "joint"}
@@ -67,7 +67,7 @@ class DrivenBlocks:
         plan, index = self._plan(), self._groups.rank
         group = self._groups.of_plan(plan).sequence
         assert group is not None
-        whole = WholeTokens(shares, index, group)
+        mine = RankTokens(shares, index, group)
         attention = UlyssesAttention(
             shares=shares,
             index=index,
@@ -75,9 +75,9 @@ class DrivenBlocks:
             function=None if patches is None else patches.attention,
             wants_order=patches is not None and patches.wants_order,
         )
-        values = {name: self._own(name, value, whole) for name, value in arguments.items()}
+        values = {name: self._own(name, value, mine) for name, value in arguments.items()}
         values["transformer_options"] = {
-            **({} if patches is None else patches.options(whole)),
+            **({} if patches is None else patches.options(mine)),
             "img_slice": [shares.text[index], shares.joint[index]],
             REFERENCES: [shares.reference[index]] if shares.reference[index] else [],
             "optimized_attention_override": attention,
@@ -91,16 +91,16 @@ class DrivenBlocks:
             out = block(**{name: value for name, value in values.items() if name in accepted})
         results = list(out) if isinstance(out, tuple) else [out]
         self._kept.update(zip(keep, results, strict=True))
-        return results, attention.bytes_sent + whole.bytes_sent
+        return results, attention.bytes_sent + mine.bytes_sent
 
     def fetch(self, recipe: Any, stream: str, shares: SequenceShares) -> tuple[torch.Tensor, int]:
         """Return all tokens of a recipe, in ComfyUI's order. Collective."""
         plan = self._plan()
         group = self._groups.of_plan(plan).sequence
         assert group is not None
-        whole = WholeTokens(shares, self._groups.rank, group)
-        tokens = whole.gather(self._follow(recipe, shares), stream)
-        return tokens, whole.bytes_sent
+        mine = RankTokens(shares, self._groups.rank, group)
+        tokens = mine.gather(self._follow(recipe, shares), stream)
+        return tokens, mine.bytes_sent
 
     def forget(self, numbers: list[int]) -> None:
         for number in numbers:
@@ -109,18 +109,18 @@ class DrivenBlocks:
     def _plan(self) -> ParallelPlan:
         return ParallelPlan(self._groups.world_size, 1, self._groups.world_size)
 
-    def _own(self, name: str, value: Any, whole: WholeTokens) -> Any:
+    def _own(self, name: str, value: Any, mine: RankTokens) -> Any:
         if value is None:
             return None
         if name in STREAM_OF:
             if value[0] == "whole":
-                return whole.own(value[1], STREAM_OF[name])
+                return mine.own(value[1], STREAM_OF[name])
             # A block changes its tokens in place; others may refer to these.
-            return self._follow(value, whole.shares).clone()
+            return self._follow(value, mine.shares).clone()
         if name == "pe":
-            return whole.own(value, dim=POSITIONS_DIM)
+            return mine.own(value, dim=POSITIONS_DIM)
         if name in RANGES_OF:
-            return whole.ranges(value, RANGES_OF[name])
+            return mine.ranges(value, RANGES_OF[name])
         if name == "vec":
             return decode_modulation(value)
         return value

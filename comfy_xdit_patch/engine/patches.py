@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.engine.whole_tokens import WholeTokens
+from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.transport.functions import decode_callable
 
 TOKEN_DIM_OF_HEADS = 2  # q, k, v and pe are (B, H, L, ...)
@@ -49,19 +49,19 @@ class ModelPatches:
         self._tree = tree
         self._objects = objects
 
-    def options(self, whole: WholeTokens | None) -> dict[str, Any]:
+    def options(self, tokens: RankTokens | None) -> dict[str, Any]:
         """Return the entries of ``transformer_options`` that apply the patches.
 
         Args:
-            whole: how to gather; None on a rank that has all tokens.
+            tokens: how to gather; None on a rank that has all of them.
         """
         patches: dict[str, list[Any]] = {}
         for mode, of_mode in self._tree["patches"].items():
             for kind, functions in of_mode.items():
                 for function in functions:
                     patch = _guarded(self._decode(function))
-                    if mode == "gathered" and whole is not None:
-                        patch = WRAPPERS[kind](patch, whole)
+                    if mode == "gathered" and tokens is not None:
+                        patch = WRAPPERS[kind](patch, tokens)
                     patches.setdefault(kind, []).append(patch)
         options: dict[str, Any] = {**self._tree["options"]["values"], "patches": patches}
         if self._tree["skip"]:
@@ -121,7 +121,7 @@ def _skip(args: Any, _: Any) -> Any:
     return args
 
 
-def _around_attention(patch: Any, whole: WholeTokens) -> Any:
+def _around_attention(patch: Any, tokens: RankTokens) -> Any:
     def attn1_patch(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -133,10 +133,10 @@ def _around_attention(patch: Any, whole: WholeTokens) -> Any:
         dim = TOKEN_DIM_OF_HEADS
         given = {"q": q, "k": k, "v": v, "pe": pe}
         gathered = {
-            name: None if value is None else whole.gather(value, dim=dim)
+            name: None if value is None else tokens.gather(value, dim=dim)
             for name, value in given.items()
         }
-        extra = _whole_slice(extra_options, whole.num_tokens, whole)
+        extra = _whole_slice(extra_options, tokens.num_tokens, tokens)
         out = patch(**gathered, attn_mask=attn_mask, extra_options=extra)
         result: dict[str, Any] = {"attn_mask": out.get("attn_mask", attn_mask)}
         for name, before in gathered.items():
@@ -146,28 +146,28 @@ def _around_attention(patch: Any, whole: WholeTokens) -> Any:
                 continue
             if before is None or after.shape[dim] != before.shape[dim]:
                 raise PatchRefusedError("it changes the number of tokens in attention")
-            result[name] = whole.own(after, dim=dim)
+            result[name] = tokens.own(after, dim=dim)
         return result
 
     return attn1_patch
 
 
-def _after_attention(patch: Any, whole: WholeTokens) -> Any:
+def _after_attention(patch: Any, tokens: RankTokens) -> Any:
     def attn1_output_patch(attn: torch.Tensor, extra_options: Any) -> torch.Tensor:
-        gathered = whole.gather(attn)
-        out = patch(gathered, _whole_slice(extra_options, whole.num_tokens, whole))
+        gathered = tokens.gather(attn)
+        out = patch(gathered, _whole_slice(extra_options, tokens.num_tokens, tokens))
         if out.shape[1] != gathered.shape[1]:
             raise PatchRefusedError("it changes the number of tokens in attention")
-        return whole.own(out)
+        return tokens.own(out)
 
     return attn1_output_patch
 
 
 def _whole_slice(
-    extra_options: Mapping[str, Any], length: int, whole: WholeTokens
+    extra_options: Mapping[str, Any], length: int, tokens: RankTokens
 ) -> dict[str, Any]:
     """Where the image's tokens are among all."""
-    return {**extra_options, "img_slice": [whole.num_text_tokens, length]}
+    return {**extra_options, "img_slice": [tokens.num_text_tokens, length]}
 
 
 WRAPPERS = {"attn1_patch": _around_attention, "attn1_output_patch": _after_attention}

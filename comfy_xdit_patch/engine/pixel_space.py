@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 
 from comfy_xdit_patch.attributes import own_attribute
-from comfy_xdit_patch.engine.own_tokens import OwnTokens
+from comfy_xdit_patch.engine.rank_tokens import RankTokens
 
 CONVOLUTION = "nerf_final_layer_conv"
 
 
 @contextmanager
 def sharded_head(
-    flux: Any, mine: OwnTokens, gather: Callable[[torch.Tensor], torch.Tensor]
+    flux: Any, mine: RankTokens, gather: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[None]:
     """Have ``img_in`` return this rank's tokens, and ``forward_nerf`` take them.
 
@@ -42,12 +42,12 @@ def sharded_head(
     convolution = getattr(flux, CONVOLUTION, None)
 
     def img_in(pixels: torch.Tensor) -> torch.Tensor:
-        return mine.image(embed(pixels))
+        return mine.own(embed(pixels), "image")
 
     def forward_nerf(img_BCHW: torch.Tensor, out_BLD: torch.Tensor, params: Any) -> torch.Tensor:
         side = params.patch_size
         patches = F.unfold(img_BCHW, side, stride=side).transpose(1, 2)
-        strip = _row(mine.image(patches), side)
+        strip = _row(mine.own(patches, "image"), side)
         with ExitStack() as stack:
             if convolution is not None:
                 stack.enter_context(own_attribute(convolution, "forward", lambda x: x))

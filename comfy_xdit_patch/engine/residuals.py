@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit_patch.engine.own_tokens import OwnTokens
+from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.sequence import gather_sequence
 from comfy_xdit_patch.planning.plan import SequenceShares
 
@@ -59,7 +59,7 @@ class Residuals:
         control: Mapping[str, Any],
         *,
         shares: SequenceShares,
-        mine: OwnTokens,
+        mine: RankTokens,
         group: dist.ProcessGroup,
     ) -> dict[str, Any]:
         """Follow recipes on this rank's tokens.
@@ -77,9 +77,10 @@ class Residuals:
             kept = self._sets[call]
             if kept.image == shares.image:
                 return kept.tensors[index]
-            return mine.image(gather_sequence(kept.tensors[index], sizes=kept.image, group=group))
+            whole = gather_sequence(kept.tensors[index], sizes=kept.image, group=group)
+            return mine.own(whole, "image")
 
-        return _follow(control, residual, mine.image)
+        return _follow(control, residual, lambda whole: mine.own(whole, "image"))
 
 
 def _follow(

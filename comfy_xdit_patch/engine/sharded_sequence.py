@@ -22,19 +22,17 @@ import torch
 from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.engine.attention import UlyssesAttention
 from comfy_xdit_patch.engine.groups import Groups
-from comfy_xdit_patch.engine.own_tokens import OwnTokens
 from comfy_xdit_patch.engine.patches import ModelPatches
 from comfy_xdit_patch.engine.pixel_space import sharded_head
+from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
 from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, scales_on_weights
-from comfy_xdit_patch.engine.whole_tokens import WholeTokens
 from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
 
 # Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
-TEXT_ARGUMENTS = ("txt", "txt_ids")
-IMAGE_ARGUMENTS = ("img", "img_ids")
+STREAM_OF = {"txt": "text", "txt_ids": "text", "img": "image", "img_ids": "image"}
 REFERENCES = "reference_image_num_tokens"
 """An option of ComfyUI's, set by ``_forward``: tokens of each reference image."""
 
@@ -71,20 +69,17 @@ def sharded_sequence(
             call.apply_defaults()
             values = call.arguments
             shares = shares_of(flux, values, plan, num_image_tokens)
-            mine = OwnTokens(shares, index)
-            for name in TEXT_ARGUMENTS:
-                values[name] = mine.text(values[name])
-            for name in IMAGE_ARGUMENTS:
+            mine = RankTokens(shares, index, group)
+            for name, stream in STREAM_OF.items():
                 # Pixels become tokens further down.
                 if not (is_pixel_space and name == "img"):
-                    values[name] = mine.image(values[name])
+                    values[name] = mine.own(values[name], stream)
             if values.get("control") is not None:
                 values["control"] = residuals.own(
                     values["control"], shares=shares, mine=mine, group=group
                 )
             if values.get("timestep_zero_index") is not None:
-                values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"])
-            whole = WholeTokens(shares, index, group)
+                values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"], "image")
             attention = UlyssesAttention(
                 shares=shares,
                 index=index,
@@ -97,7 +92,7 @@ def sharded_sequence(
                 num_references = shares.reference[index]
                 options = {**options, REFERENCES: [num_references] if num_references else []}
             values["transformer_options"] = {
-                **({} if patches is None else patches.options(whole)),
+                **({} if patches is None else patches.options(mine)),
                 **options,
                 "optimized_attention_override": attention,
             }
@@ -106,7 +101,7 @@ def sharded_sequence(
                     sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
                 )
             out = original(*call.args, **call.kwargs).narrow(SEQUENCE_DIM, 0, shares.image[index])
-            bytes_sent.extend((attention.bytes_sent, whole.bytes_sent))
+            bytes_sent.extend((attention.bytes_sent, mine.bytes_sent))
             return out if is_pixel_space else gather(out, shares)
 
         with own_attribute(flux, "forward_orig", forward_orig):

@@ -1,9 +1,9 @@
-"""All tokens of a stream in ComfyUI's own order, from every rank's part of them, and back.
+"""What belongs to the tokens of a call: cut to those of one rank, and gathered from all.
 
 Runs in: worker process.
 
-For code that was not written for shards: it is given whole tensors on every rank, and does the same
-on every rank.
+Whole tokens are in ComfyUI's own order. Gathered, they are for code that was not written for
+shards: it is given whole tensors on every rank, and does the same on every rank.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ STREAMS = {"text": (0,), "image": (1, 2), "joint": (0, 1, 2)}
 """Which kinds of tokens (text, image, reference) make up a stream."""
 
 
-class WholeTokens:
-    """Gathers and cuts along the tokens of one call."""
+class RankTokens:
+    """One rank's place among the tokens of a call."""
 
     def __init__(self, shares: SequenceShares, index: int, group: dist.ProcessGroup) -> None:
         self.shares = shares
@@ -63,14 +63,17 @@ class WholeTokens:
     def own(
         self, whole: torch.Tensor, stream: str = "joint", *, dim: int = SEQUENCE_DIM
     ) -> torch.Tensor:
-        """Return this rank's part of whole tokens, in a tensor of its own."""
-        return torch.cat(
-            [
-                whole.narrow(dim, start, end - start)
-                for start, end in self._places(stream, self._index)
-            ],
-            dim,
-        )
+        """Return this rank's part of whole tokens, in a tensor of its own.
+
+        Of fewer tokens than there are, they are the first: a ControlNet's residuals do not cover
+        references.
+        """
+        length = whole.shape[dim]
+        parts = [
+            whole.narrow(dim, min(start, length), min(end, length) - min(start, length))
+            for start, end in self._places(stream, self._index)
+        ]
+        return torch.cat(parts, dim)
 
     def ranges(self, ranges: Sequence[Sequence[int]], stream: str) -> list[tuple[int, ...]]:
         """Cut ranges (start, end, more...) of a stream, as this rank numbers its own part."""
