@@ -59,10 +59,24 @@ def flux_dev() -> Callable[..., str]:
     return path
 
 
+_inside: dict[tuple[str, tuple[tuple[str, str], ...]], Inside] = {}
+
+
 @pytest.fixture(scope="session")
-def inside() -> Iterator[Callable[..., Inside]]:
+def close_inside() -> Callable[[], None]:
+    """End all processes of ``inside``; the next call starts new ones."""
+
+    def close() -> None:
+        while _inside:
+            _inside.popitem()[1].close()
+
+    return close
+
+
+@pytest.fixture(scope="session")
+def inside(close_inside: Callable[[], None]) -> Iterator[Callable[..., Inside]]:
     """Long-lived ComfyUI processes: ``inside(tree, XDIT_GPUS="cpu:2")``, one for each setting."""
-    started: dict[tuple[str, tuple[tuple[str, str], ...]], Inside] = {}
+    started = _inside
 
     def process(tree: Tree, **env: str) -> Inside:
         key = (tree.version, tuple(sorted(env.items())))
@@ -76,5 +90,4 @@ def inside() -> Iterator[Callable[..., Inside]]:
         return started[key]
 
     yield process
-    for running in started.values():
-        running.close()
+    close_inside()

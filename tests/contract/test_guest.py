@@ -19,18 +19,16 @@ from rig.trees import Tree
 RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 
 REFUSED = {
-    "forward_orig": "a node replaced forward_orig of this model",
     "block class": "a node replaced a block of this model by OtherBlock",
     "block method": "SingleStreamBlock.forward was replaced by another extension",
     "attention function": "comfy.ldm.flux.layers.attention was replaced by another extension",
     "optimized attention": (
         "comfy.ldm.flux.math.optimized_attention was replaced by another extension"
     ),
-    "module hook": "a forward hook is set on double_blocks.N",
-    "attention override": "a node overrides the attention function",
-    "block patch": "a node replaces dit blocks",
     "multigpu": "ComfyUI's own MultiGPU split is active",
 }
+# What lies around the blocks, or can be carried: the workers compute the blocks all the same.
+SHARED = ("forward_orig", "module hook", "attention override", "block patch")
 
 
 class Pair:
@@ -86,6 +84,16 @@ def test_what_a_node_pack_changed_is_refused_and_gives_the_stock_result(
     assert error == 0
     error, counts = pair.call("plain_call")
     assert counts == {"parallel": 1, "fell_back": {}}, "parallel again when it is taken back"
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_what_a_node_put_around_the_blocks_leaves_them_to_the_ranks(pair: Pair, kind: str) -> None:
+    error, counts = pair.call("disturbed_call", kind=kind)
+    assert counts == {"parallel": 1, "fell_back": {}}
+    assert error <= 1e-5
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}
     assert error <= 1e-5
 
 

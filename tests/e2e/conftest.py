@@ -14,6 +14,14 @@ from rig.trees import Tree
 Servers = Callable[..., Server]
 GGUF_PACK = Path(__file__).parents[1] / "rig" / "gguf_pack"
 
+MAX_STOCK_SERVERS = 3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_of_the_tiers_before(close_inside: Callable[[], None]) -> None:
+    """Servers need the memory of the processes that the other tests share."""
+    close_inside()
+
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
@@ -37,12 +45,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         kind = ("models", f"{hidden} {variants} {node_packs} {models}")
         key = (tree.version, (kind, *sorted(env.items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
+            running[key] = running.pop(key)  # used last
             return running[key][0]
-        # One server with ranks at a time; stock ones stay.
-        for other, (_, stack) in list(running.items()):
-            if "XDIT_GPUS" in dict(other[1]) and "XDIT_GPUS" in env:
-                stack.close()
-                del running[other]
+        # One server with ranks at a time, and a few stock ones: 24 GiB.
+        has_ranks = "XDIT_GPUS" in env
+        alike = [k for k in running if ("XDIT_GPUS" in dict(k[1])) == has_ranks]
+        for other in alike if has_ranks else alike[: 1 - MAX_STOCK_SERVERS or None]:
+            running.pop(other)[1].close()
         stack = ExitStack()
         path = Path(tmp_path_factory.mktemp("comfyui"))
         models = models or models_directory(Sizes(hidden=hidden, variants=variants))

@@ -68,17 +68,17 @@ def test_no_residual_crosses(
 @pytest.mark.group("not strict, features")
 @pytest.mark.usefixtures("newest_only")
 @pytest.mark.parametrize(
-    ("name", "row"),
+    ("section", "name", "victim"),
     [
-        ("ControlNet", feature_controls.ROWS["two ControlNets, chained"]),
-        ("around the blocks", feature_packs.ROWS["PuLID_Flux_ll (patches_replace)"]),
+        (feature_controls.ROWS, "two ControlNets, chained", 0),
+        (feature_packs.ROWS, "PuLID_Flux_ll (patches_replace)", 1),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["ControlNet", "around the blocks"],
 )
-@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_lost_in_mid_run_costs_no_image(
-    servers: Servers, tree: Tree, name: str, row: Row, victim: int
+    servers: Servers, tree: Tree, section: dict[str, Row], name: str, victim: int
 ) -> None:
+    row = section[name]
     graph = set_inputs(row.graph(), steps=8, seed=80 + victim)
     stock = servers(tree, XDIT_STRATEGY="off", **setup())
     write_inputs(stock)
