@@ -88,7 +88,7 @@ ROWS: dict[str, Row] = {
     "IPAdapter-Flux": replaced("RigAdapter", "a block of this model by AdapterBlock"),
     "a block around ComfyUI's": replaced("RigWrapping", "a block of this model by WrappingBlock"),
     "XLabs": replaced("RigProcessor", "a block of this model by ProcessedBlock"),
-    "NAG (node pack)": replaced("RigNegativeGuidance", "replaced forward of this model"),
+    "NAG (node pack)": replaced("RigNegativeGuidance", "a forward of its own on the whole model"),
     "RES4LYF": replaced("RigOwnClasses", "class was changed to OwnFlux"),
     "regional attention": Row(
         plain,
