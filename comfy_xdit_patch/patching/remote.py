@@ -7,6 +7,7 @@ Knows slots and messages; knows nothing of runs, fall-backs, weights or settings
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Forget, Forward
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Declined, Done
+from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Declined, Done, Reply
 from comfy_xdit_patch.workers.exchange import Poll
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
@@ -66,10 +68,10 @@ class RemoteForward:
         slots = self._wire.slots
         x = arguments["x"]
         tree: dict[str, Any] = {}
-        num_results = x.shape[0] * out_channels * x.shape[2] * x.shape[3]
+        shape = (x.shape[0], out_channels, *x.shape[2:])
         written = slots.bytes_written
         control = self._wire.control_bytes
-        result = slots.result_slot(num_results * torch.float32.itemsize)
+        result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
 
         def prepare() -> Sequence[Message]:
             slots.begin_call()
@@ -95,6 +97,11 @@ class RemoteForward:
             gone, self.gone_objects[:] = self.gone_objects[:], []
             return [Forget(calls=[], objects=gone, tokens=[])] if gone else []
 
+        def check(replies: Sequence[Reply]) -> None:
+            if isinstance(replies[0], Done):
+                check_shape(replies[0], shape)
+                result.view(getattr(torch, replies[0].dtype), shape)  # it must fit the slot
+
         is_proved = False
 
         def prove() -> None:
@@ -114,12 +121,13 @@ class RemoteForward:
                 poll=poll,
                 prepare=prepare,
                 meanwhile=prove,
+                check=check,
             )
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.bytes_to_workers += self._wire.control_bytes - control
         first = replies[0]
         if isinstance(first, Declined):
-            raise DeclinedError(first.reason)
+            raise DeclinedError(first.reason[:MAX_TEXT_CHARS])
         self._count(replies)
         assert isinstance(first, Done)
         shared = result.view(getattr(torch, first.dtype), first.shape)

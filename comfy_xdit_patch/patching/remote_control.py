@@ -17,9 +17,10 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.deferred import ControlCall, DeferredResidual, Residuals
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Control, Forget
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Controlled
+from comfy_xdit_patch.transport.replies import Controlled, Reply
 from comfy_xdit_patch.workers.exchange import Poll
 
 # Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
@@ -70,6 +71,11 @@ class RemoteControl:
                     tree[name] = slots.place(f"controlnet{model}.{name}", arguments[name])
             return self._take_gone()
 
+        def check(replies: Sequence[Reply]) -> None:
+            for reply in replies:
+                if isinstance(reply, Controlled):
+                    check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
+
         is_proved = False
 
         def prove() -> None:
@@ -89,6 +95,7 @@ class RemoteControl:
                 poll=poll,
                 prepare=prepare,
                 meanwhile=prove,
+                check=check,
             )
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.controls_parallel += 1

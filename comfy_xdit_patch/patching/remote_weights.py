@@ -20,7 +20,7 @@ from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.packs import NoRoomError
-from comfy_xdit_patch.transport.replies import Loaded, NotLoaded
+from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Loaded, NotLoaded
 from comfy_xdit_patch.transport.skeleton import describe
 from comfy_xdit_patch.transport.tensors import ForeignTensorError
 from comfy_xdit_patch.transport.values import UncarriedValueError
@@ -166,7 +166,9 @@ class RemoteWeights:
         loaded = [reply for reply in replies if isinstance(reply, Loaded)]
         for rank, reply in enumerate(replies):
             if isinstance(reply, NotLoaded):
-                self._totals.last_error = f"Rank {rank} could not load the model: {reply.error}"
+                self._totals.last_error = (
+                    f"Rank {rank} could not load the model: {reply.error[:MAX_TEXT_CHARS]}"
+                )
                 log.error("xDiT: %s", self._totals.last_error)
                 # Trying again in every run would cost the time of a load in every run.
                 self._refused[which] = Refusal("a worker could not load the model")

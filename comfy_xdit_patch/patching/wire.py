@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+from comfy_xdit_patch.transport.answers import check_answers
 from comfy_xdit_patch.transport.messages import Map, Message, Unmap
 from comfy_xdit_patch.transport.packs import PackTable
 from comfy_xdit_patch.transport.replies import Reply
@@ -54,6 +55,7 @@ class Wire:
         prepare: Callable[[], Sequence[Message]] = lambda: (),
         meanwhile: Callable[[], None] = lambda: None,
         progress: Callable[[int, float], None] = lambda _, __: None,
+        check: Callable[[Sequence[Reply]], None] = lambda _: None,
     ) -> list[Reply]:
         """Send a request to every rank and return the replies in rank order.
 
@@ -63,6 +65,8 @@ class Wire:
                 slots; returns messages without a reply to send first.
             meanwhile: runs once while the workers are at it; must not write to shared slots.
             progress: called with a rank and the part of a load that it has done.
+            check: raises ``MessageError`` for replies that cannot be right, beyond what their kind
+                says; see ``answers.py``.
 
         Raises:
             WorkerError: the workers are lost.
@@ -72,9 +76,24 @@ class Wire:
             extra = [(item, None) for item in prepare()]
             return [*extra, *self._slot_messages()]
 
+        requests: list[Message] = []
+
+        def numbered(number: int) -> Message:
+            requests.append(message(number))
+            return requests[-1]
+
+        def checked(replies: Sequence[Reply]) -> None:
+            check_answers(requests[-1], replies)
+            check(replies)
+
         try:
             return self.pool.request(
-                message, poll=poll, prepare=before, meanwhile=meanwhile, progress=progress
+                numbered,
+                poll=poll,
+                prepare=before,
+                meanwhile=meanwhile,
+                progress=progress,
+                check=checked,
             )
         finally:
             self._close_fds()

@@ -21,21 +21,42 @@ from comfy_xdit_patch.transport.messages import Message, decode, encode
 
 MAX_MESSAGE_BYTES = 16 << 20
 _LENGTH = struct.Struct("!I")
+_PEER = struct.Struct("3i")
+"""``struct ucred``: process, user, group."""
 
 
 class Channel:
     """One end of the control connection between the host and one worker."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, takes_fds: bool = True) -> None:
+        """Take over a connected socket.
+
+        Args:
+            takes_fds: keep file descriptors that come. The host takes none: it runs inside of
+                ComfyUI, and a worker could use up all that the process may have.
+        """
+        self._takes_fds = takes_fds
         self._socket = connection
         self._socket.setblocking(False)
         self._received = bytearray()
         self._fds: list[int] = []
 
     @classmethod
-    def from_fd(cls, fd: int) -> Channel:
-        """Take over an inherited socket."""
-        return cls(socket.socket(fileno=fd))
+    def from_fd(cls, fd: int, *, peer_pid: int) -> Channel:
+        """Take over an inherited socket, whose pair that process of the same user has made.
+
+        Raises:
+            ChannelClosedError: somebody else made it. Nothing was read.
+        """
+        connection = socket.socket(fileno=fd)
+        made_by = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        pid, uid, _ = _PEER.unpack(made_by)
+        if (pid, uid) != (peer_pid, os.geteuid()):
+            raise ChannelClosedError(
+                f"The channel belongs to process {pid} of user {uid}, and not to process "
+                f"{peer_pid} of user {os.geteuid()}."
+            )
+        return cls(connection)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -130,10 +151,13 @@ class Channel:
 
     def _fill(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 8)
+            if self._takes_fds:
+                data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 8)
+                self._fds.extend(fds)
+            else:  # The kernel closes what comes along.
+                data = self._socket.recv(1 << 16)
         except ConnectionError as error:
             raise ChannelClosedError(f"The other process is gone ({error}).") from None
-        self._fds.extend(fds)
         if not data:
             raise ChannelClosedError("The other process closed the channel.")
         self._received += data

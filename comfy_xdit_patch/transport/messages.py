@@ -9,11 +9,12 @@ never travel in a message; they lie in slots (``slots.py``) and a message refers
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias, get_args
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
+from comfy_xdit_patch.transport.fields import checks_of
 from comfy_xdit_patch.transport.replies import (
     Controlled,
     Declined,
@@ -27,6 +28,8 @@ from comfy_xdit_patch.transport.replies import (
     Ran,
     Unloaded,
 )
+
+MAX_ERROR_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,35 +164,8 @@ Message: TypeAlias = (
     | Failed
 )
 
-_TYPES: dict[str, type[Any]] = {
-    cls.__name__: cls
-    for cls in (
-        Start,
-        Map,
-        Unmap,
-        Load,
-        Unload,
-        GiveWay,
-        Drop,
-        Forward,
-        Control,
-        RunBlock,
-        Fetch,
-        Forget,
-        Stop,
-        Joined,
-        Loading,
-        Loaded,
-        NotLoaded,
-        Unloaded,
-        Done,
-        Controlled,
-        Ran,
-        Fetched,
-        Declined,
-        Failed,
-    )
-}
+_TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in get_args(Message)}
+_CHECKS = {cls: checks_of(cls) for cls in (*_TYPES.values(), ModelSource)}
 
 
 def encode(message: Message) -> bytes:
@@ -209,13 +185,21 @@ def decode(data: bytes) -> Message:
     try:
         body = json.loads(data)
         cls = _TYPES[body.pop("type")]
-        names = {field.name for field in fields(cls)}
-        if set(body) != names:
-            raise ValueError(f"fields {sorted(body)} instead of {sorted(names)}")
         if body.get("source") is not None:
-            body["source"] = ModelSource(**body["source"])
+            body["source"] = _made(ModelSource, body["source"])
         if "shape" in body:
             body["shape"] = tuple(body["shape"])
-        return cls(**body)  # type: ignore[no-any-return]
+        return _made(cls, body)  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MessageError(f"Not a message of comfy-xdit-patch: {error} in {data[:80]!r}") from None
+        text = str(error)[:MAX_ERROR_CHARS]
+        raise MessageError(f"Not a message of comfy-xdit-patch: {text} in {data[:80]!r}") from None
+
+
+def _made(cls: type[Any], body: dict[str, Any]) -> Any:
+    checks = _CHECKS[cls]
+    if body.keys() != checks.keys():
+        raise ValueError(f"fields {sorted(body)} instead of {sorted(checks)}")
+    for name, check in checks.items():
+        if not check(body[name]):
+            raise ValueError(f"{name} of {cls.__name__} is a {type(body[name]).__name__}")
+    return cls(**body)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+MAX_TEXT_CHARS = 2000
+"""Of a worker's text, this much reaches ComfyUI's log."""
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:

@@ -26,6 +26,6 @@ class Slot:
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
-        if offset + num_bytes > self.size_bytes:
+        if offset + num_bytes > self.size_bytes or min(offset, *shape, 0) < 0:
             raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
         return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)

@@ -19,6 +19,7 @@ Facts that shape this file.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ SLOTS_A_PATH = 4
 """How many tensors of one argument are kept: cond and uncond of two regions."""
 LARGE_BYTES = 8 << 20
 """Of larger tensors, such as a ControlNet's residuals, one is kept."""
+
+# A slot that another process made shorter would end this one with SIGBUS.
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -187,8 +191,9 @@ class SlotTable:
     def create(self, size_bytes: int) -> Slot:
         """Make a slot; ``take_created`` hands it out to be sent."""
         size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        fd = os.memfd_create("comfy-xdit-slot", os.MFD_CLOEXEC)
+        fd = os.memfd_create("comfy-xdit-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
         slot = Slot(self._num_slots, fd, size_bytes)
         self._num_slots += 1
         self._created.append((slot, fd))

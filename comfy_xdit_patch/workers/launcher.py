@@ -21,6 +21,7 @@ from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.workers.environment import worker_variables
 
 TAIL_LINES = 12
+TAIL_BYTES = 20_000
 GRACE_S = 4.0
 LOG_PREFIX = "comfy-xdit-patch-"
 
@@ -45,7 +46,9 @@ class Worker:
     def log_tail(self) -> str:
         """The last lines of the worker's log."""
         try:
-            lines = self.log_path.read_text(errors="replace").splitlines()
+            with self.log_path.open("rb") as log_file:
+                log_file.seek(max(0, os.fstat(log_file.fileno()).st_size - TAIL_BYTES))
+                lines = log_file.read().decode(errors="replace").splitlines()
         except OSError as error:
             return f"(no log: {error})"
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (its log is empty)"
@@ -78,7 +81,7 @@ def launch_worker(
         f"--channel-fd={theirs.fileno()}",
         f"--host-pid={os.getpid()}",
     ]
-    with theirs, open(log_path, "wb") as log_file:
+    with theirs, open(log_path, "wb", opener=_private) as log_file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -87,7 +90,11 @@ def launch_worker(
             env=worker_variables(device, cpu_threads=cpu_threads),
             pass_fds=(theirs.fileno(), store_fd),
         )
-    return Worker(rank, device, process, Channel(ours), log_path)
+    return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def make_log_dir() -> Path:

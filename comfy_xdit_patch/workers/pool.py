@@ -131,6 +131,7 @@ class Pool:
         prepare: Callable[[], Sequence[tuple[Message, int | None]]] = lambda: (),
         meanwhile: Callable[[], None] = lambda: None,
         progress: Callable[[int, float], None] = lambda _, __: None,
+        check: Callable[[list[Reply]], None] = lambda _: None,
     ) -> list[Reply]:
         """Send a request to every rank and return the replies in rank order.
 
@@ -140,6 +141,7 @@ class Pool:
                 slots; returns messages to send first, with the file descriptors beside them.
             meanwhile: runs once while the workers are at it; must not write to shared slots.
             progress: called with a rank and the part of a load that it has done.
+            check: raises ``MessageError`` for replies that cannot be right.
 
         Raises:
             WorkerError: a rank failed, died or hung. All workers have been ended.
@@ -155,6 +157,7 @@ class Pool:
                 replies = exchange.request(
                     message, before=prepare(), meanwhile=meanwhile, poll=poll, progress=progress
                 )
+                check(replies)
             except XditError as error:
                 self._break(str(error), generation)
                 raise WorkerError(str(error)) from None

@@ -225,7 +225,12 @@ def main() -> None:
         level=logging.INFO,
         format=f"%(asctime)s [rank {options.rank}] %(levelname)s %(name)s: %(message)s",
     )
-    Worker(rank=options.rank, channel=Channel.from_fd(options.channel_fd)).run()
+    try:
+        channel = Channel.from_fd(options.channel_fd, peer_pid=options.host_pid)
+    except (ChannelClosedError, OSError) as error:
+        log.error("not started by its host: %s", error)
+        _leave_at_once(1)
+    Worker(rank=options.rank, channel=channel).run()
     _leave_at_once(0)
 
 

@@ -17,12 +17,13 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.channel import Channel, wait_readable
 from comfy_xdit_patch.transport.messages import Start
-from comfy_xdit_patch.transport.replies import Failed, Joined
+from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Failed, Joined
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.launcher import Worker, launch_worker
 
 SEND_DEADLINE_S = 10.0
 POLL_S = 0.02
+MAX_TRACEBACK_CHARS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,11 @@ def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[i
             if isinstance(message, Failed):
                 raise WorkerError(failure_text(worker, message))
             if isinstance(message, Joined):
+                if (message.rank, message.pid) != (worker.rank, worker.process.pid):
+                    raise WorkerError(
+                        f"Rank {worker.rank} (pid {worker.process.pid}) says that it is rank "
+                        f"{message.rank} (pid {message.pid})."
+                    )
                 joined[worker.rank] = message
         if time.monotonic() > end and len(joined) < len(workers):
             late = [worker for worker in workers if worker.rank not in joined]
@@ -119,6 +125,7 @@ def death_text(worker: Worker, when: str) -> str:
 def failure_text(worker: Worker, message: Failed) -> str:
     """Say what a worker reported of its own failure."""
     return (
-        f"Rank {worker.rank} ({worker.device.name}) failed in {message.phase}: "
-        f"{message.error}\nTraceback from rank {worker.rank}:\n{message.traceback}"
+        f"Rank {worker.rank} ({worker.device.name}) failed in {message.phase[:MAX_TEXT_CHARS]}: "
+        f"{message.error[:MAX_TEXT_CHARS]}\nTraceback from rank {worker.rank}:\n"
+        f"{message.traceback[-MAX_TRACEBACK_CHARS:]}"
     )

@@ -28,7 +28,7 @@ class Pool:
         self.lost = None
         self.map = SlotMap(torch.device("cpu"))
 
-    def request(self, message, *, poll, prepare, meanwhile, progress):
+    def request(self, message, *, poll, prepare, meanwhile, progress, check):
         if self.lost == "before the call":
             raise WorkerError("planted")
         for extra, fd in prepare():
@@ -42,7 +42,9 @@ class Pool:
         self.requests.append(request)
         self.control_bytes += 100
         meanwhile()
-        return [getattr(self, f"answer_{type(request).__name__}")(request)]
+        replies = [getattr(self, f"answer_{type(request).__name__}")(request)]
+        check(replies)
+        return replies
 
     def answer_Forward(self, request):  # noqa: N802
         x = self.map.fetch(request.arguments)["x"]

@@ -56,7 +56,7 @@ def test_send_returns_the_bytes_on_the_wire(pair):
 
 def test_a_channel_can_take_over_an_inherited_descriptor():
     ours, theirs = socket.socketpair()
-    channel, other = Channel.from_fd(ours.detach()), Channel(theirs)
+    channel, other = Channel.from_fd(ours.detach(), peer_pid=os.getpid()), Channel(theirs)
     channel.send(Stop(), deadline_s=1)
     assert other.receive(deadline_s=1) == Stop()
     channel.close()

@@ -173,6 +173,50 @@ def test_a_worker_that_is_told_something_else_first_reports_it_and_ends(launched
         launched.channel.receive(deadline_s=1)
 
 
+def test_of_a_very_long_log_only_the_end_is_read(worker):
+    ended = worker("pass", "x" * 10_000_000 + "\nlast")
+    tail = ended.log_tail()
+    assert tail.endswith("    last")
+    assert len(tail) < 30_000
+
+
+@pytest.mark.parametrize("host", ["another process", "another user", "no socket"])
+def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, tmp_path):
+    """A pair that a third process made: its messages are well-formed, and never read."""
+    script = "import os, socket; a, b = socket.socketpair(); "
+    if host == "another user":
+        if os.geteuid() != 0:
+            pytest.skip("only root can take on another user's number")
+        script += "os.seteuid(65534); a, b = socket.socketpair(); os.seteuid(0); "
+    worker = [sys.executable, "-m", "comfy_xdit_patch.workers.process", "--rank=3"]
+    script += (
+        "import subprocess, sys; from comfy_xdit_patch.transport.channel import Channel; "
+        "from comfy_xdit_patch.transport.messages import Stop; "
+        "Channel(a).send(Stop(), deadline_s=1); "
+    )
+    if host == "no socket":
+        script += "b = open('/dev/null'); "
+    if host == "another process":  # The parent makes the pair, its child starts the worker.
+        script += (
+            "pid = os.fork(); os._exit(os.waitstatus_to_exitcode(os.wait()[1])) if pid else 0; "
+        )
+    script += (
+        f"done = subprocess.run([*{worker!r}, f'--channel-fd={{b.fileno()}}', "
+        "f'--host-pid={os.getpid()}'], pass_fds=[b.fileno()], capture_output=True, text=True); "
+        "print(done.stderr, end='', flush=True); os._exit(done.returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 1, done
+    (line,) = done.stdout.splitlines()
+    assert "[rank 3] ERROR" in line
+    assert "not started by its host: " in line
+    if host != "no socket":
+        assert "The channel belongs to process " in line
+
+
 def test_a_workers_log_is_its_own_and_cannot_be_read_by_others(launched, tmp_path):
     assert launched.log_path == tmp_path / "worker-3.log"
+    assert mode(launched.log_path) == 0o600
     assert launched.rank == 3
