@@ -210,8 +210,10 @@ class SlotMap:
 
     def add(self, number: int, fd: int, size_bytes: int) -> None:
         """Map a slot; the descriptor is closed."""
-        self._slots[number] = Slot(number, fd, size_bytes)
-        os.close(fd)
+        try:
+            self._slots[number] = Slot(number, fd, size_bytes)
+        finally:
+            os.close(fd)
 
     def drop(self, numbers: list[int]) -> None:
         """Forget slots that the host gave up."""

@@ -7,106 +7,10 @@ import json
 from typing import get_args
 
 import pytest
+from rig.sample_messages import MESSAGES
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport import calls, messages, replies
-from comfy_xdit_patch.transport.messages import Message, ModelSource, decode, encode
-
-SOURCE = ModelSource(
-    loader="load_diffusion_model",
-    path="/models/fl\u00fcx \udcff.safetensors",  # a path that is not UTF-8
-    options={"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True},
-    size_bytes=23_802_932_552,
-    mtime_ns=1_700_000_000_123_456_789,
-)
-TREE = {
-    "x": {"$slot": [0, 7, "bfloat16", [1, 16, 128, 128]]},
-    "ref_latents": [{"$slot": [1, 1, "float32", []]}, None],
-    "transformer_options": {"rope_options": {"scale_x": 1.5, "shift": float("inf"), "on": True}},
-}
-MESSAGES = [
-    messages.Start(
-        comfyui_root="/ComfyUI",
-        sys_path=["", "/ComfyUI"],
-        argv=["main.py", "--cpu"],
-        parses_arguments=True,
-        arguments={"cpu": True, "reserve_vram": None, "fast": [], "listen": "127.0.0.1"},
-        num_threads=None,
-        world_size=8,
-        store_fd=5,
-        join_timeout_s=180.0,
-        step_timeout_s=600.0,
-    ),
-    messages.Map(slot=3, size_bytes=4096),
-    messages.Unmap(slots=[1, 2]),
-    messages.Load(
-        request=1,
-        model=2,
-        source=SOURCE,
-        tensors=None,
-        state={"patches": {"a.weight": [[1.0, {"$tuple": [None]}, 1.0, [0, 0, 8], None]]}},
-        key="cd" * 32,
-        mode="sharded",
-        room_bytes=1 << 33,
-        verify=True,
-    ),
-    messages.Unload(request=9),
-    messages.GiveWay(request=9, ranks=[0]),
-    messages.Drop(models=[1, 2]),
-    calls.Forward(request=2, model=2, batch_degree=2, ulysses_degree=4, arguments=TREE, result=0),
-    calls.Control(request=3, model=4, call=7, batch_degree=1, ulysses_degree=8, arguments=TREE),
-    calls.Forget(calls=[5, 6], objects=[1], tokens=[2]),
-    calls.RunBlock(
-        request=4,
-        model=2,
-        block="double_blocks.3",
-        counts=[512, 4096, 0],
-        arguments=TREE,
-        patches=None,
-        keep=[8, 9],
-        is_first=True,
-    ),
-    calls.Fetch(
-        request=5, model=2, tokens=["kept", 8], stream="text", counts=[512, 4096, 0], result=1
-    ),
-    messages.Stop(),
-    replies.Joined(
-        rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
-    ),
-    replies.Loading(request=1, done=0.25),
-    replies.Loaded(
-        request=1,
-        fingerprint="ab" * 32,
-        seconds=3.5,
-        is_new=True,
-        models=[1, 2],
-        digests={"img_in.weight": "float32[8x4]:00"},
-        bytes_held=1 << 34,
-    ),
-    replies.NotLoaded(request=1, error="WorkerError: no memory"),
-    replies.Unloaded(request=9),
-    replies.Ran(request=4, num_forwards=9, seconds=0.01, bytes_between_ranks=1 << 20),
-    replies.Fetched(request=5, bytes_between_ranks=1 << 20),
-    replies.Declined(request=2, reason="KeyError: 'sigmas'"),
-    replies.Controlled(
-        request=3,
-        layout={"input": [0, 0, None], "output": []},
-        dtype="bfloat16",
-        shape=(1, 4096, 3072),
-        seconds=0.01,
-        bytes_between_ranks=1 << 20,
-    ),
-    replies.Done(
-        request=2,
-        num_forwards=20,
-        dtype="bfloat16",
-        shape=(2, 16, 128, 128),
-        seconds=0.061,
-        bytes_between_ranks=123,
-        bytes_written=456,
-    ),
-    replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
-]
+from comfy_xdit_patch.transport.messages import Message, decode, encode
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
@@ -142,6 +46,16 @@ def test_a_message_is_one_readable_line_of_ascii(message):
         b'{"type":"Map","slot":1}',
         b'{"type":"Load","request":1,"model":2,"source":{"loader":"x"}}',
         b'{"type":"Load","request":1,"model":2,"source":7}',
+        b'{"type":"Unload","request":"1"}',
+        b'{"type":"Unload","request":true}',
+        b'{"type":"Unload","request":1.0}',
+        b'{"type":"Unload","request":9223372036854775808}',
+        b'{"type":"Unload","request":null}',
+        b'{"type":"Drop","models":[1,"2"]}',
+        b'{"type":"Drop","models":{"1":2}}',
+        b'{"type":"Loading","request":1,"done":NaN}',
+        b'{"type":"Loading","request":1,"done":1e999}',
+        b'{"type":"Declined","request":1,"reason":["x"]}',
         b'{"type":"SlotRef","slot":1,"version":1,"dtype":"float32","shape":[1]}',
         b"[" * 100_000,
         b"9" * 5000,
@@ -152,6 +66,13 @@ def test_anything_else_is_an_error_that_shows_its_beginning(data):
     with pytest.raises(MessageError, match=r"^Not a message of comfy-xdit-patch: ") as caught:
         decode(data)
     assert repr(data[:80]) in str(caught.value)
+
+
+def test_an_error_about_a_large_message_is_short():
+    names = ",".join(f'"field{n}":0' for n in range(100_000))
+    with pytest.raises(MessageError) as caught:
+        decode(f'{{"type":"Stop",{names}}}'.encode())
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_cut_message_is_an_error_at_every_length():

@@ -173,6 +173,23 @@ def test_a_worker_that_is_told_something_else_first_reports_it_and_ends(launched
         launched.channel.receive(deadline_s=1)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0\0\0\7garbage",
+        b"\xff\xff\xff\xff",
+        b'\0\0\0\x1c{"type":"Drop","models":"x"}',
+    ],
+    ids=["no JSON", "length", "types"],
+)
+def test_a_worker_that_reads_what_is_no_message_reports_it_and_ends(launched, data):
+    launched.channel._socket.send(data)
+    reply = launched.channel.receive(deadline_s=10)
+    assert isinstance(reply, Failed)
+    assert reply.error.startswith("MessageError: ")
+    assert launched.process.wait(10) == 1
+
+
 def test_of_a_very_long_log_only_the_end_is_read(worker):
     ended = worker("pass", "x" * 10_000_000 + "\nlast")
     tail = ended.log_tail()

@@ -1,0 +1,214 @@
+"""What a broken worker answers: a result of the right shape, or lost workers. Never more."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import socket
+from typing import Any
+
+import pytest
+import torch
+from rig.broken_messages import broken_frame
+from rig.fuzzing import TIMES, named, nothing_is_left, outcome_of, seeds
+
+from comfy_xdit_patch.errors import DeclinedError, WorkerError
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.patching.remote_control import RemoteControl
+from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.settings import read_settings
+from comfy_xdit_patch.transport import calls, replies
+from comfy_xdit_patch.transport.channel import Channel, frame_of
+from comfy_xdit_patch.transport.messages import Message
+from comfy_xdit_patch.workers.environment import HostState
+from comfy_xdit_patch.workers.exchange import Exchange
+from comfy_xdit_patch.workers.launcher import Worker
+from comfy_xdit_patch.workers.pool import Pool, PoolState
+
+NUM_RANKS = 2
+PLAN = ParallelPlan(NUM_RANKS, 1, NUM_RANKS)
+
+
+class Process:
+    """A process that is alive until it is killed."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.code = -9
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        return self.code
+
+
+class Quiet(Worker):
+    """A worker without a log."""
+
+    def log_tail(self) -> str:
+        return ""
+
+
+SETTINGS = read_settings({"XDIT_GPUS": "cpu:2", "XDIT_STEP_TIMEOUT": "0.05"})
+HOST_STATE = HostState("/", [], [], False, {})
+CPU = Device(name="cpu")
+X = torch.ones(2, 4, 16, 8)  # a whole page
+DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes)
+CONTROLLED = replies.Controlled(
+    1, {"input": [0, 0, None], "output": [1, 2]}, "float32", (2, 12, 16), 0.1, 0
+)
+
+
+class World:
+    """A real pool whose workers are sockets on which the replies lie already."""
+
+    def __init__(self, frames: list[bytes]) -> None:
+        self.pool = Pool(devices=[CPU] * len(frames), host_state=HOST_STATE, settings=SETTINGS)
+        self.ends: list[socket.socket] = []
+        workers = []
+        for rank, frame in enumerate(frames):
+            ours, theirs = socket.socketpair()
+            theirs.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                theirs.sendall(frame)
+            theirs.shutdown(socket.SHUT_WR)
+            self.ends.append(theirs)
+            channel = Channel(ours, takes_fds=False)
+            worker: Any = Quiet(rank, CPU, Process(), channel, None)  # type: ignore[arg-type]
+            workers.append(worker)
+        self.pool.workers = tuple(workers)
+        self.pool._exchange = Exchange(workers, step_timeout_s=SETTINGS.step_timeout_s)
+        self.pool.generation = 1
+        self.pool.state = PoolState.READY
+        self.wire = Wire(self.pool)
+        self.wire.follow_generation()
+
+    def forward(self) -> torch.Tensor:
+        return RemoteForward(self.wire, Totals()).forward(
+            1,
+            {"x": X},
+            plan=PLAN,
+            patches=None,
+            out_channels=4,
+            poll=lambda: None,
+        )
+
+    def control(self) -> Any:
+        return RemoteControl(self.wire, Totals()).forward(
+            1,
+            {"x": X},
+            plan=PLAN,
+            compute=lambda: {},
+            poll=lambda: None,
+        )
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.close()
+        for worker in self.pool.workers:
+            worker.channel.close()
+        self.wire._fds = self.wire.slots.take_created()
+        self.wire._close_fds()
+
+
+@pytest.mark.parametrize(("reply", "call"), [(DONE, "forward"), (CONTROLLED, "control")])
+def test_a_broken_answer_is_a_result_of_the_right_shape_or_loses_the_workers(
+    reply: Message, call: str
+) -> None:
+    num_lost = 0
+    with nothing_is_left():
+        for seed in seeds(2500):
+            chance = random.Random(seed)
+            broken = broken_frame(reply, chance)
+            frames = [frame_of(reply) for _ in range(NUM_RANKS)]
+            if chance.random() < 0.5:  # what all ranks say alike is not right for that
+                frames = [broken] * NUM_RANKS
+            else:
+                frames[chance.randrange(NUM_RANKS)] = broken
+            world = World(frames)
+            with named(seed, broken):
+                found = outcome_of(getattr(world, call))
+                if isinstance(found, Exception):
+                    num_lost += isinstance(found, WorkerError)
+                    assert isinstance(found, (WorkerError, DeclinedError))
+                    assert len(str(found)) < 30_000
+                else:
+                    assert_is_right(found)
+                is_lost = isinstance(found, WorkerError)
+                assert world.pool.state is (PoolState.BROKEN if is_lost else PoolState.READY)
+            world.close()
+    assert num_lost > 1000 * TIMES, "most of them are noticed"
+
+
+def assert_is_right(found: Any) -> None:
+    if isinstance(found, torch.Tensor):
+        assert found.shape == X.shape
+        return
+    residuals = [item for part in found.values() for item in part if item is not None]
+    assert 1 <= len(residuals) < 1000
+    assert all(residual.shape[0] == X.shape[0] for residual in residuals)
+
+
+WRONG = [
+    dataclasses.replace(DONE, dtype="os"),
+    dataclasses.replace(DONE, dtype="float64"),  # twice the size of the slot
+    dataclasses.replace(DONE, dtype="int32"),
+    dataclasses.replace(DONE, shape=(2, 4, 16, 9)),
+    dataclasses.replace(DONE, shape=(2, 4, 128)),
+    dataclasses.replace(DONE, shape=(2, 4, -16, -8)),
+    dataclasses.replace(DONE, shape=(1 << 62, 4, 16, 8)),
+    dataclasses.replace(DONE, shape=()),
+    replies.Ran(1, 1, 0.1, 0),
+    replies.Unloaded(1),
+    calls.Forward(1, 1, 1, 2, {}, 0),
+    replies.Declined(1, "only this one"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)], ids=str)
+def test_a_well_formed_answer_that_cannot_be_right_loses_the_workers(
+    wrong: Message, ranks: tuple[int, ...]
+) -> None:
+    if isinstance(wrong, replies.Declined) and len(ranks) == 2:
+        pytest.skip("all ranks may decline")
+    frames = [frame_of(wrong if rank in ranks else DONE) for rank in range(NUM_RANKS)]
+    world = World(frames)
+    with pytest.raises(WorkerError):
+        world.forward()
+    assert world.pool.state is PoolState.BROKEN
+    assert all(worker.process.poll() == -9 for worker in world.pool.workers)
+    world.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layout": {"input": [0, 1 << 40]}},
+        {"layout": {"input": [1]}},
+        {"layout": {"input": [-1]}},
+        {"layout": {"input": []}},
+        {"layout": {}},
+        {"layout": {"__class__": [0]}},
+        {"layout": {"input": list(range(2000))}},
+        {"shape": (3, 12, 16)},
+        {"shape": ()},
+        {"shape": (2, 1 << 40, 1 << 40)},
+        {"dtype": "manual_seed"},
+    ],
+    ids=lambda wrong: str(wrong)[:40],
+)
+def test_residuals_that_cannot_be_right_lose_the_workers(wrong: dict[str, Any]) -> None:
+    world = World([frame_of(dataclasses.replace(CONTROLLED, **wrong))] * NUM_RANKS)
+    with pytest.raises(WorkerError):
+        world.control()
+    world.close()

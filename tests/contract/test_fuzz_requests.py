@@ -1,0 +1,82 @@
+"""What a broken host says ends the worker with a report; it neither hangs nor goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from rig.broken_messages import broken_frame
+from rig.fuzzing import TIMES, named, nothing_is_left, seeds
+from rig.sample_messages import MESSAGES
+
+from comfy_xdit_patch.engine.engine import Engine
+from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.errors import ChannelClosedError
+from comfy_xdit_patch.transport import messages, replies
+from comfy_xdit_patch.transport.channel import Channel, frame_of
+from comfy_xdit_patch.transport.messages import Message
+from comfy_xdit_patch.transport.slots import SlotMap
+from comfy_xdit_patch.workers import process
+
+
+class LeftError(BaseException):
+    """The worker left with a code."""
+
+
+class JoinedWorker(process.Worker):
+    """A worker that is past its start, alone in its world, without ComfyUI."""
+
+    def _join(self, start: messages.Start) -> Any:
+        slots = SlotMap(torch.device("cpu"))
+        groups = Groups(rank=0, world_size=1, device=torch.device("cpu"))
+        return Engine(groups=groups, slots=slots), slots, groups
+
+
+def leave(code: int) -> NoReturn:
+    raise LeftError(code)
+
+
+def test_a_broken_request_ends_the_worker_with_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_leave_at_once", leave)
+    start = next(m for m in MESSAGES if isinstance(m, messages.Start))
+    samples = [m for m in MESSAGES if not isinstance(m, messages.Start)]
+    num_reports = 0
+    with nothing_is_left():
+        for seed in seeds(3000):
+            chance = random.Random(seed)
+            first = broken_frame(start, chance) if chance.random() < 0.2 else frame_of(start)
+            second = broken_frame(chance.choice(samples), chance)
+            with named(seed, (first, second)):
+                code, last = served(first, second)
+                assert code in (None, 1)
+                if code == 1:
+                    assert isinstance(last, replies.Failed)
+                    num_reports += 1
+    assert num_reports > 1000 * TIMES
+
+
+def served(*frames: bytes) -> tuple[int | None, Message | None]:
+    """Serve what a host wrote before it closed; return the exit code and the last reply."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):  # 20,000 brackets do not fit at once
+        for frame in frames:
+            socket.send_fds(ours, [frame], [ours.fileno()])
+    ours.shutdown(socket.SHUT_WR)
+    worker = JoinedWorker(rank=0, channel=Channel(theirs))
+    code = None
+    try:
+        worker.run()
+    except LeftError as left:
+        code = left.args[0]
+    worker._channel.close()
+    channel, last = Channel(ours), None
+    with contextlib.suppress(ChannelClosedError):
+        while message := channel.poll():
+            last = message
+    channel.close()
+    return code, last
