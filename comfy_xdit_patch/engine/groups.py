@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from comfy_xdit_patch.engine.listeners import refuse_strangers
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
 
@@ -71,6 +72,7 @@ class Groups:
         groups._weights = dist.new_group(
             timeout=datetime.timedelta(seconds=step_timeout_s), backend=_backend(device)
         )
+        groups._close_the_door()
         return groups
 
     def of_plan(self, plan: ParallelPlan) -> PlanGroups:
@@ -78,12 +80,18 @@ class Groups:
         shape = (plan.batch_degree, plan.ulysses_degree)
         if shape not in self._by_shape:
             self._by_shape[shape] = self._make(plan)
+            self._close_the_door()
         return self._by_shape[shape]
 
     def leave(self) -> None:
         """Leave all groups."""
         self._by_shape.clear()
         dist.destroy_process_group()
+
+    def _close_the_door(self) -> None:
+        # NCCL connects ranks when they first use a group, so it cannot be kept from listening.
+        if self._device.type == "cpu":
+            refuse_strangers()
 
     def _make(self, plan: ParallelPlan) -> PlanGroups:
         if plan.ulysses_degree == 1:
