@@ -1,0 +1,72 @@
+"""A pack with threads that compute, and processes forked in the middle of everything.
+
+Runs in: a ComfyUI process of a test server.
+
+A forked child has a copy of every descriptor of its parent, and lives for a while. The worst
+moment is while somebody starts a process, between making a socket pair and closing the end that
+is not theirs: Python announces it, so it can be hit every time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import torch
+
+CHILD_S = 20.0
+EVERY_S = 0.5
+MAX_CHILDREN = 3
+
+_children: set[int] = set()
+_counts = {"threads": 0, "forks": 0, "forks_at_a_start": 0, "subprocesses": 0}
+_lock = threading.Lock()
+
+
+def counts() -> dict[str, int]:
+    """How often each was at work."""
+    return {**_counts, "children": len(_children)}
+
+
+def _compute() -> None:
+    while True:
+        matrix = torch.randn(64, 64)
+        torch.linalg.norm(matrix @ matrix)
+        _counts["threads"] += 1
+        time.sleep(0.02)
+
+
+def _fork(why: str) -> None:
+    with _lock:
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(CHILD_S)
+            os._exit(0)
+        _children.add(pid)
+        _counts[why] += 1
+
+
+def _fork_now_and_then() -> None:
+    while True:
+        for pid in list(_children):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                _children.discard(pid)
+        if len(_children) < MAX_CHILDREN:
+            _fork("forks")
+        subprocess.run(["true"], check=True)
+        _counts["subprocesses"] += 1
+        time.sleep(EVERY_S)
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen" and "comfy_xdit_patch.workers.process" in args[1]:
+        _fork("forks_at_a_start")
+
+
+sys.addaudithook(_watch)
+for target in (_compute, _compute, _fork_now_and_then):
+    threading.Thread(target=target, daemon=True).start()
