@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.replies import (
+    Alive,
     Controlled,
     Declined,
     Done,
@@ -149,6 +150,7 @@ Message: TypeAlias = (
     | Forget
     | Stop
     | Joined
+    | Alive
     | Loading
     | Loaded
     | NotLoaded
@@ -178,6 +180,7 @@ _TYPES: dict[str, type[Any]] = {
         Forget,
         Stop,
         Joined,
+        Alive,
         Loading,
         Loaded,
         NotLoaded,
