@@ -93,6 +93,11 @@ class Orders:
         written.write_text(fault.kind)
         written.rename(order)
 
+    def withdraw(self) -> None:
+        """Take back what nobody has taken."""
+        for path in self.path.iterdir():
+            path.unlink(missing_ok=True)
+
     def open(self) -> list[str]:
         """Orders that nobody has taken yet."""
         return [p.name for p in self.path.iterdir() if not p.name.startswith("taken-")]

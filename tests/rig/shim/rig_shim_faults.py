@@ -112,7 +112,6 @@ def adapt_groups(groups: Any) -> None:
 
 def adapt_engine(engine: Any) -> None:
     cls = engine.Engine
-    around(cls, "load", "load")
     around(cls, "drop", "unload")
     around(cls, "control", "control")
     around(cls, "run_block", "block")
@@ -134,6 +133,10 @@ def adapt_engine(engine: Any) -> None:
         return done
 
     cls.forward = forward_with_points
+
+
+def adapt_residents(residents: Any) -> None:
+    around(residents.Residents, "take", "load")
 
 
 def adapt_placing(placing: Any) -> None:
@@ -213,6 +216,7 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
         "xfuser.core.distributed": [lambda _: obey(taken("import"))],
         "comfy_xdit_patch.engine.groups": [adapt_groups],
         "comfy_xdit_patch.engine.engine": [adapt_engine],
+        "comfy_xdit_patch.engine.residents": [adapt_residents],
         "comfy_xdit_patch.engine.placing": [adapt_placing],
         "comfy_xdit_patch.engine.collectives": [adapt_collectives],
         "comfy_xdit_patch.transport.channel": [adapt_channel],
