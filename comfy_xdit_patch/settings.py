@@ -91,8 +91,9 @@ VARIABLES = (
         "XDIT_STEP_TIMEOUT",
         "600",
         "seconds, a number above 0",
-        "How long the workers may take to load a model or to compute one step before they count "
-        "as hung. They are then ended and the step is run on one GPU.",
+        "How long the workers may go on without any sign of progress, in a load or in the first "
+        "step of its kind, before they count as hung. They are then ended and the step is run on "
+        "one GPU. Later steps have ten times what the slowest one took, and 20 seconds at least.",
     ),
     Variable(
         "XDIT_CPU_THREADS",

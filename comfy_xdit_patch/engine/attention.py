@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from comfy_xdit_patch.engine import collectives
 from comfy_xdit_patch.planning.plan import SequenceShares, bounds
 
 
@@ -199,6 +200,6 @@ class UlyssesAttention:
         self, data: torch.Tensor, *, sent: Sequence[int], received: Sequence[int]
     ) -> torch.Tensor:
         out = data.new_empty(sum(received))
-        dist.all_to_all_single(out, data, list(received), list(sent), group=self._group)
+        collectives.all_to_all(out, data, received=received, sent=sent, group=self._group)
         self.bytes_sent += (sum(sent) - sent[self._index]) * data.element_size()
         return out

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from comfy_xdit_patch.engine import collectives
+
 SEQUENCE_DIM = 1
 
 
@@ -42,7 +44,7 @@ def gather_sequence(
     # broadcast per rank (pytorch/pytorch#156627, NVIDIA/nccl#773).
     wire_BLD = F.pad(x_BLD, (0, 0, 0, longest - x_BLD.shape[SEQUENCE_DIM])).contiguous()
     shards = [torch.empty_like(wire_BLD) for _ in sizes]
-    dist.all_gather(shards, wire_BLD, group=group)
+    collectives.all_gather(shards, wire_BLD, group=group)
     trimmed = [
         shard.narrow(SEQUENCE_DIM, 0, size) for shard, size in zip(shards, sizes, strict=True)
     ]

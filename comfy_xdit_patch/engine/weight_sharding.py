@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from comfy_xdit_patch.engine import collectives
 from comfy_xdit_patch.engine.flat_layout import ALIGNMENT, FlatLayout, Recipe, round_up
 
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
@@ -171,7 +172,7 @@ class ShardedBlocks:
         self._windows.clear()
         for unit in self._units if restore else ():
             whole = unit.shard.new_empty(unit.shard.numel() * self._world_size)
-            dist.all_gather_into_tensor(whole, unit.shard, group=self._group)
+            collectives.all_gather_into(whole, unit.shard, group=self._group)
             self.bytes_gathered += unit.shard.numel() * (self._world_size - 1)
             for place in unit.places:
                 place.owner[place.name] = place.make(whole)
@@ -225,7 +226,7 @@ class ShardedBlocks:
         """Start a gather into the window that the block before did not use."""
         window, shard = 1 - self._window_in_use, self._units[index].shard
         whole = self._windows[window][: shard.numel() * self._world_size]
-        work = dist.all_gather_into_tensor(whole, shard, group=self._group, async_op=True)
+        work = collectives.all_gather_into_async(whole, shard, group=self._group)
         self._pending = _Gather(index, window, work)
         self.bytes_gathered += shard.numel() * (self._world_size - 1)
 

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from comfy_xdit_patch.engine import collectives
 
 ScaledLayers = Mapping[str, Any]
 
@@ -108,7 +109,7 @@ def whole_input_scales() -> Iterator[None]:
     def quantize(_: Any, tensor: torch.Tensor, /, scale: Any = None, **options: Any) -> Any:
         if scale is None:
             largest = tensor.abs().amax().to(torch.float32)
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            collectives.all_reduce_max(largest)
             # Stock's own formula, from a tensor that has this largest value.
             _, parameters = quantize_stock(largest.to(tensor.dtype).expand(16, 16).contiguous())
             scale = parameters.scale

@@ -21,7 +21,7 @@ from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.log import note_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.deferred import Residuals
-from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
@@ -153,5 +153,5 @@ class ControlNets:
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._totals.last_loss_unix_s = time.time()
-            run.refusal = Refusal("a worker was lost")
+            run.refusal = LOST
             return run.refusal

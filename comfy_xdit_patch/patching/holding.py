@@ -21,6 +21,8 @@ from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
 
+LOST = Refusal("a worker was lost")
+
 
 @dataclass(slots=True)
 class Run:

@@ -20,7 +20,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
-from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.pool_status import pool_status
@@ -104,6 +104,8 @@ class Host:
         self._remote.gone_objects += [number for _, number in run.objects.values()]
         if report.steps:
             self.totals.runs += 1
+            if report.steps_parallel and LOST.reason not in report.fall_back_reasons:
+                self.pool.run_succeeded()
             self.totals.last_run = report
             log.info("%s", summary(report, device_word=self.pool.device_word))
 

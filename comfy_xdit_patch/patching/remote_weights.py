@@ -24,9 +24,14 @@ from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Loaded, NotLoaded
 from comfy_xdit_patch.transport.skeleton import describe
 from comfy_xdit_patch.transport.tensors import ForeignTensorError
 from comfy_xdit_patch.transport.values import UncarriedValueError
+from comfy_xdit_patch.workers.back_off import BackOff
 from comfy_xdit_patch.workers.exchange import Poll
 
 log = logging.getLogger("comfy_xdit_patch")
+
+NOT_LOADED = Refusal("a worker could not load the model")
+AFTER_LOAD_S = (0.0, 120.0, 600.0)
+"""Wait before a load that failed is tried again, which costs its time in every run that does."""
 
 
 class RemoteWeights:
@@ -47,7 +52,7 @@ class RemoteWeights:
         self._verifies = verifies
         self._states = WeightStates(wire.packs)
         self._held: dict[int, tuple[str, Mode]] = {}
-        self._refused: dict[tuple[int, str], Refusal] = {}
+        self._failed: dict[tuple[int, str], BackOff] = {}
 
     def follow_generation(self) -> None:
         """New workers hold nothing."""
@@ -135,8 +140,8 @@ class RemoteWeights:
         poll: Poll,
     ) -> list[Loaded] | Refusal:
         which = known.number, state.key
-        if which in self._refused:
-            return self._refused[which]
+        if which in self._failed and not self._failed[which].is_over:
+            return NOT_LOADED
         tensors = None
         if known.source is None and known.number not in self._held:
             packs = self._wire.packs
@@ -170,12 +175,12 @@ class RemoteWeights:
                     f"Rank {rank} could not load the model: {reply.error[:MAX_TEXT_CHARS]}"
                 )
                 log.error("xDiT: %s", self._totals.last_error)
-                # Trying again in every run would cost the time of a load in every run.
-                self._refused[which] = Refusal("a worker could not load the model")
-                return self._refused[which]
+                self._failed.setdefault(which, BackOff()).failed(AFTER_LOAD_S)
+                return NOT_LOADED
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
             self._totals.weight_bytes[rank] = reply.bytes_held
+        self._failed.pop(which, None)
         if loaded[0].is_new:
             self._totals.loads += 1
             log.info(
@@ -196,6 +201,7 @@ class RemoteWeights:
             WorkerError: the workers are lost.
         """
         self._held.clear()
+        self._totals.weight_bytes.clear()
         self._wire.packs.drop_kept()
         self._wire.request(Unload, poll=_no_poll, prepare=self._drop_messages)
 

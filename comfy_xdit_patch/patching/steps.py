@@ -22,7 +22,7 @@ from comfy_xdit_patch.errors import DeclinedError, PlanError, Refusal, Scope, Wo
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
-from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
@@ -144,7 +144,7 @@ class ParallelSteps:
                     poll=poll,
                 )
                 run.counts.plan = plan.name
-                return Step(out, gathered_for=carried.gathered)
+                return _checked(Step(out, gathered_for=carried.gathered))
             run.needs_residuals = True
             out, num_blocks = self._driven.run(
                 flux,
@@ -156,11 +156,11 @@ class ParallelSteps:
                 poll=poll,
             )
             run.counts.plan = plan.name
-            return Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0)
+            return _checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._totals.last_loss_unix_s = time.time()
-            return Refusal("a worker was lost")
+            return LOST
         except DeclinedError as error:
             return Refusal(f"a node's patch cannot run on the workers: {error}")
         except PlanError:
@@ -172,6 +172,14 @@ class ParallelSteps:
         if id(thing) not in run.objects:
             run.objects[id(thing)] = thing, next(self._numbers)
         return run.objects[id(thing)][1]
+
+
+def _checked(step: Step) -> Step | Refusal:
+    """Refuse a result that is no image. Whether ComfyUI's own is one, ComfyUI finds out."""
+    # A sum is quicker, and says the same unless half precision overflows in it.
+    if not step.out.sum().isfinite() and not step.out.isfinite().all():
+        return Refusal("the workers' result has NaN or infinity in it")
+    return step
 
 
 def arguments_of(flux: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterable
 
@@ -38,6 +39,7 @@ class Channel:
         self._takes_fds = takes_fds
         self._socket = connection
         self._socket.setblocking(False)
+        self._sending = threading.Lock()
         self._received = bytearray()
         self._fds: list[int] = []
 
@@ -68,6 +70,8 @@ class Channel:
     def send_frame(self, data: bytes, *, deadline_s: float, fd: int | None = None) -> int:
         """Send a message that is encoded already; several channels may be given the same.
 
+        Threads may send at the same time.
+
         Raises:
             ChannelClosedError: the other end is gone.
             DeadlineExceededError: the other end does not read.
@@ -75,17 +79,18 @@ class Channel:
         frame = memoryview(data)
         end = time.monotonic() + deadline_s
         sent = 0
-        while sent < len(frame):
-            try:
-                if fd is None:
-                    sent += self._socket.send(frame[sent:])
-                else:
-                    sent += socket.send_fds(self._socket, [frame[sent:]], [fd])
-                    fd = None
-            except BlockingIOError:
-                self._wait(select.POLLOUT, end, "send")
-            except OSError as error:
-                raise ChannelClosedError(f"The other process is gone ({error}).") from None
+        with self._sending:
+            while sent < len(frame):
+                try:
+                    if fd is None:
+                        sent += self._socket.send(frame[sent:])
+                    else:
+                        sent += socket.send_fds(self._socket, [frame[sent:]], [fd])
+                        fd = None
+                except BlockingIOError:
+                    self._wait(select.POLLOUT, end, "send")
+                except OSError as error:
+                    raise ChannelClosedError(f"The other process is gone ({error}).") from None
         return len(frame)
 
     def receive(self, *, deadline_s: float) -> Message:

@@ -16,6 +16,7 @@ from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
 from comfy_xdit_patch.transport.replies import (
+    Alive,
     Controlled,
     Declined,
     Done,
@@ -152,6 +153,7 @@ Message: TypeAlias = (
     | Forget
     | Stop
     | Joined
+    | Alive
     | Loading
     | Loaded
     | NotLoaded

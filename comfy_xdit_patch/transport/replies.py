@@ -25,6 +25,14 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """The process runs, in a request. ``count`` of exchanges with other ranks. No reply yet."""
+
+    request: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Loading:
     """A load is under way; ``done`` is the part of it that is done, 0 to 1. No reply yet."""
 

@@ -5,17 +5,28 @@ Runs in: host process. One request at a time; ``pool.py`` sees to that.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 
 from comfy_xdit_patch.errors import ChannelClosedError, WorkerError
 from comfy_xdit_patch.transport.channel import frame_of, wait_readable
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Failed, Loading, Reply
+from comfy_xdit_patch.transport.replies import Alive, Failed, Loading, Reply
 from comfy_xdit_patch.workers.launcher import Worker
-from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, failure_text
+from comfy_xdit_patch.workers.starting import (
+    POLL_S,
+    SEND_DEADLINE_S,
+    death_text,
+    failure_text,
+    hang_text,
+)
+from comfy_xdit_patch.workers.watch import StepTimes, Watch, kind_of
 
 BLAME_S = 0.05
+DUMP_S = 0.2
 
 Poll = Callable[[], None]
 """Called about every 20 ms in a wait; an exception it raises (an interrupt) ends the wait."""
@@ -26,7 +37,8 @@ class Exchange:
 
     def __init__(self, workers: Sequence[Worker], *, step_timeout_s: float) -> None:
         self._workers = tuple(workers)
-        self._step_timeout_s = step_timeout_s
+        self._times = StepTimes(limit_s=step_timeout_s)
+        self._patience_s = step_timeout_s
         self._request = 0
         self._outstanding: set[int] = set()
         self.bytes_sent = 0
@@ -57,12 +69,17 @@ class Exchange:
             DeadlineExceededError: a rank does not read.
         """
         self._request += 1
+        asked = message(self._request)
+        kind = kind_of(asked)
+        self._patience_s = self._times.patience_s(kind)
         for extra, fd in before:
             self._send_all(extra, fd)
-        self._send_all(message(self._request), None)
+        start = time.monotonic()
+        self._send_all(asked, None)
         self._outstanding = {worker.rank for worker in self._workers}
         meanwhile()
         replies = self._collect(poll, progress)
+        self._times.add(kind, time.monotonic() - start)
         return [replies[rank] for rank in sorted(replies)]
 
     def _send_all(self, message: Message, fd: int | None) -> None:
@@ -79,27 +96,37 @@ class Exchange:
         """Wait until no reply is outstanding; return those to the latest request."""
         replies: dict[int, Reply] = {}
         by_channel = {worker.channel: worker for worker in self._workers}
-        end = time.monotonic() + self._step_timeout_s
+        watch = Watch(
+            [w.rank for w in self._workers], patience_s=self._patience_s, now=time.monotonic()
+        )
         while self._outstanding:
             waiting = [w.channel for w in self._workers if w.rank in self._outstanding]
             for channel in wait_readable(waiting, timeout_s=POLL_S):
                 worker = by_channel[channel]
                 reply = self._read(worker)
-                if isinstance(reply, Loading):
-                    # A slow disk is no hang.
-                    end = time.monotonic() + self._step_timeout_s
+                if isinstance(reply, Alive):
+                    watch.heard(worker.rank, reply.count, time.monotonic())
+                elif isinstance(reply, Loading):
+                    watch.heard(worker.rank, reply.done, time.monotonic())
                     progress(worker.rank, reply.done)
                 elif reply is not None and getattr(reply, "request", None) == self._request:
+                    watch.heard(worker.rank, math.inf, time.monotonic())
                     replies[worker.rank] = reply  # type: ignore[assignment]
                     self._outstanding.discard(worker.rank)
-            if time.monotonic() > end and self._outstanding:
-                ranks = ", ".join(str(rank) for rank in sorted(self._outstanding))
-                raise WorkerError(
-                    f"Rank {ranks} did not answer within XDIT_STEP_TIMEOUT="
-                    f"{self._step_timeout_s:g} s."
-                )
+            self._check(watch)
             poll()
         return replies
+
+    def _check(self, watch: Watch) -> None:
+        """Raise WorkerError if a rank hangs."""
+        hanging = watch.hanging(self._outstanding, time.monotonic())
+        if hanging is None:
+            return
+        worker = next(worker for worker in self._workers if worker.rank == hanging.rank)
+        with contextlib.suppress(ProcessLookupError):
+            worker.process.send_signal(signal.SIGUSR1)
+        time.sleep(DUMP_S)
+        raise WorkerError(hang_text(worker, hanging.why))
 
     def _read(self, worker: Worker) -> Message | None:
         try:

@@ -33,7 +33,8 @@ from comfy_xdit_patch.errors import (
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.messages import Message, Stop
-from comfy_xdit_patch.transport.replies import Done, Joined, Reply
+from comfy_xdit_patch.transport.replies import Joined, Reply
+from comfy_xdit_patch.workers.back_off import AFTER_LOSS_S, AFTER_START_S, BackOff
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll
 from comfy_xdit_patch.workers.launcher import Worker, make_log_dir
@@ -41,11 +42,7 @@ from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_tex
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 0.25
-BACK_OFF_S = (0.0, 5.0, 30.0, 120.0)
-"""Wait before a restart after workers that had worked were lost; the last value repeats."""
-START_BACK_OFF_S = (30.0, 120.0, 600.0)
-"""The same after a failed start, which costs the user a wait in every run that tries it."""
+WATCH_S = 0.1
 
 
 class PoolState(enum.Enum):
@@ -76,8 +73,7 @@ class Pool:
         self._calls = threading.RLock()
         self._keeper: threading.Thread | None = None
         self._log_dir: Path | None = None
-        self._num_failures = 0
-        self._may_start_at = 0.0
+        self._back_off = BackOff()
 
     @property
     def world_size(self) -> int:
@@ -96,9 +92,7 @@ class Pool:
     def start(self) -> None:
         """Have the workers started, in the background. No effect when they live or back off."""
         with self._changed:
-            if self.state in (PoolState.IDLE, PoolState.BROKEN) and (
-                time.monotonic() >= self._may_start_at
-            ):
+            if self.state in (PoolState.IDLE, PoolState.BROKEN) and self._back_off.is_over:
                 self._set_state(PoolState.STARTING)
                 if self._keeper is None:
                     self._keeper = threading.Thread(
@@ -161,11 +155,13 @@ class Pool:
             except XditError as error:
                 self._break(str(error), generation)
                 raise WorkerError(str(error)) from None
-            if isinstance(replies[0], Done):
-                self._num_failures = 0
             return replies
         finally:
             self._calls.release()
+
+    def run_succeeded(self) -> None:
+        """A whole run went well: the losses before it do not count any more."""
+        self._back_off.succeeded()
 
     def stop(self) -> None:
         """End all workers and stay idle."""
@@ -182,21 +178,30 @@ class Pool:
 
     def _keep(self) -> None:
         while True:
-            with self._changed:
-                if self.state is not PoolState.STARTING:
-                    self._changed.wait(WATCH_S)
-                state, generation = self.state, self.generation
-            if state is PoolState.STARTING:
-                self._start_all()
-            elif state is PoolState.READY:
-                dead = [w for w in self.workers if w.process.poll() is not None]
-                if dead and self._calls.acquire(blocking=False):
-                    try:
-                        self._break(death_text(dead[0], "while idle"), generation)
-                    finally:
-                        self._calls.release()
-            elif state is PoolState.BROKEN and generation > 0:
-                self.start()  # It worked once on this machine: bring it back for the next run.
+            try:
+                self._keep_once()
+            except Exception as error:
+                # Without this thread nothing would be started or noticed any more.
+                log.exception("xDiT: a fault of comfy-xdit-patch in the keeper's thread")
+                with self._changed:
+                    self._fail(f"{type(error).__name__}: {error}", AFTER_START_S)
+
+    def _keep_once(self) -> None:
+        with self._changed:
+            if self.state is not PoolState.STARTING:
+                self._changed.wait(WATCH_S)
+            state, generation = self.state, self.generation
+        if state is PoolState.STARTING:
+            self._start_all()
+        elif state is PoolState.READY:
+            dead = [w for w in self.workers if w.process.poll() is not None]
+            if dead and self._calls.acquire(blocking=False):
+                try:
+                    self._break(death_text(dead[0], "while idle"), generation)
+                finally:
+                    self._calls.release()
+        elif state is PoolState.BROKEN and generation > 0:
+            self.start()  # It worked once on this machine: bring it back for the next run.
 
     def _start_all(self) -> None:
         try:
@@ -209,7 +214,7 @@ class Pool:
             )
         except (WorkerError, OSError) as error:
             with self._changed:
-                self._fail(str(error), START_BACK_OFF_S)
+                self._fail(str(error), AFTER_START_S)
             return
         with self._changed:
             self.workers, self.joined = team.workers, team.joined
@@ -228,17 +233,15 @@ class Pool:
             if self.generation != generation or self.state is not PoolState.READY:
                 return
             workers, self.workers = self.workers, ()
-            self._fail(reason, BACK_OFF_S)
+            self._fail(reason, AFTER_LOSS_S)
         for worker in workers:
             worker.process.kill()
         for worker in workers:
             worker.end(grace_s=0)
 
-    def _fail(self, reason: str, back_off_s: Sequence[float]) -> None:
+    def _fail(self, reason: str, waits_s: Sequence[float]) -> None:
         self.error = reason
-        delay_s = back_off_s[min(self._num_failures, len(back_off_s) - 1)]
-        self._may_start_at = time.monotonic() + delay_s
-        self._num_failures += 1
+        self._back_off.failed(waits_s)
         self._set_state(PoolState.BROKEN)
         log.error("xDiT: %s", reason)
 

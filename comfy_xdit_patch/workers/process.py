@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
     from comfy_xdit_patch.engine.groups import Groups
     from comfy_xdit_patch.transport.slots import SlotMap
+    from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
 PR_SET_PDEATHSIG = 1
 IDLE_WAIT_S = 3600.0
@@ -64,14 +65,15 @@ class Worker:
         try:
             start = self._channel.receive(deadline_s=IDLE_WAIT_S)
             assert isinstance(start, Start)
-            engine, slots, groups = self._join(start)
+            engine, slots, groups, heartbeat = self._join(start)
             while True:
                 message = self._next_message()
                 if isinstance(message, Stop):
                     groups.leave()
                     return
                 request = getattr(message, "request", 0)
-                self._serve(message, engine, slots)
+                with heartbeat.during(request):
+                    self._serve(message, engine, slots)
         except ChannelClosedError:
             log.info("the host is gone")
         except Exception as error:
@@ -83,7 +85,7 @@ class Worker:
             self._channel.send(report, deadline_s=REPLY_DEADLINE_S)
             _leave_at_once(1)
 
-    def _join(self, start: Start) -> tuple[Engine, SlotMap, Groups]:
+    def _join(self, start: Start) -> tuple[Engine, SlotMap, Groups, Heartbeat]:
         # Nothing that an import makes is garbage: without this the collector takes a third of the
         # start (11.4 s of CPU time become 7.9 s; ComfyUI 0.33.0, torch 2.11).
         gc.disable()
@@ -109,9 +111,11 @@ class Worker:
         import xfuser.core.distributed  # noqa: F401
 
         phase_done("xfuser", "joining the other ranks")
+        from comfy_xdit_patch.engine import collectives
         from comfy_xdit_patch.engine.engine import Engine
         from comfy_xdit_patch.engine.groups import Groups
         from comfy_xdit_patch.transport.slots import SlotMap
+        from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
         device = torch.device("cpu" if start.num_threads is not None else "cuda:0")
         groups = Groups.join(
@@ -130,7 +134,9 @@ class Worker:
         gc.freeze()
         gc.enable()
         slots = SlotMap(device)
-        return Engine(groups=groups, slots=slots), slots, groups
+        heartbeat = Heartbeat(self._channel, collectives.num_begun)
+        heartbeat.start()
+        return Engine(groups=groups, slots=slots), slots, groups, heartbeat
 
     def _next_message(self) -> Message:
         while True:
@@ -219,6 +225,8 @@ def main() -> None:
     options = parser.parse_args()
     _die_with(options.host_pid)
     faulthandler.enable()
+    # The host asks a rank that hangs where it is; the answer is the end of its log.
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
     # Ctrl+C in the terminal reaches the whole process group; the host decides, not the signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(

@@ -24,6 +24,14 @@ from comfy_xdit_patch.workers.launcher import Worker, launch_worker
 SEND_DEADLINE_S = 10.0
 POLL_S = 0.02
 MAX_TRACEBACK_CHARS = 20_000
+STATES = {
+    "R": "is running",
+    "S": "is waiting",
+    "D": "is waiting for a disk or a driver",
+    "T": "is stopped by a signal",
+    "t": "is stopped by a debugger",
+    "Z": "is dead",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +81,12 @@ def start_workers(
             )
             worker.channel.send(start, deadline_s=SEND_DEADLINE_S)
         joined = _join_all(workers, begin + settings.start_timeout_s, settings.start_timeout_s)
-    except (XditError, OSError) as error:
+    except BaseException as error:
         for worker in workers:
             worker.end(grace_s=0)
-        raise WorkerError(f"The workers did not start. {error}") from None
+        if isinstance(error, (XditError, OSError)):
+            raise WorkerError(f"The workers did not start. {error}") from None
+        raise
     finally:
         os.close(store_fd)
     return Team(tuple(workers), joined, time.monotonic() - begin)
@@ -120,6 +130,24 @@ def death_text(worker: Worker, when: str) -> str:
         f"Rank {worker.rank} (pid {worker.process.pid}, {worker.device.name}) "
         f"{worker.exit_text()} {when}. Last lines of {worker.log_path}:\n{worker.log_tail()}"
     )
+
+
+def hang_text(worker: Worker, why: str) -> str:
+    """Say which worker hangs, what its process does, and where it is, as its log has it."""
+    pid = worker.process.pid
+    return (
+        f"Rank {worker.rank} (pid {pid}, {worker.device.name}) {why}; its process "
+        f"{process_state(pid)}. Last lines of {worker.log_path}:\n{worker.log_tail()}"
+    )
+
+
+def process_state(pid: int) -> str:
+    """What the kernel says that a process does, in words."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "is gone"
+    return STATES.get(letter, f"is in state {letter}")
 
 
 def failure_text(worker: Worker, message: Failed) -> str:

@@ -28,7 +28,15 @@ EXCEPTIONS = {
 } | {"UncarriedArgumentError"}
 LOG_LEVELS = ("info", "warning", "error", "exception")
 # Functions that make a text which somebody else raises, logs or quotes.
-TEXT_FUNCTIONS = ("_check_tree", "death_text", "failure_text", "exit_text", "log_tail", "misfit")
+TEXT_FUNCTIONS = (
+    "_check_tree",
+    "death_text",
+    "failure_text",
+    "hang_text",
+    "exit_text",
+    "log_tail",
+    "misfit",
+)
 VALUE = "\0"
 
 

@@ -21,6 +21,7 @@ from comfy_xdit_patch.transport.channel import Channel, frame_of
 from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.slots import SlotMap
 from comfy_xdit_patch.workers import process
+from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
 
 class LeftError(BaseException):
@@ -33,7 +34,8 @@ class JoinedWorker(process.Worker):
     def _join(self, start: messages.Start) -> Any:
         slots = SlotMap(torch.device("cpu"))
         groups = Groups(rank=0, world_size=1, device=torch.device("cpu"))
-        return Engine(groups=groups, slots=slots), slots, groups
+        # Never started: what it would say in between is not what is looked at here.
+        return Engine(groups=groups, slots=slots), slots, groups, Heartbeat(self._channel, int)
 
 
 def leave(code: int) -> NoReturn:

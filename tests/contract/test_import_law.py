@@ -44,16 +44,17 @@ IMPORTERS = {
     "yunchang": set(),
     "torch.distributed": {
         "engine/attention.py",
+        "engine/collectives.py",
         "engine/groups.py",
         "engine/placing.py",
         "engine/residuals.py",
         "engine/sequence.py",
         "engine/weight_sharding.py",
-        "engine/whole_tensor.py",
         "engine/rank_tokens.py",
     },
     "torch": {
         "engine/attention.py",
+        "engine/collectives.py",
         "engine/control.py",
         "engine/driven.py",
         "engine/engine.py",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from rig.checkpoints import Sizes, models_directory
+from rig.fault_bench import Bench
+from rig.faults import Orders
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
@@ -64,3 +67,15 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     yield server
     for _, stack in running.values():
         stack.close()
+
+
+@pytest.fixture(scope="session")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
+    """Where faults are ordered."""
+    return Orders(Path(tmp_path_factory.mktemp("orders")))
+
+
+@pytest.fixture
+def bench(servers: Servers, tree: Tree, orders: Orders) -> Bench:
+    """Servers of this moment, for a test that disturbs them."""
+    return Bench(servers, tree, orders, num_ranks=int(os.environ.get("FAULTS_RANKS", "2")))

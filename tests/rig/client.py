@@ -86,6 +86,11 @@ class Client(Outputs):
                 f"comfy_xdit_patch is not active in this ComfyUI ({error}).\n{tail(self.log_path)}"
             ) from error
 
+    def queued(self) -> list[Any]:
+        """Return the prompts that run or wait."""
+        queue = self.request("/queue")
+        return [*queue["queue_running"], *queue["queue_pending"]]
+
     def interrupt(self) -> None:
         """Cancel the running prompt, as the Cancel button does."""
         self.request("/interrupt", {})

@@ -69,6 +69,7 @@ MESSAGES = [
     replies.Joined(
         rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
     ),
+    replies.Alive(request=1, count=57),
     replies.Loading(request=1, done=0.25),
     replies.Loaded(
         request=1,

@@ -16,6 +16,7 @@ import os
 import sys
 
 import rig_shim_corpus
+import rig_shim_faults
 import rig_shim_nodes
 
 TYPE_CHECKING = False  # typing and importlib.util are slow to import at every start
@@ -171,4 +172,4 @@ if os.environ.get("RIG_SHIM_DIFFUSION") != "0":
         rig_shim_corpus.adapt_detection,
     ]
     _adaptations = {**_adaptations, "comfy.model_detection": diffusion_model}
-sys.meta_path.insert(0, Finder(_adaptations))
+sys.meta_path.insert(0, Finder({**_adaptations, **rig_shim_faults.adaptations()}))

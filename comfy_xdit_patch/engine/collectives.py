@@ -1,0 +1,66 @@
+"""Every exchange of tensors between ranks, and the count of them.
+
+Runs in: worker process.
+
+A rank that waits for another one does so in here and nowhere else. The count tells the host how far
+a rank is, and in a hang, which one is behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+_num_begun = 0
+
+
+def num_begun() -> int:
+    """How many exchanges this process has begun, in all groups."""
+    return _num_begun
+
+
+def all_to_all(
+    out: torch.Tensor,
+    data: torch.Tensor,
+    *,
+    received: Sequence[int],
+    sent: Sequence[int],
+    group: dist.ProcessGroup,
+) -> None:
+    """Send a part of ``data`` to every rank, and fill ``out`` with what they send. Elements."""
+    _count()
+    dist.all_to_all_single(out, data, list(received), list(sent), group=group)
+
+
+def all_gather(parts: list[torch.Tensor], data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    """Fill ``parts`` with the ``data`` of all ranks, which have one size."""
+    _count()
+    dist.all_gather(parts, data, group=group)
+
+
+def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    """Fill ``whole`` with the shards of all ranks."""
+    _count()
+    dist.all_gather_into_tensor(whole, shard, group=group)
+
+
+def all_gather_into_async(
+    whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup
+) -> dist.Work:
+    """Begin the same; wait for the work before the tensors are used."""
+    _count()
+    work: dist.Work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
+    return work
+
+
+def all_reduce_max(value: torch.Tensor) -> None:
+    """Make ``value`` the largest that any rank of the world has."""
+    _count()
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+
+
+def _count() -> None:
+    global _num_begun
+    _num_begun += 1

@@ -1,0 +1,127 @@
+"""One server with ranks and a stock one, for tests that disturb the first.
+
+Runs in: the rig's environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rig import graphs
+from rig.compare import compare_all
+from rig.faults import AT_LOAD, AT_START, Fault, Orders
+from rig.graphs import Graph
+from rig.outputs import Pixels
+from rig.server import Server
+from rig.trees import Tree
+
+STEPS = 3
+SIZE = (128, 128)
+NUM_SEEDS = 4
+DEADLINE_S = 120.0
+"""Of every wait: for a prompt whose fault is found by a timeout, for workers to come back."""
+START_S, STEP_S = 60, 60
+SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
+
+
+class Bench:
+    """Two servers, images that are known, and what was disturbed made well again."""
+
+    def __init__(
+        self, servers: Callable[..., Server], tree: Tree, orders: Orders, *, num_ranks: int = 2
+    ) -> None:
+        self.orders = orders
+        self.stock = servers(tree, XDIT_STRATEGY="off")
+        self.ranks = servers(
+            tree,
+            XDIT_GPUS=f"cpu:{num_ranks}",
+            XDIT_START_TIMEOUT=str(START_S),
+            XDIT_STEP_TIMEOUT=str(STEP_S),
+            RIG_FAULTS=str(orders.path),
+        )
+        self.pids: set[int] = set()
+        self._expected: dict[tuple[int, int, tuple[int, int]], list[Pixels]] = {}
+        self._number = 0
+
+    @property
+    def host_pid(self) -> int:
+        assert self.ranks.process is not None
+        return self.ranks.process.pid
+
+    def graph_of(self, *, steps: int = STEPS, size: tuple[int, int] = SIZE) -> tuple[int, Graph]:
+        """A graph that ComfyUI has not just made, and its seed."""
+        self._number += 1
+        seed = 700 + self._number % NUM_SEEDS
+        graph = graphs.load("ksampler_dev")
+        return seed, graphs.with_values(graph, seed=seed, size=size, steps=steps, save_latent=True)
+
+    def image_of(
+        self, *, steps: int = STEPS, size: tuple[int, int] = SIZE
+    ) -> tuple[list[Pixels], Graph]:
+        """A graph, and what stock ComfyUI makes of it."""
+        seed, graph = self.graph_of(steps=steps, size=size)
+        key = seed, steps, size
+        if key not in self._expected:
+            self._expected[key] = self.stock.images(self.stock.run(graph, DEADLINE_S))
+        return self._expected[key], graph
+
+    def compare(self, expected: list[Pixels], history: dict[str, Any]) -> None:
+        """Fail if the server with ranks made another image."""
+        difference = compare_all(expected, self.ranks.images(history))
+        assert difference.is_equal, str(difference)
+
+    def run(self, *, size: tuple[int, int] = SIZE) -> tuple[dict[str, Any], float]:
+        """Make an image, compare it; return what is said of its run, and its seconds."""
+        expected, graph = self.image_of(size=size)
+        start = time.monotonic()
+        history = self.ranks.run(graph, DEADLINE_S)
+        seconds = time.monotonic() - start
+        self.compare(expected, history)
+        return self.ranks.status()["last_run"], seconds
+
+    def heal(self) -> None:
+        """Wait for the workers; the next image is parallel."""
+        end = time.monotonic() + DEADLINE_S
+        while self.ranks.status()["state"] != "ready":
+            assert time.monotonic() < end, self.ranks.status()
+            if self.ranks.status()["state"] == "idle":
+                self.run()  # the first one starts the workers
+            time.sleep(0.1)
+        run, _ = self.run()
+        assert run["steps_parallel"] == run["steps"] == STEPS, run
+        self.pids = {rank["pid"] for rank in self.ranks.status()["ranks"]}
+
+    def cause(self, fault: Fault) -> None:
+        """Bring about that the point of a fault is come to; a step comes with the next image."""
+        if fault.point == "idle":
+            pid = self.ranks.status()["ranks"][int(fault.rank)]["pid"]
+            os.kill(pid, SIGNALS[fault.kind])
+            return
+        if fault.point in (*AT_LOAD, "slot"):
+            self.free()
+        self.orders.give(fault)
+        if fault.point in (*AT_START, "store"):
+            os.kill(min(self.pids), signal.SIGKILL)
+        if fault.point == "unload":
+            self.ranks.free()
+        if fault.point in (*AT_START, "store", "unload"):
+            self._wait_until(lambda: not self.orders.open(), "the point was never come to")
+
+    def free(self) -> None:
+        """Have the workers drop the model, so that the next step loads it."""
+        self.ranks.free()
+        self._wait_until(
+            lambda: not any(rank["weight_bytes"] for rank in self.ranks.status()["ranks"]),
+            "never freed",
+        )
+
+    @staticmethod
+    def _wait_until(is_so: Callable[[], bool], complaint: str) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not is_so():
+            assert time.monotonic() < end, complaint
+            time.sleep(0.02)

@@ -1,0 +1,223 @@
+"""Plant faults in real processes: at a named point of a rank, once, when a test has ordered it.
+
+Runs in: host and worker of a rig server whose environment has ``RIG_FAULTS``, a directory.
+
+A test writes an order, the file ``<point>.<rank>`` (``<point>.host``) whose text is a kind of
+fault. The first process of that rank to come to that point takes the file away and obeys.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+ORDERS = os.environ.get("RIG_FAULTS")
+WORKER = "comfy_xdit_patch.workers.process"
+WITHIN = 3
+"""Which exchange of a request is the one in whose middle something happens."""
+DELAY_S = 2.0
+FOREVER_S = 3600.0
+
+
+def rank_here() -> str:
+    """Who this process is: a rank as a number, ``host``, or another program."""
+    if WORKER in sys.orig_argv:
+        return next(a.split("=")[1] for a in sys.orig_argv if a.startswith("--rank="))
+    return "host" if "main.py" in sys.orig_argv else "other"
+
+
+RANK = rank_here()
+
+
+def taken(point: str) -> str | None:
+    """Take the order for this point, if there is one."""
+    assert ORDERS is not None
+    order, mine = f"{ORDERS}/{point}.{RANK}", f"{ORDERS}/taken-{os.getpid()}"
+    try:
+        os.rename(order, mine)
+    except OSError:
+        return None
+    with open(mine) as file:
+        return file.read()
+
+
+def obey(kind: str | None) -> None:
+    """Do what is ordered, in this process."""
+    import ctypes
+    import signal
+
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "segv":
+        ctypes.string_at(8)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "exception":
+        raise RuntimeError("planted")
+    elif kind == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("planted: tried to allocate 2.00 GiB")
+    elif kind == "hang":
+        time.sleep(FOREVER_S)
+    elif kind == "delay":
+        time.sleep(DELAY_S)
+    elif kind == "dead link":
+        cut_links()
+    elif kind is not None:
+        raise ValueError(f"the order {kind!r}")
+
+
+def cut_links() -> None:
+    """Shut down every TCP connection of this process, as a dying network card does."""
+    import contextlib
+    import socket
+
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            link = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        if link.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):  # It listens.
+                link.shutdown(socket.SHUT_RDWR)
+        link.close()
+
+
+def around(owner: Any, name: str, point: str, after: str | None = None) -> None:
+    """Make a point before a function, and one after it."""
+    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    function = original.__func__ if isinstance(original, classmethod) else original
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        obey(taken(point))
+        out = function(*args, **kwargs)
+        if after is not None:
+            obey(taken(after))
+        return out
+
+    setattr(owner, name, classmethod(wrapped) if function is not original else wrapped)
+
+
+def adapt_groups(groups: Any) -> None:
+    around(groups.Groups, "join", "join", "joined")
+    around(groups.Groups, "leave", "shutdown")
+
+
+def adapt_engine(engine: Any) -> None:
+    cls = engine.Engine
+    around(cls, "drop", "unload")
+    around(cls, "control", "control")
+    around(cls, "run_block", "block")
+    forward = cls.forward
+
+    def forward_with_points(self: Any, message: Any) -> Any:
+        global _num_exchanges
+        _num_exchanges = 0
+        obey(taken("before"))
+        done = forward(self, message)
+        kind = taken("after")
+        if kind == "nan":
+            import torch
+
+            slot = self._slots[message.result]
+            slot.view(getattr(torch, done.dtype), done.shape).fill_(float("nan"))
+        else:
+            obey(kind)
+        return done
+
+    cls.forward = forward_with_points
+
+
+def adapt_residents(residents: Any) -> None:
+    around(residents.Residents, "take", "load")
+
+
+def adapt_placing(placing: Any) -> None:
+    around(placing, "place_whole", "patch")
+
+
+_num_exchanges = 0
+
+
+def adapt_collectives(collectives: Any) -> None:
+    exchange = collectives.all_to_all
+
+    def all_to_all(*args: Any, **kwargs: Any) -> None:
+        global _num_exchanges
+        _num_exchanges += 1
+        if _num_exchanges == WITHIN:
+            obey(taken("within"))  # The others are in it already, or will be.
+        exchange(*args, **kwargs)
+
+    collectives.all_to_all = all_to_all
+
+
+def adapt_channel(channel: Any) -> None:
+    send = channel.Channel.send
+
+    def send_with_points(self: Any, message: Any, **options: Any) -> int:
+        if type(message).__name__ == "Done":
+            kind = taken("reply")
+            frame = channel.frame_of(message)
+            if kind == "torn":
+                self._socket.sendall(frame[: len(frame) // 2])
+                obey("kill")
+            elif kind == "half":
+                self._socket.sendall(frame[: len(frame) // 2])
+                obey("stop")
+            elif kind == "garbage":
+                self._socket.sendall(frame[:4] + os.urandom(len(frame) - 4))
+                obey("hang")
+            elif kind == "too long":
+                self._socket.sendall(b"\xff" * 64)
+                obey("hang")
+            else:
+                obey(kind)
+        return send(self, message, **options)  # type: ignore[no-any-return]
+
+    channel.Channel.send = send_with_points
+
+
+def adapt_back_off(back_off: Any) -> None:
+    """Try again at once: tests have no ten minutes."""
+    back_off.AFTER_START_S = (0.5,)
+    back_off.AFTER_LOSS_S = (0.0,)
+
+
+def refuse_memory() -> None:
+    """Make points of the host's calls of the system for our shared memory."""
+    create = os.memfd_create
+
+    def memfd_create(name: str, *args: Any) -> int:
+        point = {"comfy-xdit-slot": "slot", "comfy-xdit-store": "store"}.get(name)
+        if point is not None and taken(point) is not None:
+            raise OSError(28, "No space left on device (planted)")
+        return create(name, *args)
+
+    os.memfd_create = memfd_create
+
+
+def adaptations() -> dict[str, list[Callable[[Any], None]]]:
+    """What to do after which module was executed; in no environment but a test's, nothing."""
+    if ORDERS is None or RANK == "other":
+        return {}
+    if RANK == "host":
+        refuse_memory()
+        return {"comfy_xdit_patch.workers.back_off": [adapt_back_off]}
+    obey(taken("start"))
+    return {
+        "xfuser.core.distributed": [lambda _: obey(taken("import"))],
+        "comfy_xdit_patch.engine.groups": [adapt_groups],
+        "comfy_xdit_patch.engine.engine": [adapt_engine],
+        "comfy_xdit_patch.engine.residents": [adapt_residents],
+        "comfy_xdit_patch.engine.placing": [adapt_placing],
+        "comfy_xdit_patch.engine.collectives": [adapt_collectives],
+        "comfy_xdit_patch.transport.channel": [adapt_channel],
+    }
