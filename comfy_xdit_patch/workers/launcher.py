@@ -7,6 +7,7 @@ The seam for other launchers: a pool needs nothing of a worker but what ``Worker
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -24,6 +25,10 @@ TAIL_LINES = 12
 TAIL_BYTES = 20_000
 GRACE_S = 4.0
 LOG_PREFIX = "comfy-xdit-patch-"
+PID_SUFFIX = ".pid"
+"""Of a file beside the log, there while the worker is."""
+
+_log_dirs: set[Path] = set()
 
 
 @dataclass(slots=True)
@@ -60,6 +65,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.log_path.with_suffix(PID_SUFFIX).unlink(missing_ok=True)
         self.channel.close()
 
 
@@ -90,6 +96,8 @@ def launch_worker(
             env=worker_variables(device, cpu_threads=cpu_threads),
             pass_fds=(theirs.fileno(), store_fd),
         )
+    with open(log_path.with_suffix(PID_SUFFIX), "w", opener=_private) as pid_file:
+        pid_file.write(str(process.pid))
     return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)
 
 
@@ -105,6 +113,24 @@ def make_log_dir() -> Path:
     base = Path(tempfile.gettempdir())
     for old in base.glob(f"{LOG_PREFIX}*"):
         pid = old.name.removeprefix(LOG_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not old.is_symlink():
-            shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{LOG_PREFIX}{os.getpid()}-"))
+        if not pid.isdigit() or old.is_symlink() or old in _log_dirs:
+            continue
+        if int(pid) == os.getpid():
+            _wait_for_workers_of_before(old)
+        elif Path(f"/proc/{pid}").exists():
+            continue
+        shutil.rmtree(old, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{LOG_PREFIX}{os.getpid()}-"))
+    _log_dirs.add(made)
+    return made
+
+
+def _wait_for_workers_of_before(log_dir: Path) -> None:
+    """Wait for the children of the program that ran in this process before.
+
+    ComfyUI-Manager restarts ComfyUI with ``execv``. The kernel ends the workers then, and keeps
+    their numbers until this process, which is still their parent, waits for them.
+    """
+    for path in log_dir.glob(f"*{PID_SUFFIX}"):
+        with contextlib.suppress(OSError, ValueError):
+            os.waitpid(int(path.read_text()), os.WNOHANG)

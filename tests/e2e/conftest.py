@@ -11,8 +11,11 @@ import pytest
 from rig.checkpoints import Sizes, models_directory
 from rig.fault_bench import Bench
 from rig.faults import Orders
+from rig.lone import LoneServer
 from rig.server import Server, base_directory
-from rig.trees import Tree
+from rig.trees import Tree, trees_for_tests
+
+import comfy_xdit_patch
 
 Servers = Callable[..., Server]
 GGUF_PACK = Path(__file__).parents[1] / "rig" / "gguf_pack"
@@ -31,8 +34,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable.
 
     ``variants`` adds the model files of ``rig.checkpoints``; ``models`` is a directory instead of
-    these; ``node_packs`` are custom nodes, ``extra_args`` ComfyUI's own options. Most tests leave all alone and so share one stock server
-    and one with ranks.
+    these; ``node_packs`` are custom nodes, ``extra_args`` ComfyUI's own options. Most tests leave
+    all alone and so share one stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
 
@@ -67,6 +70,16 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     yield server
     for _, stack in running.values():
         stack.close()
+
+
+@pytest.fixture(scope="session")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoneServer]:
+    """``lone()``: one more server with two ranks, beside those of ``servers``."""
+    package = Path(comfy_xdit_patch.__file__).parent
+    tree = trees_for_tests()[-1]
+    started = LoneServer(tree, tmp_path_factory.mktemp("lone"), watched=(tree.path, package))
+    yield started
+    started.stop()
 
 
 @pytest.fixture(scope="session")

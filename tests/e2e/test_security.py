@@ -7,77 +7,57 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rig import graphs
-from rig.server import Server
+from rig.lone import LoneServer, listing
 from rig.sockets import internet_sockets
-from rig.trees import trees_for_tests
 
-import comfy_xdit_patch
+pytestmark = [pytest.mark.group("neighbours"), pytest.mark.usefixtures("newest_only")]
 
 DEADLINE_S = 600.0
 WORD = "quokkaharbour"
 # Where ComfyUI itself writes; "user" holds its own log and settings.
 COMFYUI_FOLDERS = ("output", "temp", "user", "input", "custom_nodes")
-PACKAGE = Path(comfy_xdit_patch.__file__).parent
-
-Servers = Callable[..., Server]
-Listing = dict[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
 class Running:
-    """A server that has made an image, and what lay on the disk before it started."""
+    """A server that has made an image."""
 
-    server: Server
-    pids: list[int]
-    home: Path
-    temporary: Path
-    before: dict[Path, Listing]
-
-    @property
-    def all_pids(self) -> list[int]:
+    def __init__(self, lone: LoneServer) -> None:
+        self.server = lone()
+        self.server.run(graph(), DEADLINE_S)
+        self.home, self.temporary, self.before = lone.home, lone.temporary, lone.before
+        status = self.server.status()
+        assert status["last_run"]["steps_parallel"] == 2
+        self.pids = [rank["pid"] for rank in status["ranks"]]
+        self.logs = [Path(rank["log"]) for rank in status["ranks"]]
         assert self.server.process is not None
-        return [self.server.process.pid, *self.pids]
+        self.all_pids = [self.server.process.pid, *self.pids]
 
-    @property
-    def logs(self) -> list[Path]:
-        return [Path(rank["log"]) for rank in self.server.status()["ranks"]]
+
+_running: list[Running] = []
 
 
 @pytest.fixture(scope="module")
-def running(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with two ranks, and a home and a temporary directory that nobody else uses."""
-    tree = trees_for_tests()[-1]
-    home, temporary = (tmp_path_factory.mktemp(name) for name in ("home", "temporary"))
-    watched = (home, tree.path, PACKAGE)
-    before = {path: listing(path) for path in watched}
-    env = {"HOME": str(home), "TMPDIR": str(temporary), "XDG_CACHE_HOME": ""}
-    env |= {"XDIT_GPUS": "cpu:2", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
-    server = servers(tree, hidden=256, variants=False, **env)
-    server.run(graph(), DEADLINE_S)
-    pids = [rank["pid"] for rank in server.status()["ranks"]]
-    yield Running(server, pids, home, temporary, before)
-    server.stop()  # nobody else wants this home
+def _lone_until_the_end(lone: LoneServer) -> Iterator[None]:
+    yield
+    lone.stop()
+
+
+@pytest.fixture
+def running(lone: LoneServer, _lone_until_the_end: None) -> Running:
+    if not _running:
+        _running.append(Running(lone))
+    return _running[0]
 
 
 def graph(seed: int = 700) -> graphs.Graph:
     graph = graphs.load("ksampler_dev")
     prompt = f"a {WORD} by the sea"
     return graphs.with_values(graph, seed=seed, size=(128, 128), steps=2, prompt=prompt)
-
-
-def listing(folder: Path) -> Listing:
-    """Every file below a folder, with size and time of change; Python's own caches apart."""
-    return {
-        str(path.relative_to(folder)): (status.st_size, status.st_mtime_ns)
-        for path in folder.rglob("*")
-        if "__pycache__" not in path.parts and stat.S_ISREG((status := path.lstat()).st_mode)
-    }
 
 
 def test_only_comfyuis_own_port_listens_and_only_on_loopback(running: Running) -> None:
@@ -128,7 +108,8 @@ def test_logs_of_workers_are_private(running: Running) -> None:
     for log in running.logs:
         assert log.parent.parent == running.temporary
         assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
-        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        for file in log.parent.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) & 0o077 == 0
         assert log.stat().st_size > 0
 
 
@@ -136,7 +117,8 @@ def test_nothing_is_written_but_logs_and_what_comfyui_writes(running: Running) -
     for folder, before in running.before.items():
         assert listing(folder) == before, folder
     logs = {str(log.relative_to(running.temporary)) for log in running.logs}
-    assert set(listing(running.temporary)) == logs
+    numbers = {str(Path(log).with_suffix(".pid")) for log in logs}
+    assert set(listing(running.temporary)) == logs | numbers
     base = running.server.base_dir
     written = {Path(name).parts[0] for name in listing(base)}
     assert written <= {*COMFYUI_FOLDERS, "front-end", "server.log"}

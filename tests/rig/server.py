@@ -127,6 +127,13 @@ class Server(Client):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(STOP_DEADLINE_S)
 
+    def start_again(self) -> None:
+        """Wait until ComfyUI answers again that replaced itself in its process."""
+        self._await_ready()
+        if self._progress is not None:
+            self._progress.close()
+        self.listen()
+
     def check_alive(self) -> None:
         """Raise if ComfyUI has ended."""
         code = self.process.poll() if self.process else None

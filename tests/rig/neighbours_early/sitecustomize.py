@@ -77,6 +77,7 @@ for folder in sys.path:
     other = Path(folder) / "sitecustomize.py"
     if other.is_file() and other.parent.resolve() != here.resolve():
         spec = importlib.util.spec_from_file_location("sitecustomize_of_the_rig", other)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
         break

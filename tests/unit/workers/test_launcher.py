@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,24 @@ def test_logs_of_hosts_that_ended_are_cleared_and_those_of_others_are_kept(tempo
     log_dir = make_log_dir()
     left = {path.name for path in temporary.iterdir()}
     assert left == {f"{LOG_PREFIX}1-x", f"{LOG_PREFIX}notes-x", log_dir.name}
+
+
+def test_a_program_that_replaced_a_host_in_its_process_clears_away_after_it(temporary):
+    """As after ComfyUI-Manager's restart by ``execv``."""
+    before = temporary / f"{LOG_PREFIX}{os.getpid()}-before"
+    before.mkdir()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    (before / "worker-0.log").touch()
+    for rank, text in enumerate([str(child), NO_PROCESS, "1", "no number"]):
+        (before / f"worker-{rank}.pid").write_text(text)
+    deadline = time.monotonic() + 10
+    while " Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline
+    log_dir = make_log_dir()
+    assert list(temporary.iterdir()) == [log_dir]
+    assert not os.path.exists(f"/proc/{child}"), "nobody had waited for it"
 
 
 def test_leavings_that_cannot_be_cleared_are_no_obstacle(temporary):
@@ -236,4 +255,11 @@ def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, 
 def test_a_workers_log_is_its_own_and_cannot_be_read_by_others(launched, tmp_path):
     assert launched.log_path == tmp_path / "worker-3.log"
     assert mode(launched.log_path) == 0o600
+
+
+def test_beside_the_log_stands_the_workers_number_while_it_lives(launched, tmp_path):
+    number = tmp_path / "worker-3.pid"
+    assert number.read_text() == str(launched.process.pid)
+    launched.end(grace_s=0)
+    assert not number.exists()
     assert launched.rank == 3

@@ -2,12 +2,14 @@
 
 Runs in: a ComfyUI process of a test server.
 
-Each module does at import what packs do at import. ``GET /neighbours`` says how often each was at
+Each module does at import what packs do at import; ``RIG_NEIGHBOURS`` names the modules, all of
+them if it is not set. ``GET /neighbours`` says how often each was at
 work; ``POST /neighbours/restart`` does what ComfyUI-Manager does.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import Any
@@ -15,15 +17,18 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
-from . import forks, functions, process_group
-
+NAMES = os.environ.get("RIG_NEIGHBOURS", "forks functions process_group").split()
+neighbours = [importlib.import_module(f"{__name__}.{name}") for name in NAMES]
 routes = PromptServer.instance.routes
 
 
 @routes.get("/neighbours")
 async def counts(_: Any) -> web.Response:
     """Say how often each neighbour was at work."""
-    return web.json_response({**functions.counts, **forks.counts(), **process_group.counts()})
+    found: dict[str, int] = {}
+    for neighbour in neighbours:
+        found |= neighbour.counts()
+    return web.json_response(found)
 
 
 @routes.post("/neighbours/restart")

@@ -21,6 +21,7 @@ import torch
 CHILD_S = 20.0
 EVERY_S = 0.5
 MAX_CHILDREN = 3
+AT_A_START = "forks_at_a_start"
 
 _children: set[int] = set()
 _counts = {"threads": 0, "forks": 0, "forks_at_a_start": 0, "subprocesses": 0}
@@ -41,12 +42,16 @@ def _compute() -> None:
 
 
 def _fork(why: str) -> None:
+    parent = os.getpid()
     with _lock:
         pid = os.fork()
         if pid == 0:
-            time.sleep(CHILD_S)
+            end = time.monotonic() + CHILD_S
+            while os.getppid() == parent and (time.monotonic() < end or why == AT_A_START):
+                time.sleep(0.5)
             os._exit(0)
-        _children.add(pid)
+        if why != AT_A_START:  # those live as long as their parent
+            _children.add(pid)
         _counts[why] += 1
 
 
@@ -64,7 +69,7 @@ def _fork_now_and_then() -> None:
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
     if event == "subprocess.Popen" and "comfy_xdit_patch.workers.process" in args[1]:
-        _fork("forks_at_a_start")
+        _fork(AT_A_START)
 
 
 sys.addaudithook(_watch)

@@ -22,7 +22,13 @@ import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 
-counts: Counter[str] = Counter()
+_counts: Counter[str] = Counter()
+
+
+def counts() -> dict[str, int]:
+    """How often each function was called."""
+    return dict(_counts)
+
 
 PLACES = (
     (comfy.ldm.flux.model.Flux, "forward"),
@@ -45,7 +51,7 @@ PLACES = (
 
 def _around(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def neighbour(*args: Any, **kwargs: Any) -> Any:
-        counts[name] += 1
+        _counts[name] += 1
         return original(*args, **kwargs)
 
     return neighbour
@@ -53,7 +59,7 @@ def _around(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 for owner, attribute in PLACES:
     name = f"{owner.__name__.rpartition('.')[2]}.{attribute}"
-    counts[name] = 0
+    _counts[name] = 0
     setattr(owner, attribute, _around(name, getattr(owner, attribute)))
 
 _load_models_gpu = comfy.model_management.load_models_gpu
@@ -67,7 +73,7 @@ def load_models_gpu(
     force_full_load: bool = False,
 ) -> Any:
     """Stand in ComfyUI's place: make room first, in one's own way, then load."""
-    counts["load_models_gpu"] += 1
+    _counts["load_models_gpu"] += 1
     for model in models:
         comfy.model_management.free_memory(1024, model.load_device)
     return _load_models_gpu(
