@@ -22,6 +22,7 @@ from comfy_xdit_patch.workers.starting import (
     death_text,
     failure_text,
     hang_text,
+    is_dead_and_silent,
 )
 from comfy_xdit_patch.workers.watch import StepTimes, Watch, kind_of
 
@@ -118,7 +119,10 @@ class Exchange:
         return replies
 
     def _check(self, watch: Watch) -> None:
-        """Raise WorkerError if a rank hangs."""
+        """Raise WorkerError if a rank is dead or hangs."""
+        for worker in self._workers:
+            if worker.rank in self._outstanding and is_dead_and_silent(worker):
+                raise WorkerError(death_text(worker, "during a request"))
         hanging = watch.hanging(self._outstanding, time.monotonic())
         if hanging is None:
             return

@@ -26,7 +26,7 @@ TAIL_BYTES = 20_000
 GRACE_S = 4.0
 LOG_PREFIX = "comfy-xdit-patch-"
 PID_SUFFIX = ".pid"
-"""Of a file beside the log, there while the worker is."""
+"""Of an empty file beside the log, named after the worker's number: there while the worker is."""
 
 _log_dirs: set[Path] = set()
 
@@ -65,7 +65,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.log_path.with_suffix(PID_SUFFIX).unlink(missing_ok=True)
+        _mark_of(self.log_path, self.process.pid).unlink(missing_ok=True)
         self.channel.close()
 
 
@@ -96,9 +96,12 @@ def launch_worker(
             env=worker_variables(device, cpu_threads=cpu_threads),
             pass_fds=(theirs.fileno(), store_fd),
         )
-    with open(log_path.with_suffix(PID_SUFFIX), "w", opener=_private) as pid_file:
-        pid_file.write(str(process.pid))
+    _mark_of(log_path, process.pid).touch(0o600)
     return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)
+
+
+def _mark_of(log_path: Path, pid: int) -> Path:
+    return log_path.with_name(f"{pid}{PID_SUFFIX}")
 
 
 def _private(path: str, flags: int) -> int:
@@ -133,4 +136,4 @@ def _wait_for_workers_of_before(log_dir: Path) -> None:
     """
     for path in log_dir.glob(f"*{PID_SUFFIX}"):
         with contextlib.suppress(OSError, ValueError):
-            os.waitpid(int(path.read_text()), os.WNOHANG)
+            os.waitpid(int(path.stem), os.WNOHANG)

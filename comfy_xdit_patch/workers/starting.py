@@ -112,6 +112,9 @@ def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[i
                         f"{message.rank} (pid {message.pid})."
                     )
                 joined[worker.rank] = message
+        for worker in missing:
+            if worker.rank not in joined and is_dead_and_silent(worker):
+                raise WorkerError(death_text(worker, "during its start"))
         if time.monotonic() > end and len(joined) < len(workers):
             late = [worker for worker in workers if worker.rank not in joined]
             names = ", ".join(f"rank {worker.rank}" for worker in late)
@@ -120,6 +123,16 @@ def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[i
                 f"Last lines of {late[0].log_path}:\n{late[0].log_tail()}"
             )
     return joined
+
+
+def is_dead_and_silent(worker: Worker) -> bool:
+    """Whether a process has ended and everything that it said was read.
+
+    A dead worker's channel reports its end, but not while somebody else holds it open: a process
+    that another extension forked from ComfyUI in the moment in which the worker was started.
+    """
+    is_dead = worker.process.poll() is not None
+    return is_dead and not wait_readable([worker.channel], timeout_s=0)
 
 
 def death_text(worker: Worker, when: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import random
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ class Quiet(Worker):
 SETTINGS = read_settings({"XDIT_GPUS": "cpu:2", "XDIT_STEP_TIMEOUT": "0.05"})
 HOST_STATE = HostState("/", [], [], False, {})
 CPU = Device(name="cpu")
+NO_LOG = Path("/nowhere/worker.log")
 X = torch.ones(2, 4, 16, 8)  # a whole page
 DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes)
 CONTROLLED = replies.Controlled(
@@ -83,7 +85,7 @@ class World:
             theirs.shutdown(socket.SHUT_WR)
             self.ends.append(theirs)
             channel = Channel(ours, takes_fds=False)
-            worker: Any = Quiet(rank, CPU, Process(), channel, None)  # type: ignore[arg-type]
+            worker: Any = Quiet(rank, CPU, Process(), channel, NO_LOG)  # type: ignore[arg-type]
             workers.append(worker)
         self.pool.workers = tuple(workers)
         self.pool._exchange = Exchange(workers, step_timeout_s=SETTINGS.step_timeout_s)

@@ -117,7 +117,8 @@ def test_nothing_is_written_but_logs_and_what_comfyui_writes(running: Running) -
     for folder, before in running.before.items():
         assert listing(folder) == before, folder
     logs = {str(log.relative_to(running.temporary)) for log in running.logs}
-    numbers = {str(Path(log).with_suffix(".pid")) for log in logs}
+    folder = running.logs[0].parent.name
+    numbers = {f"{folder}/{pid}.pid" for pid in running.pids}
     assert set(listing(running.temporary)) == logs | numbers
     base = running.server.base_dir
     written = {Path(name).parts[0] for name in listing(base)}

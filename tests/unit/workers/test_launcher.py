@@ -77,8 +77,8 @@ def test_a_program_that_replaced_a_host_in_its_process_clears_away_after_it(temp
     if child == 0:
         os._exit(0)
     (before / "worker-0.log").touch()
-    for rank, text in enumerate([str(child), NO_PROCESS, "1", "no number"]):
-        (before / f"worker-{rank}.pid").write_text(text)
+    for name in (str(child), NO_PROCESS, "1", "no number"):
+        (before / f"{name}.pid").touch()
     deadline = time.monotonic() + 10
     while " Z " not in Path(f"/proc/{child}/stat").read_text():
         assert time.monotonic() < deadline
@@ -258,8 +258,8 @@ def test_a_workers_log_is_its_own_and_cannot_be_read_by_others(launched, tmp_pat
 
 
 def test_beside_the_log_stands_the_workers_number_while_it_lives(launched, tmp_path):
-    number = tmp_path / "worker-3.pid"
-    assert number.read_text() == str(launched.process.pid)
+    number = tmp_path / f"{launched.process.pid}.pid"
+    assert mode(number) == 0o600
     launched.end(grace_s=0)
     assert not number.exists()
     assert launched.rank == 3

@@ -1,0 +1,68 @@
+"""Deaths that no channel reports, with real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.transport.channel import Channel, frame_of
+from comfy_xdit_patch.transport.messages import Unload
+from comfy_xdit_patch.transport.replies import Failed
+from comfy_xdit_patch.workers.exchange import Exchange
+from comfy_xdit_patch.workers.launcher import Worker
+from comfy_xdit_patch.workers.starting import _join_all
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """A process in a worker's place, and its end of the channel, which somebody else holds too."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"])
+    made = Worker(0, Device(name="cpu"), process, Channel(ours), tmp_path / "worker-0.log")
+    yield made, theirs
+    process.kill()
+    process.wait()
+    made.channel.close()
+    theirs.close()
+
+
+def request(worker):
+    exchange = Exchange([worker], step_timeout_s=60.0)
+    return exchange.request(
+        Unload,
+        before=[],
+        meanwhile=lambda: worker.process.kill(),
+        poll=lambda: None,
+        progress=lambda _, __: None,
+    )
+
+
+def test_a_death_is_noticed_at_once_though_somebody_holds_the_channel_open(worker):
+    made, _ = worker
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="was killed by signal 9 during a request"):
+        request(made)
+    assert time.monotonic() - start < 1
+
+
+def test_what_a_worker_said_before_its_death_is_still_heard(worker):
+    made, theirs = worker
+    theirs.sendall(frame_of(Failed(1, "forward", "CUDA out of memory", "")))
+    with pytest.raises(WorkerError, match="CUDA out of memory"):
+        request(made)
+
+
+def test_a_death_in_the_start_is_noticed_though_somebody_holds_the_channel_open(worker):
+    made, _ = worker
+    os.kill(made.process.pid, 9)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="was killed by signal 9 during its start"):
+        _join_all([made], time.monotonic() + 60, 60.0)
+    assert time.monotonic() - start < 1
