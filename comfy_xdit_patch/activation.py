@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +85,7 @@ class Activation:
             log.error("xDiT: %s. ComfyUI goes on alone.", self.refused)
             return
         self.host, self.sampling = host, patch_set
-        atexit.register(pool.stop)
+        atexit.register(stop_unless_forked, pool, os.getpid())
         log.info(
             "xDiT: active on %d %s, strategy %s.",
             len(devices),
@@ -116,6 +117,12 @@ class Activation:
 
             server.routes.get("/xdit/status")(answer)
         return wrapped(*args, **kwargs)
+
+
+def stop_unless_forked(pool: Pool, owner_pid: int) -> None:
+    """End the workers with this process, but not with one that somebody forked from it."""
+    if os.getpid() == owner_pid:
+        pool.stop()
 
 
 def _check_device_kind(devices: tuple[Device, ...]) -> None:
