@@ -18,7 +18,7 @@ from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import SequenceShares
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Declined, Fetched, Ran
+from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran, short
 from comfy_xdit_patch.workers.exchange import Poll
 
 TOKENS = {"img": "image", "txt": "text", "x": "joint"}
@@ -124,7 +124,7 @@ class DrivenStep:
         self.num_blocks += 1
         for rank, reply in enumerate(replies):
             if isinstance(reply, Declined):
-                raise DeclinedError(reply.reason[:MAX_TEXT_CHARS])
+                raise DeclinedError(short(reply.reason))
             assert isinstance(reply, Ran)
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds

@@ -23,7 +23,7 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Forget, Forward
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Declined, Done, Reply
+from comfy_xdit_patch.transport.replies import Declined, Done, Reply, short
 from comfy_xdit_patch.workers.exchange import Poll
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
@@ -127,7 +127,7 @@ class RemoteForward:
         self._totals.bytes_to_workers += self._wire.control_bytes - control
         first = replies[0]
         if isinstance(first, Declined):
-            raise DeclinedError(first.reason[:MAX_TEXT_CHARS])
+            raise DeclinedError(short(first.reason))
         self._count(replies)
         assert isinstance(first, Done)
         shared = result.view(getattr(torch, first.dtype), first.shape)

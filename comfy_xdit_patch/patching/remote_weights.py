@@ -20,7 +20,7 @@ from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.packs import NoRoomError
-from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Loaded, NotLoaded
+from comfy_xdit_patch.transport.replies import Loaded, NotLoaded, short
 from comfy_xdit_patch.transport.skeleton import describe
 from comfy_xdit_patch.transport.tensors import ForeignTensorError
 from comfy_xdit_patch.transport.values import UncarriedValueError
@@ -125,8 +125,7 @@ class RemoteWeights:
             return replies
         if any(reply.fingerprint != expected for reply in replies):
             return Refusal("the workers cannot rebuild the model that ComfyUI holds")
-        refusal = self._verify(base_model, [reply.digests for reply in replies])
-        if refusal is not None:
+        if refusal := self._verify(base_model, [reply.digests for reply in replies]):
             return refusal
         self._held[known.number] = state.key, placement.mode
         return known
@@ -171,10 +170,9 @@ class RemoteWeights:
         loaded = [reply for reply in replies if isinstance(reply, Loaded)]
         for rank, reply in enumerate(replies):
             if isinstance(reply, NotLoaded):
-                self._totals.last_error = (
-                    f"Rank {rank} could not load the model: {reply.error[:MAX_TEXT_CHARS]}"
-                )
-                log.error("xDiT: %s", self._totals.last_error)
+                error = f"Rank {rank} could not load the model: {short(reply.error)}"
+                self._totals.last_error = error
+                log.error("xDiT: %s", error)
                 self._failed.setdefault(which, BackOff()).failed(AFTER_LOAD_S)
                 return NOT_LOADED
             assert isinstance(reply, Loaded)

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 MAX_TEXT_CHARS = 2000
-"""Of a worker's text, this much reaches ComfyUI's log."""
+
+
+def short(text: str) -> str:
+    """Cut a worker's text to what may reach ComfyUI's log."""
+    return text[:MAX_TEXT_CHARS]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.channel import Channel, wait_readable
 from comfy_xdit_patch.transport.messages import Start
-from comfy_xdit_patch.transport.replies import MAX_TEXT_CHARS, Failed, Joined
+from comfy_xdit_patch.transport.replies import Failed, Joined, short
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.launcher import Worker, launch_worker
 
@@ -166,7 +166,7 @@ def process_state(pid: int) -> str:
 def failure_text(worker: Worker, message: Failed) -> str:
     """Say what a worker reported of its own failure."""
     return (
-        f"Rank {worker.rank} ({worker.device.name}) failed in {message.phase[:MAX_TEXT_CHARS]}: "
-        f"{message.error[:MAX_TEXT_CHARS]}\nTraceback from rank {worker.rank}:\n"
+        f"Rank {worker.rank} ({worker.device.name}) failed in {short(message.phase)}: "
+        f"{short(message.error)}\nTraceback from rank {worker.rank}:\n"
         f"{message.traceback[-MAX_TRACEBACK_CHARS:]}"
     )
