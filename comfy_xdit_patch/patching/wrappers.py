@@ -143,7 +143,9 @@ class Wrappers:
 
     def _bind(self, wrapped: Call, args: Any, kwargs: Any) -> dict[str, Any]:
         """Name all arguments: their order differs between ComfyUI versions."""
-        function = getattr(wrapped, "__func__", wrapped)
+        # Under a plain function of another extension's, wrapt hands us a proxy that holds the
+        # object it is bound to: as a key it would keep a model for as long as the process lives.
+        function = getattr(wrapped, "__func__", None) or getattr(wrapped, "__wrapped__", wrapped)
         signature = self._signatures.get(function)
         if signature is None:
             signature = self._signatures[function] = inspect.signature(wrapped)
