@@ -30,7 +30,7 @@ from rig.faults import (
     num_fds,
     num_threads,
 )
-from rig.memory import process_memory
+from rig.memory import own_memory
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
@@ -187,13 +187,13 @@ def test_a_long_run_with_faults_cancels_and_sizes_leaves_no_trace(
             bench.free()
             trace.append(
                 {
-                    "pss": process_memory(host).pss,
+                    "memory of the host": own_memory(host),
                     "file descriptors": num_fds(host),
                     "threads": num_threads(host),
                     "children": len(children(host)),
                     "/dev/shm": len(os.listdir("/dev/shm")),
                     **{
-                        f"pss of rank {rank}": process_memory(pid).pss
+                        f"memory of rank {rank}": own_memory(pid)
                         for rank, pid in enumerate(sorted(bench.pids))
                     },
                 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rig import graphs, weight_graphs
 from rig.compare import compare_all
-from rig.memory import memory_of, process_memory
+from rig.memory import own_memory
 from rig.pair import STRICT, run, run_stock
 from rig.server import Server
 from rig.trees import Tree
@@ -68,7 +68,7 @@ def test_fifty_prompts_leave_no_trace(
             memory.append(freed(ranks))
     status = ranks.status()
     record_property("seconds", time.monotonic() - start)
-    record_property("PSS after each Free", memory)
+    record_property("own memory after each Free", memory)
     assert status["steps_fell_back"] == before["steps_fell_back"]
     assert status["runs"] == before["runs"] + NUM_PROMPTS, "every prompt ran its sampler"
     assert status["steps_parallel"] == before["steps_parallel"] + 2 * NUM_PROMPTS
@@ -81,15 +81,15 @@ def freed(server: Server) -> dict[str, int]:
     """Free, wait until ComfyUI has done it, and measure host and workers."""
     server.free()
     pids = [rank["pid"] for rank in server.status()["ranks"]]
-    low = memory_of(pids).pss
+    low = sum(map(own_memory, pids))
     calm = 0
     while calm < 4:  # ComfyUI frees in its own time, in the prompt thread.
         time.sleep(0.5)
-        now = memory_of(pids).pss
+        now = sum(map(own_memory, pids))
         calm = calm + 1 if abs(now - low) < 1 << 20 else 0
         low = now
     assert server.process is not None
     return {
-        "host": process_memory(server.process.pid).pss,
-        **{f"rank {rank}": process_memory(pid).pss for rank, pid in enumerate(pids)},
+        "host": own_memory(server.process.pid),
+        **{f"rank {rank}": own_memory(pid) for rank, pid in enumerate(pids)},
     }

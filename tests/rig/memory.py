@@ -77,6 +77,18 @@ def memory_of(pids: Iterable[int]) -> Memory:
     return sum((process_memory(pid) for pid in pids), Memory())
 
 
+def own_memory(pid: int) -> int:
+    """Return the bytes of a process that do not depend on what else runs.
+
+    Its anonymous pages, and all pages of shared memory that it maps.
+
+    PSS will not do to find a leak: its part of a library grows when another program ends.
+    """
+    mapped = shared_memory([pid])
+    private = mapped.private_clean + mapped.private_dirty
+    return process_memory(pid).private_anonymous + private + mapped.shared
+
+
 def tree_memory(pid: int) -> Memory:
     """Return the memory of a process and of all that descend from it."""
     return memory_of(tree_pids(pid))
