@@ -14,6 +14,7 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.ldm.chroma.model
+import comfy.ldm.chroma_radiance.model
 import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.model
 import comfy.model_base
@@ -34,6 +35,7 @@ PLACES = (
     (comfy.ldm.flux.model.Flux, "forward"),
     (comfy.ldm.flux.model.Flux, "_forward"),
     (comfy.ldm.chroma.model.Chroma, "_forward"),
+    (comfy.ldm.chroma_radiance.model.ChromaRadiance, "_forward"),
     (comfy.ldm.flux.controlnet.ControlNetFlux, "forward"),
     (comfy.controlnet, "load_controlnet"),
     (comfy.model_base.BaseModel, "apply_model"),
