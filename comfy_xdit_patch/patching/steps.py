@@ -101,7 +101,7 @@ class ParallelSteps:
         )
         changes = [
             *self._pristine.check_step(flux),
-            *check_patcher(base_model),
+            *check_patcher(base_model, self._pristine.bypass),
             *check_arguments(arguments),
             *check_grad(arguments["x"]),
             *carried.refusals,
