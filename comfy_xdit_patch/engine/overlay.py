@@ -19,8 +19,8 @@ import torch
 
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.patches import decode, decode_bypass
-from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES, flatten
+from comfy_xdit_patch.transport.patches import decode, decode_bypass, is_quantised
+from comfy_xdit_patch.transport.tensors import flatten
 
 KEPT_GROUPS = 3
 """Groups of hooks whose weights are kept, where there is room for them."""
@@ -111,12 +111,11 @@ class Overlay:
             raise WorkerError("Hook-scheduled weight patches need the whole model on the device.")
         weights = {key: comfy.utils.get_attr(patcher.model, key) for key in patches}
         size = sum(part.nbytes for w in weights.values() for part in flatten(w)[0].values())
-        is_plain = all(type(weight) in PLAIN_CLASSES for weight in weights.values())
-        patcher.hook_mode = (
-            comfy.hooks.EnumHookMode.MaxSpeed
-            if is_plain and self._has_room(patcher, size)
-            else comfy.hooks.EnumHookMode.MinVram
-        )
+        has_room = self._has_room(patcher, size)
+        # ComfyUI puts what it remembers of a quantised weight back as if it were not quantised.
+        remembers = has_room and not any(is_quantised(patcher.model, key) for key in patches)
+        mode = comfy.hooks.EnumHookMode
+        patcher.hook_mode = mode.MaxSpeed if remembers else mode.MinVram
         if patcher.load_device.type == "cpu":
             for key, weight in weights.items():
                 # A hook's patch is written into the weight, and this one may be the mapped file.

@@ -21,8 +21,7 @@ import torch
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.packs import NoRoomError, PackTable
-from comfy_xdit_patch.transport.patches import PatchEncoder, UncarriedPatchError
-from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES
+from comfy_xdit_patch.transport.patches import PatchEncoder, UncarriedPatchError, is_quantised
 
 REMEMBERED_STATES = 8
 """Encodings kept for a model: the stacks of LoRAs that a user switches between."""
@@ -89,8 +88,8 @@ class WeightStates:
         import comfy.hooks
 
         combined = patcher.get_combined_hook_patches(patcher.current_hooks)
-        is_quantised = any(_is_quantised(patcher.model, key) for key in combined)
-        if is_quantised and patcher.hook_mode is not comfy.hooks.EnumHookMode.MinVram:
+        remembers = patcher.hook_mode is not comfy.hooks.EnumHookMode.MinVram
+        if remembers and any(is_quantised(patcher.model, key) for key in combined):
             # ComfyUI puts what it remembers of such a weight back as if it were not quantised.
             return Refusal("several groups of hooks patch quantised weights")
         plain, laid_over, beside = PatchEncoder(), PatchEncoder(), PatchEncoder()
@@ -110,13 +109,6 @@ def _scheduled(patcher: Any) -> tuple[Any, ...]:
     """Which hooks patch the weights now, and how strongly: a keyframe changes that."""
     hooks = getattr(patcher.current_hooks, "hooks", ())
     return tuple((h.hook_ref, h.strength) for h in hooks if h.hook_ref in patcher.hook_patches)
-
-
-def _is_quantised(model: Any, key: str) -> bool:
-    import comfy.model_patcher
-
-    weight, *functions = comfy.model_patcher.get_key_weight(model, key)
-    return type(weight) not in PLAIN_CLASSES or functions != [None, None]
 
 
 def _named(tree: Tree) -> Tree:

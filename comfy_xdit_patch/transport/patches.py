@@ -222,6 +222,14 @@ def _part(node: Tree, tensor: Callable[[Tree], torch.Tensor]) -> Any:
     return adapter(set(), _part(node["weights"], tensor))
 
 
+def is_quantised(model: Any, key: str) -> bool:
+    """Whether a weight is stored otherwise than as its numbers: patches convert it and back."""
+    import comfy.model_patcher
+
+    weight, *functions = comfy.model_patcher.get_key_weight(model, key)
+    return type(weight) not in PLAIN_CLASSES or functions != [None, None]
+
+
 def _as_it_is(weight: torch.Tensor, **_: Any) -> torch.Tensor:
     """Convert a weight that the host converted already, or that needs no conversion."""
     return weight
