@@ -5,7 +5,7 @@ Runs in: the tests (standard library only).
 
 from __future__ import annotations
 
-from rig.feature_graphs import Draft, Link
+from rig.feature_graphs import LOADER, Draft, Link
 from rig.feature_rows import Row
 
 KOHYA, DIFFUSERS = "kohya.safetensors", "diffusers.safetensors"
@@ -62,7 +62,9 @@ def default_prompt(draft: Draft) -> None:
 
 
 def model_as_lora(draft: Draft) -> None:
-    values = {"ckpt_name": "flux1-schnell-fp8.safetensors", "strength_model": 0.5}
+    """Half of the way from one model's weights to another's."""
+    draft.nodes[LOADER[0]]["inputs"]["unet_name"] = "flux1-schnell.safetensors"
+    values = {"ckpt_name": "flux1-dev-fp8.safetensors", "strength_model": 0.5}
     hooks = draft.add("CreateHookModelAsLoraModelOnly", **values)
     draft.set(positive=hooked(draft, draft.sampler["positive"], hooks), cfg=2.0)
 
@@ -89,6 +91,7 @@ ROWS: dict[str, Row] = {
     "LoRAs scheduled by hooks, another one on the negative prompt": Row(two_loras, steps=3),
     "LoRA scheduled by hooks, keyframes": Row(keyframes, steps=4),
     "LoRA scheduled by hooks, over another LoRA": Row(over_a_lora),
+    "CreateHookModelAsLora": Row(model_as_lora),
     "ConditioningSetDefaultCombine with hooks": Row(default_prompt),
     "LoraLoaderBypass": Row(bypass, needs=BYPASS),
     "LoraLoaderBypass, two with a LoRA between": Row(bypass_and_lora, needs=BYPASS),
