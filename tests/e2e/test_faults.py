@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rig import graphs
+from rig import graphs, weight_graphs
 from rig.compare import compare_all
 from rig.server import Server
 from rig.trees import Tree, trees_for_tests
+from rig.weight_rows import KOHYA
 
 pytestmark = pytest.mark.group("not strict")
 
@@ -81,6 +82,35 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
     wait_for_state(ranks, "ready", 400)
     assert_equal_to_stock(servers, tree, ranks, seed=110 + victim)
     assert ranks.status()["last_run"]["steps_parallel"] == 6, "the next image is parallel again"
+
+
+@pytest.mark.usefixtures("newest_only")
+def test_hooks_that_comfyui_did_without_are_made_up_for_when_a_worker_is_lost(
+    servers: Servers, tree: Tree
+) -> None:
+    """While the workers run a model, hooks are not written into ComfyUI's own copy of it."""
+    graph = graph_of(seed=115)
+    graph["8"]["inputs"]["cfg"] = 3.0
+    graph = weight_graphs.with_hooked_lora(graph, KOHYA, on=("positive",))
+    stock = servers(tree, XDIT_STRATEGY="off")
+    expected = stock.images(stock.run(graph, DEADLINE_S))
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400")
+    difference = compare_all(expected, ranks.images(ranks.run(graph, DEADLINE_S)))
+    assert difference.is_equal, str(difference)
+    num_calls = ranks.status()["last_run"]["steps_parallel"]
+    assert num_calls == 12
+
+    graph["8"]["inputs"]["seed"] = 116
+    expected = stock.images(stock.run(graph, DEADLINE_S))
+    prompt = ranks.post_prompt(graph)
+    while ranks.num_steps_done(prompt) < 2:
+        time.sleep(0.005)
+    os.kill(ranks.status()["ranks"][1]["pid"], signal.SIGKILL)
+    difference = compare_all(expected, ranks.images(ranks.wait(prompt, DEADLINE_S)))
+    assert difference.is_equal, str(difference)
+    run = ranks.status()["last_run"]
+    assert 0 < run["steps_parallel"] < num_calls
+    wait_for_state(ranks, "ready", 400)
 
 
 def test_a_cancelled_prompt_leaves_nobody_stranded(servers: Servers, tree: Tree) -> None:
