@@ -128,19 +128,20 @@ class Overlay:
         return group
 
     def _has_room(self, patcher: Any, size: int) -> bool:
-        """Whether weights of this size fit on the device twice: put aside, and remembered.
+        """Whether weights of this size can be kept twice: put aside, and remembered.
+
+        ComfyUI uses the device's memory first, and then this machine's.
 
         Raises:
             WorkerError: they can be put aside nowhere.
         """
         import comfy.model_management as management
 
-        cpu = torch.device("cpu")
-        # Every rank takes its own part of this machine's memory.
-        ram = management.get_free_memory(cpu) // self._num_ranks
-        device = patcher.load_device
-        free = ram if device.type == "cpu" else management.get_free_memory(device)
-        if free - 2 * management.minimum_inference_memory() > 2 * size:
+        # Every rank takes its own part of this machine's memory, and leaves half of that.
+        ram = management.get_free_memory(torch.device("cpu")) // self._num_ranks
+        is_cpu = patcher.load_device.type == "cpu"
+        free = 0 if is_cpu else management.get_free_memory(patcher.load_device)
+        if free - 2 * management.minimum_inference_memory() > 2 * size or ram // 2 > 2 * size:
             return True
         if not patcher.hook_backup and size > ram // 2:
             raise WorkerError(

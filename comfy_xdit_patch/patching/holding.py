@@ -43,7 +43,7 @@ class Run:
     bypass: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
     """ComfyUI's bypass hooks on them."""
     compared: set[tuple[int, str]] = field(default_factory=set)
-    """Models by number, and states of their weights, compared with the workers' in this run."""
+    """What was compared with the workers' weights in this run."""
     generation: int = 0
 
 
@@ -120,9 +120,8 @@ class Holding:
             run.compared.clear()
         # Also once in every run: the host's weights are compared with the workers' again.
         is_held = self._weights.holds(known, place.mode, state.key)
-        is_compared = (known.number, state.key) in run.compared and self._weights.holds(
-            known, place.mode
-        )
+        is_compared = self._weights.comparison(known, state) in run.compared
+        is_compared = is_compared and self._weights.holds(known, place.mode)
         if not (is_compared and is_held):
             if not (is_compared or is_held):
                 self._memory.make_room_for_workers(model)
@@ -132,7 +131,7 @@ class Holding:
             if isinstance(loaded, Refusal):
                 return loaded
             known = run.models[id(model)] = loaded
-            run.compared.add((known.number, state.key))
+            run.compared.add(self._weights.comparison(known, state))
         return known
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:

@@ -77,6 +77,10 @@ class RemoteWeights:
         held = self._held.get(known.number)
         return held is not None and held[1] == mode and key in (None, held[0])
 
+    def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
+        """Name what is compared once a run: stored weights, or those in use in each state."""
+        return known.number, state.key if self._verifies else ""
+
     def leaves(self, room_bytes: int | None) -> bool:
         """Whether what is held fits into the room that a model would leave beside itself."""
         held = max(self._totals.weight_bytes.values(), default=0)
