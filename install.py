@@ -45,6 +45,8 @@ The patch itself starts from site-packages; there are no nodes here.
 NODE_CLASS_MAPPINGS = {{}}
 '''
 TAIL_LINES = 25
+# Two processes of pytest: ranks and servers wait for each other half of the time.
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
 
 
 def main(arguments: list[str]) -> int:
@@ -191,7 +193,7 @@ def _in_environment(command: str, arguments: list[str]) -> int:
         return 1
     line = [str(python), "-m", "rig.demo", *arguments]
     if command == "test":
-        line = [str(python), "-m", "pytest", "--import-mode=importlib", *arguments]
+        line = [str(python), "-m", "pytest", "--import-mode=importlib", *TWO_AT_A_TIME, *arguments]
         os.chdir(HERE)
     os.execve(python, line, {**os.environ, "PYTHONPATH": str(HERE / "tests")})
 

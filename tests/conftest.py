@@ -10,6 +10,15 @@ from inside.client import Inside
 from rig.checkpoints import Sizes, models_directory
 from rig.trees import Tree, trees_for_tests
 
+TIERS = ("unit", "contract", "parallel", "e2e")
+# Servers have other models for these.
+MODELS = {
+    "test_corpus": "corpus",
+    "test_features": "features",
+    "test_fuzz": "features",
+    "test_neighbours": "features",
+}
+
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,17 +45,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Quick tests first; then those side by side that share servers, for a start costs a minute."""
-    versions = [tree.version for tree in trees_for_tests()]
-    tiers = ("unit", "contract", "parallel", "e2e")
+    items.sort(key=_place)
 
-    def place(item: pytest.Item) -> tuple[int, int, str]:
-        tier = next((t for t in tiers if f"/tests/{t}/" in str(item.path)), tiers[-1])
-        values = getattr(getattr(item, "callspec", None), "params", {})
-        tree, marker = values.get("tree"), item.get_closest_marker("group")
-        group = str(values.get("num_ranks", 2)) if marker is None else str(marker.args[0])
-        return tiers.index(tier), -1 if tree is None else versions.index(tree.version), group
 
-    items.sort(key=place)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Under pytest-xdist, those that share something run in one process."""
+    tier, version, group, models = _place(item)
+    name = f"{TIERS[tier]} {version} {group} {models}" if tier or version >= 0 else "quick"
+    item.add_marker(pytest.mark.xdist_group(name))
+
+
+def _place(item: pytest.Item) -> tuple[int, int, str, str]:
+    """Return the tier, the ComfyUI, newest first, and what tells which servers a test needs."""
+    tier = next((t for t in TIERS if f"/tests/{t}/" in str(item.path)), TIERS[-1])
+    values = getattr(getattr(item, "callspec", None), "params", {})
+    tree, marker = values.get("tree"), item.get_closest_marker("group")
+    group = str(values.get("num_ranks", 2)) if marker is None else str(marker.args[0])
+    models = MODELS.get(item.path.stem, "") if tier == "e2e" else ""
+    version = -1 if tree is None else len(trees_for_tests()) - trees_for_tests().index(tree)
+    return TIERS.index(tier), version, group, models
 
 
 @pytest.fixture(scope="session")

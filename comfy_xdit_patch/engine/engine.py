@@ -17,7 +17,8 @@ from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches, Objects
 from comfy_xdit_patch.engine.placing import Progress
-from comfy_xdit_patch.engine.residents import Resident, Residents
+from comfy_xdit_patch.engine.resident import Resident
+from comfy_xdit_patch.engine.residents import Residents
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
@@ -196,7 +197,8 @@ class Engine:
         return None if tree is None else ModelPatches(tree, self._objects)
 
     def _resident(self, model: int) -> Resident:
-        resident = self._residents.get(model)
+        with torch.inference_mode():  # ComfyUI may have taken it off, and patches it again
+            resident = self._residents.get(model)
         if resident is None:
             raise WorkerError(f"Model {model} is asked for and not held.")
         return resident

@@ -14,60 +14,23 @@ from __future__ import annotations
 import ctypes
 import gc
 import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.loading import load_patcher
+from comfy_xdit_patch.engine.overlay import Overlay
 from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_whole
-from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
+from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint, stored_weights
+from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint
 from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.packs import PackMap
 from comfy_xdit_patch.transport.patches import decode
 from comfy_xdit_patch.transport.skeleton import build
 from comfy_xdit_patch.transport.slots import SlotMap
-from comfy_xdit_patch.transport.tensors import flatten
-
-
-@dataclass(slots=True)
-class Resident:
-    """One model.
-
-    ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
-    patches of the state ``key``. ``blocks`` are this rank's weight shards, where it has some.
-    ``is_placed`` says that the weights in use are on the device.
-    """
-
-    patcher: Any
-    fingerprint: str
-    stored: dict[str, torch.Tensor]
-    current: Any
-    scaled: dict[str, Any]
-    key: str = ""
-    mode: str = "full"
-    blocks: ShardedBlocks | None = None
-    is_placed: bool = False
-    digests: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def flux(self) -> Any:
-        """ComfyUI's ``Flux`` module."""
-        return self.patcher.model.diffusion_model
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of the weights that this rank uses, shards counted as what they are."""
-        shards = 0 if self.blocks is None else self.blocks.bytes_held
-        return shards + sum(
-            part.nbytes
-            for _, weight in stored_weights(self.flux, backup={})
-            for part in flatten(weight)[0].values()
-        )
 
 
 class Residents:
@@ -95,14 +58,17 @@ class Residents:
                 resident = self._models[message.model] = self._load(message)
             # ComfyUI's books hold ModelPatchers weakly: the last one lives until the next is in.
             before = resident.current
-            if (resident.key, resident.mode) != (message.key, message.mode):
+            if resident.mode != message.mode or resident.needs_other_patches(message.state):
                 if "sharded" in (resident.mode, message.mode):
-                    _take_off(resident)
+                    resident.take_off()
+                resident.overlay.take_off(resident.current, restore=True)
                 resident.current = self._patched(resident.patcher, message.state)
-                resident.key, resident.mode = message.key, message.mode
-                resident.is_placed, resident.digests = False, {}
-            if message.verify and not resident.digests:
+                resident.mode = message.mode
                 resident.is_placed = False
+            if resident.key != message.key:
+                resident.key, resident.state, resident.digests = message.key, message.state, {}
+            if message.verify and not resident.digests and resident.mode == "sharded":
+                resident.is_placed = False  # Weights are digested before they are cut.
             self._make_room(resident, message.room_bytes)
             self._place(resident, verify=message.verify, progress=progress)
             del before
@@ -124,7 +90,7 @@ class Residents:
         import comfy.model_management
 
         for resident in self._models.values():
-            _take_off(resident)
+            resident.take_off()
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
 
@@ -135,7 +101,7 @@ class Residents:
         for number in self.numbers if numbers is None else numbers:
             resident = self._models.pop(number, None)
             if resident is not None:
-                _take_off(resident)
+                resident.take_off()
                 del resident
         if not self._models:
             comfy.model_management.unload_all_models()
@@ -155,15 +121,20 @@ class Residents:
                 return
             if other.is_placed:
                 size -= other.bytes_held
-                _take_off(other)
+                other.take_off()
 
     def _place(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
         number = next(n for n, other in self._models.items() if other is resident)
         self._models[number] = self._models.pop(number)  # used last
-        if resident.is_placed:
-            return
+        if not resident.is_placed:
+            self._place_patched(resident, verify=verify, progress=progress)
+        resident.lay_over(self._packs.tensor, progress)
+        if verify and not resident.digests:
+            resident.digests = digests(resident.flux)
+
+    def _place_patched(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
         if resident.mode == "sharded":
-            _take_off(resident)
+            resident.take_off()
             resident.blocks = place_sharded(
                 resident.current,
                 group=self._groups.weights,
@@ -175,12 +146,10 @@ class Residents:
         else:
             is_complete = resident.mode == "full"
             place_whole(resident.current, is_complete=is_complete, progress=progress)
-            if verify:
-                resident.digests = digests(resident.flux)
         resident.is_placed = True
         for other in self._models.values():
             if other is not resident and other.blocks is None and other.is_placed:
-                _follow_comfyui(other)
+                other.follow_comfyui()
 
     def _patched(self, patcher: Any, state: Tree) -> Any:
         """Return a clone of the ModelPatcher with the patches of a state, or itself for none."""
@@ -203,35 +172,14 @@ class Residents:
         model = patcher.model
         name = fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
         stored = {PREFIX + key: value for key, value in model.diffusion_model.named_parameters()}
-        return Resident(patcher, name, stored, patcher, scaled_layers(model.diffusion_model))
-
-
-def _take_off(resident: Resident) -> None:
-    """Take a model off the device: its weights are the file's again, and nothing is moved."""
-    resident.is_placed = False
-    if resident.blocks is not None:
-        resident.blocks.release(restore=False)
-        resident.blocks = None
-    _to_file(resident)
-    resident.current.detach()
-
-
-def _to_file(resident: Resident) -> None:
-    """Put the stored weights in the place of those on the device, which are so freed unmoved."""
-    import comfy.utils
-
-    for key, tensor in resident.stored.items():
-        comfy.utils.set_attr_param(resident.patcher.model, key, tensor)
-
-
-def _follow_comfyui(resident: Resident) -> None:
-    """See whether ComfyUI took a model off the device, in whole or in part, for another one."""
-    model = resident.patcher.model
-    if model.current_weight_patches_uuid is None:
-        resident.is_placed = False
-        _to_file(resident)
-    elif model.model_lowvram and resident.mode == "full":
-        resident.is_placed = False
+        return Resident(
+            patcher,
+            name,
+            stored,
+            patcher,
+            scaled_layers(model.diffusion_model),
+            Overlay(self._groups.world_size),
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -40,8 +40,10 @@ class Run:
     """Objects of nodes that keep state, with their numbers for the workers."""
     needs_residuals: bool = False
     """Steps of this run are computed here in part or in whole, and so need ControlNets here."""
-    compared: set[int] = field(default_factory=set)
-    """Numbers of the models whose weights were compared with the workers' in this run."""
+    bypass: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    """ComfyUI's bypass hooks on them."""
+    compared: set[tuple[int, str]] = field(default_factory=set)
+    """What was compared with the workers' weights in this run."""
     generation: int = 0
 
 
@@ -98,12 +100,17 @@ class Holding:
             self._totals.last_error = str(error)
             return Refusal("the workers did not start")
         self._weights.follow_generation()
-        state = self._weights.state(model)
+        if id(model) not in run.bypass:
+            run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
+        state = self._weights.state(model, run.bypass[id(model)])
         if isinstance(state, Refusal):
             return state
         place = self._residency.place(model, workload, plan, dtype)
         if isinstance(place, Refusal):
             return place
+        if state.is_hooked and place.mode != "full":
+            # Each change of hooks would load the shards, or what lies in CPU memory, again.
+            return Refusal("hook-scheduled weight patches need the whole model on every card")
         if is_guest and (place.mode != "full" or not self._weights.leaves(place.room_bytes)):
             return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         if not is_guest:
@@ -112,15 +119,19 @@ class Holding:
             run.generation = self._pool.generation
             run.compared.clear()
         # Also once in every run: the host's weights are compared with the workers' again.
-        is_held = self._weights.holds(known, state, place.mode)
-        if known.number not in run.compared or not is_held:
-            if not is_held:
+        is_held = self._weights.holds(known, place.mode, state.key)
+        is_compared = self._weights.comparison(known, state) in run.compared
+        is_compared = is_compared and self._weights.holds(known, place.mode)
+        if not (is_compared and is_held):
+            if not (is_compared or is_held):
                 self._memory.make_room_for_workers(model)
-            loaded = self._weights.load(model, known, state, place, poll=poll)
+            loaded = self._weights.load(
+                model, known, state, place, is_compared=is_compared, poll=poll
+            )
             if isinstance(loaded, Refusal):
                 return loaded
             known = run.models[id(model)] = loaded
-            run.compared.add(known.number)
+            run.compared.add(self._weights.comparison(known, state))
         return known
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:

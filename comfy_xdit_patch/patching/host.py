@@ -21,6 +21,7 @@ from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
+from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.pool_status import pool_status
@@ -48,6 +49,7 @@ class Host:
         self.pool = pool
         self.totals = Totals()
         self.models = ModelRegistry()
+        self.hooks = LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
         self._pristine = pristine
@@ -70,6 +72,7 @@ class Host:
             holding=holding,
             pristine=pristine,
             totals=self.totals,
+            hooks=self.hooks,
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
@@ -209,6 +212,19 @@ class Host:
         if ranks:
             with self._lock:
                 self._weights.give_way(ranks)
+
+    def leaves_out_hooks(self, patcher: Any) -> bool:
+        """Whether ComfyUI's own copy of a model can do without its hooks' patches for now."""
+        run = self.current_run.get()
+        if run is None or run.refusal or self.pool.state is not PoolState.READY:
+            return False
+        base_model = patcher.model
+        if not self.is_flux(patcher) or getattr(base_model, "current_patcher", None) is not patcher:
+            return False
+        # Strict mode compares ComfyUI's weights with the workers', where they are complete.
+        if self.settings.strict and not self.holds_back(patcher):
+            return False
+        return self.hooks.may_be_left_out and self._steps.reaches_us(base_model)
 
     def holds_back(self, patcher: Any) -> bool:
         """Whether ComfyUI's own copy of a model is to stay off the GPU."""

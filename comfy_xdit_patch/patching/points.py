@@ -86,6 +86,14 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             "A FLUX model that a worker on the same GPU runs is not loaded there a second time. "
             "ComfyUI's copy stays in RAM, as with --novram, and is still complete.",
         ),
+        PatchPoint(
+            "comfy.model_patcher",
+            "ModelPatcher.patch_hooks",
+            wrappers.patch_hooks,
+            frozenset({"hooks"}),
+            "While the workers run a model, what hooks would write into ComfyUI's own copy of its "
+            "weights is left out, and made up for before ComfyUI's own forward runs.",
+        ),
     )
 
 

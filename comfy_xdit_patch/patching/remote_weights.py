@@ -12,12 +12,12 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.progress import load_bar
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.comparing import expected_fingerprint, is_patched_here, verify
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.residency import Placement
-from comfy_xdit_patch.patching.weights import WeightState, WeightStates
+from comfy_xdit_patch.patching.weights import BypassHooks, WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.residency import Mode
-from comfy_xdit_patch.transport.fingerprint import digests, fingerprint
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.packs import NoRoomError
 from comfy_xdit_patch.transport.replies import Loaded, NotLoaded, short
@@ -60,10 +60,10 @@ class RemoteWeights:
             self._states = WeightStates(self._wire.packs)
             self._held.clear()
 
-    def state(self, base_model: Any) -> WeightState | Refusal:
+    def state(self, base_model: Any, bypass: BypassHooks) -> WeightState | Refusal:
         """Return the state of the weights that the model's current ModelPatcher asks for."""
         written = self._wire.packs.bytes_written
-        state = self._states.of(base_model)
+        state = self._states.of(base_model, bypass)
         self._totals.bytes_weights += self._wire.packs.bytes_written - written
         return state
 
@@ -72,9 +72,14 @@ class RemoteWeights:
         """Whether the workers hold any model."""
         return bool(self._held)
 
-    def holds(self, known: KnownModel, state: WeightState, mode: Mode) -> bool:
-        """Whether every rank holds this model in this state and place."""
-        return self._held.get(known.number) == (state.key, mode)
+    def holds(self, known: KnownModel, mode: Mode, key: str | None = None) -> bool:
+        """Whether every rank holds this model in this place, and in the state of this key."""
+        held = self._held.get(known.number)
+        return held is not None and held[1] == mode and key in (None, held[0])
+
+    def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
+        """Name what is compared once a run: stored weights, or those in use in each state."""
+        return known.number, state.key if self._verifies else ""
 
     def leaves(self, room_bytes: int | None) -> bool:
         """Whether what is held fits into the room that a model would leave beside itself."""
@@ -88,9 +93,13 @@ class RemoteWeights:
         state: WeightState,
         placement: Placement,
         *,
+        is_compared: bool,
         poll: Poll,
     ) -> KnownModel | Refusal:
         """Have every rank hold this model in this state, and check that it is the host's.
+
+        Args:
+            is_compared: it was checked already; a hook's patches come and go in every step.
 
         Returns:
             The model as the workers know it now: a model that is not what its file holds, because
@@ -99,24 +108,22 @@ class RemoteWeights:
         Raises:
             WorkerError: the workers are lost.
         """
-        patcher = base_model.current_patcher
-        cast = "manual_cast_dtype"
         try:
-            expected = fingerprint(
-                flux_of(base_model),
-                manual_cast_dtype=patcher.object_patches_backup.get(
-                    cast, getattr(base_model, cast)
-                ),
-                backup=patcher.backup,
-            )
-            replies = self._ask(base_model, known, state, placement, poll)
+            if is_compared:
+                replies = self._ask(base_model, known, state, placement, False, poll)
+                if not isinstance(replies, Refusal):
+                    self._held[known.number] = state.key, placement.mode
+                return replies if isinstance(replies, Refusal) else known
+            expected = expected_fingerprint(base_model)
+            verifies = self._verifies and is_patched_here(base_model.current_patcher)
+            replies = self._ask(base_model, known, state, placement, verifies, poll)
             if (
                 not isinstance(replies, Refusal)
                 and any(reply.fingerprint != expected for reply in replies)
                 and hasattr(base_model, "model_config")  # what a model is rebuilt from
             ):
                 known = self._models.renumber_without_file(base_model)
-                replies = self._ask(base_model, known, state, placement, poll)
+                replies = self._ask(base_model, known, state, placement, verifies, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
             return Refusal(f"the model has weights that cannot be carried: {error}")
         except NoRoomError as error:
@@ -125,7 +132,8 @@ class RemoteWeights:
             return replies
         if any(reply.fingerprint != expected for reply in replies):
             return Refusal("the workers cannot rebuild the model that ComfyUI holds")
-        if refusal := self._verify(base_model, [reply.digests for reply in replies]):
+        refusal = verify(base_model, [reply.digests for reply in replies], self._totals)
+        if refusal is not None:
             return refusal
         self._held[known.number] = state.key, placement.mode
         return known
@@ -136,6 +144,7 @@ class RemoteWeights:
         known: KnownModel,
         state: WeightState,
         placement: Placement,
+        verifies: bool,
         poll: Poll,
     ) -> list[Loaded] | Refusal:
         which = known.number, state.key
@@ -147,7 +156,6 @@ class RemoteWeights:
             written = packs.bytes_written
             tensors = describe(base_model, flux_of(base_model), packs)
             self._totals.bytes_weights += packs.bytes_written - written
-        verify = self._verifies and _is_patched_here(base_model.current_patcher)
         # Unknown until every rank has answered: the user may interrupt the wait.
         self._held.pop(known.number, None)
         with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
@@ -161,7 +169,7 @@ class RemoteWeights:
                     key=state.key,
                     mode=placement.mode,
                     room_bytes=placement.room_bytes,
-                    verify=verify,
+                    verify=verifies,
                 ),
                 poll=poll,
                 prepare=self._drop_messages,
@@ -217,33 +225,6 @@ class RemoteWeights:
         for number in gone:
             self._held.pop(number, None)
         return [Drop(gone)] if gone else []
-
-    def _verify(self, base_model: Any, theirs: Sequence[dict[str, str]]) -> Refusal | None:
-        """Compare the weights in use bit for bit, if the ranks were asked for digests."""
-        if not any(theirs):
-            return None
-        ours = digests(flux_of(base_model))
-        for rank, found in enumerate(theirs):
-            wrong = [name for name in {*ours, *found} if ours.get(name) != found.get(name)]
-            if wrong:
-                name = min(wrong)
-                self._totals.last_error = (
-                    f"Rank {rank} holds {len(wrong)} of {len(ours)} weights with other contents: "
-                    f"{name} is {found.get(name)} there and {ours.get(name)} here."
-                )
-                return Refusal("the weights in use on a rank are not ComfyUI's")
-            self._totals.weights_verified += len(ours)
-        return None
-
-
-def _is_patched_here(patcher: Any) -> bool:
-    """Whether ComfyUI has applied all patches to the weights that this process holds."""
-    is_dynamic = getattr(patcher, "is_dynamic", None)
-    return (
-        not (is_dynamic is not None and is_dynamic())
-        and not patcher.model.model_lowvram
-        and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
-    )
 
 
 def _no_poll() -> None:

@@ -25,7 +25,7 @@ from comfy_xdit_patch.planning.residency import (
     plan_residency,
 )
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.transport.fingerprint import stored_weights
+from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
 from comfy_xdit_patch.transport.tensors import flatten
 from comfy_xdit_patch.workers.pool import Pool
 
@@ -107,7 +107,7 @@ def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
     """
     blocks: dict[str, int] = {}
     outside = cast = 0
-    for name, weight in stored_weights(flux_of(base_model), base_model.current_patcher.backup):
+    for name, weight in stored_weights(flux_of(base_model), unpatched(base_model.current_patcher)):
         parts, _ = flatten(weight)
         num_bytes = sum(part.nbytes for part in parts.values())
         block = _BLOCK.match(name)

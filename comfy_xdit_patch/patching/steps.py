@@ -23,11 +23,14 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
+from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
     check_arguments,
+    check_forward,
     check_grad,
     check_patcher,
 )
@@ -61,12 +64,14 @@ class ParallelSteps:
         holding: Holding,
         pristine: Pristine,
         totals: Totals,
+        hooks: LeftOutHooks,
     ) -> None:
         self._remote = remote
         self._driven = driven
         self._holding = holding
         self._pristine = pristine
         self._totals = totals
+        self._hooks = hooks
         self._numbers = itertools.count(1)
 
     def run(
@@ -101,7 +106,7 @@ class ParallelSteps:
         )
         changes = [
             *self._pristine.check_step(flux),
-            *check_patcher(base_model),
+            *check_patcher(base_model, self._pristine.bypass),
             *check_arguments(arguments),
             *check_grad(arguments["x"]),
             *carried.refusals,
@@ -146,6 +151,7 @@ class ParallelSteps:
                 run.counts.plan = plan.name
                 return _checked(Step(out, gathered_for=carried.gathered))
             run.needs_residuals = True
+            self._hooks.make_up()  # What lies around the blocks runs here.
             out, num_blocks = self._driven.run(
                 flux,
                 compute,
@@ -167,6 +173,15 @@ class ParallelSteps:
             return Refusal("a node left a rank without tokens", Scope.STEP)
         except UncarriedArgumentError as error:
             return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+
+    def reaches_us(self, base_model: Any) -> bool:
+        """Whether a model's next call comes here as a whole, for all that can be seen now."""
+        flux = flux_of(base_model)
+        return not (
+            self._pristine.check_step(flux)
+            or check_patcher(base_model, self._pristine.bypass)
+            or check_forward(flux)
+        )
 
     def _number_of(self, run: Run, thing: Any) -> int:
         if id(thing) not in run.objects:

@@ -31,7 +31,10 @@ class Wrappers:
     def flux_forward(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         """Compute ``Flux._forward`` on the workers if this call can be parallel."""
         out = self._attempt_step(wrapped, flux, args, kwargs)
-        return wrapped(*args, **kwargs) if out is None else out
+        if out is not None:
+            return out
+        self._host.hooks.make_up()  # A fault in this is no reason to go on without.
+        return wrapped(*args, **kwargs)
 
     def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         with our_faults_stay_ours("a step", strict=self._strict):
@@ -124,6 +127,16 @@ class Wrappers:
             if self._host.holds_back(patcher):
                 kwargs = {**self._bind(wrapped, args, kwargs), "extra_memory": NEXT_TO_NOTHING}
                 args = ()
+        return wrapped(*args, **kwargs)
+
+    def patch_hooks(self, wrapped: Call, patcher: Any, args: Any, kwargs: Any) -> Any:
+        """Leave ComfyUI's own copy of a model as it is while the workers run it."""
+        with our_faults_stay_ours("the hooks of a model"):
+            hooks = self._bind(wrapped, args, kwargs)["hooks"]
+            if hooks is not None and self._host.leaves_out_hooks(patcher):
+                self._host.hooks.leave_out(patcher, hooks)
+                return None
+            self._host.hooks.forget(patcher)
         return wrapped(*args, **kwargs)
 
     def _note(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.planning.bypass import BypassCode
 from comfy_xdit_patch.planning.family import CONTROL, FLUX_LAYERS, MEMBERS, Member
 
 BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
@@ -41,6 +42,8 @@ BLOCK_LISTS = ("double_blocks", "single_blocks")
 PARTS_OF_BLOCKS = (*BLOCK_CLASSES, "Modulation", "QKNorm")
 CARRIED_OBJECTS = ("diffusion_model.params.default_ref_method",)
 """Object patches whose value is an argument of the call."""
+CARRIED_HOOKS = ("weight", "transformer_options", "add_models")
+"""Types of ComfyUI's hooks: patches of weights, options of the call, models beside this one."""
 # ComfyUI's FLUX reads "input" and "output"; "middle" is always there and never read.
 CARRIED_CONTROLS = ("input", "middle", "output")
 
@@ -60,6 +63,7 @@ class Pristine:
         """
         layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
+        self.bypass = BypassCode(modules)
         self.control_class: type[Any] | None = None
         self._members: dict[type[Any], Member] = {}
         self._methods: list[tuple[type[Any], str, Any]] = []
@@ -143,11 +147,8 @@ class Pristine:
         found = []
         for name, module in flux.named_modules():
             is_block = name.split(".")[0] in BLOCK_LISTS
-            own = module.__dict__.get("forward")
-            # What was put back leaves the bound original behind: compare functions.
-            stock = inspect.getattr_static(type(module), "forward", None)
-            is_foreign = own is not None and getattr(own, "__func__", own) is not stock
             is_compiled = hasattr(module, "_orig_mod")
+            is_foreign = self.bypass.hooks_on(module) is None
             if is_foreign and not is_compiled and module is not flux:
                 found.append(
                     Refusal(
@@ -170,18 +171,24 @@ def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], 
     return [(cls, name, cls.__dict__[name]) for name in names if name in cls.__dict__]
 
 
-def check_patcher(base_model: Any) -> list[Refusal]:
-    """See what the current ModelPatcher changed in the weights or the module. Once a run."""
+def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
+    """See what the current ModelPatcher changed in the weights or the module."""
     patcher = base_model.current_patcher
     if patcher is None:
         return [Refusal("the model has no current ModelPatcher")]
     found = []
     if getattr(patcher, "weight_wrapper_patches", None):
         found.append(Refusal("the model has weight wrappers"))
-    if getattr(patcher, "is_injected", False):
+    if getattr(patcher, "is_injected", False) and not all(
+        bypass.makes(injection)
+        for injections in patcher.injections.values()
+        for injection in injections
+    ):
         found.append(Refusal("a node injected code into the model's modules"))
-    if getattr(patcher, "hook_patches", None) or getattr(patcher, "current_hooks", None):
-        found.append(Refusal("the model has hook-scheduled weight patches"))
+    for hook in getattr(getattr(patcher, "current_hooks", None), "hooks", ()):
+        kind = getattr(hook.hook_type, "value", hook.hook_type)
+        if kind not in CARRIED_HOOKS:
+            found.append(Refusal(f"a hook of type {kind} is set on the model"))
     for key in patcher.object_patches:
         root, *path = key.split(".")
         if root != "diffusion_model" or key in CARRIED_OBJECTS:

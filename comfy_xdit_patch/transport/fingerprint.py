@@ -8,6 +8,7 @@ tensor. It sees another dtype choice, other operations, a changed file, and any 
 tensors in the host; reading 24 GB to see more would cost a second of every run.
 
 Stored weights are those before any LoRA: where ComfyUI has patched one, its backup counts.
+A hook's patches lie over a LoRA's, so where both have patched a weight, the LoRA's backup counts.
 """
 
 from __future__ import annotations
@@ -27,24 +28,36 @@ PREFIX = "diffusion_model."
 """Keys of patches and backups begin with it, names of the module's own tensors do not."""
 
 
-def stored_weights(flux: Any, backup: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def unpatched(patcher: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors that a ModelPatcher put aside before it patched them, by key."""
+    before_hooks = {key: kept[0] for key, kept in getattr(patcher, "hook_backup", {}).items()}
+    return before_hooks | {key: kept.weight for key, kept in patcher.backup.items()}
+
+
+def stored_weights(
+    flux: Any, backup: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers by name, as they were before ComfyUI patched them.
 
     Args:
-        backup: of the ModelPatcher; entries have the unpatched tensor as ``weight``.
+        backup: from ``unpatched``; without it the weights are those in use.
     """
     for compiled_name, tensor in (*flux.named_parameters(), *flux.named_buffers()):
         name = compiled_name.replace(COMPILED, "")
-        kept = backup.get(PREFIX + name)
-        yield name, tensor if kept is None else kept.weight
+        yield name, tensor if backup is None else backup.get(PREFIX + name, tensor)
 
 
-def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, backup: Any = None) -> str:
+def fingerprint(
+    flux: Any,
+    *,
+    manual_cast_dtype: torch.dtype | None,
+    backup: Mapping[str, torch.Tensor] | None = None,
+) -> str:
     """Return the fingerprint of a diffusion model.
 
     Args:
         manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
-        backup: of its ModelPatcher, if weights are patched.
+        backup: from ``unpatched``, if weights are patched.
 
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
@@ -56,7 +69,7 @@ def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, backup: Any
         if hasattr(module, "_orig_mod"):
             continue  # a compiled module stands in for this one
         total.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
-    for name, weight in stored_weights(flux, backup or {}):
+    for name, weight in stored_weights(flux, backup):
         inner, rest = flatten(weight)
         total.update(f"{name} {rest}\n".encode())
         for part in sorted(inner):
@@ -74,4 +87,4 @@ def digests(flux: Any) -> dict[str, str]:
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
-    return {name: digest_weight(weight) for name, weight in stored_weights(flux, backup={})}
+    return {name: digest_weight(weight) for name, weight in stored_weights(flux)}

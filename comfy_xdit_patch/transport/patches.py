@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -25,6 +25,18 @@ from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES
 
 Place = Callable[[Sequence[torch.Tensor]], list[Tree]]
 
+# What ``BypassForwardHook`` notes of its layer and strength on its adapter, where it is made.
+_BYPASS_NOTES = frozenset(
+    (
+        "multiplier",
+        "is_conv",
+        "conv_dim",
+        "kernel_size",
+        "in_channels",
+        "out_channels",
+        "kw_dict",
+    )
+)
 # ``get_key_patches`` gives this to weights that need no conversion.
 _IDENTITY = "ModelPatcher.get_key_patches.<locals>.<lambda>"
 
@@ -54,6 +66,23 @@ class PatchEncoder:
         tree = {key: [self._patch(patch) for patch in patches[key]] for key in sorted(patches)}
         return _fill(tree, place(self._tensors))
 
+    def encode_bypass(self, hooks: Mapping[str, Sequence[Any]], place: Place) -> Tree:
+        """Turn ComfyUI's bypass hooks, by their module's name, into a tree.
+
+        Raises:
+            UncarriedPatchError: an adapter holds something that cannot be carried.
+            NoRoomError: the adapters would take too much memory.
+        """
+        tree: dict[str, Tree] = {}
+        for name in sorted(hooks):
+            tree[name] = []
+            for hook in hooks[name]:
+                if getattr(hook.adapter, "multiplier", None) != hook.multiplier:
+                    raise UncarriedPatchError("an adapter that bypass hooks share")
+                adapter = self._adapter(hook.adapter, _BYPASS_NOTES)
+                tree[name].append([float(hook.multiplier), adapter])
+        return _fill(tree, place(self._tensors))
+
     def _patch(self, patch: Sequence[Any]) -> Tree:
         strength, value, strength_model, offset, function = patch
         return [
@@ -71,11 +100,17 @@ class PatchEncoder:
                 "$model": [self._other_weight(weight, convert), *map(self._patch, patches)],
             }
         if type(value) in self._adapters:
-            extra = set(vars(value)) - {"loaded_keys", "weights"}
-            if extra:
-                raise UncarriedPatchError(f"{type(value).__name__}.{min(extra)}")
-            return {"$adapter": type(value).__name__, "weights": self._part(value.weights)}
+            return self._adapter(value)
         return self._part(value)
+
+    def _adapter(self, adapter: Any, notes: Set[str] = frozenset()) -> Tree:
+        name = type(adapter).__name__
+        if type(adapter) not in self._adapters:
+            raise UncarriedPatchError(f"a {name}")
+        extra = set(vars(adapter)) - {"loaded_keys", "weights"} - notes
+        if extra:
+            raise UncarriedPatchError(f"{name}.{min(extra)}")
+        return {"$adapter": name, "weights": self._part(adapter.weights)}
 
     def _other_weight(self, weight: torch.Tensor, convert: Any) -> Tree:
         """The other model's weight in a merge, converted as ``calculate_weight`` would."""
@@ -139,37 +174,60 @@ def decode(tree: Tree, tensor: Callable[[Tree], torch.Tensor]) -> dict[str, list
     Args:
         tensor: finds the tensor behind a place.
     """
-    from comfy import weight_adapter
 
-    adapters = {cls.__name__: cls for cls in weight_adapter.adapters}
-
-    def part(node: Tree) -> Any:
-        if not isinstance(node, dict):
-            return node
-        if "$pack" in node:
-            return tensor(node)
-        if "$tuple" in node:
-            return tuple(part(item) for item in node["$tuple"])
-        if "$list" in node:
-            return [part(item) for item in node["$list"]]
-        if "$dict" in node:
-            return {key: part(item) for key, item in node["$dict"].items()}
-        if "$adapter" in node:
-            return adapters[node["$adapter"]](set(), part(node["weights"]))
-        weight, *patches = node["$model"]
-        return [(part(weight), _as_it_is), *map(patch, patches)]
+    def value(node: Tree) -> Any:
+        if isinstance(node, dict) and "$model" in node:
+            weight, *patches = node["$model"]
+            return [(_part(weight, tensor), _as_it_is), *map(patch, patches)]
+        return _part(node, tensor)
 
     def patch(node: Tree) -> tuple[Any, ...]:
-        strength, value, strength_model, offset, function = node
+        strength, inner, strength_model, offset, function = node
         return (
             strength,
-            part(value),
+            value(inner),
             strength_model,
             None if offset is None else tuple(offset),
             None if function is None else _function(function),
         )
 
     return {key: [patch(item) for item in patches] for key, patches in tree.items()}
+
+
+def decode_bypass(
+    tree: Tree, tensor: Callable[[Tree], torch.Tensor]
+) -> list[tuple[str, float, Any]]:
+    """Turn a tree of ``PatchEncoder.encode_bypass`` into modules' names, strengths, adapters."""
+    return [
+        (name, multiplier, _part(adapter, tensor))
+        for name, hooks in tree.items()
+        for multiplier, adapter in hooks
+    ]
+
+
+def _part(node: Tree, tensor: Callable[[Tree], torch.Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if "$pack" in node:
+        return tensor(node)
+    if "$tuple" in node:
+        return tuple(_part(item, tensor) for item in node["$tuple"])
+    if "$list" in node:
+        return [_part(item, tensor) for item in node["$list"]]
+    if "$dict" in node:
+        return {key: _part(item, tensor) for key, item in node["$dict"].items()}
+    from comfy import weight_adapter
+
+    (adapter,) = (c for c in weight_adapter.adapters if c.__name__ == node["$adapter"])
+    return adapter(set(), _part(node["weights"], tensor))
+
+
+def is_quantised(model: Any, key: str) -> bool:
+    """Whether a weight is stored otherwise than as its numbers: patches convert it and back."""
+    import comfy.model_patcher
+
+    weight, *functions = comfy.model_patcher.get_key_weight(model, key)
+    return type(weight) not in PLAIN_CLASSES or functions != [None, None]
 
 
 def _as_it_is(weight: torch.Tensor, **_: Any) -> torch.Tensor:

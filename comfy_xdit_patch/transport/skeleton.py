@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.fingerprint import stored_weights
+from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
 from comfy_xdit_patch.transport.packs import PackTable
 from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES, flatten, own_attributes
 from comfy_xdit_patch.transport.values import (
@@ -43,7 +43,7 @@ def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
     config, patcher = base_model.model_config, base_model.current_patcher
     parts: list[torch.Tensor] = []
     weights: dict[str, Tree] = {}
-    for name, tensor in stored_weights(flux, patcher.backup):
+    for name, tensor in stored_weights(flux, unpatched(patcher)):
         inner, _ = flatten(tensor)
         weights[name] = {"kind": _kind(tensor), "parts": {}}
         for part, plain in inner.items():

@@ -20,7 +20,7 @@ import comfy_xdit_patch
 Servers = Callable[..., Server]
 GGUF_PACK = Path(__file__).parents[1] / "rig" / "gguf_pack"
 
-MAX_STOCK_SERVERS = 3
+MAX_STOCK_SERVERS = 2
 
 
 @pytest.fixture(scope="session", autouse=True)

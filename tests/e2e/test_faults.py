@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rig import graphs
+from rig import graphs, weight_graphs
 from rig.compare import compare_all
 from rig.server import Server
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
+from rig.weight_rows import KOHYA
 
 pytestmark = pytest.mark.group("not strict")
 
@@ -43,12 +44,11 @@ def wait_for_state(server: Server, state: str, deadline_s: float) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.usefixtures("newest_only")
 def test_a_worker_killed_in_mid_step_costs_no_image(
-    servers: Servers, tree: Tree, victim: int, record_property: Callable[[str, object], None]
+    servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
-    if len(trees_for_tests()) > 1 and (victim == 0) != (tree == trees_for_tests()[0]):
-        pytest.skip("rank 0 on the oldest, rank 1 on the newest")
+    victim = 1
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400")
     assert_equal_to_stock(servers, tree, ranks, seed=100)  # warm, and parallel:
     assert ranks.status()["last_run"]["steps_parallel"] == 6
@@ -81,6 +81,35 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
     wait_for_state(ranks, "ready", 400)
     assert_equal_to_stock(servers, tree, ranks, seed=110 + victim)
     assert ranks.status()["last_run"]["steps_parallel"] == 6, "the next image is parallel again"
+
+
+@pytest.mark.usefixtures("newest_only")
+def test_hooks_that_comfyui_did_without_are_made_up_for_when_a_worker_is_lost(
+    servers: Servers, tree: Tree
+) -> None:
+    """While the workers run a model, hooks are not written into ComfyUI's own copy of it."""
+    graph = graph_of(seed=115)
+    graph["8"]["inputs"]["cfg"] = 3.0
+    graph = weight_graphs.with_hooked_lora(graph, KOHYA, on=("positive",))
+    stock = servers(tree, XDIT_STRATEGY="off")
+    expected = stock.images(stock.run(graph, DEADLINE_S))
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400")
+    difference = compare_all(expected, ranks.images(ranks.run(graph, DEADLINE_S)))
+    assert difference.is_equal, str(difference)
+    num_calls = ranks.status()["last_run"]["steps_parallel"]
+    assert num_calls == 12
+
+    graph["8"]["inputs"]["seed"] = 116
+    expected = stock.images(stock.run(graph, DEADLINE_S))
+    prompt = ranks.post_prompt(graph)
+    while ranks.num_steps_done(prompt) < 2:
+        time.sleep(0.005)
+    os.kill(ranks.status()["ranks"][1]["pid"], signal.SIGKILL)
+    difference = compare_all(expected, ranks.images(ranks.wait(prompt, DEADLINE_S)))
+    assert difference.is_equal, str(difference)
+    run = ranks.status()["last_run"]
+    assert 0 < run["steps_parallel"] < num_calls
+    wait_for_state(ranks, "ready", 400)
 
 
 def test_a_cancelled_prompt_leaves_nobody_stranded(servers: Servers, tree: Tree) -> None:
@@ -162,9 +191,7 @@ def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, t
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({"XDIT_GPUS": "cpu:none"}, 'XDIT_GPUS="cpu:none" is not legal. Legal: all, a count'),
         ({"XDIT_GPUS": "cpu:2", "XDIT_STRATEGY": "ulises"}, 'XDIT_STRATEGY="ulises" is not legal'),
-        ({"XDIT_GPUS": "cpu:2", "XDIT_STRIKT": "1"}, "XDIT_STRIKT is not a setting"),
         ({"XDIT_GPUS": "7,8"}, "XDIT_GPUS asks for GPU 7,8, but ComfyUI's process sees 0 GPUs"),
         ({"XDIT_GPUS": "all"}, "xDiT: not active: no usable GPU is visible"),
     ],
@@ -180,6 +207,7 @@ def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
     assert ranks.status()["state"] == "refused"
 
 
+@pytest.mark.group("2")  # whose server is strict
 def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) -> None:
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRICT="1", XDIT_START_TIMEOUT="400")
     # One image token for two ranks: refused by the plan, before any worker is needed.

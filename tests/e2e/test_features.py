@@ -24,7 +24,7 @@ from rig.compare import compare_all
 from rig.environment import RigError
 from rig.feature_models import feature_models
 from rig.feature_rows import FALLS_BACK, GATHERED, PACKS, PARALLEL, REFUSED, Row, plain
-from rig.feature_run import ABSENT, Found, refusal, run_row, write_inputs
+from rig.feature_run import ABSENT, COMMON_PACKS, Found, refusal, run_row, write_inputs
 from rig.feature_table import CONTROLS, SECTIONS
 from rig.pair import STRICT, Result, run_stock
 from rig.server import Server
@@ -39,10 +39,6 @@ EVERYTHING = "FEATURES_ALL" in os.environ or "FEATURES_RESULTS" in os.environ
 VISIBLE = 8  # of 255
 SHARED = (PARALLEL, GATHERED)
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
-COMMON_PACKS = (
-    PACKS.with_name("gguf_pack"),
-    *sorted(path for path in PACKS.iterdir() if (path / "__init__.py").exists()),
-)
 
 
 @pytest.mark.parametrize("section", SECTIONS)

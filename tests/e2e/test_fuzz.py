@@ -1,6 +1,6 @@
 """Graphs drawn by chance from everything that runs in parallel: each image is stock's.
 
-``FUZZ_GRAPHS`` is the number of graphs for each ComfyUI and number of ranks (4 if it is not set),
+``FUZZ_GRAPHS`` is the number of graphs for each ComfyUI and number of ranks (3 if it is not set),
 ``FUZZ_FIRST`` the first seed; a failure names its seed and what the graph contains.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 from rig.environment import RigError
 from rig.feature_models import feature_models
-from rig.feature_rows import PACKS, PARALLEL
-from rig.feature_run import Found, found, write_inputs
+from rig.feature_rows import PARALLEL
+from rig.feature_run import COMMON_PACKS, Found, found, write_inputs
 from rig.pair import STRICT, run, run_stock
 from rig.random_graphs import Drawn, draw
 from rig.server import Server
@@ -22,9 +22,9 @@ from rig.trees import Tree, trees_for_tests
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
-NUM_GRAPHS = int(os.environ.get("FUZZ_GRAPHS", "4"))
+NUM_GRAPHS = int(os.environ.get("FUZZ_GRAPHS", "3"))
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
-SETUP = {"node_packs": (PACKS / "small_inputs",)}
+SETUP = {"node_packs": COMMON_PACKS}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

@@ -15,10 +15,15 @@ from PIL import Image
 from rig.compare import Difference, compare_all
 from rig.environment import RigError
 from rig.feature_graphs import MASK, OTHER_PICTURE, PICTURE
-from rig.feature_rows import FALLS_BACK, GATHERED, NOT_HERE, PARALLEL, REFUSED, UNSEEN, Row
+from rig.feature_rows import FALLS_BACK, GATHERED, NOT_HERE, PACKS, PARALLEL, REFUSED, UNSEEN, Row
 from rig.pair import EQUAL, Bound, Result, latent_error, run, run_stock
 from rig.server import Server
 
+COMMON_PACKS = (
+    PACKS.with_name("gguf_pack"),
+    *sorted(path for path in PACKS.iterdir() if (path / "__init__.py").exists()),
+)
+"""Node packs that nearly all rows can have beside them."""
 SIDE = 128
 # In 16 bits, stock against stock with another of ComfyUI's attention functions (0.33.0, 128 x 128
 # px, 2 steps) differs by up to 3/255, 52.3 dB and 6.2e-3 of the latent.

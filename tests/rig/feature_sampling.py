@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rig.feature_graphs import SEED, Draft
-from rig.feature_rows import FALLS_BACK, REFUSED, Row
+from rig.feature_rows import REFUSED, Row
 
 SAME_UNREAD = "FLUX does not read what the node sets"
 
@@ -20,7 +20,6 @@ def extra(name: str) -> tuple[str, str]:
         "NAGuidance": "nodes_nag.py",
         "FluxKVCache": "nodes_flux.py",
         "ModelAttentionBackend": "nodes_model_advanced.py",
-        "LoraLoaderBypassModelOnly": "nodes_lora_debug.py",
     }
     return f"comfy_extras/{files[name]}", f"class {name}"
 
@@ -143,19 +142,6 @@ def negative_attention(draft: Draft) -> None:
     draft.model("NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)
 
 
-def hook_lora(draft: Draft) -> None:
-    lora = {"lora_name": "kohya.safetensors", "strength_model": 1.0, "strength_clip": 0.0}
-    hooks = draft.add("CreateHookLora", **lora)
-    values = {"strength": 1.0, "set_cond_area": "default", "hooks": hooks}
-    made = draft.add("ConditioningSetProperties", cond_NEW=draft.sampler["positive"], **values)
-    draft.set(positive=made)
-
-
-def bypass_lora(draft: Draft) -> None:
-    values = {"lora_name": "kohya.safetensors", "strength_model": 1.0}
-    draft.model("LoraLoaderBypassModelOnly", **values)
-
-
 def compiled(draft: Draft) -> None:
     draft.model("TorchCompileModel", backend="inductor")
 
@@ -213,19 +199,6 @@ ROWS: dict[str, Row] = {
         same_as_plain="the tests use that attention anyway",
     ),
     "FluxDisableGuidance": Row(lambda draft: draft.positive("FluxDisableGuidance")),
-    "LoRA scheduled by hooks": Row(
-        hook_lora,
-        FALLS_BACK,
-        "hook",
-        why="ComfyUI changes the weights in place between two calls of one step",
-    ),
-    "LoraLoaderBypass": Row(
-        bypass_lora,
-        FALLS_BACK,
-        "injected",
-        why="it replaces the forward of single layers by closures",
-        needs=extra("LoraLoaderBypassModelOnly"),
-    ),
     "ModelComputeDtype, bf16": Row(
         lambda draft: draft.model("ModelComputeDtype", dtype="bf16"), is_rounded=True
     ),

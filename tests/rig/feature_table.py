@@ -8,6 +8,7 @@ from __future__ import annotations
 from rig import (
     feature_controls,
     feature_family,
+    feature_hooks,
     feature_packs,
     feature_prompts,
     feature_sampling,
@@ -19,6 +20,6 @@ SECTIONS: dict[str, dict[str, Row]] = {
     "Family": feature_family.ROWS,
     CONTROLS: feature_controls.ROWS,
     "Prompts, masks, latents": feature_prompts.ROWS,
-    "Samplers, guiders, model nodes": feature_sampling.ROWS,
+    "Samplers, guiders, model nodes": feature_sampling.ROWS | feature_hooks.ROWS,
     NODE_PACKS: feature_packs.ROWS,
 }

@@ -55,6 +55,30 @@ def with_loras(graph: Graph, *loras: tuple[str, float]) -> Graph:
     return changed
 
 
+def with_hooked_lora(
+    graph: Graph, name: str, *, on: tuple[str, ...], strength: float = 1.0
+) -> Graph:
+    """Have ComfyUI's hooks lay a LoRA over the weights for these prompts of the sampler."""
+    changed = copy.deepcopy(graph)
+    if not on:
+        return changed
+    hook = {"lora_name": name, "strength_model": strength}
+    changed["hook"] = {"class_type": "CreateHookLoraModelOnly", "inputs": hook}
+    sampler = changed[SAMPLER]["inputs"]
+    for prompt in on:
+        changed[f"hooked-{prompt}"] = {
+            "class_type": "ConditioningSetProperties",
+            "inputs": {
+                "cond_NEW": sampler[prompt],
+                "hooks": ["hook", 0],
+                "strength": 1.0,
+                "set_cond_area": "default",
+            },
+        }
+        sampler[prompt] = [f"hooked-{prompt}", 0]
+    return changed
+
+
 def with_merge(graph: Graph, name: str, ratio: float) -> Graph:
     """Merge the model with that of another file; ``ratio`` is the share of the first."""
     inputs = {"model2": ["merge-other", 0], "ratio": ratio}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from comfy_xdit_patch.errors import FallBackError
+from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING
 from comfy_xdit_patch.patching.wrappers import Wrappers
 
@@ -34,6 +35,8 @@ class Host:
         self.current_run = ContextVar("current_run", default=None)
         self.answer = answer
         self.is_held_back = False
+        self.hooks = LeftOutHooks()
+        self.leaves_out = True
         self.pool = SimpleNamespace(start=lambda: self.seen.append("start"))
         self.seen = []
 
@@ -42,6 +45,9 @@ class Host:
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
+
+    def leaves_out_hooks(self, patcher):
+        return self.leaves_out and self.hooks.may_be_left_out
 
     def applied(self, base_model, num_calls):
         pass
@@ -272,3 +278,70 @@ def test_what_comfyui_wants_free_is_told_to_the_host_afterwards(comfy):
     Wrappers(host).free_memory(comfy.free_memory, None, (), {"memory_required": 5, "device": "gpu"})
     assert host.seen == [("free", 5, "gpu")]
     assert comfy.calls == ["free_memory"]
+
+
+class Patcher:
+    """As ComfyUI's: writes weights, and notes for which hooks."""
+
+    def __init__(self, host):
+        self.wrappers = Wrappers(host)
+        self.current_hooks = None
+        self.written = []
+
+    def patch_hooks(self, hooks):
+        self.wrappers.patch_hooks(self._patch_hooks, self, (hooks,), {})
+
+    def _patch_hooks(self, hooks):
+        self.written.append(hooks)
+        self.current_hooks = hooks
+
+
+def test_hooks_are_written_only_before_the_hosts_own_forward():
+    host = Host(answer="from the workers")
+    patcher = Patcher(host)
+    for hooks in ("a", "b", "a", "b"):
+        patcher.patch_hooks(hooks)
+        assert patcher.current_hooks == hooks
+        assert patcher.wrappers.flux_forward(lambda x: x, object(), (1,), {}) == "from the workers"
+    assert patcher.written == []
+    host.answer = None
+    assert patcher.wrappers.flux_forward(lambda x: list(patcher.written), object(), (1,), {}) == [
+        "b"
+    ]
+    assert patcher.wrappers.flux_forward(lambda x: list(patcher.written), object(), (1,), {}) == [
+        "b"
+    ]
+
+
+def test_hooks_that_are_taken_off_or_applied_are_not_made_up_for():
+    host = Host()
+    patcher = Patcher(host)
+    patcher.patch_hooks("a")
+    patcher.patch_hooks(None)
+    host.hooks.make_up()
+    assert patcher.written == [None]
+    patcher.patch_hooks("a")
+    host.leaves_out = False
+    patcher.patch_hooks("b")
+    host.hooks.make_up()
+    assert patcher.written == [None, "b"]
+
+
+def test_a_failed_attempt_and_hooks_that_cannot_be_written_are_no_image():
+    host = Host(answer=ValueError("ours"))
+    patcher = Patcher(host)
+    host.faulted = lambda: None
+    patcher.patch_hooks("a")
+    assert patcher.wrappers.flux_forward(lambda x: list(patcher.written), object(), (1,), {}) == [
+        "a"
+    ]
+
+    class Broken(Patcher):
+        def _patch_hooks(self, hooks):
+            raise MemoryError("no room for the weights")
+
+    host.answer = None
+    broken = Broken(host)
+    broken.patch_hooks("a")
+    with pytest.raises(MemoryError):
+        broken.wrappers.flux_forward(lambda x: x, object(), (1,), {})

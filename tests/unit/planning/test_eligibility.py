@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.planning.bypass import BypassCode
 from comfy_xdit_patch.planning.eligibility import (
     CARRIED_ARGUMENTS,
     Pristine,
@@ -217,6 +218,15 @@ def test_a_call_that_never_came_to_us_has_a_reason(world):
     ]
 
 
+BYPASS = BypassCode({})
+
+
+def hooks(*types):
+    return SimpleNamespace(
+        hooks=[SimpleNamespace(hook_type=SimpleNamespace(value=t)) for t in types]
+    )
+
+
 def patcher(**changes):
     return SimpleNamespace(patches={}, object_patches={}, **changes)
 
@@ -226,25 +236,31 @@ def patcher(**changes):
     [
         patcher(),
         patcher(weight_wrapper_patches={}, is_injected=False, hook_patches={}, current_hooks=None),
+        patcher(hook_patches={"h": {}}, current_hooks=hooks("weight", "transformer_options")),
     ],
 )
 def test_a_patcher_that_changed_nothing_is_not_refused(plain):
-    assert check_patcher(SimpleNamespace(current_patcher=plain)) == []
+    assert check_patcher(SimpleNamespace(current_patcher=plain), BYPASS) == []
 
 
 def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
     current = patcher()
     current.object_patches = {"model_sampling": object(), "latent_format": object()}
-    assert check_patcher(SimpleNamespace(current_patcher=current)) == []
+    assert check_patcher(SimpleNamespace(current_patcher=current), BYPASS) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"weight_wrapper_patches": {"w": [another]}}, "the model has weight wrappers"),
-        ({"is_injected": True}, "a node injected code into the model's modules"),
-        ({"hook_patches": {"h": {}}}, "the model has hook-scheduled weight patches"),
-        ({"current_hooks": object()}, "the model has hook-scheduled weight patches"),
+        (
+            {"is_injected": True, "injections": {"x": [SimpleNamespace(inject=another)]}},
+            "a node injected code into the model's modules",
+        ),
+        (
+            {"current_hooks": hooks("weight", "add_injections")},
+            "a hook of type add_injections is set on the model",
+        ),
         (
             {"object_patches": {"diffusion_model.double_blocks.7.img_mlp": 1}},
             "a node patched diffusion_model.double_blocks.N.img_mlp of the model",
@@ -253,18 +269,18 @@ def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
 )
 def test_a_patcher_that_changes_the_model_is_refused(changes, reason):
     current = SimpleNamespace(**{"patches": {}, "object_patches": {}, **changes})
-    assert check_patcher(SimpleNamespace(current_patcher=current)) == [Refusal(reason)]
+    assert check_patcher(SimpleNamespace(current_patcher=current), BYPASS) == [Refusal(reason)]
 
 
 def test_a_model_without_a_patcher_is_refused():
-    found = check_patcher(SimpleNamespace(current_patcher=None))
+    found = check_patcher(SimpleNamespace(current_patcher=None), BYPASS)
     assert found == [Refusal("the model has no current ModelPatcher")]
 
 
 def test_what_a_node_changed_around_the_blocks_leaves_them_to_the_workers():
     current = patcher()
     current.object_patches = {"diffusion_model.forward_orig": another}
-    found = check_patcher(SimpleNamespace(current_patcher=current))
+    found = check_patcher(SimpleNamespace(current_patcher=current), BYPASS)
     reason = "a node patched diffusion_model.forward_orig of the model"
     assert found == [Refusal(reason, is_around_blocks=True)]
 
@@ -275,7 +291,7 @@ def test_the_default_of_an_argument_and_a_compiled_model_are_no_change():
         "diffusion_model.params.default_ref_method": "index_timestep_zero",
         "diffusion_model": SimpleNamespace(_orig_mod=object()),
     }
-    assert check_patcher(SimpleNamespace(current_patcher=current)) == []
+    assert check_patcher(SimpleNamespace(current_patcher=current), BYPASS) == []
 
 
 @pytest.mark.parametrize(

@@ -144,3 +144,13 @@ def test_weights_of_every_plain_dtype_have_a_fingerprint(dtype):
     one.diffusion_model.register_buffer("extra", torch.zeros(50).to(dtype))
     other.diffusion_model.register_buffer("extra", torch.ones(50).to(dtype))
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_what_lies_under_a_lora_and_under_a_hook_is_the_stored_weight():
+    stored, with_lora = torch.zeros(1), torch.ones(1)
+    patcher = SimpleNamespace(
+        backup={"both": SimpleNamespace(weight=stored)},
+        hook_backup={"both": (with_lora, "cpu"), "hook": (stored, "cpu")},
+    )
+    assert module.unpatched(patcher) == {"both": stored, "hook": stored}
+    assert module.unpatched(SimpleNamespace(backup={})) == {}

@@ -1,0 +1,102 @@
+"""One model that a rank holds, in one state of its weights.
+
+Runs in: worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.engine.overlay import Overlay
+from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
+from comfy_xdit_patch.transport.calls import Tree
+from comfy_xdit_patch.transport.fingerprint import stored_weights
+from comfy_xdit_patch.transport.tensors import flatten
+
+
+@dataclass(slots=True)
+class Resident:
+    """One model.
+
+    ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
+    patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
+    ``blocks`` are this rank's weight shards, where it has some. ``is_placed`` says that the weights
+    in use are on the device.
+    """
+
+    patcher: Any
+    fingerprint: str
+    stored: dict[str, torch.Tensor]
+    current: Any
+    scaled: dict[str, Any]
+    overlay: Overlay
+    state: dict[str, Tree] = field(default_factory=dict)
+    key: str = ""
+    mode: str = "full"
+    blocks: ShardedBlocks | None = None
+    is_placed: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def flux(self) -> Any:
+        """ComfyUI's ``Flux`` module."""
+        return self.patcher.model.diffusion_model
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the weights that this rank uses, shards counted as what they are."""
+        shards = 0 if self.blocks is None else self.blocks.bytes_held
+        return (
+            shards
+            + self.overlay.bytes_held(self.current)
+            + sum(
+                part.nbytes
+                for _, weight in stored_weights(self.flux)
+                for part in flatten(weight)[0].values()
+            )
+        )
+
+    def needs_other_patches(self, state: dict[str, Tree]) -> bool:
+        """Whether a state differs in more than what lies over the patched weights."""
+        names = ("patches", "manual_cast_dtype", "force_cast_weights")
+        return any(self.state.get(name) != state[name] for name in names) or not self.state
+
+    def lay_over(
+        self, tensor: Callable[[Tree], torch.Tensor], progress: Callable[[float], None]
+    ) -> None:
+        """Have what the state asks for lie over the patched weights."""
+        self.overlay.apply(
+            self.current, self.state, stored=self.stored, tensor=tensor, progress=progress
+        )
+
+    def take_off(self) -> None:
+        """Take it off the device: its weights are the file's again, and nothing is moved."""
+        self.is_placed = False
+        self.overlay.take_off(self.current, restore=False)
+        if self.blocks is not None:
+            self.blocks.release(restore=False)
+            self.blocks = None
+        self._to_file()
+        self.current.detach()
+
+    def follow_comfyui(self) -> None:
+        """See whether ComfyUI took it off the device, in whole or in part, for another one."""
+        model = self.patcher.model
+        if model.current_weight_patches_uuid is None:
+            self.is_placed = False
+            self.overlay.take_off(self.current, restore=False)
+            self._to_file()
+        elif model.model_lowvram and self.mode == "full":
+            self.is_placed = False
+            self.overlay.take_off(self.current, restore=True)
+
+    def _to_file(self) -> None:
+        """Put the stored weights in the place of those on the device, which are so freed."""
+        import comfy.utils
+
+        for key, tensor in self.stored.items():
+            comfy.utils.set_attr_param(self.patcher.model, key, tensor)

@@ -1,0 +1,57 @@
+"""What ComfyUI holds of a model, to compare it with what the workers hold.
+
+Runs in: host process. Reads ComfyUI's objects, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.transport.fingerprint import digests, fingerprint, unpatched
+
+
+def expected_fingerprint(base_model: Any) -> str:
+    """Return the fingerprint of a model's stored weights.
+
+    Raises:
+        ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
+    """
+    patcher = base_model.current_patcher
+    cast = "manual_cast_dtype"
+    return fingerprint(
+        flux_of(base_model),
+        manual_cast_dtype=patcher.object_patches_backup.get(cast, getattr(base_model, cast)),
+        backup=unpatched(patcher),
+    )
+
+
+def is_patched_here(patcher: Any) -> bool:
+    """Whether ComfyUI has applied all patches to the weights that this process holds."""
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    return (
+        not (is_dynamic is not None and is_dynamic())
+        and not patcher.model.model_lowvram
+        and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
+    )
+
+
+def verify(base_model: Any, theirs: Sequence[dict[str, str]], totals: Totals) -> Refusal | None:
+    """Compare the weights in use bit for bit, if the ranks were asked for digests."""
+    if not any(theirs):
+        return None
+    ours = digests(flux_of(base_model))
+    for rank, found in enumerate(theirs):
+        wrong = [name for name in {*ours, *found} if ours.get(name) != found.get(name)]
+        if wrong:
+            name = min(wrong)
+            totals.last_error = (
+                f"Rank {rank} holds {len(wrong)} of {len(ours)} weights with other contents: "
+                f"{name} is {found.get(name)} there and {ours.get(name)} here."
+            )
+            return Refusal("the weights in use on a rank are not ComfyUI's")
+        totals.weights_verified += len(ours)
+    return None
