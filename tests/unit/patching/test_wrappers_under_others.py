@@ -16,6 +16,7 @@ class Host:
     """A host that refuses every call, and notes how it was bound."""
 
     settings = SimpleNamespace(strict=True)
+    hooks = SimpleNamespace(make_up=lambda: None)
 
     def __init__(self):
         self.seen = []
