@@ -16,7 +16,6 @@ MODELS = {
     "test_corpus": "corpus",
     "test_features": "features",
     "test_fuzz": "features",
-    "test_neighbours": "features",
 }
 
 

@@ -13,7 +13,7 @@ from rig.checkpoints import Sizes, models_directory
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-NODE_PACK = Path(__file__).parent / "node_packs" / "neighbours"
+NODE_PACK = Path(__file__).parent / "node_packs" / "alone" / "neighbours"
 
 Listing = dict[str, tuple[int, int]]
 
