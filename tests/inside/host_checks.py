@@ -47,6 +47,7 @@ WRAPPER_NAMES = (
     "load_checkpoint",
     "free_memory",
     "partially_load",
+    "patch_hooks",
 )
 
 
@@ -196,6 +197,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.host:Host.forward",
     "comfy_xdit_patch.patching.steps:ParallelSteps.run",
     "comfy_xdit_patch.patching.steps:carry",
+    "comfy_xdit_patch.patching.steps:_checked",
     "comfy_xdit_patch.patching.holding:Holding.changes",
     "comfy_xdit_patch.patching.host:Host.begin_run",
     "comfy_xdit_patch.patching.host:Host.end_run",
@@ -209,13 +211,14 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.remote_weights:RemoteWeights.state",
     "comfy_xdit_patch.patching.remote_weights:RemoteWeights.load",
     "comfy_xdit_patch.patching.remote_weights:RemoteWeights._ask",
-    "comfy_xdit_patch.patching.remote_weights:fingerprint",
+    "comfy_xdit_patch.patching.remote_weights:expected_fingerprint",
     "comfy_xdit_patch.patching.weights:WeightStates.of",
     "comfy_xdit_patch.patching.residency:Residency.place",
     "comfy_xdit_patch.patching.memory:SharedMemory.ran",
     "comfy_xdit_patch.patching.holding:Holding.hold",
     "comfy_xdit_patch.patching.wire:Wire.follow_generation",
     "comfy_xdit_patch.patching.wire:Wire._slot_messages",
+    "comfy_xdit_patch.patching.wire:check_answers",
     "comfy_xdit_patch.patching.models:ModelRegistry.find",
     "comfy_xdit_patch.planning.eligibility:Pristine.check_step",
     "comfy_xdit_patch.planning.eligibility:Pristine.check_modules",
@@ -224,6 +227,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.workers.pool:Pool.wait_until_ready",
     "comfy_xdit_patch.workers.pool:Pool.request",
     "comfy_xdit_patch.workers.exchange:Exchange._collect",
+    "comfy_xdit_patch.workers.exchange:Exchange._check",
     "comfy_xdit_patch.workers.exchange:Exchange._send_all",
 )
 
