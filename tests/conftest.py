@@ -51,7 +51,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Under pytest-xdist, those that share something run in one process."""
     tier, version, group, models = _place(item)
     name = f"{TIERS[tier]} {version} {group} {models}" if tier or version >= 0 else "quick"
-    item.add_marker(pytest.mark.xdist_group(name))
+    # Seven ranks at native width, twice at the same time, do not fit into 24 GiB.
+    item.add_marker(pytest.mark.xdist_group("parallel" if TIERS[tier] == "parallel" else name))
 
 
 def _place(item: pytest.Item) -> tuple[int, int, str, str]:
