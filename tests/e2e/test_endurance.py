@@ -168,7 +168,7 @@ def test_a_long_run_with_faults_cancels_and_sizes_leaves_no_trace(
     for number, event in zip(range(num_prompts), events_in_turn(), strict=False):
         events[event] += 1
         if event == "free":
-            bench.free()
+            bench.ranks.free_and_wait()
         if event == "cancel":
             _, graph = bench.graph_of(steps=LONG)
             prompt = bench.ranks.post_prompt(graph)
@@ -184,7 +184,7 @@ def test_a_long_run_with_faults_cancels_and_sizes_leaves_no_trace(
             bench.run(size=chance.choice(SIZES))
         if number % 10 == 9:
             bench.heal()
-            bench.free()
+            bench.ranks.free_and_wait()
             trace.append(
                 {
                     "memory of the host": own_memory(host),

@@ -83,15 +83,8 @@ def test_many_prompts_leave_no_trace(
 
 def freed(server: Server) -> dict[str, int]:
     """Free, wait until ComfyUI has done it, and measure host and workers."""
-    server.free()
+    server.free_and_wait()
     pids = [rank["pid"] for rank in server.status()["ranks"]]
-    low = sum(map(own_memory, pids))
-    calm = 0
-    while calm < 4:  # ComfyUI frees in its own time, in the prompt thread.
-        time.sleep(0.5)
-        now = sum(map(own_memory, pids))
-        calm = calm + 1 if abs(now - low) < 1 << 20 else 0
-        low = now
     assert server.process is not None
     return {
         "host": own_memory(server.process.pid),

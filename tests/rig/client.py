@@ -99,6 +99,15 @@ class Client(Outputs):
         """Unload models and free memory, as ComfyUI's menu does."""
         self.request("/free", {"unload_models": True, "free_memory": True})
 
+    def free_and_wait(self) -> None:
+        """Free, and wait until ComfyUI has done so, which it does in its own time."""
+        self.free()
+        end = time.monotonic() + REQUEST_DEADLINE_S
+        while any(rank["weight_bytes"] for rank in self.status()["ranks"]):
+            if time.monotonic() > end:
+                raise RigError(f"Free: the workers still hold weights.\n{tail(self.log_path)}")
+            time.sleep(POLL_S)
+
     def log_text(self) -> str:
         """Return everything the server has printed."""
         return self.log_path.read_text(errors="replace")

@@ -102,7 +102,7 @@ class Bench:
             os.kill(pid, SIGNALS[fault.kind])
             return
         if fault.point in (*AT_LOAD, "slot"):
-            self.free()
+            self.ranks.free_and_wait()
         self.orders.give(fault)
         if fault.point in (*AT_START, "store"):
             os.kill(min(self.pids), signal.SIGKILL)
@@ -110,14 +110,6 @@ class Bench:
             self.ranks.free()
         if fault.point in (*AT_START, "store", "unload"):
             self._wait_until(lambda: not self.orders.open(), "the point was never come to")
-
-    def free(self) -> None:
-        """Have the workers drop the model, so that the next step loads it."""
-        self.ranks.free()
-        self._wait_until(
-            lambda: not any(rank["weight_bytes"] for rank in self.ranks.status()["ranks"]),
-            "never freed",
-        )
 
     @staticmethod
     def _wait_until(is_so: Callable[[], bool], complaint: str) -> None:
