@@ -46,7 +46,7 @@ NODE_CLASS_MAPPINGS = {{}}
 '''
 TAIL_LINES = 25
 # Two processes of pytest: ranks and servers wait for each other half of the time.
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
 
 
 def main(arguments: list[str]) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from inside.client import Inside
@@ -11,11 +14,17 @@ from rig.checkpoints import Sizes, models_directory
 from rig.trees import Tree, trees_for_tests
 
 TIERS = ("unit", "contract", "parallel", "e2e")
-# Servers have other models for these.
-MODELS = {
+# Which servers the tests of a file share, where these are not the usual ones.
+SERVERS = {
     "test_corpus": "corpus",
+    "test_endurance": "faults",
+    "test_fault_matrix": "faults",
+    "test_faults": "not strict",
     "test_features": "features",
     "test_fuzz": "features",
+    "test_hooks": "hooks",
+    "test_neighbours": "neighbours",
+    "test_security": "neighbours",
 }
 
 
@@ -47,12 +56,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Under pytest-xdist, those that share something run in one process."""
-    tier, version, group, models = _place(item)
-    name = f"{TIERS[tier]} {version} {group} {models}" if tier or version >= 0 else "quick"
-    # Seven ranks at native width, twice at the same time, do not fit into 24 GiB.
-    item.add_marker(pytest.mark.xdist_group("parallel" if TIERS[tier] == "parallel" else name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist, tests that share something run in one process.
+
+    Its own ``--dist loadgroup`` writes to an attribute that pytest 9.2 does not read any more.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """Name what a test shares with others: processes, or servers that have the same models."""
+    path = nodeid.split("::")[0]
+    tier = next((tier for tier in TIERS if f"tests/{tier}/" in path), TIERS[-1])
+    version = re.search(r"\[(\d+\.\d+\.\d+)", nodeid)
+    if tier == "parallel":  # Seven ranks at native width, twice at a time, do not fit into 24 GiB.
+        return tier
+    if version is None and tier != "e2e":
+        return "quick"
+    return f"{tier} {version and version[1]} {SERVERS.get(Path(path).stem, '')}"
 
 
 def _place(item: pytest.Item) -> tuple[int, int, str, str]:
@@ -61,7 +89,7 @@ def _place(item: pytest.Item) -> tuple[int, int, str, str]:
     values = getattr(getattr(item, "callspec", None), "params", {})
     tree, marker = values.get("tree"), item.get_closest_marker("group")
     group = str(values.get("num_ranks", 2)) if marker is None else str(marker.args[0])
-    models = MODELS.get(item.path.stem, "") if tier == "e2e" else ""
+    models = SERVERS.get(item.path.stem, "") if tier == "e2e" else ""
     version = -1 if tree is None else len(trees_for_tests()) - trees_for_tests().index(tree)
     return TIERS.index(tier), version, group, models
 
