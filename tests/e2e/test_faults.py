@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rig import graphs, weight_graphs
 from rig.compare import compare_all
+from rig.faults import is_running
 from rig.server import Server
 from rig.trees import Tree
 from rig.weight_rows import KOHYA
@@ -228,18 +229,10 @@ def test_nothing_is_left_when_the_server_is_killed(servers: Servers, tree: Tree)
     assert ranks.process is not None
     os.kill(ranks.process.pid, signal.SIGKILL)
     end = time.monotonic() + 2.0
-    while any(_is_running(pid) for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < end
         time.sleep(0.01)
     assert set(os.listdir("/dev/shm")) <= shared_before
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def test_images_are_not_flat(servers: Servers, tree: Tree) -> None:

@@ -7,7 +7,6 @@ PSS divides every shared page by the number of processes that map it, so PSS may
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,6 @@ class Memory:
     private: int = 0
     shared: int = 0
     private_anonymous: int = 0
-
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(
-            pss=self.pss + other.pss,
-            private=self.private + other.private,
-            shared=self.shared + other.shared,
-            private_anonymous=self.private_anonymous + other.private_anonymous,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +46,10 @@ class Mapped:
         )
 
 
-def tree_pids(pid: int) -> list[int]:
-    """Return a process and all that descend from it, those of its threads' children included."""
-    found = [pid]
-    for parent in found:  # grows while we walk it
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            # A process that ends while we look has no children left to count.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found += [int(child) for child in children.read_text().split()]
-    return found
-
-
 def process_memory(pid: int) -> Memory:
     """Return the memory of one process; a process that has ended is an error."""
     amounts = dict(_amounts(Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()))
     return _memory(amounts, _private_anonymous(pid))
-
-
-def memory_of(pids: Iterable[int]) -> Memory:
-    """Return the memory of several processes together."""
-    return sum((process_memory(pid) for pid in pids), Memory())
 
 
 def own_memory(pid: int) -> int:
@@ -87,11 +62,6 @@ def own_memory(pid: int) -> int:
     mapped = shared_memory([pid])
     private = mapped.private_clean + mapped.private_dirty
     return process_memory(pid).private_anonymous + private + mapped.shared
-
-
-def tree_memory(pid: int) -> Memory:
-    """Return the memory of a process and of all that descend from it."""
-    return memory_of(tree_pids(pid))
 
 
 def mapped_file(pids: Iterable[int], path: Path) -> Mapped:
