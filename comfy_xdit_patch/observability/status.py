@@ -93,8 +93,8 @@ class Totals:
     """What each rank needed for the last call of a ControlNet."""
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
-    weight_bytes: dict[int, int] = field(default_factory=dict)
-    """Size of the weights that each rank uses of the model loaded last."""
+    weight_bytes: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Size of the weights in use of the model loaded last, by generation of workers and rank."""
     residency: list[str] = field(default_factory=list)
     """The arithmetic that decided where the weights of the last step lie."""
     step_seconds: dict[int, float] = field(default_factory=dict)

@@ -28,7 +28,7 @@ def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
                 "forwards": totals.num_forwards.get(rank, 0),
                 "log": str(workers[rank].log_path) if alive else None,
                 "start_s": joined.seconds if joined else None,
-                "weight_bytes": totals.weight_bytes.get(rank),
+                "weight_bytes": totals.weight_bytes.get((pool.generation, rank)) if alive else None,
                 "load_s": totals.load_seconds.get(rank),
             }
         )

@@ -59,6 +59,7 @@ class RemoteWeights:
         if self._wire.follow_generation():
             self._states = WeightStates(self._wire.packs)
             self._held.clear()
+            self._totals.weight_bytes.clear()
 
     def state(self, base_model: Any, bypass: BypassHooks) -> WeightState | Refusal:
         """Return the state of the weights that the model's current ModelPatcher asks for."""
@@ -185,7 +186,7 @@ class RemoteWeights:
                 return NOT_LOADED
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
-            self._totals.weight_bytes[rank] = reply.bytes_held
+            self._totals.weight_bytes[self._wire.generation, rank] = reply.bytes_held
         self._failed.pop(which, None)
         if loaded[0].is_new:
             self._totals.loads += 1

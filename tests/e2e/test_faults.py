@@ -80,6 +80,7 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
         assert not Path(f"/proc/{pid}").exists(), "half a world is left"
 
     wait_for_state(ranks, "ready", 400)
+    assert [rank["weight_bytes"] for rank in ranks.status()["ranks"]] == [None, None]
     assert_equal_to_stock(servers, tree, ranks, seed=110 + victim)
     assert ranks.status()["last_run"]["steps_parallel"] == 6, "the next image is parallel again"
 
