@@ -8,12 +8,15 @@ The seam for other launchers: a pool needs nothing of a worker but what ``Worker
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +24,13 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.workers.environment import worker_variables
 
+log = logging.getLogger(__name__)
+
 TAIL_LINES = 12
 TAIL_BYTES = 20_000
 GRACE_S = 4.0
+KILL_S = 10.0
+"""A process inside a driver that hangs cannot be killed, and must not keep ComfyUI waiting."""
 LOG_PREFIX = "comfy-xdit-patch-"
 PID_SUFFIX = ".pid"
 """Of an empty file beside the log, named after the worker's number: there while the worker is."""
@@ -58,15 +65,31 @@ class Worker:
             return f"(no log: {error})"
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (its log is empty)"
 
-    def end(self, *, grace_s: float = GRACE_S) -> None:
-        """Wait a little for the process to end by itself, then kill it."""
-        try:
-            self.process.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        _mark_of(self.log_path, self.process.pid).unlink(missing_ok=True)
-        self.channel.close()
+
+def end_workers(workers: Sequence[Worker], *, grace_s: float = GRACE_S) -> None:
+    """Wait a little for all of them to end by themselves, then kill those that have not."""
+    _wait_for(workers, grace_s)
+    for worker in workers:
+        worker.process.kill()
+    _wait_for(workers, KILL_S)
+    for worker in workers:
+        worker.channel.close()
+        if worker.process.returncode is None:
+            log.error(
+                "xDiT: Rank %d (pid %d, %s) does not end although it was killed",
+                worker.rank,
+                worker.process.pid,
+                worker.device.name,
+            )
+        else:
+            _mark_of(worker.log_path, worker.process.pid).unlink(missing_ok=True)
+
+
+def _wait_for(workers: Sequence[Worker], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    for worker in workers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(timeout=max(0.0, end - time.monotonic()))
 
 
 def launch_worker(

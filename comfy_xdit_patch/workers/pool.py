@@ -37,7 +37,7 @@ from comfy_xdit_patch.transport.replies import Joined, Reply
 from comfy_xdit_patch.workers.back_off import AFTER_LOSS_S, AFTER_START_S, BackOff
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll
-from comfy_xdit_patch.workers.launcher import Worker, make_log_dir
+from comfy_xdit_patch.workers.launcher import Worker, end_workers, make_log_dir
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, start_workers
 
 log = logging.getLogger(__name__)
@@ -171,8 +171,7 @@ class Pool:
         for worker in workers:
             with contextlib.suppress(ChannelClosedError, DeadlineExceededError):
                 worker.channel.send(Stop(), deadline_s=1.0)
-        for worker in workers:
-            worker.end()
+        end_workers(workers)
 
     # -- the keeper's thread ---------------------------------------------------------------
 
@@ -234,10 +233,7 @@ class Pool:
                 return
             workers, self.workers = self.workers, ()
             self._fail(reason, AFTER_LOSS_S)
-        for worker in workers:
-            worker.process.kill()
-        for worker in workers:
-            worker.end(grace_s=0)
+        end_workers(workers, grace_s=0)
 
     def _fail(self, reason: str, waits_s: Sequence[float]) -> None:
         self.error = reason

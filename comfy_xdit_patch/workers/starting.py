@@ -19,7 +19,7 @@ from comfy_xdit_patch.transport.channel import Channel, wait_readable
 from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.transport.replies import Failed, Joined, short
 from comfy_xdit_patch.workers.environment import HostState
-from comfy_xdit_patch.workers.launcher import Worker, launch_worker
+from comfy_xdit_patch.workers.launcher import Worker, end_workers, launch_worker
 
 SEND_DEADLINE_S = 10.0
 POLL_S = 0.02
@@ -82,8 +82,7 @@ def start_workers(
             worker.channel.send(start, deadline_s=SEND_DEADLINE_S)
         joined = _join_all(workers, begin + settings.start_timeout_s, settings.start_timeout_s)
     except BaseException as error:
-        for worker in workers:
-            worker.end(grace_s=0)
+        end_workers(workers, grace_s=0)
         if isinstance(error, (XditError, OSError)):
             raise WorkerError(f"The workers did not start. {error}") from None
         raise

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from rig.own_tests import outcomes
 from rig.trees import Tree
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -35,14 +35,6 @@ def start(tree: Tree, report: Path, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def outcomes(report: Path) -> dict[str, str]:
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        found[f"{case.get('classname')}::{case.get('name')}"] = kinds[0] if kinds else "passed"
-    return found
 
 
 def test_comfyuis_own_unit_tests_give_the_same_result(tree: Tree, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_killed_worker_costs_less_than_a_second(
     bench: Bench, chance: random.Random, record_property: Record
 ) -> None:
     decided, finished = [], []
-    for _ in range(how_many("KILLS", 2)):
+    for _ in range(how_many("KILLS", 1)):
         bench.heal()
         expected, graph = bench.image_of(steps=LONG)
         prompt = bench.ranks.post_prompt(graph)

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from rig import graphs
+from rig.checkpoints import Sizes, models_directory
+from rig.compare import compare_all
 from rig.environment import RigError
-from rig.fault_bench import Bench
+from rig.fault_bench import SIZE, STEPS, Bench
 from rig.faults import (
     AT_START,
+    EVERYWHERE,
     SOME_FAULTS,
     Fault,
     Orders,
@@ -24,6 +33,8 @@ from rig.faults import (
     is_running,
     num_fds,
 )
+from rig.server import Server, base_directory
+from rig.trees import Tree
 
 pytestmark = [pytest.mark.group("faults"), pytest.mark.usefixtures("newest_only")]
 
@@ -67,3 +78,63 @@ def test_every_fault_costs_time_and_nothing_else(
             orders.withdraw()
             bench.heal()
     assert not failures, f"{len(failures)} of {len(chosen())} failed:\n" + "\n".join(failures)
+
+
+def ends_to_test() -> list[tuple[str, int]]:
+    everything = [(kind, rank) for rank in (0, 1) for kind in (*EVERYWHERE, "hang")]
+    return everything if "FAULTS_ALL" in os.environ else [("stop", 0)]
+
+
+@pytest.mark.slow  # a server for each case: it ends
+@pytest.mark.parametrize(("kind", "rank"), ends_to_test())
+def test_comfyui_ends_soon_whatever_a_worker_does(
+    tree: Tree, orders: Orders, tmp_path: Path, kind: str, rank: int, record_property: Record
+) -> None:
+    shared = set(os.listdir("/dev/shm"))
+    env = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "180", "RIG_FAULTS": str(orders.path)}
+    models = models_directory(Sizes(hidden=256))
+    with base_directory(tmp_path / "base", models) as base, Server(tree, base, env=env) as server:
+        server.run(graphs.with_values(graphs.load("ksampler_dev"), seed=1, steps=1), 300.0)
+        workers = [each["pid"] for each in server.status()["ranks"]]
+        assert all(is_running(pid) for pid in workers)
+        orders.give(Fault("shutdown", kind, rank))
+        assert server.process is not None
+        start = time.monotonic()
+        os.kill(server.process.pid, signal.SIGINT)  # Ctrl+C
+        server.process.wait(30.0)
+        seconds = time.monotonic() - start
+        assert not orders.open(), "the fault never happened"
+        assert not [pid for pid in workers if is_running(pid)]
+        assert set(os.listdir("/dev/shm")) <= shared
+    record_property("seconds from Ctrl+C to the end", seconds)
+    assert seconds < 10.0
+
+
+NO_SHM = """
+mount -t tmpfs -o size=4k none /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"
+"""
+
+
+@pytest.mark.slow  # a server of its own, for no other can be inside
+def test_a_full_dev_shm_disturbs_nobody(
+    servers: Callable[..., Server], tree: Tree, tmp_path: Path
+) -> None:
+    unshare = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--mount"]
+    within = [*unshare, "sh", "-c", NO_SHM, "sh"]
+    allowed = subprocess.run([*within, "true"], capture_output=True, check=False)
+    if allowed.returncode:
+        pytest.skip(f"this system allows no private mount: {allowed.stderr.decode().strip()}")
+    graph = graphs.with_values(graphs.load("ksampler_dev"), seed=2, size=SIZE, steps=STEPS)
+    stock = servers(tree, XDIT_STRATEGY="off")
+    expected = stock.images(stock.run(graph, 300.0))
+    models = models_directory(Sizes(hidden=768, variants=True))
+    env = {"XDIT_GPUS": "cpu:2", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "180"}
+    with (
+        base_directory(tmp_path / "base", models) as base,
+        Server(tree, base, env=env, within=within) as server,
+    ):
+        difference = compare_all(expected, server.images(server.run(graph, 300.0)))
+        assert difference.is_equal, str(difference)
+        assert server.status()["last_run"]["steps_parallel"] == STEPS
+        root = Path("/proc", str(server.status()["ranks"][0]["pid"]), "root")
+        assert os.listdir(root / "dev/shm") == ["full"]

@@ -54,6 +54,7 @@ class Server(Client):
         threads: int | None = 1,
         start_deadline_s: float = START_DEADLINE_S,
         node_packs: Sequence[Path] = (),
+        within: Sequence[str] = (),
     ) -> None:
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device={device!r} is not one of cpu, gpu.")
@@ -65,7 +66,8 @@ class Server(Client):
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
         self._environment = _environment(env or {}, threads)
-        self._command = [str(python), "main.py", "--listen", "127.0.0.1", "--port", str(port)]
+        self._command = [*within, str(python), "main.py", "--listen", "127.0.0.1"]
+        self._command += ["--port", str(port)]
         self._command += ["--base-directory", str(base_dir), "--disable-auto-launch"]
         self._command += ["--front-end-root", str(base_dir / "front-end")]
         self._command += ["--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes"]
@@ -94,6 +96,8 @@ class Server(Client):
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell has what it runs in the background, tests too, ignore Ctrl+C.
+                preexec_fn=_hear_interrupts,
             )
         try:
             self._await_ready()
@@ -182,3 +186,7 @@ def _environment(settings: Mapping[str, str], threads: int | None) -> dict[str, 
         environment |= {name: str(threads) for name in THREAD_VARIABLES}
     environment["PYTHONPATH"] = str(SHIM)
     return environment | dict(settings)
+
+
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -23,6 +23,7 @@ from comfy_xdit_patch.workers.launcher import (
     LOG_PREFIX,
     TAIL_LINES,
     Worker,
+    end_workers,
     launch_worker,
     make_log_dir,
 )
@@ -152,17 +153,55 @@ def test_bytes_in_a_log_that_are_no_text_do_not_hide_the_rest(worker):
 
 def test_a_worker_that_ends_by_itself_is_waited_for(worker):
     ending = worker("raise SystemExit(5)")
-    ending.end(grace_s=10)
+    end_workers([ending], grace_s=10)
     assert ending.process.returncode == 5
 
 
 def test_a_worker_that_does_not_end_is_killed_after_the_grace(worker):
     stubborn = worker("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)")
     start = time.monotonic()
-    stubborn.end(grace_s=0.1)
+    end_workers([stubborn], grace_s=0.1)
     assert stubborn.process.returncode == -signal.SIGKILL
     assert time.monotonic() - start < 5
     assert stubborn.channel.fileno() == -1
+
+
+def test_the_grace_is_one_for_all_workers(worker):
+    stubborn = [worker("import time; time.sleep(60)") for _ in range(4)]
+    start = time.monotonic()
+    end_workers(stubborn, grace_s=1.0)
+    assert time.monotonic() - start < 3
+    assert {w.process.returncode for w in stubborn} == {-signal.SIGKILL}
+
+
+# Whoever traces a process takes its end in the parent's place: to the parent, it does not end.
+TRACER = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.ptrace(ctypes.c_long(0x4206), int(sys.argv[1]), None, None):  # PTRACE_SEIZE
+    raise SystemExit(f"ptrace: error {ctypes.get_errno()}")
+print("traced", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind_and_named(worker, monkeypatch, caplog):
+    monkeypatch.setattr("comfy_xdit_patch.workers.launcher.KILL_S", 0.5)
+    undying = worker("import time; time.sleep(60)")
+    command = [sys.executable, "-c", TRACER, str(undying.process.pid)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as tracer:
+        if tracer.stdout.readline() != "traced\n":
+            pytest.skip(f"this system allows no tracing: {tracer.stderr.read()}")
+        start = time.monotonic()
+        end_workers([undying], grace_s=0)
+        assert time.monotonic() - start < 5
+        assert undying.process.returncode is None
+        assert (
+            f"(pid {undying.process.pid}, cpu) does not end although it was killed" in caplog.text
+        )
+        tracer.communicate()
+    assert undying.process.wait(10) == -signal.SIGKILL
 
 
 @pytest.fixture
@@ -172,7 +211,7 @@ def launched(tmp_path):
     started = launch_worker(rank=3, device=CPU, store_fd=store_fd, cpu_threads=1, log_dir=tmp_path)
     os.close(store_fd)
     yield started
-    started.end(grace_s=0)
+    end_workers([started], grace_s=0)
 
 
 def test_a_worker_ends_when_its_host_closes_the_channel(launched):
@@ -260,6 +299,6 @@ def test_a_workers_log_is_its_own_and_cannot_be_read_by_others(launched, tmp_pat
 def test_beside_the_log_stands_the_workers_number_while_it_lives(launched, tmp_path):
     number = tmp_path / f"{launched.process.pid}.pid"
     assert mode(number) == 0o600
-    launched.end(grace_s=0)
+    end_workers([launched], grace_s=0)
     assert not number.exists()
     assert launched.rank == 3
