@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.engine.placing import Progress, calls_counted
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.patches import decode, decode_bypass, is_quantised
@@ -26,7 +27,6 @@ KEPT_GROUPS = 3
 """Groups of hooks whose weights are kept, where there is room for them."""
 
 Tensor = Callable[[Tree], torch.Tensor]
-Progress = Callable[[float], None]
 
 
 class Overlay:
@@ -185,18 +185,6 @@ def _is_same_memory(weight: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 def _patch(patcher: Any, group: Any, progress: Progress) -> None:
     total = sum(len(patcher.hook_patches[hook.hook_ref]) for hook in group.hooks)
-    done = 0
-    patch = patcher.patch_hook_weight_to_device
-
-    def patch_hook_weight_to_device(*args: Any, **kwargs: Any) -> None:
-        nonlocal done
-        done += 1
-        progress(done / total)
-        patch(*args, **kwargs)
-
     # ComfyUI calls it for every weight that it has to compute.
-    patcher.patch_hook_weight_to_device = patch_hook_weight_to_device
-    try:
+    with calls_counted(patcher, "patch_hook_weight_to_device", total, progress):
         patcher.patch_hooks(group)
-    finally:
-        del patcher.patch_hook_weight_to_device

@@ -9,7 +9,8 @@ Runs in: worker process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,21 +38,28 @@ def place_whole(patcher: Any, *, is_complete: bool, progress: Progress) -> None:
         management.VRAMState.NO_VRAM,
     )
     total = sum(1 for _ in patcher.model.parameters())
-    done = 0
-    patch = patcher.patch_weight_to_device
+    # ComfyUI calls it for every weight that it loads, patched or not.
+    with calls_counted(patcher, "patch_weight_to_device", total, progress):
+        management.load_models_gpu([patcher], force_full_load=is_complete and not wants_little)
 
-    def patch_weight_to_device(*args: Any, **kwargs: Any) -> Any:
+
+@contextmanager
+def calls_counted(patcher: Any, method: str, total: int, progress: Progress) -> Iterator[None]:
+    """Report each call of a ModelPatcher's method as one part of a whole while this lasts."""
+    done = 0
+    original = getattr(patcher, method)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
         done += 1
         progress(done / total)
-        return patch(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    # ComfyUI calls it for every weight that it loads, patched or not.
-    patcher.patch_weight_to_device = patch_weight_to_device
+    setattr(patcher, method, counted)
     try:
-        management.load_models_gpu([patcher], force_full_load=is_complete and not wants_little)
+        yield
     finally:
-        del patcher.patch_weight_to_device
+        delattr(patcher, method)
 
 
 def place_sharded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 
@@ -331,3 +332,16 @@ def test_of_large_tensors_one_is_kept(wire):
         for i in range(3)
     }
     assert len(slots) == 1
+
+
+def test_no_process_can_change_the_size_of_a_slot():
+    """A slot that shrinks under a mapping is a bus error for whoever reads it."""
+    table = SlotTable()
+    table.create(100_000)
+    ((slot, fd),) = table.take_created()
+    for size in (0, slot.size_bytes * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    with pytest.raises(PermissionError):  # nor can the seals be added to
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    os.close(fd)
