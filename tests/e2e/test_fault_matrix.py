@@ -2,7 +2,8 @@
 
 The faults are real, in real processes: signals, exceptions, shut connections, torn messages. The
 default run takes one of each mechanism; ``FAULTS_ALL=1`` takes the whole matrix on 2 ranks, and
-``FAULTS_RANKS=3`` takes it on 3. ``FAULTS_CASES`` is a pattern that picks cases by name.
+``FAULTS_RANKS=3`` takes it on 3. ``FAULTS_CASES`` is a pattern that picks cases by name, and
+``FAULTS_RESULTS`` a file to which each case adds a line: the whole takes more than an hour.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def chosen() -> list[Fault]:
     return [fault for fault in faults if re.search(os.environ.get("FAULTS_CASES", ""), fault.name)]
 
 
+def keep(line: str) -> None:
+    if path := os.environ.get("FAULTS_RESULTS"):
+        with open(path, "a") as file:
+            print(line, file=file)
+
+
 @pytest.mark.slow  # workers start anew after most of them
 def test_every_fault_costs_time_and_nothing_else(
     bench: Bench, orders: Orders, record_property: Record
@@ -72,9 +79,12 @@ def test_every_fault_costs_time_and_nothing_else(
             assert set(os.listdir("/dev/shm")) <= shared
             # Those of shared memory that one prompt more has taken, not one for every fault.
             assert num_fds(bench.host_pid) <= fds + 4
-            record_property(fault.name, f"{seconds:.1f} s, {fell_back} of {run['steps']} fell back")
+            outcome = f"{seconds:.1f} s, {fell_back} of {run['steps']} fell back"
+            record_property(fault.name, outcome)
+            keep(f"passed: {fault.name}: {outcome}")
         except (AssertionError, RigError, OSError) as error:
             failures.append(f"{fault.name}: {type(error).__name__}: {error}")
+            keep(f"failed: {failures[-1]}")
             orders.withdraw()
             bench.heal()
     assert not failures, f"{len(failures)} of {len(chosen())} failed:\n" + "\n".join(failures)

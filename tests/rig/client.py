@@ -19,6 +19,7 @@ from rig.outputs import Outputs
 from rig.progress import ProgressListener
 
 REQUEST_DEADLINE_S = 30.0
+FREE_AGAIN_S = 5.0
 POLL_S = 0.05
 
 History = dict[str, Any]
@@ -100,12 +101,19 @@ class Client(Outputs):
         self.request("/free", {"unload_models": True, "free_memory": True})
 
     def free_and_wait(self) -> None:
-        """Free, and wait until ComfyUI has done so, which it does in its own time."""
-        self.free()
+        """Free, and wait until ComfyUI has done so.
+
+        ComfyUI misses what is asked for while it collects garbage after a prompt (main.py,
+        prompt_worker), until something else is asked for: ask again.
+        """
         end = time.monotonic() + REQUEST_DEADLINE_S
+        again = 0.0
         while any(rank["weight_bytes"] for rank in self.status()["ranks"]):
             if time.monotonic() > end:
                 raise RigError(f"Free: the workers still hold weights.\n{tail(self.log_path)}")
+            if time.monotonic() > again:
+                self.free()
+                again = time.monotonic() + FREE_AGAIN_S
             time.sleep(POLL_S)
 
     def log_text(self) -> str:
