@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from exactness import BOUND, STRICT, compare
+from exactness import BOUND, MALLOC, STRICT, compare
 from inside.client import Inside
 from rig.trees import Tree
 
@@ -27,6 +27,7 @@ DEV = {
     "ControlNet residuals": ODD | {"control": 20, "refs": [[9, 9]]},
     "attention mask": ODD | {"mask": True},
     "attention mask, references, batch 2": ODD | {"mask": True, "refs": [[9, 9]], "batch": 2},
+    "a patch after attention": ODD | {"refs": [[7, 6]], "patches_attention": True},
     "blocks in ComfyUI's process": ODD | {"refs": [[7, 6]], "replaces_blocks": True},
 }
 FAMILY = {
@@ -91,7 +92,7 @@ def test_an_attention_function_of_a_nodes_is_never_left_out_for_a_ring(
     assert ranks.call("forwards:forward", **call)["steps_parallel"] == before["steps_parallel"] + 1
 
 
-@pytest.mark.group("4")
+@pytest.mark.group("peak")  # whose 4 ranks it takes over
 @pytest.mark.usefixtures("newest_only")
 def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
     tree: Tree,
@@ -100,8 +101,8 @@ def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    stock = inside(tree, XDIT_STRATEGY="off")
-    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT)
+    stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
+    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC)
     path = flux_dev(hidden=768, double=1, single=1)
     for plan in PLANS_OF_4:
         with following(ranks, plan.name):

@@ -22,6 +22,7 @@ def test_time_per_step_is_the_median_over_parallel_steps():
     report = counts.report(ranks=2)
     assert report.ms_per_step == pytest.approx(62)
     assert (report.steps, report.ranks, report.plan) == (3, 2, "ulysses=2")
+    assert report.strategy == "ulysses"
 
 
 def test_steps_that_fell_back_are_counted_by_reason():
