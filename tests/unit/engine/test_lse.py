@@ -70,10 +70,33 @@ def test_plain_mathematics_gives_what_the_kernel_gives(dtype, monkeypatch):
     torch.testing.assert_close(weight, expected_weight, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_kernels_refuse_is_computed_plainly():
+@pytest.fixture
+def plain_calls(monkeypatch):
+    """Calls of the plain mathematics from now on."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return plain_attention(*args)
+
+    monkeypatch.setattr(lse, "plain_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_kernel_is_used_where_there_is_one(dtype, has_mask, plain_calls):
+    q, k, v = qkv(dtype)
+    bias = Bias.of(torch.randn(QUERIES, KEYS), dtype) if has_mask else None
+    attention_with_lse(q, k, v, bias=bias)
+    assert plain_calls == []
+
+
+def test_what_the_kernels_refuse_is_computed_plainly(plain_calls):
     q, k, v = qkv(torch.float32)
     narrow = v[..., :5]  # values of another width than keys
     out, _ = attention_with_lse(q, k, narrow)
+    assert len(plain_calls) == 1
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v)[..., :5])
 
 
