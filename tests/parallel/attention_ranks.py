@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,18 @@ from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import PlanGroups
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
 
-WORLD_SIZE = 6
+WORLD_SIZE = 8
 DEADLINE = datetime.timedelta(seconds=120)
 PLANS = [
     ParallelPlan(world_size, 1, ulysses, world_size // ulysses)
-    for world_size in (2, 3, 4, 6)
+    for world_size in (2, 3, 4, 5, 6, 8)
     for ulysses in range(1, world_size + 1)
     if world_size % ulysses == 0
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BATCH, WIDTH = 2, 16
 UNEVEN = {"text": 13, "image": 22, "references": 10, "heads": 5}
-EVEN = {"text": 12, "image": 24, "references": 12, "heads": 12}
+EVEN = {"text": 40, "image": 60, "references": 20, "heads": 24}
 FEW_HEADS = {**UNEVEN, "heads": 2}
 MASKS = ("pairs", "pairs of each row", "pairs of each head", "hidden text", "hidden ranks")
 
@@ -100,27 +101,30 @@ def comfyui_like(
     return out.transpose(1, 2).flatten(2)
 
 
-def run(
-    plan: ParallelPlan,
-    groups: PlanGroups,
-    rank: int,
+@dataclass(frozen=True)
+class Problem:
+    """One attention, its mask, its arguments, and its result in one process."""
+
+    name: str
+    sizes: dict[str, int]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    arguments: dict[str, Any]
+    expected: torch.Tensor
+    error_alone: float
+
+
+def pose(
     *,
     dtype: torch.dtype,
     sizes: dict[str, int],
     mask: str | None = None,
     caches_references: bool = False,
     scale: float | None = None,
-) -> dict[str, Any]:
-    """Run one case on this rank's shard, twice as two blocks would."""
-    shares = SequenceShares.even(
-        num_text_tokens=sizes["text"],
-        num_image_tokens=sizes["image"],
-        num_reference_tokens=sizes["references"],
-        num_heads=sizes["heads"],
-        num_shards=plan.sequence_degree,
-        ring_degree=plan.ring_degree,
-    )
-    length, heads = sum(shares.joint), sizes["heads"]
+) -> Problem:
+    heads = sizes["heads"]
+    length = sizes["text"] + sizes["image"] + sizes["references"]
     num_queries = length - sizes["references"] * caches_references
     generator = torch.Generator().manual_seed(3)
     shape = (BATCH, heads, length, WIDTH)
@@ -129,28 +133,49 @@ def run(
     values = None
     if mask is not None:
         values = make_mask(mask, (BATCH, heads, num_queries, length), sizes["text"])
-    mine = torch.tensor([t for start, end in shares.places(rank) for t in range(start, end)])
-    queries = mine[mine < num_queries]
-    attention = SequenceAttention(shares=shares, index=rank, groups=groups)
-    arguments: dict[str, Any] = {"mask": values, "skip_reshape": True}
-    if scale is not None:
-        arguments["scale"] = scale
-    for _ in range(2):
-        out = attention(
-            comfyui_like, q[:, :, queries], k[:, :, mine], v[:, :, mine], heads, **arguments
-        )
     expected = whole_attention(q, k, v, values, scale).transpose(1, 2).flatten(2)
     alone = comfyui_like(q, k, v, heads, mask=values, scale=scale)
-    assert out.dtype == dtype
+    return Problem(
+        name=mask or "no mask",
+        sizes=sizes,
+        q=q,
+        k=k,
+        v=v,
+        arguments={"mask": values, "skip_reshape": True, "scale": scale},
+        expected=expected,
+        error_alone=relative(alone, expected),
+    )
+
+
+def solve(problem: Problem, plan: ParallelPlan, groups: PlanGroups, rank: int) -> dict[str, Any]:
+    """Compute this rank's shard, twice as two blocks would."""
+    shares = SequenceShares.even(
+        num_text_tokens=problem.sizes["text"],
+        num_image_tokens=problem.sizes["image"],
+        num_reference_tokens=problem.sizes["references"],
+        num_heads=problem.sizes["heads"],
+        num_shards=plan.sequence_degree,
+        ring_degree=plan.ring_degree,
+    )
+    q, k, v = problem.q, problem.k, problem.v
+    mine = torch.tensor([t for start, end in shares.places(rank) for t in range(start, end)])
+    queries = mine[mine < q.shape[2]]
+    shard = q[:, :, queries], k[:, :, mine], v[:, :, mine]
+    attention = SequenceAttention(shares=shares, index=rank, groups=groups)
+    for _ in range(2):
+        out = attention(comfyui_like, *shard, problem.sizes["heads"], **problem.arguments)
+    assert out.dtype == q.dtype
+    is_even = problem.sizes["heads"] % plan.ulysses_degree == 0
+    is_even = is_even and len({*shares.joint}) == 1 and q.shape == k.shape
     return {
         "plan": plan.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "case": mask or "no mask",
-        "error": relative(out, expected[:, queries]),
-        "error_alone": relative(alone, expected),
-        "is_even": sizes == EVEN and not caches_references,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "case": problem.name,
+        "error": relative(out, problem.expected[:, queries]),
+        "error_alone": problem.error_alone,
+        "is_even": is_even,
         "bytes_sent": attention.bytes_sent // 2,
-        "bytes_whole": BATCH * heads * length * WIDTH * dtype.itemsize,
+        "bytes_whole": k.nbytes,
     }
 
 
@@ -171,8 +196,7 @@ def make_groups(plan: ParallelPlan, rank: int) -> PlanGroups:
     return PlanGroups(sequence=None, ulysses=made[0], ring=made[1])
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, folder: Path, problems: list[Problem]) -> None:
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(str(folder / "store"), WORLD_SIZE),
@@ -185,14 +209,16 @@ def main(rank: int, folder: Path) -> None:
         groups = make_groups(plan, rank)
         if rank < plan.world_size:
             with torch.inference_mode():
-                found += [run(plan, groups, rank, **case) for case in cases()]
+                found += [solve(problem, plan, groups, rank) for problem in problems]
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # before anything computes: threads do not survive a fork
+    given = Path(sys.argv[1]), [pose(**case) for case in cases()]
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=main, args=(n, Path(sys.argv[1]))) for n in range(WORLD_SIZE)]
+    ranks = [context.Process(target=main, args=(rank, *given)) for rank in range(WORLD_SIZE)]
     for process in ranks:
         process.start()
     for process in ranks:
