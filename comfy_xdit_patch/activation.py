@@ -21,6 +21,7 @@ from comfy_xdit_patch.patching.patchset import PatchSet
 from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
 from comfy_xdit_patch.patching.wrappers import Wrappers
 from comfy_xdit_patch.planning.eligibility import Pristine
+from comfy_xdit_patch.planning.planner import check_strategy
 from comfy_xdit_patch.planning.topology import Device, choose_devices
 from comfy_xdit_patch.settings import Settings, read_settings
 from comfy_xdit_patch.workers.environment import capture_host_state
@@ -68,6 +69,7 @@ class Activation:
             devices = Refusal(SWITCHED_OFF) if settings.is_off else choose_devices(settings.gpus)
             if not isinstance(devices, Refusal):
                 _check_device_kind(devices)
+                check_strategy(settings.strategy, world_size=len(devices))
         except SettingsError as error:
             self.refused = str(error)
             log.error("xDiT: %s ComfyUI goes on alone.", error)

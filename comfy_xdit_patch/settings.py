@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from comfy_xdit_patch.errors import SettingsError
+from comfy_xdit_patch.strategy import LEGAL as STRATEGY_LEGAL
+from comfy_xdit_patch.strategy import Strategy, parse_strategy
 
 T = TypeVar("T")
 
-STRATEGIES = ("auto", "ulysses", "off")
 GPUS_LEGAL = (
     "all, a count such as 4, a list of indices such as 0,2,3, GPU UUIDs such as GPU-1a2b..., "
     "cpu:N for N CPU ranks, or 0 to switch off"
@@ -60,9 +61,13 @@ VARIABLES = (
     Variable(
         "XDIT_STRATEGY",
         "auto",
-        "auto, ulysses or off",
+        STRATEGY_LEGAL,
         "How the work is shared. `auto` picks among the exact strategies; a batch (also the "
         "conditional and unconditional half of CFG) is shared first, then the token sequence. "
+        "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
+        "`ring` tokens by passing keys and values round, `usp` tokens by both. A plan gives the "
+        "degree of each axis, in any order; their product is the number of ranks. All of them are "
+        "exact. A call that the named strategy cannot share runs on one GPU, and the log says why. "
         "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
     ),
     Variable(
@@ -109,7 +114,7 @@ class Settings:
     """All settings of this process, checked."""
 
     gpus: DeviceRequest
-    strategy: str
+    strategy: Strategy
     gpu_memory_bytes: int | None
     """None is ``auto``."""
     strict: bool
@@ -120,7 +125,7 @@ class Settings:
     @property
     def is_off(self) -> bool:
         """Whether the user asked for stock ComfyUI."""
-        return self.strategy == "off" or self.gpus.kind == "off"
+        return self.strategy.name == "off" or self.gpus.kind == "off"
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -150,7 +155,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
     return Settings(
         gpus=parsed("XDIT_GPUS", parse_gpus),
-        strategy=parsed("XDIT_STRATEGY", _one_of(STRATEGIES)),
+        strategy=parsed("XDIT_STRATEGY", parse_strategy),
         gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _gib_or_auto),
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),

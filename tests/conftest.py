@@ -23,6 +23,7 @@ SERVERS = {
     "test_features": "features",
     "test_fuzz": "features",
     "test_hooks": "hooks",
+    "test_named_strategies": "features",
     "test_neighbours": "neighbours",
     "test_security": "neighbours",
 }

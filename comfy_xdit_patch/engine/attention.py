@@ -1,52 +1,53 @@
-"""Attention over a sharded sequence: DeepSpeed-Ulysses with unequal shares.
+"""Attention over a sharded sequence: ulysses, a ring, or both (USP).
 
 Runs in: worker process.
 
 Dimension letters in this file
     B  batch
-    S  sequence, all tokens of it, in rank order: [text 0, image 0, text 1, ...]
-    L  local sequence, this rank's shard of S
+    L  local sequence, this rank's shard
     H  heads
-    G  local heads, those that this rank computes attention for
     K  head width
 
-One all-to-all turns (all heads, my tokens) into (my heads, all tokens), ComfyUI's own attention
-function runs on that, and a second one turns the output back. Both have unequal splits, so no
-length and no head count has to divide anything, and nothing is padded.
+Ranks that exchange tokens for heads (``ulysses.py``) have all tokens of theirs for some heads each.
+Without a ring these are all tokens there are, and ComfyUI's own attention function runs on them.
+With one, the keys of the other ranks come round (``ring.py``); without all-to-all, each rank is
+alone at its place of the ring.
 
 Attention does not care in which order keys come, so rank order is as good as any; a mask is put
 into that order. RoPE is applied by ComfyUI before attention is called, with this rank's own
 positions.
 
-Source: DeepSpeed-Ulysses, arXiv:2309.14509. Unequal splits: every rank knows all sizes from the
-plan, no size is ever communicated. (xfuser's ``USP`` demands equal lengths and heads that divide.)
+Source: USP, arXiv:2405.07719. (xfuser's ``USP`` demands equal lengths and heads that divide.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from comfy_xdit_patch.engine import collectives
-from comfy_xdit_patch.planning.plan import SequenceShares, bounds
+from comfy_xdit_patch.engine.groups import PlanGroups
+from comfy_xdit_patch.engine.lse import Bias
+from comfy_xdit_patch.engine.masks import RankMasks, Span
+from comfy_xdit_patch.engine.ring import ring_attention
+from comfy_xdit_patch.engine.ulysses import HeadExchange
+from comfy_xdit_patch.planning.plan import SequenceShares
+
+RING_KNOWS = {"skip_reshape", "transformer_options", "_inside_attn_wrapper", "scale"}
+"""Arguments of ComfyUI's attention functions."""
 
 
-class UlyssesAttention:
-    """ComfyUI's ``optimized_attention_override`` for one call on one rank.
-
-    ``bytes_sent`` counts what this rank sent to the others.
-    """
+class SequenceAttention:
+    """ComfyUI's ``optimized_attention_override`` for one call on one rank."""
 
     def __init__(
         self,
         *,
         shares: SequenceShares,
         index: int,
-        group: dist.ProcessGroup,
+        groups: PlanGroups,
         function: Callable[..., torch.Tensor] | None = None,
         wants_order: bool = False,
     ) -> None:
@@ -58,15 +59,24 @@ class UlyssesAttention:
             function: a node's own ``optimized_attention_override``, to run on the local heads.
             wants_order: give it the tokens in ComfyUI's order.
         """
-        self._heads = shares.heads
-        self._head_bounds = bounds(shares.heads)
-        self._index = index
-        self._group = group
-        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        if function is not None and groups.ring is not None:
+            raise ValueError("A ring has no place for an attention function of a node's.")
         self._shares = shares
+        self._index = index
+        self._groups = groups
+        self._place = index // shares.ulysses_degree
+        self._exchange = HeadExchange(
+            heads=shares.heads, index=index % shares.ulysses_degree, group=groups.ulysses
+        )
+        self._masks = RankMasks(shares, index)
         self._function = function
         self._wants_order = wants_order
-        self.bytes_sent = 0
+        self._ring_bytes = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank sent to the others."""
+        return self._exchange.bytes_sent + self._ring_bytes
 
     def __call__(
         self,
@@ -78,9 +88,10 @@ class UlyssesAttention:
         mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Run ComfyUI's ``attention`` on this rank's heads over the whole sequence.
+        """Run attention on this rank's heads over the whole sequence.
 
         Args:
+            attention: ComfyUI's function. A ring runs torch's own kernels instead (``lse.py``).
             mask: of the whole sequence, in ComfyUI's own order of tokens.
 
         Shapes:
@@ -89,28 +100,83 @@ class UlyssesAttention:
         Collective:
             Every rank of the sequence group must call this, in the same order.
         """
-        batch, _, _, head_width = q_BHLK.shape
+        exchange = self._exchange
         queries, keys = (self._lengths(t.shape[2]) for t in (q_BHLK, k_BHLK))
+        near = self._neighbours(self._place)
+        tokens = queries[near.start : near.stop]
         if queries == keys:
-            q, k, v = self._tokens_for_heads(q_BHLK, k_BHLK, v_BHLK, tokens=queries)
+            q, k, v = exchange.tokens_for_heads(q_BHLK, k_BHLK, v_BHLK, tokens=tokens)
         else:
-            (q,) = self._tokens_for_heads(q_BHLK, tokens=queries)
-            k, v = self._tokens_for_heads(k_BHLK, v_BHLK, tokens=keys)
-        local_heads = self._heads[self._index]
-        if not local_heads:
-            out = q.new_empty((batch, sum(queries), 0))
+            (q,) = exchange.tokens_for_heads(q_BHLK, tokens=tokens)
+            k, v = exchange.tokens_for_heads(k_BHLK, v_BHLK, tokens=keys[near.start : near.stop])
+        rows, columns = (Span(near, n == self._shares.joint) for n in (queries, keys))
+        if not exchange.local_heads:
+            out = q.new_empty((q.shape[0], sum(tokens), 0))
+        elif self._groups.ring is not None:
+            out = self._round_the_ring(q, k, v, heads, mask, rows, keys, **kwargs)
         elif self._wants_order and self._function is not None and queries == keys:
-            order = self._order(q.device)
+            order = self._masks.order(rows, q.device)
             back = torch.empty_like(order)
             back[order] = torch.arange(len(order), device=order.device)
             ordered = (t.index_select(2, back) for t in (q, k, v))
-            out = self._function(attention, *ordered, local_heads, mask=mask, **kwargs)
+            out = self._function(attention, *ordered, exchange.local_heads, mask=mask, **kwargs)
             out = out.index_select(1, order)
         else:
-            mask = None if mask is None else self._in_rank_order(mask, heads)
+            if mask is not None:
+                mask = self._masks.cut(mask, heads=heads, rows=rows, columns=columns)
             run = attention if self._function is None else partial(self._function, attention)
-            out = run(q, k, v, local_heads, mask=mask, **kwargs)
-        return self._heads_for_tokens(out, head_width, tokens=queries)
+            out = run(q, k, v, exchange.local_heads, mask=mask, **kwargs)
+        return exchange.heads_for_tokens(out, q.shape[3], tokens=tokens)
+
+    def _round_the_ring(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None,
+        rows: Span,
+        keys: tuple[int, ...],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        unknown = {name for name, value in kwargs.items() if value is not None} - RING_KNOWS
+        if unknown:
+            raise ValueError(f"ring attention does not know {sorted(unknown)}")
+        assert self._groups.ring is not None
+
+        def bias_of(place: int) -> Bias | None:
+            if mask is None:
+                return None
+            columns = Span(self._neighbours(place), keys == self._shares.joint)
+            bias: Bias = self._masks.cut(
+                mask,
+                heads=heads,
+                rows=rows,
+                columns=columns,
+                finish=partial(Bias.of, dtype=q.dtype),
+            )
+            return bias
+
+        out, bytes_sent = ring_attention(
+            q,
+            k,
+            v,
+            num_keys=[
+                sum(keys[rank] for rank in self._neighbours(place))
+                for place in range(self._shares.ring_degree)
+            ],
+            index=self._place,
+            group=self._groups.ring,
+            bias_of=bias_of,
+            scale=kwargs.get("scale"),
+        )
+        self._ring_bytes += bytes_sent
+        return out.transpose(1, 2).flatten(2)
+
+    def _neighbours(self, place: int) -> range:
+        """The ranks that exchange tokens for heads with each other, at a place of the ring."""
+        degree = self._shares.ulysses_degree
+        return range(place * degree, (place + 1) * degree)
 
     def _lengths(self, local: int) -> tuple[int, ...]:
         """Tokens of every rank: all of them, or all but references whose keys are cached."""
@@ -119,87 +185,3 @@ class UlyssesAttention:
             if tokens[self._index] == local:
                 return tokens
         raise ValueError(f"{local} tokens are neither {self._shares.joint} nor {without}.")
-
-    def _in_rank_order(self, mask: torch.Tensor, heads: int) -> torch.Tensor:
-        """Put a mask's rows and columns in the order in which tokens arrive here.
-
-        Shapes:
-            ``mask`` (S, S), (B, S, S) or (B, H, S, S); any size may be 1 instead
-        """
-        known = self._masks.get(id(mask))
-        if known is None:
-            order = self._order(mask.device)
-            sorted_mask = mask
-            for dim in (-2, -1):
-                if mask.shape[dim] == len(order):
-                    sorted_mask = sorted_mask.index_select(dim, order)
-            if mask.ndim == 4 and mask.shape[1] == heads:
-                start, end = self._head_bounds[self._index]
-                sorted_mask = sorted_mask[:, start:end]
-            # The same for all blocks of a call; its object is kept so that its id is.
-            known = self._masks[id(mask)] = mask, sorted_mask
-        return known[1]
-
-    def _order(self, device: torch.device) -> torch.Tensor:
-        """Where each token that arrives here stands in ComfyUI's order."""
-        return torch.tensor(
-            [
-                token
-                for rank in range(len(self._heads))
-                for start, end in self._shares.places(rank)
-                for token in range(start, end)
-            ],
-            device=device,
-        )
-
-    def _tokens_for_heads(
-        self, *qkv_BHLK: torch.Tensor, tokens: tuple[int, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        """Exchange (B, H, L, K) for (B, G, S, K), all of them in one all-to-all."""
-        batch, _, length, width = qkv_BHLK[0].shape
-        row = len(qkv_BHLK) * batch * width
-        sent = [length * row * heads for heads in self._heads]
-        wire = qkv_BHLK[0].new_empty(sum(sent))
-        # Each head range of q, k and v is copied once, straight to its place on the wire.
-        for (start, end), chunk in zip(self._head_bounds, torch.split(wire, sent), strict=True):
-            torch.stack(
-                [t[:, start:end].permute(2, 0, 1, 3) for t in qkv_BHLK],
-                dim=1,
-                out=chunk.view(length, len(qkv_BHLK), batch, end - start, width),
-            )
-        received = self._all_to_all(
-            wire,
-            sent=sent,
-            received=[n * row * self._heads[self._index] for n in tokens],
-        )
-        del wire, chunk
-        # Shards follow each other along S, so what arrives is whole already, in rank order.
-        whole_STBGK = received.view(
-            sum(tokens), len(qkv_BHLK), batch, self._heads[self._index], width
-        )
-        return tuple(t_SBGK.permute(1, 2, 0, 3) for t_SBGK in whole_STBGK.unbind(1))
-
-    def _heads_for_tokens(
-        self, out_BSD: torch.Tensor, width: int, *, tokens: tuple[int, ...]
-    ) -> torch.Tensor:
-        """Exchange (B, S, G * K) for (B, L, H * K)."""
-        batch = out_BSD.shape[0]
-        local_tokens = tokens[self._index]
-        received = self._all_to_all(
-            out_BSD.transpose(0, 1).reshape(-1),
-            sent=[n * batch * out_BSD.shape[2] for n in tokens],
-            received=[local_tokens * batch * heads * width for heads in self._heads],
-        )
-        sizes = [local_tokens * batch * heads * width for heads in self._heads]
-        parts = torch.split(received, sizes)
-        return torch.cat(
-            [part.view(local_tokens, batch, -1) for part in parts if part.numel()], dim=2
-        ).transpose(0, 1)
-
-    def _all_to_all(
-        self, data: torch.Tensor, *, sent: Sequence[int], received: Sequence[int]
-    ) -> torch.Tensor:
-        out = data.new_empty(sum(received))
-        collectives.all_to_all(out, data, received=received, sent=sent, group=self._group)
-        self.bytes_sent += (sum(sent) - sent[self._index]) * data.element_size()
-        return out

@@ -55,6 +55,20 @@ def all_gather_into_async(
     return work
 
 
+def pass_on_async(
+    out: torch.Tensor, data: torch.Tensor, *, to: int, source: int, group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Begin to send ``data`` to one rank of the group and to fill ``out`` from another.
+
+    Wait for all the works before ``data`` is changed or ``out`` is read.
+    """
+    _count()
+    sends = dist.P2POp(dist.isend, data, dist.get_global_rank(group, to), group)
+    receives = dist.P2POp(dist.irecv, out, dist.get_global_rank(group, source), group)
+    works: list[dist.Work] = dist.batch_isend_irecv([sends, receives])
+    return works
+
+
 def all_reduce_max(value: torch.Tensor) -> None:
     """Make ``value`` the largest that any rank of the world has."""
     _count()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.attributes import own_attribute
-from comfy_xdit_patch.engine.attention import UlyssesAttention
+from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import ResidualSet
@@ -60,11 +60,12 @@ def control_share(
         num_text_tokens=mine["context"].shape[1],
         num_image_tokens=num_tokens(net, mine["x"]),
         num_heads=net.num_heads,
-        num_shards=plan.ulysses_degree,
+        num_shards=plan.sequence_degree,
+        ring_degree=plan.ring_degree,
     )
     with ExitStack() as stack:
         bytes_sent: list[int] = []
-        if plan.ulysses_degree > 1:
+        if plan.sequence_degree > 1:
             bytes_sent = stack.enter_context(_sharded(net, shares, plan=plan, groups=groups))
         out = type(net).forward(net, **mine)
     unique: dict[int, int] = {}
@@ -85,12 +86,12 @@ def _sharded(
     net: Any, shares: SequenceShares, *, plan: ParallelPlan, groups: Groups
 ) -> Iterator[list[int]]:
     """Shard the tokens inside ``net.forward_orig`` while this lasts; count what is sent."""
-    group = groups.of_plan(plan).sequence
-    assert group is not None
+    of_plan = groups.of_plan(plan)
+    assert of_plan.sequence is not None
     index = plan.sequence_index(groups.rank)
     original = net.forward_orig
     signature = inspect.signature(original)
-    mine = RankTokens(shares, index, group)
+    mine = RankTokens(shares, index, of_plan.sequence)
     bytes_sent: list[int] = []
 
     @functools.wraps(original)
@@ -105,8 +106,8 @@ def _sharded(
         if index > 0 and modes:
             values["control_type"] = []
         text = (shares.text[0] + len(modes), *shares.text[1:])
-        attention = UlyssesAttention(
-            shares=dataclasses.replace(shares, text=text), index=index, group=group
+        attention = SequenceAttention(
+            shares=dataclasses.replace(shares, text=text), index=index, groups=of_plan
         )
         with ExitStack() as stack:
             for block in (*net.double_blocks, *net.single_blocks):

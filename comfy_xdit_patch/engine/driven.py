@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.engine.attention import UlyssesAttention
+from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
@@ -50,6 +50,7 @@ class DrivenBlocks:
         block: Any,
         arguments: Mapping[str, Any],
         *,
+        plan: ParallelPlan,
         shares: SequenceShares,
         scaled: ScaledLayers,
         patches: ModelPatches | None,
@@ -64,14 +65,13 @@ class DrivenBlocks:
         Returns:
             What it returned, and the bytes this rank sent to others.
         """
-        plan, index = self._plan(), self._groups.rank
-        group = self._groups.of_plan(plan).sequence
-        assert group is not None
-        mine = RankTokens(shares, index, group)
-        attention = UlyssesAttention(
+        of_plan, index = self._groups.of_plan(plan), self._groups.rank
+        assert of_plan.sequence is not None
+        mine = RankTokens(shares, index, of_plan.sequence)
+        attention = SequenceAttention(
             shares=shares,
             index=index,
-            group=group,
+            groups=of_plan,
             function=None if patches is None else patches.attention,
             wants_order=patches is not None and patches.wants_order,
         )
@@ -95,8 +95,8 @@ class DrivenBlocks:
 
     def fetch(self, recipe: Any, stream: str, shares: SequenceShares) -> tuple[torch.Tensor, int]:
         """Return all tokens of a recipe, in ComfyUI's order. Collective."""
-        plan = self._plan()
-        group = self._groups.of_plan(plan).sequence
+        world_size = self._groups.world_size
+        group = self._groups.of_plan(ParallelPlan(world_size, 1, world_size)).sequence
         assert group is not None
         mine = RankTokens(shares, self._groups.rank, group)
         tokens = mine.gather(self._follow(recipe, shares), stream)
@@ -105,9 +105,6 @@ class DrivenBlocks:
     def forget(self, numbers: list[int]) -> None:
         for number in numbers:
             self._kept.pop(number, None)
-
-    def _plan(self) -> ParallelPlan:
-        return ParallelPlan(self._groups.world_size, 1, self._groups.world_size)
 
     def _own(self, name: str, value: Any, mine: RankTokens) -> Any:
         if value is None:

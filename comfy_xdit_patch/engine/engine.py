@@ -80,7 +80,7 @@ class Engine:
         """
         start = time.perf_counter()
         resident = self._resident(message.model)
-        plan = ParallelPlan(self._groups.world_size, message.batch_degree, message.ulysses_degree)
+        plan = self._plan(message)
         arguments = self._slots.fetch(message.arguments)
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
@@ -127,7 +127,7 @@ class Engine:
         """
         start = time.perf_counter()
         resident = self._resident(message.model)
-        plan = ParallelPlan(self._groups.world_size, message.batch_degree, message.ulysses_degree)
+        plan = self._plan(message)
         arguments = self._slots.fetch(message.arguments)
         with torch.inference_mode():
             layout, residuals, bytes_sent = control_share(
@@ -154,12 +154,14 @@ class Engine:
         """Compute this rank's share of one block, and keep it. Collective."""
         start = time.perf_counter()
         resident = self._resident(message.model)
+        plan = self._plan(message)
         with torch.inference_mode():
             gathered = 0 if resident.blocks is None else resident.blocks.bytes_gathered
             _, bytes_sent = self._driven.run(
                 resident.flux.get_submodule(message.block),
                 self._slots.fetch(message.arguments),
-                shares=self._shares(resident, message.counts),
+                plan=plan,
+                shares=self._shares(resident, message.counts, plan.ring_degree),
                 scaled={
                     name: layer
                     for name, layer in ({} if resident.blocks else resident.scaled).items()
@@ -183,7 +185,17 @@ class Engine:
                 self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
         return Fetched(message.request, bytes_sent)
 
-    def _shares(self, resident: Resident, counts: Sequence[int]) -> SequenceShares:
+    def _plan(self, message: Forward | Control | RunBlock) -> ParallelPlan:
+        return ParallelPlan(
+            self._groups.world_size,
+            message.batch_degree,
+            message.ulysses_degree,
+            message.ring_degree,
+        )
+
+    def _shares(
+        self, resident: Resident, counts: Sequence[int], ring_degree: int = 1
+    ) -> SequenceShares:
         text, image, reference = counts
         return SequenceShares.even(
             num_text_tokens=text,
@@ -191,6 +203,7 @@ class Engine:
             num_reference_tokens=reference,
             num_heads=resident.flux.num_heads,
             num_shards=self._groups.world_size,
+            ring_degree=ring_degree,
         )
 
     def _patches(self, tree: Tree) -> ModelPatches | None:

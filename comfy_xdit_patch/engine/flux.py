@@ -60,7 +60,7 @@ def forward_share(
     num_image_tokens = num_tokens(flux, mine["x"])
     with ExitStack() as stack:
         bytes_sent: list[int] = []
-        if plan.ulysses_degree > 1:
+        if plan.sequence_degree > 1:
             bytes_sent = stack.enter_context(
                 sharded_sequence(
                     flux,

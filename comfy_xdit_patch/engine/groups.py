@@ -9,6 +9,7 @@ xfuser's own ``initialize_model_parallel`` holds one grid at a time and costs 0.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,14 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 
 @dataclass(frozen=True, slots=True)
 class PlanGroups:
-    """The groups of one rank under one plan. None where an axis has one rank."""
+    """The groups of one rank under one plan. None where an axis has one rank.
+
+    ``sequence`` shares the tokens of a row; ``ulysses`` and ``ring`` are the axes of its own grid.
+    """
 
     sequence: dist.ProcessGroup | None
+    ulysses: dist.ProcessGroup | None
+    ring: dist.ProcessGroup | None
 
 
 class Groups:
@@ -32,7 +38,8 @@ class Groups:
         self.rank = rank
         self.world_size = world_size
         self._device = device
-        self._by_shape: dict[tuple[int, int], PlanGroups] = {}
+        self._by_shape: dict[tuple[int, int, int], PlanGroups] = {}
+        self._by_ranks: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self._weights: dist.ProcessGroup | None = None
 
     @property
@@ -77,7 +84,7 @@ class Groups:
 
     def of_plan(self, plan: ParallelPlan) -> PlanGroups:
         """Return the groups of a plan. Collective when the grid shape is new."""
-        shape = (plan.batch_degree, plan.ulysses_degree)
+        shape = (plan.batch_degree, plan.ulysses_degree, plan.ring_degree)
         if shape not in self._by_shape:
             self._by_shape[shape] = self._make(plan)
             self._close_the_door()
@@ -86,6 +93,7 @@ class Groups:
     def leave(self) -> None:
         """Leave all groups."""
         self._by_shape.clear()
+        self._by_ranks.clear()
         dist.destroy_process_group()
 
     def _close_the_door(self) -> None:
@@ -94,21 +102,37 @@ class Groups:
             refuse_strangers()
 
     def _make(self, plan: ParallelPlan) -> PlanGroups:
-        if plan.ulysses_degree == 1:
-            return PlanGroups(sequence=None)
-        from xfuser.core.distributed.parallel_state import init_model_parallel_group
+        if plan.sequence_degree == 1:
+            return PlanGroups(sequence=None, ulysses=None, ring=None)
         from xfuser.core.distributed.utils import RankGenerator
 
-        grid = RankGenerator(1, plan.ulysses_degree, 1, 1, plan.batch_degree, 1, "tp-sp-pp-cfg-dp")
-        # "data" is xfuser's plain coordinator. Its "sequence" one wants Ulysses and ring groups
-        # of yunchang, which is a process-wide global: one grid only.
-        coordinator = init_model_parallel_group(
-            group_ranks=grid.get_ranks("sp"),
-            local_rank=self._device.index or 0,
-            backend=_backend(self._device),
-            parallel_mode="data",
+        degree, ulysses = plan.sequence_degree, plan.ulysses_degree
+        grid = RankGenerator(1, degree, 1, 1, plan.batch_degree, 1, "tp-sp-pp-cfg-dp")
+        rows = [tuple(ranks) for ranks in grid.get_ranks("sp")]
+        near = [ranks[i : i + ulysses] for ranks in rows for i in range(0, degree, ulysses)]
+        far = [ranks[i::ulysses] for ranks in rows for i in range(ulysses)]
+        return PlanGroups(
+            sequence=self._group(rows),
+            ulysses=self._group(near) if ulysses > 1 else None,
+            ring=self._group(far) if plan.ring_degree > 1 else None,
         )
-        return PlanGroups(sequence=coordinator.device_group)
+
+    def _group(self, lists: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
+        """Return this rank's group among those lists of ranks."""
+        key = tuple(lists)
+        if key not in self._by_ranks:
+            from xfuser.core.distributed.parallel_state import init_model_parallel_group
+
+            # "data" is xfuser's plain coordinator. Its "sequence" one wants Ulysses and ring groups
+            # of yunchang, which is a process-wide global: one grid only.
+            coordinator = init_model_parallel_group(
+                group_ranks=[list(ranks) for ranks in lists],
+                local_rank=self._device.index or 0,
+                backend=_backend(self._device),
+                parallel_mode="data",
+            )
+            self._by_ranks[key] = coordinator.device_group
+        return self._by_ranks[key]
 
 
 def _backend(device: torch.device) -> str:

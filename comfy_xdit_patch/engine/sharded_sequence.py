@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.attributes import own_attribute
-from comfy_xdit_patch.engine.attention import UlyssesAttention
+from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches
 from comfy_xdit_patch.engine.pixel_space import sharded_head
@@ -48,7 +48,8 @@ def sharded_sequence(
     patches: ModelPatches | None,
 ) -> Iterator[list[int]]:
     """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
-    group = groups.of_plan(plan).sequence
+    of_plan = groups.of_plan(plan)
+    group = of_plan.sequence
     assert group is not None
     original = flux.forward_orig
     signature = inspect.signature(original)
@@ -58,7 +59,7 @@ def sharded_sequence(
 
     def gather(tokens: torch.Tensor, shares: SequenceShares) -> torch.Tensor:
         token_bytes = tokens.nbytes // tokens.shape[SEQUENCE_DIM]
-        bytes_sent.append(max(shares.image) * token_bytes * (plan.ulysses_degree - 1))
+        bytes_sent.append(max(shares.image) * token_bytes * (plan.sequence_degree - 1))
         return gather_sequence(tokens, sizes=shares.image, group=group)
 
     with ExitStack() as until_the_head_is_done:
@@ -80,10 +81,10 @@ def sharded_sequence(
                 )
             if values.get("timestep_zero_index") is not None:
                 values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"], "image")
-            attention = UlyssesAttention(
+            attention = SequenceAttention(
                 shares=shares,
                 index=index,
-                group=group,
+                groups=of_plan,
                 function=None if patches is None else patches.attention,
                 wants_order=patches is not None and patches.wants_order,
             )
@@ -166,5 +167,6 @@ def shares_of(
         num_image_tokens=num_image_tokens,
         num_reference_tokens=values["img_ids"].shape[SEQUENCE_DIM] - num_image_tokens,
         num_heads=flux.num_heads,
-        num_shards=plan.ulysses_degree,
+        num_shards=plan.sequence_degree,
+        ring_degree=plan.ring_degree,
     )

@@ -19,9 +19,10 @@ from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.observability.residency_report import memory_lines
 from comfy_xdit_patch.planning.plan import Workload
-from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.planner import check_strategy, plan_call
 from comfy_xdit_patch.planning.topology import Device, choose_devices
 from comfy_xdit_patch.settings import VARIABLES, read_settings
+from comfy_xdit_patch.strategy import AUTO, Strategy
 
 CHECK_DEADLINE_S = 180
 ASK_DEADLINE_S = 3.0
@@ -62,6 +63,7 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
         say(f"{variable.name} = {value or variable.default}{'' if value else ' (default)'}")
     section("Devices and plan")
     budget: int | None = None
+    strategy = AUTO
     try:
         settings = read_settings()
         budget = settings.gpu_memory_bytes
@@ -70,6 +72,9 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
             devices = Refusal("switched off by the settings")
         else:
             devices = choose_devices(settings.gpus)
+            if not isinstance(devices, Refusal):
+                check_strategy(settings.strategy, world_size=len(devices))
+                strategy = settings.strategy
     except SettingsError as error:
         say(str(error), is_wrong=True)
         devices = Refusal("the settings are wrong")
@@ -79,7 +84,7 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
         for rank, device in enumerate(devices):
             say(f"rank {rank}: {device.name} {device.uuid or ''}".rstrip())
         for batch in (1, 2):
-            say(f"1024 x 1024 px, batch {batch}: {_planned(batch, len(devices))}")
+            say(f"1024 x 1024 px, batch {batch}: {_planned(batch, len(devices), strategy)}")
         if not devices[0].is_cpu:
             say("links between GPUs are not measured in this version")
     section("Memory")
@@ -105,14 +110,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _planned(batch: int, world_size: int) -> str:
+def _planned(batch: int, world_size: int, strategy: Strategy) -> str:
     workload = Workload(
         batch_size=batch,
         num_text_tokens=EXAMPLE.num_text_tokens,
         num_image_tokens=EXAMPLE.num_image_tokens,
         num_heads=EXAMPLE.num_heads,
     )
-    plan = plan_call(workload, world_size=world_size)
+    plan = plan_call(workload, world_size=world_size, strategy=strategy)
     return f"one GPU, {plan.reason}" if isinstance(plan, Refusal) else plan.name
 
 

@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_xdit_patch.planning.plan import ParallelPlan
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
@@ -39,7 +41,7 @@ class RunReport:
 class RunCounts:
     """Counts of a run that is going on."""
 
-    plan: str | None = None
+    plan: ParallelPlan | None = None
     parallel_seconds: list[float] = field(default_factory=list)
     fall_backs: Counter[str] = field(default_factory=Counter)
     gathered: Counter[str] = field(default_factory=Counter)
@@ -57,8 +59,8 @@ class RunCounts:
             gather_reasons=dict(self.gathered),
             fall_back_reasons=dict(self.fall_backs),
             ms_per_step=statistics.median(self.parallel_seconds) * 1000 if parallel else None,
-            strategy="ulysses" if parallel else None,
-            plan=self.plan,
+            strategy=self.plan.strategy if parallel and self.plan else None,
+            plan=self.plan.name if self.plan else None,
             ranks=ranks if parallel else 1,
         )
 

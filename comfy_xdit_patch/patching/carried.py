@@ -63,6 +63,11 @@ class CarriedPatches:
     keeps_references: bool = False
     """Every rank must hold a reference token, for a cache of their keys to be all of them."""
 
+    @property
+    def overrides_attention(self) -> bool:
+        """Whether a node chose the attention function."""
+        return self.tree is not None and self.tree["attention"] is not None
+
     def in_blocks(self) -> dict[str, Any] | None:
         """The part of the tree that blocks apply."""
         if self.tree is None:

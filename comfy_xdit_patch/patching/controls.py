@@ -25,6 +25,7 @@ from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
+from comfy_xdit_patch.patching.ring import no_ring
 from comfy_xdit_patch.planning.eligibility import Pristine, check_grad
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
@@ -130,7 +131,12 @@ class ControlNets:
         if changes:
             return changes[0]
         workload = workload_of(net, arguments, names=CARRIED_ARGUMENTS)
-        plan = plan_call(workload, world_size=self._holding.world_size)
+        plan = plan_call(
+            workload,
+            world_size=self._holding.world_size,
+            strategy=self._holding.strategy,
+            no_ring=no_ring(),
+        )
         if isinstance(plan, Refusal):
             return plan
         try:

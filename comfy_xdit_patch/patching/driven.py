@@ -23,6 +23,7 @@ from comfy_xdit_patch.patching.driven_step import DrivenStep
 from comfy_xdit_patch.patching.remote_tokens import RemoteTokens
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import BLOCK_LISTS
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.workers.exchange import Poll
 
@@ -45,6 +46,7 @@ class DrivenForward:
         compute: Callable[[], torch.Tensor],
         *,
         model: int,
+        plan: ParallelPlan,
         num_image_tokens: int,
         patches: Tree,
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
@@ -70,6 +72,7 @@ class DrivenForward:
             self._totals,
             flux=flux,
             model=model,
+            plan=plan,
             num_image_tokens=num_image_tokens,
             patches=patches,
             carry_options=carry_options,

@@ -15,7 +15,7 @@ from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.plan import SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran, short
@@ -36,6 +36,7 @@ class DrivenStep:
         *,
         flux: Any,
         model: int,
+        plan: ParallelPlan,
         num_image_tokens: int,
         patches: Tree,
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
@@ -47,6 +48,7 @@ class DrivenStep:
         self._totals = totals
         self._flux = flux
         self._model = model
+        self._plan = plan
         self._num_image_tokens = num_image_tokens
         self._patches = patches
         self._carry_options = carry_options
@@ -109,6 +111,9 @@ class DrivenStep:
                     request=number,
                     model=self._model,
                     block=name,
+                    batch_degree=self._plan.batch_degree,
+                    ulysses_degree=self._plan.ulysses_degree,
+                    ring_degree=self._plan.ring_degree,
                     counts=list(counts),
                     arguments=tree,
                     patches=self._patches,

@@ -18,6 +18,7 @@ from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.strategy import Strategy
 from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
 
@@ -60,6 +61,7 @@ class Holding:
         totals: Totals,
         pristine: Pristine,
         models: ModelRegistry,
+        strategy: Strategy,
     ) -> None:
         self._pool = pool
         self._weights = weights
@@ -69,6 +71,7 @@ class Holding:
         self._pristine = pristine
         self._models = models
         self.world_size = pool.world_size
+        self.strategy = strategy
 
     def hold(
         self,

@@ -65,6 +65,7 @@ class Host:
             totals=self.totals,
             pristine=pristine,
             models=self.models,
+            strategy=settings.strategy,
         )
         self._steps = ParallelSteps(
             self._remote,

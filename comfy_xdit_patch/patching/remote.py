@@ -115,6 +115,7 @@ class RemoteForward:
                     model=model,
                     batch_degree=plan.batch_degree,
                     ulysses_degree=plan.ulysses_degree,
+                    ring_degree=plan.ring_degree,
                     arguments=tree,
                     result=result.number,
                 ),

@@ -90,6 +90,7 @@ class RemoteControl:
                     call=call,
                     batch_degree=plan.batch_degree,
                     ulysses_degree=plan.ulysses_degree,
+                    ring_degree=plan.ring_degree,
                     arguments=tree,
                 ),
                 poll=poll,

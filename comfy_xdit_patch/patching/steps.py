@@ -26,6 +26,7 @@ from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.patching.ring import no_ring
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
@@ -122,11 +123,13 @@ class ParallelSteps:
         plan = plan_call(
             workload,
             world_size=self._holding.world_size,
+            strategy=self._holding.strategy,
             needs_references=carried.keeps_references,
+            no_ring=no_ring(is_overridden=carried.overrides_attention),
         )
         if isinstance(plan, Refusal):
             return plan
-        if changes and (plan.ulysses_degree == 1 or carried.keeps_references):
+        if changes and (plan.sequence_degree == 1 or carried.keeps_references):
             return changes[0]
         try:
             known = self._holding.hold(
@@ -148,7 +151,7 @@ class ParallelSteps:
                     out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                     poll=poll,
                 )
-                run.counts.plan = plan.name
+                run.counts.plan = plan
                 return _checked(Step(out, gathered_for=carried.gathered))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
@@ -156,12 +159,13 @@ class ParallelSteps:
                 flux,
                 compute,
                 model=known.number,
+                plan=plan,
                 num_image_tokens=workload.num_image_tokens,
                 patches=carried.in_blocks(),
                 carry_options=other_options,
                 poll=poll,
             )
-            run.counts.plan = plan.name
+            run.counts.plan = plan
             return _checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
         except WorkerError as error:
             self._totals.last_error = str(error)

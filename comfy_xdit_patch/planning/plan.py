@@ -3,18 +3,21 @@
 Runs in: host and worker. No torch, no ComfyUI: the same arithmetic on both sides, tested in
 milliseconds.
 
-One equation: ``batch_degree * ulysses_degree == world_size``. Ranks form a grid in which the
-sequence axis varies fastest (xfuser's rank order "tp-sp-pp-cfg-dp"):
+One equation: ``batch_degree * ulysses_degree * ring_degree == world_size``. Ranks form a grid in
+which the sequence varies fastest (xfuser's rank order "tp-sp-pp-cfg-dp"), and in it ulysses:
 
-    world_size 4, batch_degree 2, ulysses_degree 2
-        rank 0, 1   rows of the first half of the batch, its tokens in two shards
-        rank 2, 3   rows of the second half
+    world_size 8, batch_degree 2, ulysses_degree 2, ring_degree 2
+        rank 0..3   rows of the first half of the batch, its tokens in four shards
+            0, 1    exchange tokens for heads with each other (ulysses), so do 2, 3
+            0, 2    pass keys and values of the same heads on (ring), so do 1, 3
+        rank 4..7   rows of the second half
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 from comfy_xdit_patch.errors import PlanError
 
@@ -43,25 +46,45 @@ class ParallelPlan:
     world_size: int
     batch_degree: int
     ulysses_degree: int
+    ring_degree: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_degree * self.ulysses_degree != self.world_size:
+        degrees = (self.batch_degree, self.ulysses_degree, self.ring_degree)
+        if min(degrees) < 1 or prod(degrees) != self.world_size:
             raise PlanError(
-                f"batch_degree {self.batch_degree} x ulysses_degree {self.ulysses_degree} "
-                f"is not world_size {self.world_size}."
+                f"batch_degree {self.batch_degree} x ulysses_degree {self.ulysses_degree} x "
+                f"ring_degree {self.ring_degree} is not world_size {self.world_size}."
             )
 
     @property
     def name(self) -> str:
-        """The plan as users write and read it, e.g. ``batch=2,ulysses=2``."""
-        parts = [("batch", self.batch_degree), ("ulysses", self.ulysses_degree)]
-        return ",".join(f"{axis}={n}" for axis, n in parts if n > 1) or "single"
+        """The plan as users write and read it, e.g. ``batch=2,ulysses=2,ring=2``."""
+        return ",".join(f"{axis}={n}" for axis, n in self._axes) or "single"
+
+    @property
+    def strategy(self) -> str:
+        """The names of the axes in use: ``batch``, ``ulysses``, ``batch+ring``..."""
+        return "+".join(axis for axis, _ in self._axes) or "single"
+
+    @property
+    def _axes(self) -> list[tuple[str, int]]:
+        axes = (
+            ("batch", self.batch_degree),
+            ("ulysses", self.ulysses_degree),
+            ("ring", self.ring_degree),
+        )
+        return [(axis, degree) for axis, degree in axes if degree > 1]
+
+    @property
+    def sequence_degree(self) -> int:
+        """How many ranks share the tokens of one row."""
+        return self.ulysses_degree * self.ring_degree
 
     def batch_index(self, rank: int) -> int:
-        return rank // self.ulysses_degree
+        return rank // self.sequence_degree
 
     def sequence_index(self, rank: int) -> int:
-        return rank % self.ulysses_degree
+        return rank % self.sequence_degree
 
     def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
         """First and end row of the batch that this rank computes."""
@@ -71,6 +94,9 @@ class ParallelPlan:
 @dataclass(frozen=True, slots=True)
 class SequenceShares:
     """How many text, image and reference tokens and heads each rank of one sequence group holds.
+
+    Tokens are shared among all ranks of the group. Heads are shared among ``ulysses_degree``
+    neighbours; in a ring every such neighbourhood has all heads.
 
     A rank keeps ``[its text | its image | its reference tokens]`` through double and single blocks,
     so nothing is moved between the kinds, and every rank's image stream begins with tokens of the
@@ -93,8 +119,13 @@ class SequenceShares:
         num_reference_tokens: int = 0,
         num_heads: int,
         num_shards: int,
+        ring_degree: int = 1,
     ) -> SequenceShares:
         """Share as evenly as whole numbers allow. Nothing has to divide anything.
+
+        Args:
+            num_shards: ranks of the sequence group.
+            ring_degree: how many of them have the same heads.
 
         Raises:
             PlanError: a rank would hold no text token or no image token (ComfyUI's blocks cannot
@@ -115,8 +146,16 @@ class SequenceShares:
                 f"Cannot share {num_text_tokens} text tokens and {num_image_tokens} image tokens "
                 f"among {num_shards} ranks: one of them would hold none."
             )
-        heads = shard_sizes(num_heads, num_shards)
+        heads = shard_sizes(num_heads, num_shards // ring_degree)
         return cls(text=text, image=image, reference=reference, heads=heads)
+
+    @property
+    def ulysses_degree(self) -> int:
+        return len(self.heads)
+
+    @property
+    def ring_degree(self) -> int:
+        return len(self.text) // len(self.heads)
 
     @property
     def joint(self) -> tuple[int, ...]:

@@ -7,31 +7,52 @@ from __future__ import annotations
 
 from math import gcd
 
-from comfy_xdit_patch.errors import PlanError, Refusal, Scope
+from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, Workload
+from comfy_xdit_patch.strategy import AUTO, NAMES, PLAN, Strategy
 
 
 def plan_call(
-    workload: Workload, *, world_size: int, needs_references: bool = False
+    workload: Workload,
+    *,
+    world_size: int,
+    strategy: Strategy = AUTO,
+    needs_references: bool = False,
+    no_ring: Refusal | None = None,
 ) -> ParallelPlan | Refusal:
-    """Share the batch first, for it needs no communication, then the token sequence.
+    """Share a call among all ranks, as the user named it or as ``auto`` does.
 
-    Every rank takes part in every step: a plan that leaves a rank without work is refused. The
-    batch axis takes the greatest common divisor of rows and ranks, so that all rows are shared
-    equally; what is left goes to the sequence axis (``ulysses``).
+    Every rank takes part in every step: a plan that leaves a rank without work is refused, and so
+    is a call that a named strategy cannot share. Nothing else than what was named is put in its
+    place.
 
     Args:
+        strategy: one that ``check_strategy`` let pass.
         needs_references: if there are reference tokens, every rank must hold one.
+        no_ring: why this call's attention cannot go round a ring.
     """
-    batch_degree = gcd(workload.batch_size, world_size) if workload.is_batch_divisible else 1
-    plan = ParallelPlan(world_size, batch_degree, world_size // batch_degree)
+    plan = _auto(workload, world_size) if strategy == AUTO else named_plan(strategy, world_size)
+    if plan.batch_degree > 1 and not workload.is_batch_divisible:
+        return Refusal(
+            "XDIT_STRATEGY shares the batch, and something in this call belongs to all rows",
+            Scope.STEP,
+        )
+    if workload.batch_size % plan.batch_degree:
+        return Refusal(
+            f"XDIT_STRATEGY wants the batch in {plan.batch_degree} equal parts, which this one "
+            f"does not have",
+            Scope.STEP,
+        )
+    if plan.ring_degree > 1 and no_ring is not None:
+        return no_ring
     try:
         shares = SequenceShares.even(
             num_text_tokens=workload.num_text_tokens,
             num_image_tokens=workload.num_image_tokens,
             num_reference_tokens=workload.num_reference_tokens,
             num_heads=workload.num_heads,
-            num_shards=plan.ulysses_degree,
+            num_shards=plan.sequence_degree,
+            ring_degree=plan.ring_degree,
         )
     except PlanError:
         return Refusal(
@@ -40,3 +61,67 @@ def plan_call(
     if needs_references and workload.num_reference_tokens and min(shares.reference) < 1:
         return Refusal(f"a reference has fewer tokens than {world_size} ranks need", Scope.STEP)
     return plan
+
+
+def _auto(workload: Workload, world_size: int) -> ParallelPlan:
+    """Share the batch first, for it needs no communication, then the token sequence.
+
+    The batch axis takes the greatest common divisor of rows and ranks, so that all rows are shared
+    equally; what is left goes to the sequence axis (``ulysses``).
+    """
+    batch_degree = gcd(workload.batch_size, world_size) if workload.is_batch_divisible else 1
+    return ParallelPlan(world_size, batch_degree, world_size // batch_degree)
+
+
+def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
+    """Return the plan that a strategy other than ``auto`` stands for.
+
+    ``usp`` has the smallest ring of them all: it sends the fewest bytes.
+
+    Raises:
+        PlanError: there is none for this number of ranks.
+    """
+    if strategy.name == PLAN:
+        return ParallelPlan(world_size, strategy.batch, strategy.ulysses, strategy.ring)
+    if strategy.name == "batch":
+        return ParallelPlan(world_size, world_size, 1)
+    if strategy.name == "ulysses":
+        return ParallelPlan(world_size, 1, world_size)
+    ring_degree = world_size
+    if strategy.name == "usp":
+        divisors = [n for n in range(2, world_size) if world_size % n == 0]
+        if not divisors:
+            raise PlanError(f"{world_size} ranks are not a product of two degrees.")
+        ring_degree = divisors[0]
+    return ParallelPlan(world_size, 1, world_size // ring_degree, ring_degree)
+
+
+def check_strategy(strategy: Strategy, *, world_size: int) -> None:
+    """Refuse a strategy that no call could follow with this number of ranks.
+
+    Raises:
+        SettingsError: with those that could.
+    """
+    if strategy == AUTO:
+        return
+    try:
+        named_plan(strategy, world_size)
+    except PlanError as error:
+        legal = "; ".join(legal_strategies(world_size))
+        raise SettingsError(
+            f'XDIT_STRATEGY="{strategy}" does not fit {world_size} ranks: {error} Legal: {legal}.'
+        ) from None
+
+
+def legal_strategies(world_size: int) -> list[str]:
+    """Every value of ``XDIT_STRATEGY`` that fits so many ranks."""
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    plans = [
+        ParallelPlan(world_size, batch, ulysses, world_size // (batch * ulysses)).name
+        for batch in divisors
+        for ulysses in divisors
+        if world_size % (batch * ulysses) == 0
+    ]
+    is_product = len(divisors) > 2
+    names = [name for name in NAMES if name != "usp" or is_product]
+    return [*names, *(plans if world_size > 1 else ())]

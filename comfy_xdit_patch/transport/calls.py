@@ -26,6 +26,7 @@ class Forward:
     model: int
     batch_degree: int
     ulysses_degree: int
+    ring_degree: int
     arguments: Tree
     result: int
 
@@ -39,6 +40,7 @@ class Control:
     call: int
     batch_degree: int
     ulysses_degree: int
+    ring_degree: int
     arguments: Tree
 
 
@@ -54,6 +56,9 @@ class RunBlock:
     request: int
     model: int
     block: str
+    batch_degree: int
+    ulysses_degree: int
+    ring_degree: int
     counts: list[int]
     arguments: Tree
     patches: Tree

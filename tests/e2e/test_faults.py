@@ -193,7 +193,10 @@ def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, t
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({"XDIT_GPUS": "cpu:2", "XDIT_STRATEGY": "ulises"}, 'XDIT_STRATEGY="ulises" is not legal'),
+        (
+            {"XDIT_GPUS": "cpu:2", "XDIT_STRATEGY": "ring=3"},
+            'XDIT_STRATEGY="ring=3" does not fit 2',
+        ),
         ({"XDIT_GPUS": "7,8"}, "XDIT_GPUS asks for GPU 7,8, but ComfyUI's process sees 0 GPUs"),
         ({"XDIT_GPUS": "all"}, "xDiT: not active: no usable GPU is visible"),
     ],

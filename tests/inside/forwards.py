@@ -80,17 +80,55 @@ def inputs(
     return arguments
 
 
+def use_strategy(text: str) -> None:
+    """Have this process' ranks share calls otherwise from now on."""
+    from comfy_xdit_patch.strategy import parse_strategy
+
+    host = sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
+    host._steps._holding.strategy = parse_strategy(text)
+
+
+def same_block(arguments: dict[str, Any], extra: dict[str, Any]) -> Any:
+    """Stand in a block's place, as a node's function does, and call it."""
+    return extra["original_block"](arguments)
+
+
+def louder_with_place(attention: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+    """Scale what attention gave by each token's place, which a rank alone does not know."""
+    return attention * torch.linspace(0.9, 1.1, attention.shape[1])[None, :, None]
+
+
+def own_attention(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in the place of ComfyUI's attention function, as a node's does."""
+    return function(*args, **kwargs)
+
+
 def forward(
-    path: str, out: str, options: dict[str, Any] | None = None, **sizes: Any
+    path: str,
+    out: str,
+    options: dict[str, Any] | None = None,
+    *,
+    replaces_blocks: bool = False,
+    chooses_attention: bool = False,
+    patches_attention: bool = False,
+    **sizes: Any,
 ) -> dict[str, Any]:
     """Run one forward and save its output; ``options`` are UNETLoader's model options."""
+    transformer_options: dict[str, Any] = {}
+    if replaces_blocks:
+        blocks = {("double_block", 0): same_block, ("single_block", 0): same_block}
+        transformer_options["patches_replace"] = {"dit": blocks}
+    if patches_attention:
+        transformer_options["patches"] = {"attn1_output_patch": [louder_with_place]}
+    if chooses_attention:
+        transformer_options["optimized_attention_override"] = own_attention
     patcher = patcher_of(path, **(options or {}))
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
     base = patcher.model
     arguments = inputs(base, **sizes)
     with torch.inference_mode():
-        result = base.apply_model(**arguments, transformer_options={})
+        result = base.apply_model(**arguments, transformer_options=transformer_options)
     torch.save(result, out)
     return status()
 

@@ -203,6 +203,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.host:Host.end_run",
     "comfy_xdit_patch.patching.steps:workload_of",
     "comfy_xdit_patch.patching.steps:plan_call",
+    "comfy_xdit_patch.patching.steps:no_ring",
     "comfy_xdit_patch.patching.steps:check_arguments",
     "comfy_xdit_patch.patching.steps:check_patcher",
     "comfy_xdit_patch.patching.wrappers:Wrappers._bind",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from exactness import BOUND, STRICT, compare
+from exactness import BOUND, MALLOC, STRICT, compare
 from inside.client import Inside
 from rig.trees import Tree
 
@@ -102,15 +102,12 @@ def test_each_ranks_peak_of_activations_is_about_its_share(
     flux_dev: Callable[..., str],
     record_property: Callable[[str, object], None],
 ) -> None:
-    # Every larger block is mapped by itself and given back at once, in stock and ranks alike, so
-    # that the peak of resident memory is the peak of live tensors.
-    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-    stock = inside(tree, XDIT_STRATEGY="off", **malloc)
+    stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
     path = flux_dev(hidden=768, double=1, single=1)
     case = {"height": 96, "width": 96, "batch": 1, "text_tokens": 256}
     whole = stock.call("forwards:peak_bytes", path=path, **case)
     for num_ranks in (2, 4):
-        ranks = inside(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT, **malloc)
+        ranks = inside(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT, **MALLOC)
         peaks = ranks.call("forwards:rank_peak_bytes", path=path, **case)
         shares = [round(peak / whole, 3) for peak in peaks]
         record_property(f"{num_ranks} ranks", {"stock MiB": whole >> 20, "shares": shares})

@@ -6,12 +6,13 @@ import pytest
 
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.settings import VARIABLES, DeviceRequest, parse_gpus, read_settings
+from comfy_xdit_patch.strategy import AUTO, NAMES, Strategy, parse_strategy
 
 
 def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():
     settings = read_settings({})
     assert settings.gpus == DeviceRequest("all")
-    assert settings.strategy == "auto"
+    assert settings.strategy == AUTO
     assert not settings.strict
     assert (settings.start_timeout_s, settings.step_timeout_s) == (180, 600)
     assert settings.cpu_threads == 1
@@ -72,6 +73,7 @@ def test_other_ways_to_name_gpus_are_refused(text):
     [
         ("XDIT_GPUS", "cpu:0"),
         ("XDIT_STRATEGY", "ulises"),
+        ("XDIT_STRATEGY", "ulysses=2;ring=2"),
         ("XDIT_STRICT", "yes"),
         ("XDIT_START_TIMEOUT", "0"),
         ("XDIT_START_TIMEOUT", "nan"),
@@ -90,6 +92,41 @@ def test_a_bad_value_is_reported_with_variable_value_and_legal_values(name, valu
         read_settings({name: value})
     legal = next(v.legal for v in VARIABLES if v.name == name)
     assert str(caught.value) == f'{name}="{value}" is not legal. Legal: {legal}.'
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strategy_can_be_named(name):
+    assert read_settings({"XDIT_STRATEGY": f" {name.upper()} "}).strategy == Strategy(name)
+    assert str(Strategy(name)) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cfg", "batch"),
+        ("ulysses=2,ring=2,batch=2", "batch=2,ulysses=2,ring=2"),
+        ("cfg=2, RING = 3", "batch=2,ring=3"),
+        ("ring=4", "ring=4"),
+        ("ulysses=1,batch=2", "batch=2"),
+        ("ring=1", "ulysses=1"),
+    ],
+)
+def test_a_plan_is_written_in_any_order_and_read_back_in_one(text, expected):
+    strategy = parse_strategy(text)
+    assert str(strategy) == expected
+    assert parse_strategy(expected) == strategy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ulises", "ring=0", "ring=-2", "ring=2.0", "ring=", "=2", "ring=2,", "tensor=2", "4"),
+        *("auto=2", "usp=4", "ring=2,ring=2", "cfg=2,batch=2", "auto,ring=2", "ring=1000"),
+    ],
+)
+def test_other_ways_to_write_a_strategy_are_refused(text):
+    with pytest.raises(ValueError, match=r".+"):
+        parse_strategy(text)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,28 @@ def test_a_wrong_setting_is_wrong_and_named(installed, monkeypatch):
     assert not is_well
 
 
+@pytest.mark.parametrize(
+    ("strategy", "batch_1", "batch_2"),
+    [
+        ("ring", "batch 1: ring=2", "batch 2: ring=2"),
+        ("cfg=2", "batch 1: one GPU, XDIT_STRATEGY wants the batch in 2", "batch 2: batch=2"),
+    ],
+)
+def test_the_plan_is_that_of_the_strategy(installed, monkeypatch, strategy, batch_1, batch_2):
+    monkeypatch.setenv("XDIT_STRATEGY", strategy)
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert batch_1 in report
+    assert batch_2 in report
+    assert is_well
+
+
+def test_a_strategy_that_the_ranks_cannot_follow_is_wrong(installed, monkeypatch):
+    monkeypatch.setenv("XDIT_STRATEGY", "ring=3")
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert '! XDIT_STRATEGY="ring=3" does not fit 2 ranks' in report
+    assert not is_well
+
+
 def test_a_budget_is_planned_with_its_arithmetic(installed, monkeypatch):
     report, _ = examine(comfyui=None, url=NOWHERE)
     assert "no budget" in report

@@ -8,6 +8,7 @@ import pytest
 
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import RunCounts
+from comfy_xdit_patch.planning.plan import ParallelPlan
 
 
 def test_a_reason_is_said_once_however_often_it_occurs(caplog):
@@ -21,7 +22,7 @@ def test_a_reason_is_said_once_however_often_it_occurs(caplog):
 
 
 def counts(num_parallel, **fall_backs):
-    made = RunCounts(plan="ulysses=4", parallel_seconds=[0.061] * num_parallel)
+    made = RunCounts(plan=ParallelPlan(4, 1, 4), parallel_seconds=[0.061] * num_parallel)
     made.fall_backs.update({reason.replace("_", " "): n for reason, n in fall_backs.items()})
     return made
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.planning.plan import ParallelPlan
 
 
 def test_a_run_without_steps_has_none():
@@ -17,14 +18,15 @@ def test_a_run_without_steps_has_none():
 
 
 def test_time_per_step_is_the_median_over_parallel_steps():
-    counts = RunCounts(plan="ulysses=2", parallel_seconds=[9.0, 0.060, 0.062])
+    counts = RunCounts(plan=ParallelPlan(2, 1, 2), parallel_seconds=[9.0, 0.060, 0.062])
     report = counts.report(ranks=2)
     assert report.ms_per_step == pytest.approx(62)
     assert (report.steps, report.ranks, report.plan) == (3, 2, "ulysses=2")
+    assert report.strategy == "ulysses"
 
 
 def test_steps_that_fell_back_are_counted_by_reason():
-    counts = RunCounts(plan="ulysses=2", parallel_seconds=[1.0])
+    counts = RunCounts(plan=ParallelPlan(2, 1, 2), parallel_seconds=[1.0])
     counts.fall_backs["a ControlNet is active"] += 2
     counts.fall_backs["a worker was lost"] += 1
     report = counts.report(ranks=2)

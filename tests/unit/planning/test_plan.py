@@ -39,23 +39,31 @@ def test_bounds_cover_the_whole_without_gap_or_overlap(num_items, num_shards):
     assert covered == list(range(num_items))
 
 
-@pytest.mark.parametrize(("world", "batch", "ulysses"), [(4, 2, 1), (4, 3, 2), (1, 1, 2)])
-def test_degrees_that_do_not_make_the_world_are_an_error_with_the_numbers(world, batch, ulysses):
-    with pytest.raises(PlanError, match=rf"{batch} x ulysses_degree {ulysses} is not world_size"):
-        ParallelPlan(world, batch, ulysses)
+@pytest.mark.parametrize(
+    ("world", "batch", "ulysses", "ring"),
+    [(4, 2, 1, 1), (4, 3, 2, 1), (1, 1, 2, 1), (4, 2, 2, 2), (4, -2, -2, 1), (0, 0, 1, 1)],
+)
+def test_degrees_that_do_not_make_the_world_are_an_error_with_the_numbers(
+    world, batch, ulysses, ring
+):
+    text = rf"{batch} x ulysses_degree {ulysses} x ring_degree {ring} is not world_size {world}"
+    with pytest.raises(PlanError, match=text):
+        ParallelPlan(world, batch, ulysses, ring)
 
 
 @pytest.mark.parametrize(
-    ("plan", "name"),
+    ("plan", "name", "strategy"),
     [
-        (ParallelPlan(1, 1, 1), "single"),
-        (ParallelPlan(4, 1, 4), "ulysses=4"),
-        (ParallelPlan(2, 2, 1), "batch=2"),
-        (ParallelPlan(4, 2, 2), "batch=2,ulysses=2"),
+        (ParallelPlan(1, 1, 1), "single", "single"),
+        (ParallelPlan(4, 1, 4), "ulysses=4", "ulysses"),
+        (ParallelPlan(2, 2, 1), "batch=2", "batch"),
+        (ParallelPlan(4, 2, 2), "batch=2,ulysses=2", "batch+ulysses"),
+        (ParallelPlan(3, 1, 1, 3), "ring=3", "ring"),
+        (ParallelPlan(12, 2, 3, 2), "batch=2,ulysses=3,ring=2", "batch+ulysses+ring"),
     ],
 )
-def test_a_plan_is_named_by_its_degrees_above_one(plan, name):
-    assert plan.name == name
+def test_a_plan_is_named_by_its_degrees_above_one(plan, name, strategy):
+    assert (plan.name, plan.strategy) == (name, strategy)
 
 
 def test_the_sequence_axis_varies_fastest_in_the_grid_of_ranks():
@@ -63,6 +71,23 @@ def test_the_sequence_axis_varies_fastest_in_the_grid_of_ranks():
     assert [plan.batch_index(rank) for rank in range(4)] == [0, 0, 1, 1]
     assert [plan.sequence_index(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert [plan.batch_rows(rank, 4) for rank in range(4)] == [(0, 2), (0, 2), (2, 4), (2, 4)]
+
+
+def test_ulysses_varies_faster_than_the_ring_and_both_faster_than_the_batch():
+    plan = ParallelPlan(8, 2, 2, 2)
+    assert plan.sequence_degree == 4
+    assert [plan.batch_index(rank) for rank in range(8)] == [0] * 4 + [1] * 4
+    assert [plan.sequence_index(rank) for rank in range(8)] == [0, 1, 2, 3] * 2
+    assert [plan.batch_rows(rank, 2) for rank in (0, 3, 4)] == [(0, 1), (0, 1), (1, 2)]
+
+
+def test_in_a_ring_tokens_are_shared_by_all_and_heads_by_neighbours():
+    shares = SequenceShares.even(
+        num_text_tokens=9, num_image_tokens=22, num_heads=5, num_shards=6, ring_degree=3
+    )
+    assert shares.joint == (6, 5, 5, 5, 5, 5)
+    assert shares.heads == (3, 2)
+    assert (shares.ulysses_degree, shares.ring_degree) == (2, 3)
 
 
 @pytest.mark.parametrize("num_shards", range(1, 10))

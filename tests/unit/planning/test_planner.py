@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.errors import Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import Workload
-from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.planner import check_strategy, legal_strategies, plan_call
+from comfy_xdit_patch.strategy import AUTO, Strategy, parse_strategy
 
 IMAGE_1024 = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 
@@ -53,3 +54,89 @@ def test_too_few_tokens_for_the_ranks_are_refused_for_this_step(num_text, num_im
 def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
     workload = dataclasses.replace(IMAGE_1024, batch_size=4, num_text_tokens=1, num_image_tokens=1)
     assert plan_call(workload, world_size=4).name == "batch=4"
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "expected"),
+    [
+        ("ulysses", 4, "ulysses=4"),
+        ("ring", 3, "ring=3"),
+        ("ring", 1, "single"),
+        ("usp", 4, "ulysses=2,ring=2"),
+        ("usp", 8, "ulysses=4,ring=2"),
+        ("usp", 9, "ulysses=3,ring=3"),
+        ("batch", 2, "batch=2"),
+        ("cfg", 2, "batch=2"),
+        ("batch=2,ring=2,ulysses=3", 12, "batch=2,ulysses=3,ring=2"),
+        ("ring=2,cfg=2", 4, "batch=2,ring=2"),
+    ],
+)
+def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expected):
+    workload = dataclasses.replace(IMAGE_1024, batch_size=2)
+    strategy = parse_strategy(text)
+    check_strategy(strategy, world_size=world_size)
+    assert plan_call(workload, world_size=world_size, strategy=strategy).name == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "legal"),
+    [
+        ("usp", 3, "auto; ulysses; ring; batch; off; ring=3; ulysses=3; batch=3"),
+        ("usp", 1, "auto; ulysses; ring; batch; off"),
+        ("ulysses=2,ring=2", 2, "auto; ulysses; ring; batch; off; ring=2; ulysses=2; batch=2"),
+        (
+            *("ring=2", 4),
+            "auto; ulysses; ring; usp; batch; off; "
+            "ring=4; ulysses=2,ring=2; ulysses=4; batch=2,ring=2; batch=2,ulysses=2; batch=4",
+        ),
+    ],
+)
+def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(
+    text, world_size, legal
+):
+    with pytest.raises(SettingsError) as caught:
+        check_strategy(parse_strategy(text), world_size=world_size)
+    assert f'XDIT_STRATEGY="{text}" does not fit {world_size} ranks: ' in str(caught.value)
+    assert str(caught.value).endswith(f" Legal: {legal}.")
+
+
+@pytest.mark.parametrize("world_size", range(1, 13))
+def test_every_strategy_that_is_called_legal_is(world_size):
+    for text in legal_strategies(world_size):
+        if text != "off":
+            check_strategy(parse_strategy(text), world_size=world_size)
+            workload = dataclasses.replace(IMAGE_1024, batch_size=world_size)
+            plan = plan_call(workload, world_size=world_size, strategy=parse_strategy(text))
+            assert plan.world_size == world_size
+
+
+@pytest.mark.parametrize("strategy", ["batch", "batch=2,ulysses=2", "batch=4"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_that_a_named_plan_cannot_share_equally_are_refused(strategy, batch_size):
+    workload = dataclasses.replace(IMAGE_1024, batch_size=batch_size)
+    refusal = plan_call(workload, world_size=4, strategy=parse_strategy(strategy))
+    assert isinstance(refusal, Refusal)
+    assert refusal.scope is Scope.STEP
+    assert "equal parts" in refusal.reason
+
+
+def test_a_named_batch_is_refused_where_something_belongs_to_all_rows():
+    workload = dataclasses.replace(IMAGE_1024, batch_size=4, is_batch_divisible=False)
+    refusal = plan_call(workload, world_size=4, strategy=Strategy("batch"))
+    assert isinstance(refusal, Refusal)
+    assert "belongs to all rows" in refusal.reason
+
+
+def test_attention_that_cannot_go_round_a_ring_is_refused_for_a_ring_only():
+    reason = Refusal("no log-sum-exp", Scope.STEP)
+    for strategy in (Strategy("ring"), Strategy("usp"), parse_strategy("batch=2,ring=2")):
+        workload = dataclasses.replace(IMAGE_1024, batch_size=2)
+        assert plan_call(workload, world_size=4, strategy=strategy, no_ring=reason) is reason
+    for strategy in (AUTO, Strategy("ulysses")):
+        plan = plan_call(IMAGE_1024, world_size=4, strategy=strategy, no_ring=reason)
+        assert plan.name == "ulysses=4"
+
+
+def test_tokens_are_counted_for_all_ranks_of_ring_and_ulysses():
+    workload = dataclasses.replace(IMAGE_1024, num_text_tokens=3)
+    assert isinstance(plan_call(workload, world_size=4, strategy=Strategy("usp")), Refusal)

@@ -107,12 +107,13 @@ def test_only_so_many_kinds_are_remembered():
     assert times.patience_s(1) < 600
 
 
-def forward(side=8, model=1, degree=2):
+def forward(side=8, model=1, degree=2, ring=1):
     return Forward(
         request=5,
         model=model,
         batch_degree=1,
         ulysses_degree=degree,
+        ring_degree=ring,
         arguments={"x": {"$slot": [0, 9, "float32", [1, 16, side, side]]}, "list": [None, 1.5]},
         result=3,
     )
@@ -122,14 +123,14 @@ def test_the_kind_of_a_step_is_its_model_its_degrees_and_its_shapes():
     assert kind_of(forward()) == kind_of(forward())
     assert hash(kind_of(forward())) == hash(kind_of(forward()))
     kinds = {kind_of(forward(**change)) for change in ({}, {"side": 16}, {"model": 2})}
-    assert len({*kinds, kind_of(forward(degree=4))}) == 4
+    assert len({*kinds, kind_of(forward(degree=4)), kind_of(forward(degree=1, ring=2))}) == 5
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        Control(1, 2, 3, 1, 2, {}),
-        RunBlock(1, 2, "double_blocks.0", [4, 8, 0], {}, None, [1], True),
+        Control(1, 2, 3, 1, 2, 1, {}),
+        RunBlock(1, 2, "double_blocks.0", 1, 2, 1, [4, 8, 0], {}, None, [1], True),
         Fetch(1, 2, ["kept", 1], "image", [4, 8, 0], 0),
     ],
 )

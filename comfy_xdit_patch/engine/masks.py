@@ -1,0 +1,80 @@
+"""Attention masks as a rank needs them: whole ones are in ComfyUI's order of tokens.
+
+Runs in: worker process.
+
+Dimension letters in this file
+    B  batch
+    S  sequence, all tokens of it, in ComfyUI's order
+    H  heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.planning.plan import SequenceShares, bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring ranks' tokens, in the order in which they arrive in an exchange."""
+
+    ranks: range
+    with_references: bool
+    """Cached references have keys and no queries."""
+
+
+class RankMasks:
+    """The masks of one call. Each is cut once: it is the same for all blocks."""
+
+    def __init__(self, shares: SequenceShares, index: int) -> None:
+        self._shares = shares
+        self._heads = bounds(shares.heads)[index % shares.ulysses_degree]
+        self._known: dict[Any, tuple[torch.Tensor, Any]] = {}
+
+    def order(self, span: Span, device: torch.device) -> torch.Tensor:
+        """Where each token of a span stands in ComfyUI's order."""
+        kinds = slice(None) if span.with_references else slice(2)
+        return torch.tensor(
+            [
+                token
+                for rank in span.ranks
+                for start, end in self._shares.places(rank)[kinds]
+                for token in range(start, end)
+            ],
+            device=device,
+        )
+
+    def cut(
+        self,
+        mask: torch.Tensor,
+        *,
+        heads: int,
+        rows: Span,
+        columns: Span,
+        finish: Callable[[torch.Tensor], Any] = lambda mask: mask,
+    ) -> Any:
+        """Return the part for some queries, some keys and this rank's heads, in their order.
+
+        Args:
+            heads: of the whole call.
+            finish: what the part is turned into before it is kept.
+
+        Shapes:
+            ``mask`` (S, S), (B, S, S) or (B, H, S, S); any size may be 1 instead
+        """
+        key = id(mask), rows, columns
+        if key not in self._known:
+            part = mask
+            for dim, span in ((-2, rows), (-1, columns)):
+                if part.shape[dim] > 1:
+                    part = part.index_select(dim, self.order(span, mask.device))
+            if mask.ndim == 4 and mask.shape[1] == heads:
+                part = part[:, slice(*self._heads)]
+            # The mask itself is kept so that its id is.
+            self._known[key] = mask, finish(part)
+        return self._known[key][1]

@@ -1,0 +1,54 @@
+"""What ``XDIT_STRATEGY`` asks for: a name, or the degrees of a plan.
+
+Runs in: host and worker (and the command line). Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+AXES = ("batch", "ulysses", "ring")
+NAMES = ("auto", "ulysses", "ring", "usp", "batch", "off")
+ALIASES = {"cfg": "batch"}
+LEGAL = "auto, ulysses, ring, usp, batch (or cfg), off, or a plan such as batch=2,ulysses=2,ring=2"
+PLAN = "plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """One of ``NAMES``, or ``plan``: then the degrees are those that the user wrote."""
+
+    name: str
+    batch: int = 1
+    ulysses: int = 1
+    ring: int = 1
+
+    def __str__(self) -> str:
+        if self.name != PLAN:
+            return self.name
+        parts = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return ",".join(parts) or "ulysses=1"
+
+
+AUTO = Strategy("auto")
+
+
+def parse_strategy(value: str) -> Strategy:
+    """Parse ``XDIT_STRATEGY``. Whether a plan fits the ranks is the planner's to say.
+
+    Raises:
+        ValueError: the value is not ``LEGAL``.
+    """
+    text = value.strip().lower()
+    name = ALIASES.get(text, text)
+    if name in NAMES:
+        return Strategy(name)
+    degrees: dict[str, int] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([1-9]\d{0,2})\s*", item)
+        axis = ALIASES.get(match[1], match[1]) if match else ""
+        if match is None or axis not in AXES or axis in degrees:
+            raise ValueError(value)
+        degrees[axis] = int(match[2])
+    return Strategy(PLAN, **degrees)

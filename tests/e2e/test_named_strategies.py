@@ -1,0 +1,63 @@
+"""``XDIT_STRATEGY`` as users set it: a name, and a plan; the image is stock's under both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from rig import feature_controls, feature_family, feature_packs, feature_sampling, graphs
+from rig.feature_models import feature_models
+from rig.feature_run import COMMON_PACKS, run_row
+from rig.pair import STRICT, run, run_pair
+from rig.server import Server
+from rig.trees import Tree
+
+Servers = Callable[..., Server]
+
+# Each of them takes another way to attention.
+ROWS = {
+    "FLUX.1 Redux, attention mask": feature_family.ROWS,
+    "FLUX.2 klein, FluxKVCache": feature_family.ROWS,
+    "NAGuidance": feature_sampling.ROWS,
+    "ControlNet, reference latent": feature_controls.ROWS,
+    "PuLID_Flux_ll (patches_replace)": feature_packs.ROWS,
+}
+
+
+@pytest.mark.group("ring, features")
+@pytest.mark.usefixtures("newest_only")
+def test_a_ring_by_name(
+    servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
+) -> None:
+    setup = {"models": feature_models(), "node_packs": COMMON_PACKS}
+    stock = servers(tree, XDIT_STRATEGY="off", **setup)
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="ring", **STRICT, **setup)
+    for name, rows in ROWS.items():
+        found = run_row(stock, ranks, rows[name])
+        record_property(name, str(found))
+        assert found.outcome == rows[name].outcome, name
+        assert not found.controls_alone
+        status = ranks.status()
+        assert status["last_run"]["plan"] == "ring=2"
+        assert status["last_run"]["strategy"] == "ring"
+        assert "(ring=2)" in ranks.log_text()
+
+
+@pytest.mark.group("plan")
+@pytest.mark.usefixtures("newest_only")
+def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: Tree) -> None:
+    env = {"XDIT_STRATEGY": "ring=1,cfg=2", "XDIT_STRICT": "0"}
+    base = graphs.with_values(
+        graphs.load("ksampler_dev"), seed=21, size=(128, 128), steps=2, save_latent=True
+    )
+    two_rows = graphs.with_values(base, cfg=3.0, negative="blurry")
+    pair = run_pair(servers, tree, two_rows, 2, env=env)
+    assert pair.run["plan"] == "batch=2"
+    before, after = (s["bytes"]["between_ranks"] for s in (pair.before, pair.after))
+    assert after == before, "rows need no exchange"
+
+    ranks = servers(tree, XDIT_GPUS="cpu:2", **{**STRICT, **env})
+    run(ranks, base)  # one row
+    reason = "XDIT_STRATEGY wants the batch in 2 equal parts, which this one does not have"
+    assert ranks.status()["last_run"]["fall_back_reasons"] == {reason: 2}
+    assert f"running on one GPU as ComfyUI does: {reason}" in ranks.log_text()

@@ -1,0 +1,226 @@
+"""The ranks of ``test_sequence_attention.py``: attention on shards against attention on the whole.
+
+Runs in: a process of its own that forks the ranks, so that torch is imported once; no ComfyUI.
+
+    python attention_ranks.py FOLDER    writes FOLDER/RANK.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from comfy_xdit_patch.engine.attention import SequenceAttention
+from comfy_xdit_patch.engine.groups import PlanGroups
+from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+
+WORLD_SIZE = 8
+DEADLINE = datetime.timedelta(seconds=120)
+PLANS = [
+    ParallelPlan(world_size, 1, ulysses, world_size // ulysses)
+    for world_size in (2, 3, 4, 5, 6, 8)
+    for ulysses in range(1, world_size + 1)
+    if world_size % ulysses == 0
+]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+BATCH, WIDTH = 2, 16
+UNEVEN = {"text": 13, "image": 22, "references": 10, "heads": 5}
+EVEN = {"text": 40, "image": 60, "references": 20, "heads": 24}
+FEW_HEADS = {**UNEVEN, "heads": 2}
+MASKS = ("pairs", "pairs of each row", "pairs of each head", "hidden text", "hidden ranks")
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    for dtype in DTYPES:
+        for sizes in (UNEVEN, EVEN, FEW_HEADS):
+            yield {"dtype": dtype, "sizes": sizes}
+        yield {"dtype": dtype, "sizes": UNEVEN, "caches_references": True}
+    for dtype in (torch.float32, torch.bfloat16):
+        for mask in MASKS:
+            yield {"dtype": dtype, "sizes": UNEVEN, "mask": mask}
+    yield {"dtype": torch.float32, "sizes": UNEVEN, "mask": "pairs", "caches_references": True}
+    yield {"dtype": torch.float32, "sizes": UNEVEN, "scale": 0.5}
+
+
+def make_mask(name: str, shape: tuple[int, int, int, int], num_text: int) -> torch.Tensor:
+    """Make a mask of (B, H, queries, keys) in one of the forms that nodes use."""
+    batch, heads, queries, keys = shape
+    generator = torch.Generator().manual_seed(5)
+    if name == "pairs":
+        return torch.randn(queries, keys, generator=generator)
+    if name == "pairs of each row":
+        return torch.randn(batch, queries, keys, generator=generator)
+    if name == "pairs of each head":
+        return torch.randn(batch, heads, queries, keys, generator=generator)
+    if name == "hidden text":  # padded on the left; in one row there is nothing else
+        seen = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
+        seen[0, ..., : num_text // 2] = False
+        seen[1, ..., :num_text] = False
+        return seen
+    # Regions that do not see each other: for a query, whole ranks have no key that it sees. One
+    # query sees no key at all.
+    region = torch.arange(keys) * 3 // keys
+    seen = region[:queries, None] == region[None]
+    seen[4] = False
+    return seen
+
+
+def whole_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: Any
+) -> torch.Tensor:
+    """Compute attention by its definition, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
+        is_bool = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if is_bool else scores + mask
+    return scores.softmax(-1).nan_to_num(0.0) @ v
+
+
+def comfyui_like(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, **kwargs: Any
+) -> torch.Tensor:
+    """Stand where ComfyUI's ``attention_pytorch`` stands."""
+    mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=kwargs.get("scale"))
+    return out.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention, its mask, its arguments, and its result in one process."""
+
+    name: str
+    sizes: dict[str, int]
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    arguments: dict[str, Any]
+    expected: torch.Tensor
+    error_alone: float
+
+
+def pose(
+    *,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
+    mask: str | None = None,
+    caches_references: bool = False,
+    scale: float | None = None,
+) -> Problem:
+    heads = sizes["heads"]
+    length = sizes["text"] + sizes["image"] + sizes["references"]
+    num_queries = length - sizes["references"] * caches_references
+    generator = torch.Generator().manual_seed(3)
+    shape = (BATCH, heads, length, WIDTH)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    q = q[:, :, :num_queries]
+    values = None
+    if mask is not None:
+        values = make_mask(mask, (BATCH, heads, num_queries, length), sizes["text"])
+    expected = whole_attention(q, k, v, values, scale).transpose(1, 2).flatten(2)
+    alone = comfyui_like(q, k, v, heads, mask=values, scale=scale)
+    return Problem(
+        name=mask or "no mask",
+        sizes=sizes,
+        q=q,
+        k=k,
+        v=v,
+        arguments={"mask": values, "skip_reshape": True, "scale": scale},
+        expected=expected,
+        error_alone=relative(alone, expected),
+    )
+
+
+def solve(problem: Problem, plan: ParallelPlan, groups: PlanGroups, rank: int) -> dict[str, Any]:
+    """Compute this rank's shard, twice as two blocks would."""
+    shares = SequenceShares.even(
+        num_text_tokens=problem.sizes["text"],
+        num_image_tokens=problem.sizes["image"],
+        num_reference_tokens=problem.sizes["references"],
+        num_heads=problem.sizes["heads"],
+        num_shards=plan.sequence_degree,
+        ring_degree=plan.ring_degree,
+    )
+    q, k, v = problem.q, problem.k, problem.v
+    mine = torch.tensor([t for start, end in shares.places(rank) for t in range(start, end)])
+    queries = mine[mine < q.shape[2]]
+    shard = q[:, :, queries], k[:, :, mine], v[:, :, mine]
+    attention = SequenceAttention(shares=shares, index=rank, groups=groups)
+    for _ in range(2):
+        out = attention(comfyui_like, *shard, problem.sizes["heads"], **problem.arguments)
+    assert out.dtype == q.dtype
+    is_even = problem.sizes["heads"] % plan.ulysses_degree == 0
+    is_even = is_even and len({*shares.joint}) == 1 and q.shape == k.shape
+    return {
+        "plan": plan.name,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "case": problem.name,
+        "error": relative(out, problem.expected[:, queries]),
+        "error_alone": problem.error_alone,
+        "is_even": is_even,
+        "bytes_sent": attention.bytes_sent // 2,
+        "bytes_whole": k.nbytes,
+    }
+
+
+def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def make_groups(plan: ParallelPlan, rank: int) -> PlanGroups:
+    """Make the groups of a plan among the first ranks. Collective in the whole world."""
+    world_size, degree = plan.world_size, plan.ulysses_degree
+    near = [list(range(i, i + degree)) for i in range(0, world_size, degree)]
+    far = [list(range(i, world_size, degree)) for i in range(degree)]
+    made = []
+    for lists in (near, far):
+        groups = [dist.new_group(ranks, timeout=DEADLINE) for ranks in lists]
+        own = [g for g, ranks in zip(groups, lists, strict=True) if rank in ranks]
+        made.append(own[0] if own and len(lists[0]) > 1 else None)
+    return PlanGroups(sequence=None, ulysses=made[0], ring=made[1])
+
+
+def main(rank: int, folder: Path, problems: list[Problem]) -> None:
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), WORLD_SIZE),
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=DEADLINE,
+    )
+    found = []
+    for plan in PLANS:
+        groups = make_groups(plan, rank)
+        if rank < plan.world_size:
+            with torch.inference_mode():
+                found += [solve(problem, plan, groups, rank) for problem in problems]
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # before anything computes: threads do not survive a fork
+    given = Path(sys.argv[1]), [pose(**case) for case in cases()]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=main, args=(rank, *given)) for rank in range(WORLD_SIZE)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
