@@ -24,6 +24,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.group("ring, features")
 @pytest.mark.usefixtures("newest_only")
 def test_a_ring_by_name(
@@ -43,6 +44,7 @@ def test_a_ring_by_name(
         assert "(ring=2)" in ranks.log_text()
 
 
+@pytest.mark.slow  # a server of its own
 @pytest.mark.group("plan")
 @pytest.mark.usefixtures("newest_only")
 def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: Tree) -> None:
