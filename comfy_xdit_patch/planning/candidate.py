@@ -83,7 +83,7 @@ def candidates(max_world_size: int) -> Iterator[Candidate]:
     """
     for world_size in range(1, max_world_size + 1):
         for degrees in _factorings(world_size, len(AXES)):
-            plain = Candidate(**dict(zip(AXES, degrees, strict=True)))
+            plain = Candidate(weights="full", **dict(zip(AXES, degrees, strict=True)))
             yield plain
             if world_size > 1 and plain.pipefusion == plain.tensor == 1:
                 yield Candidate(**plain.degrees, weights="sharded")

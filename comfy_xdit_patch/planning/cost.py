@@ -38,6 +38,10 @@ MERGE_BYTES = 14
 """Merging two partial attentions, for each value: accumulator read and written in float32, a bf16
 part read and widened."""
 
+INTERFERENCE = 0.1
+"""Part of a hidden transfer that is felt all the same: NCCL's kernels take some of the GPU. Assumed;
+a transfer by the copy engine costs nothing."""
+
 PATCH_COUNTS = (2, 4, 8, 16, 32)
 """Into how many patches PipeFusion may cut the tokens; the best is taken."""
 
@@ -165,7 +169,7 @@ def _sequence_s(
         groups = plan.groups("ring")
         steps = plan.ring - 1
         step_s = machine.ring_s(groups, ring_bytes(values, plan.ring, blocks)) / steps
-        seconds += steps * max(0.0, step_s - compute.attention_s / plan.ring)
+        seconds += steps * _exposed_s(step_s, behind=compute.attention_s / plan.ring)
         gpu = min(machine.gpus, key=lambda gpu: gpu.memory_bytes_per_s)
         seconds += steps * blocks * values * MERGE_BYTES / gpu.memory_bytes_per_s
         seconds += steps * blocks * part.num_patches * RING_STEP_S
@@ -185,18 +189,21 @@ def _tensor_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
 def _weights_s(
     plan: Candidate, job: Job, machine: Machine, compute: ComputeTime, streamed_bytes: float
 ) -> float:
-    """Weights that come from elsewhere while the block before computes; never the whole time."""
-    seconds = 0.0
+    """Weights that come from elsewhere while the blocks before them compute."""
     if plan.weights == "sharded":
         sizes = job.shape.sizes(job.precision)
         blocks = sizes.total_bytes - sizes.outside_blocks_bytes
         everyone = [tuple(range(plan.world_size))]
         seconds = machine.ring_s(everyone, fsdp_bytes(blocks, plan.world_size))
         seconds += job.shape.num_blocks * machine.slowest_link(everyone).latency_s
-    elif streamed_bytes:
-        slowest = min(gpu.host_bytes_per_s for gpu in machine.gpus)
-        seconds = streamed_bytes / (slowest * machine.contention("host"))
-    return max(0.0, seconds - compute.total_s)
+        return _exposed_s(seconds, behind=compute.total_s)
+    slowest = min(gpu.host_bytes_per_s for gpu in machine.gpus)
+    return max(0.0, streamed_bytes / (slowest * machine.contention("host")) - compute.total_s)
+
+
+def _exposed_s(transfer_s: float, *, behind: float) -> float:
+    """What a transfer by NCCL adds to the compute that it runs beside."""
+    return max(0.0, transfer_s - behind) + INTERFERENCE * min(transfer_s, behind)
 
 
 def _handed_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:

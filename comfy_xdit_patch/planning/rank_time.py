@@ -65,7 +65,8 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
     is_fp8 = precision.is_fp8_compute and gpu.fp8_flops > 0
     is_cast = precision.bytes_per_weight < COMPUTE_BYTES and not is_fp8
     rate = gpu.fp8_flops if is_fp8 else gpu.linear_flops
-    matrix_rows = local_tokens / part.num_patches
+    # Cutting the matrix by columns makes it as much smaller as cutting its rows.
+    matrix_rows = local_tokens * part.columns / part.num_patches
     efficiency = matrix_rows / (matrix_rows + SMALL_MATRIX_ROWS)
     flops = part.num_rows * shape.linear_flops(job.num_tokens) * part.tokens * divided
 

@@ -79,7 +79,7 @@ def _parse_degrees(text: str) -> Candidate | None:
     words = [word for word in WEIGHT_WORDS if word in degrees]
     sizes = [degrees.pop(word) for word in words]
     if not words:
-        return Candidate(**degrees)
+        return Candidate(weights="full", **degrees)
     # ``fsdp=4`` alone is four ranks that share the sequence.
     plan = Candidate(**(degrees or {"ulysses": sizes[0]}), weights=WEIGHT_WORDS[words[0]])
     is_sound = (
