@@ -97,11 +97,14 @@ def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
         refusal = why_not(plan, job)
         if refusal is not None:
             dropped.append(Dropped(plan, refusal, is_legal=False))
-        elif misfit := _does_not_fit(plan, job, part):
+            continue
+        wanted = need(plan, job, part)
+        if plan != SINGLE and not wanted.fits:
+            misfit = Refusal(f"does not fit: {wanted.text}")
             dropped.append(Dropped(plan, misfit, is_legal=True))
-        else:
-            time = _time(plan, job, part)
-            options.append(Option(plan, time, need(plan, job, part), single_s / time.total_s))
+            continue
+        time = _time(plan, job, part)
+        options.append(Option(plan, time, wanted, single_s / time.total_s))
     options.sort(key=lambda option: option.time.total_s)
     allowed = [option for option in options if asked.allows(option.plan)]
     if not allowed:
@@ -130,13 +133,6 @@ def why_not(plan: Candidate, job: Job) -> Refusal | None:
     if plan.pipefusion > shape.num_blocks:
         return Refusal(f"pipefusion={plan.pipefusion} is more than the {shape.num_blocks} blocks")
     return None
-
-
-def _does_not_fit(plan: Candidate, job: Job, machine: Machine) -> Refusal | None:
-    wanted = need(plan, job, machine)
-    if plan == SINGLE or wanted.fits:
-        return None
-    return Refusal(f"does not fit: {wanted.text}")
 
 
 def _time(plan: Candidate, job: Job, machine: Machine) -> Time:

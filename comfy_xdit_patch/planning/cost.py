@@ -16,7 +16,7 @@ Constants, their sources, and how far published times are off: docs/planning.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy_xdit_patch.planning.candidate import AXES, Candidate
 from comfy_xdit_patch.planning.job import Job
@@ -39,8 +39,8 @@ MERGE_BYTES = 14
 part read and widened."""
 
 INTERFERENCE = 0.1
-"""Part of a hidden transfer that is felt all the same: NCCL's kernels take some of the GPU. Assumed;
-a transfer by the copy engine costs nothing."""
+"""Part of a hidden transfer that is felt all the same, as NCCL's kernels take some of the GPU.
+Assumed; a transfer by the copy engine costs nothing."""
 
 PATCH_COUNTS = (2, 4, 8, 16, 32)
 """Into how many patches PipeFusion may cut the tokens; the best is taken."""
@@ -76,24 +76,31 @@ def predict(plan: Candidate, job: Job, machine: Machine, *, streamed_bytes: floa
         machine: with as many GPUs as the plan has ranks, in the plan's order.
         streamed_bytes: weights that each rank reads from CPU memory.
     """
+    parts = _parts(plan, job, speeds(job, machine))
     counts = PATCH_COUNTS if plan.pipefusion > 1 else (1,)
-    times = [_time(plan, job, machine, streamed_bytes, count) for count in counts]
+    times = [
+        _time(plan, job, machine, streamed_bytes, [replace(part, num_patches=n) for part in parts])
+        for n in counts
+    ]
     return min(times, key=lambda time: time.total_s)
 
 
 def speeds(job: Job, machine: Machine) -> tuple[float, ...]:
     """Each GPU's speed at this job: one over its time alone."""
     alone = Part(num_rows=job.workload.batch_size)
-    return tuple(1 / compute_time(job, gpu, alone).total_s for gpu in machine.gpus)
+    found = {gpu: 1 / compute_time(job, gpu, alone).total_s for gpu in set(machine.gpus)}
+    return tuple(found[gpu] for gpu in machine.gpus)
 
 
 def _time(
-    plan: Candidate, job: Job, machine: Machine, streamed_bytes: float, num_patches: int
+    plan: Candidate, job: Job, machine: Machine, streamed_bytes: float, parts: list[Part]
 ) -> Time:
-    parts = _parts(plan, job, speeds(job, machine), num_patches)
-    computes = [compute_time(job, gpu, part) for gpu, part in zip(machine.gpus, parts, strict=True)]
-    slowest = max(range(len(parts)), key=lambda rank: computes[rank].total_s)
-    compute, part = computes[slowest], parts[slowest]
+    ranks = dict.fromkeys(zip(machine.gpus, parts, strict=True))  # of equal ranks one is enough
+    computes = [compute_time(job, gpu, part) for gpu, part in ranks]
+    compute = max(computes, key=lambda found: found.total_s)
+    # Who holds most also sends most, and all wait for it.
+    part = max(parts, key=lambda part: part.num_rows * part.stage * part.tokens)
+    num_patches = part.num_patches
 
     communication_s = _sequence_s(plan, job, machine, part, compute)
     communication_s += _tensor_s(plan, job, machine, part)
@@ -113,20 +120,17 @@ def _time(
     )
 
 
-def _parts(plan: Candidate, job: Job, weights: Sequence[float], num_patches: int) -> list[Part]:
+def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
     """Give every rank its part, in proportion to speed along each axis."""
     places = [dict(zip(AXES, place, strict=True)) for place in plan.places()]
 
     def along(axis: str, like: dict[str, int], *fixed: str) -> list[float]:
         """Speed at every index of an axis, of the ranks that share the ``fixed`` indices."""
-        return [
-            sum(
-                weight
-                for weight, place in zip(weights, places, strict=True)
-                if place[axis] == index and all(place[name] == like[name] for name in fixed)
-            )
-            for index in range(plan.degrees[axis])
-        ]
+        found = [0.0] * plan.degrees[axis]
+        for weight, place in zip(weights, places, strict=True):
+            if all(place[name] == like[name] for name in fixed):
+                found[place[axis]] += weight
+        return found
 
     workload = job.workload
     rows = proportional(workload.batch_size, along("batch", places[0]))
@@ -146,7 +150,6 @@ def _parts(plan: Candidate, job: Job, weights: Sequence[float], num_patches: int
                 queries=ring,
                 heads=own / workload.num_heads,
                 columns=1 / plan.tensor,
-                num_patches=num_patches,
             )
         )
     return found

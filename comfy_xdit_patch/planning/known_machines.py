@@ -4,7 +4,8 @@ Runs in: host, worker and the command line's process.
 
 Rates are what FLUX sustains, not what a data sheet says. ``source`` tells where a card's come from:
 ``fitted`` to a published time on one GPU (docs/planning.md has the rows), or ``assumed``, near what
-its fitted neighbours reach of their peak. Memory bandwidth and size are the makers'.
+its fitted neighbours reach of their peak; fp8 without a published time is twice bf16.
+Memory bandwidth and size are the makers'.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ MIB = 1 << 20
 TERA = 1e12
 GIGA = 1e9
 
-MAX_GPUS = 64
+MAX_GPUS = 16
+"""One machine; and the number of plans grows with the divisors of every number up to this."""
 
 # PCIe 4.0 x16, each GPU in a collective of two. Fitted to L20 (cache-dit); through CPU memory it is
 # NCCL's shared-memory transport, assumed.
@@ -67,10 +69,10 @@ CARDS = {
         Card("h100", 81559, 570, 993, 3350, "nvlink", "fitted", nvlink=200, pcie=2),
         Card("h200", 143771, 600, 1045, 4800, "nvlink", "assumed", nvlink=200, pcie=2),
         Card("a100", 81920, 212, 0, 2039, "nvlink", "fitted", nvlink=120),
-        Card("l20", 46068, 104, 0, 864, "pcie", "fitted"),
-        Card("l40", 46068, 150, 0, 864, "pcie", "assumed"),
-        Card("l40s", 46068, 230, 0, 864, "pcie", "assumed"),
-        Card("rtx2000ada", 16380, 42, 0, 224, "pcie", "fitted", pcie=0.5),
+        Card("l20", 46068, 104, 208, 864, "pcie", "fitted"),
+        Card("l40", 46068, 150, 300, 864, "pcie", "assumed"),
+        Card("l40s", 46068, 230, 460, 864, "pcie", "assumed"),
+        Card("rtx2000ada", 16380, 42, 84, 224, "pcie", "fitted", pcie=0.5),
         Card("4090", 24564, 150, 325, 1008, "host", "fitted"),
         Card("5090", 32607, 186, 340, 1792, "host", "fitted", pcie=2),
         Card("3090", 24576, 60, 0, 936, "host", "assumed"),

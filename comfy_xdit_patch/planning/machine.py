@@ -80,10 +80,6 @@ class Machine:
                 f"{'x'.join(str(len(row)) for row in self.links) or 'none'}."
             )
 
-    @property
-    def is_uniform(self) -> bool:
-        return len({replace(gpu, socket=0) for gpu in self.gpus}) == 1
-
     def first(self, num_gpus: int) -> Machine:
         """Keep the fastest GPUs; among equals those of the first socket, in their order."""
         order = sorted(
