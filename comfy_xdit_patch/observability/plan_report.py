@@ -64,7 +64,12 @@ def plan_table(options: argparse.Namespace) -> Table:
     Raises:
         SettingsError: an option has a value that is not legal.
     """
-    asked = parse_asked(options.strategy)
+    try:
+        asked = parse_asked(options.strategy)
+    except ValueError:
+        raise SettingsError(
+            f'--strategy "{options.strategy}" is not legal. Legal: {STRATEGY_LEGAL}.'
+        ) from None
     machine = machine_of(options.gpus, link=options.link, num_sockets=options.sockets)
     job = _job(options)
     lines = [*_header(options, job, machine), ""]

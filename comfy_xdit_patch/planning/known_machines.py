@@ -112,7 +112,7 @@ def machine_of(gpus: str, *, link: LinkKind | None = None, num_sockets: int = 1)
 
 def _link(a: Card, b: Card, asked: LinkKind | None) -> Link:
     """Two cards meet on what both have; the slower one sets the pace."""
-    kind: LinkKind = asked or max(a.link, b.link, key=LINK_KINDS.index)
+    kind = max(a.link, b.link, key=LINK_KINDS.index) if asked is None else asked
     pcie = min(a.pcie, b.pcie)
     if kind == "nvlink":
         if a.nvlink is None or b.nvlink is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate
 from comfy_xdit_patch.planning.residency import Mode
 
@@ -54,7 +53,7 @@ def parse_asked(text: str) -> Asked:
     """Read a strategy or a plan; ``cfg`` is another word for ``batch``.
 
     Raises:
-        SettingsError: it is neither.
+        ValueError: it is neither; ``STRATEGY_LEGAL`` says what is.
     """
     word = text.lower().replace(" ", "")
     word = ALIASES.get(word, word)
@@ -64,7 +63,7 @@ def parse_asked(text: str) -> Asked:
         return Asked(word)
     plan = _parse_degrees(word)
     if plan is None:
-        raise SettingsError(f'--strategy "{text}" is not legal. Legal: {STRATEGY_LEGAL}.')
+        raise ValueError(text)
     return Asked(plan.name, plan)
 
 
