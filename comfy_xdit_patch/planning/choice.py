@@ -73,10 +73,8 @@ class Choice:
             best = next((o for o in self.options if o.plan != SINGLE and o.plan.is_exact), None)
             if best is None:
                 return "no other exact plan is legal and fits"
-            return (
-                f"no exact plan is faster by more than {SAME_TIME:.0%}: "
-                f"{best.plan.name} would take {best.time.total_s / time.total_s:.2f}x the time"
-            )
+            part = best.time.total_s / time.total_s
+            return f"the best exact plan of several, {best.plan.name}, takes {part:.2f}x its time"
         text = f"{self.chosen.speedup:.2f}x of one GPU"
         if time.is_host_bound:
             return f"{text}; the CPU's launches set the pace, not the GPUs"

@@ -133,7 +133,7 @@ def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
         return found
 
     workload = job.workload
-    rows = proportional(workload.batch_size, along("batch", places[0]))
+    rows = proportional(workload.batch_size, along("batch", places[0]), minimum=1)
     found = []
     for place in places:
         stages = along("pipefusion", place, "batch")
@@ -167,7 +167,7 @@ def _sequence_s(
         num_bytes = ulysses_bytes(values, plan.ulysses, blocks)
         calls = 2 * blocks * part.num_patches
         seconds += machine.all_to_all_s(groups, num_bytes)
-        seconds += calls * machine.slowest_link(groups).latency_s
+        seconds += calls * machine.latency_s(groups)
     if plan.ring > 1:
         groups = plan.groups("ring")
         steps = plan.ring - 1
@@ -185,7 +185,7 @@ def _tensor_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     groups = plan.groups("tensor")
     values = part.num_rows * job.num_tokens * job.shape.width * part.tokens
     gathers = job.shape.num_gathers * part.stage
-    latency_s = gathers * part.num_patches * machine.slowest_link(groups).latency_s
+    latency_s = gathers * part.num_patches * machine.latency_s(groups)
     return machine.ring_s(groups, tensor_bytes(values, plan.tensor, gathers)) + latency_s
 
 
@@ -198,10 +198,9 @@ def _weights_s(
         blocks = sizes.total_bytes - sizes.outside_blocks_bytes
         everyone = [tuple(range(plan.world_size))]
         seconds = machine.ring_s(everyone, fsdp_bytes(blocks, plan.world_size))
-        seconds += job.shape.num_blocks * machine.slowest_link(everyone).latency_s
+        seconds += job.shape.num_blocks * machine.latency_s(everyone)
         return _exposed_s(seconds, behind=compute.total_s)
-    slowest = min(gpu.host_bytes_per_s for gpu in machine.gpus)
-    return max(0.0, streamed_bytes / (slowest * machine.contention("host")) - compute.total_s)
+    return max(0.0, machine.from_host_s(streamed_bytes) - compute.total_s)
 
 
 def _exposed_s(transfer_s: float, *, behind: float) -> float:
@@ -213,7 +212,7 @@ def _handed_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     """One patch from a stage to the next."""
     groups = plan.groups("pipefusion")
     values = part.num_rows * job.num_tokens * job.shape.width * part.tokens / part.num_patches
-    latency_s = machine.slowest_link(groups).latency_s
+    latency_s = machine.latency_s(groups)
     return machine.ring_s(groups, pipefusion_bytes(values)) + latency_s
 
 

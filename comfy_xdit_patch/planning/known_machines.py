@@ -125,4 +125,4 @@ def _link(a: Card, b: Card, asked: LinkKind | None) -> Link:
         rate = PCIE_BYTES_PER_S * pcie
     else:
         rate = THROUGH_HOST_BYTES_PER_S * pcie
-    return Link(kind, rate, LATENCIES_S[kind])
+    return Link(kind, rate, rate, LATENCIES_S[kind])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 from math import log2
 from typing import Literal
 
@@ -41,6 +41,7 @@ class Gpu:
 
     name: str
     memory_bytes: int
+    """What planning may use of it."""
     linear_flops: float
     attention_flops: float
     fp8_flops: float
@@ -53,24 +54,30 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What lies between two GPUs.
+    """What lies between two GPUs: what each sends a second, by the form of the collective.
 
-    ``bytes_per_s`` is what each GPU sends in a collective of two, ``latency_s`` one collective's
-    time beside its bytes.
+    ``ring_bytes_per_s`` is for all-gather, all-reduce and sends from one to the next.
+    ``latency_s`` is one collective's time beside its bytes.
     """
 
     kind: LinkKind
-    bytes_per_s: float
+    all_to_all_bytes_per_s: float
+    ring_bytes_per_s: float
     latency_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """GPUs in rank order, and ``links[a][b]`` between two of them; ``links[a][a]`` is not read."""
+    """GPUs in rank order, and ``links[a][b]`` between two of them; ``links[a][a]`` is not read.
+
+    ``are_links_timed``: the links' rates were measured here, with all GPUs sending. Otherwise they
+    are those of two GPUs, and what sockets and crowds leave of them is estimated.
+    """
 
     gpus: tuple[Gpu, ...]
     links: tuple[tuple[Link, ...], ...]
     host_call_s: float = HOST_CALL_S
+    are_links_timed: bool = False
 
     def __post_init__(self) -> None:
         num_gpus = len(self.gpus)
@@ -90,48 +97,54 @@ class Machine:
         links = tuple(tuple(self.links[a][b] for b in kept) for a in kept)
         return replace(self, gpus=tuple(self.gpus[i] for i in kept), links=links)
 
-    def slowest_link(self, groups: Sequence[Sequence[int]]) -> Link:
-        """The link on which collectives that run at once in these groups wait."""
-        links = [self.links[a][b] for group in groups for a, b in combinations(group, 2)]
-        return min(links, key=lambda link: (link.bytes_per_s, -link.latency_s))
+    def latency_s(self, groups: Sequence[Sequence[int]]) -> float:
+        """What one collective takes beside its bytes."""
+        return max(
+            self.links[a][b].latency_s for group in groups for a, b in combinations(group, 2)
+        )
 
     def all_to_all_s(self, groups: Sequence[Sequence[int]], num_bytes: float) -> float:
         """Seconds in which every rank has sent ``num_bytes``, in equal parts to its group's."""
-        crossing = sum(
-            num_bytes * sum(self._crosses(rank, other) for other in group) / (len(group) - 1)
-            for group in groups
-            for rank in group
+        pairs = [pair for group in groups for pair in permutations(group, 2)]
+        rate = min(
+            self.links[a][b].all_to_all_bytes_per_s * self._left(self.links[a][b].kind)
+            for a, b in pairs
         )
-        return self._transfer_s(groups, num_bytes, crossing)
+        part = num_bytes / (len(groups[0]) - 1)
+        return max(num_bytes / rate, self._between_sockets_s(pairs, part))
 
     def ring_s(self, groups: Sequence[Sequence[int]], num_bytes: float) -> float:
         """Seconds in which every rank has sent ``num_bytes`` to the next one of its group."""
-        crossing = sum(
-            num_bytes * self._crosses(rank, group[(index + 1) % len(group)])
-            for group in groups
-            for index, rank in enumerate(group)
+        pairs = [pair for group in groups for pair in pairwise([*group, group[0]])]
+        rate = min(
+            self.links[a][b].ring_bytes_per_s * self._left(self.links[a][b].kind) for a, b in pairs
         )
-        return self._transfer_s(groups, num_bytes, crossing)
+        return max(num_bytes / rate, self._between_sockets_s(pairs, num_bytes))
 
-    def contention(self, kind: LinkKind) -> float:
-        """What is left of a link's bandwidth when all GPUs send."""
-        return 1.0 if kind == "nvlink" else _interpolated(len(self.gpus))
+    def from_host_s(self, num_bytes: float) -> float:
+        """Seconds in which every GPU has read ``num_bytes`` from CPU memory."""
+        slowest = min(gpu.host_bytes_per_s for gpu in self.gpus)
+        return num_bytes / (slowest * pcie_contention(len(self.gpus)))
 
-    def _transfer_s(
-        self, groups: Sequence[Sequence[int]], num_bytes: float, crossing: float
-    ) -> float:
-        link = self.slowest_link(groups)
-        # Half of what crosses goes each way.
-        between_sockets_s = crossing / 2 / SOCKET_BYTES_PER_S
-        return max(num_bytes / (link.bytes_per_s * self.contention(link.kind)), between_sockets_s)
+    def _left(self, kind: LinkKind) -> float:
+        """What is left of a link's rate when all GPUs send."""
+        if kind == "nvlink" or self.are_links_timed:
+            return 1.0
+        return pcie_contention(len(self.gpus))
 
-    def _crosses(self, a: int, b: int) -> bool:
-        """Whether peer-to-peer traffic goes from one CPU socket to another."""
-        return self.gpus[a].socket != self.gpus[b].socket and self.links[a][b].kind == "pcie"
+    def _between_sockets_s(self, pairs: Sequence[tuple[int, int]], num_bytes: float) -> float:
+        """Seconds of ``num_bytes`` for each pair, over what peer-to-peer has between sockets."""
+        if self.are_links_timed:
+            return 0.0
+        num_crossing = sum(
+            self.gpus[a].socket != self.gpus[b].socket and self.links[a][b].kind == "pcie"
+            for a, b in pairs
+        )
+        return num_bytes * num_crossing / 2 / SOCKET_BYTES_PER_S  # half of them each way
 
 
-def _interpolated(num_gpus: int) -> float:
-    """PCIE_CONTENTION for any number, linear in its logarithm, constant beyond its ends."""
+def pcie_contention(num_gpus: int) -> float:
+    """PCIE_CONTENTION for any number: linear in its logarithm, constant beyond its ends."""
     first, last = PCIE_CONTENTION[0], PCIE_CONTENTION[-1]
     if num_gpus <= first[0]:
         return first[1]

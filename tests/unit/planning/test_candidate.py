@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate, candidates
@@ -100,7 +102,7 @@ def test_a_plan_is_read_as_a_user_writes_it(text, name):
     ],
 )
 def test_what_is_no_plan_is_refused(text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         parse_asked(text)
 
 

@@ -7,6 +7,7 @@ plan over the sequence; a docstring says where that changes the row.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.candidate import SINGLE, Candidate
 from comfy_xdit_patch.planning.choice import SAME_TIME, Choice, choose, why_not
 from comfy_xdit_patch.planning.known_machines import machine_of
+from comfy_xdit_patch.planning.machine import Link
 from comfy_xdit_patch.planning.residency import GIB
 from comfy_xdit_patch.planning.strategies import parse_asked
 
@@ -28,6 +30,12 @@ def chosen(gpus, *, sockets=1, link=None, precision="bf16", **job):
 
 def option(choice, name):
     return next(found for found in choice.options if found.plan.name == name)
+
+
+def choose_plan(job, machine):
+    choice = choose(job, machine)
+    assert isinstance(choice, Choice)
+    return choice.chosen
 
 
 def fastest(choice, *, has=(), has_not=()):
@@ -251,11 +259,27 @@ def test_where_launches_set_the_pace_the_gpus_that_are_done_first_are_taken():
 def test_one_gpu_is_taken_where_sharing_gains_nothing():
     choice = chosen("2xh100", px=256)
     assert choice.chosen.plan == SINGLE
-    assert choice.why.startswith("no exact plan is faster by more than 2%: ")
+    assert re.fullmatch(
+        r"the best exact plan of several, [a-z]+=2, takes 1\.\d\dx its time", choice.why
+    )
 
 
 def test_the_reason_of_a_choice_has_its_figures():
     assert chosen("4xl20").why == "2.85x of one GPU; 24% of it is communication"
+
+
+def test_what_was_measured_decides_and_not_the_kind_of_link():
+    """A patched driver whose all-to-all is slower than through CPU memory, its ring faster."""
+    machine = machine_of("4x4090", link="pcie")
+    job = make_job(precision="fp8-compute")
+    assert choose_plan(job, machine).plan.ulysses == 4
+    timed = Link("pcie", all_to_all_bytes_per_s=6e9, ring_bytes_per_s=20e9, latency_s=20e-6)
+    machine = replace(machine, links=((timed,) * 4,) * 4, are_links_timed=True)
+    assert choose_plan(job, machine).plan.ulysses == 1
+    assert choose_plan(job, machine).plan.ring > 1
+    slow = replace(timed, ring_bytes_per_s=1e9, all_to_all_bytes_per_s=1e9)
+    machine = replace(machine, links=((slow,) * 4,) * 4)
+    assert choose_plan(job, machine).plan == SINGLE
 
 
 @pytest.mark.parametrize(

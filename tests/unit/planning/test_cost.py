@@ -186,6 +186,11 @@ def test_rows_and_stages_are_shared_in_proportion_too(plan):
     assert predict(plan, job, pair).compute_s < 0.75 * predict(plan, job, slow).compute_s
 
 
+def test_no_rank_is_left_without_a_row():
+    pair = predict(Candidate(batch=2), make_job(rows=2), machine_of("1xh100+1xrtx2000ada"))
+    assert pair.compute_s == pytest.approx(time("1xrtx2000ada").compute_s)
+
+
 def test_tensor_parallelism_sends_less_than_it_computes_less():
     """2 L20: 1.61x published."""
     one, two = time("1xl20", text=512), time("2xl20", Candidate(tensor=2), text=512)

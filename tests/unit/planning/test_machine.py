@@ -8,7 +8,7 @@ import pytest
 
 from comfy_xdit_patch.errors import PlanError, SettingsError
 from comfy_xdit_patch.planning.known_machines import CARDS, MAX_GPUS, PCIE_BYTES_PER_S, machine_of
-from comfy_xdit_patch.planning.machine import SOCKET_BYTES_PER_S, Machine
+from comfy_xdit_patch.planning.machine import SOCKET_BYTES_PER_S, Machine, pcie_contention
 
 PAIR = [(0, 1)]
 FOUR = [(0, 1, 2, 3)]
@@ -28,7 +28,7 @@ def test_cards_of_several_kinds_meet_on_what_both_have():
     assert kinds[1][2] == "pcie"
     assert kinds[2][3] == "host"
     # PCIe 5.0 of the H100 does not help: the L40S has 4.0.
-    assert machine.links[0][1].bytes_per_s == PCIE_BYTES_PER_S
+    assert machine.links[0][1].ring_bytes_per_s == PCIE_BYTES_PER_S
 
 
 def test_a_peer_to_peer_driver_is_a_link_by_name():
@@ -82,8 +82,27 @@ def test_the_first_gpus_are_the_fastest_and_then_those_of_one_socket():
 
 def test_a_group_waits_for_its_slowest_link():
     machine = machine_of("2xh100+1xl40s")
-    assert machine.slowest_link([(0, 1)]).kind == "nvlink"
-    assert machine.slowest_link([(0, 1), (1, 2)]).kind == "pcie"
+    pair, all_three = [(0, 1)], [(0, 1, 2)]
+    assert machine.latency_s(pair) < machine.latency_s(all_three)
+    assert 5 * machine.ring_s(pair, 1e9) < machine.ring_s(all_three, 1e9)
+    assert 5 * machine.all_to_all_s(pair, 1e9) < machine.all_to_all_s(all_three, 1e9)
+
+
+def test_a_ring_uses_the_links_between_neighbours_only():
+    machine = machine_of("4xl20")
+    slow = replace(machine.links[0][2], ring_bytes_per_s=1e9, all_to_all_bytes_per_s=1e9)
+    links = tuple(
+        tuple(slow if (a - b) % 4 == 2 else machine.links[a][b] for b in range(4)) for a in range(4)
+    )
+    opposite = replace(machine, links=links)
+    assert opposite.ring_s(FOUR, 1e9) == machine.ring_s(FOUR, 1e9)
+    assert opposite.all_to_all_s(FOUR, 1e9) == pytest.approx(1 / 0.8)
+
+
+def test_what_was_timed_is_not_corrected_again():
+    machine = machine_of("4xl40s", num_sockets=2)
+    timed = replace(machine, are_links_timed=True)
+    assert timed.all_to_all_s(FOUR, 22e9) == timed.ring_s(FOUR, 22e9) == pytest.approx(1)
 
 
 def test_pcie_is_shared_and_nvlink_is_not():
@@ -91,9 +110,9 @@ def test_pcie_is_shared_and_nvlink_is_not():
     assert two.all_to_all_s(PAIR, 22e9) == pytest.approx(1)
     assert four.all_to_all_s(FOUR, 22e9) == pytest.approx(1 / 0.8)
     assert eight.all_to_all_s(FOUR, 22e9) == pytest.approx(1 / 0.55)
-    assert machine_of("3xl20").contention("pcie") == pytest.approx(0.883, abs=1e-3)
-    assert machine_of("12xl20").contention("pcie") == 0.55
-    assert machine_of("1xl20").contention("pcie") == 1
+    assert pcie_contention(3) == pytest.approx(0.883, abs=1e-3)
+    assert pcie_contention(12) == 0.55
+    assert pcie_contention(1) == pcie_contention(2) == 1
     assert machine_of("8xh100").all_to_all_s(FOUR, 200e9) == pytest.approx(1)
 
 
