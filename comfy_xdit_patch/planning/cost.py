@@ -15,6 +15,7 @@ Constants, their sources, and how far published times are off: docs/planning.md.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -122,33 +123,33 @@ def _time(
 
 def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
     """Give every rank its part, in proportion to speed along each axis."""
-    places = [dict(zip(AXES, place, strict=True)) for place in plan.places()]
+    places = list(plan.places())
+    speed: defaultdict[tuple[int, ...], float] = defaultdict(float)
+    for weight, place in zip(weights, places, strict=True):
+        for depth in range(1, len(AXES)):
+            speed[place[:depth]] += weight
 
-    def along(axis: str, like: dict[str, int], *fixed: str) -> list[float]:
-        """Speed at every index of an axis, of the ranks that share the ``fixed`` indices."""
-        found = [0.0] * plan.degrees[axis]
-        for weight, place in zip(weights, places, strict=True):
-            if all(place[name] == like[name] for name in fixed):
-                found[place[axis]] += weight
-        return found
+    def along(axis: str, place: tuple[int, ...]) -> list[float]:
+        """Speed at every index of an axis, of the ranks that share the indices before it."""
+        before = place[: AXES.index(axis)]
+        return [speed[(*before, index)] for index in range(plan.degrees[axis])]
 
     workload = job.workload
     rows = proportional(workload.batch_size, along("batch", places[0]), minimum=1)
     found = []
     for place in places:
-        stages = along("pipefusion", place, "batch")
-        columns = along("ring", place, "batch", "pipefusion")
-        shares = along("ulysses", place, "batch", "pipefusion", "ring")
-        ring = columns[place["ring"]] / sum(columns)
+        batch, stage, column, share, tensor = place
+        stages, columns = along("pipefusion", place), along("ring", place)
+        shares = along("ulysses", place)
+        ring = columns[column] / sum(columns)
         heads = proportional(workload.num_heads, [w for w in shares for _ in range(plan.tensor)])
-        own = heads[place["ulysses"] * plan.tensor + place["tensor"]]
         found.append(
             Part(
-                num_rows=rows[place["batch"]],
-                stage=stages[place["pipefusion"]] / sum(stages),
-                tokens=ring * shares[place["ulysses"]] / sum(shares),
+                num_rows=rows[batch],
+                stage=stages[stage] / sum(stages),
+                tokens=ring * shares[share] / sum(shares),
                 queries=ring,
-                heads=own / workload.num_heads,
+                heads=heads[share * plan.tensor + tensor] / workload.num_heads,
                 columns=1 / plan.tensor,
             )
         )

@@ -15,6 +15,7 @@ from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.known_machines import CARDS, machine_of
 from comfy_xdit_patch.planning.machine import Machine
 from rig.published import ROWS, make_job, median_error
+from rig.unequal import SPEEDS, UnequalRanks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 
@@ -118,6 +119,19 @@ def constants() -> list[str]:
     return lines
 
 
+def unequal() -> list[str]:
+    """What adapting is worth, in simulation."""
+    lines = [
+        "| speeds | even split | after 1 step | 2 steps | 4 steps |",
+        "|---|---|---|---|---|",
+    ]
+    for speeds in SPEEDS:
+        ranks = UnequalRanks(*speeds)
+        cells = [f"{ranks.efficiency(ranks.adapted(n)):.0%}" for n in (0, 1, 2, 4)]
+        lines.append(f"| {', '.join(map(str, speeds))} | {' | '.join(cells)} |")
+    return lines
+
+
 def _approximate(choice: Choice) -> str:
     found = [option for option in choice.options if not option.plan.is_exact]
     if not found:
@@ -132,6 +146,7 @@ def page() -> str:
         ("calibration", calibration),
         ("choices", choices),
         ("constants", constants),
+        ("unequal", unequal),
     ):
         made = "\n".join([f"<!-- {name} -->", "", *make(), "", f"<!-- /{name} -->"])
         marks = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)

@@ -152,7 +152,7 @@ ROWS = [
     Row(FLUMINA, "1xh100", "single", 1 / 11.5, "fit", precision="fp8-compute"),
     Row(FLUMINA, "1x4090", "single", 1 / 3.51, "fit", precision="fp8-compute"),
     Row(FLUMINA, "1x4090", "single", 1 / 2.55, "fit", "eager", precision="fp8-compute"),
-    Row("ComfyUI", "1x4090", "single", 1 / 1.85, "test", "eager", precision="fp8", text=256),
+    Row("ComfyUI", "1x4090", "single", 1 / 1.85, "fit", "eager", precision="fp8", text=256),
     Row("raylight", "1x5090", "single", 0.29, "fit", "eager", precision="fp8-compute", text=256),
     Row("raylight", "1xrtx2000ada", "single", 2.22, "fit", "eager", precision="fp8", text=256),
     Row("raylight", "2xrtx2000ada", "ulysses=2", 1.26, "test", "eager", precision="fp8", text=256),

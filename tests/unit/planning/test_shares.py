@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from rig.unequal import SPEEDS, UnequalRanks
 
 from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.plan import SequenceShares, shard_sizes
@@ -146,68 +147,34 @@ def test_too_few_items_for_the_minimum_is_an_error():
         proportional(3, (1, 1), minimum=2)
 
 
-class Ranks:
-    """Ranks whose speed the balance does not know: linears by tokens, attention by heads."""
-
-    TOKENS, HEADS = 4352, 24
-
-    def __init__(self, *speeds, overhead_s=0.0, noise=0.0):
-        self.speeds, self.overhead_s, self.noise = speeds, overhead_s, noise
-        self.chance = random.Random(0)
-
-    def seconds(self, weights):
-        """Compute of each rank in one step; 80 % linears, as FLUX.1 at 1024 px."""
-        tokens = proportional(self.TOKENS, weights, minimum=2)
-        heads = proportional(self.HEADS, weights)
-        return [
-            self.overhead_s
-            + (0.8 * t / self.TOKENS + 0.2 * h / self.HEADS)
-            / speed
-            * (1 + self.chance.uniform(-self.noise, self.noise))
-            for t, h, speed in zip(tokens, heads, self.speeds, strict=True)
-        ]
-
-    @property
-    def ideal_s(self):
-        return self.overhead_s + 1 / sum(self.speeds)
-
-    def adapted(self, num_steps):
-        weights = (1.0,) * len(self.speeds)
-        for _ in range(num_steps):
-            weights = adapted_weights(weights, self.seconds(weights))
-        return weights
-
-
-@pytest.mark.parametrize(
-    "speeds", [(1, 0.5), (1, 0.5, 1), (1, 0.3), (1, 1, 1, 0.5), (1, 0.9), (2, 1, 0.7, 0.4)]
-)
+@pytest.mark.parametrize("speeds", SPEEDS)
 def test_adapting_reaches_nine_tenths_of_the_ideal_in_four_steps(speeds):
-    ranks = Ranks(*speeds)
-    assert ranks.ideal_s / max(ranks.seconds(ranks.adapted(4))) >= 0.9
+    ranks = UnequalRanks(*speeds)
+    assert ranks.efficiency(ranks.adapted(4)) >= 0.9
 
 
 def test_an_even_split_of_a_half_speed_pair_reaches_two_thirds():
     """The figure beside the one above: what adapting is worth."""
-    ranks = Ranks(1, 0.5)
-    assert ranks.ideal_s / max(ranks.seconds((1, 1))) == pytest.approx(2 / 3, abs=0.01)
-    assert ranks.ideal_s / max(ranks.seconds(ranks.adapted(4))) == pytest.approx(1, abs=0.03)
+    ranks = UnequalRanks(1, 0.5)
+    assert ranks.efficiency((1, 1)) == pytest.approx(2 / 3, abs=0.01)
+    assert ranks.efficiency(ranks.adapted(4)) == pytest.approx(1, abs=0.03)
 
 
 def test_adapting_stays_within_noise_of_the_ideal():
-    ranks = Ranks(1, 0.5, noise=0.05)
+    ranks = UnequalRanks(1, 0.5, noise=0.05)
     weights = ranks.adapted(50)
     assert weights[0] == pytest.approx(2 / 3, abs=0.04)
 
 
 def test_a_cost_that_no_share_changes_does_not_throw_the_balance_over():
-    ranks = Ranks(1, 0.5, overhead_s=0.2)
+    ranks = UnequalRanks(1, 0.5, overhead_s=0.2)
     seconds = ranks.seconds(ranks.adapted(10))
     assert max(seconds) / min(seconds) < 1.05
 
 
 def test_a_rank_that_recovers_gets_its_share_back():
-    slow = Ranks(1, 0.1).adapted(10)
-    recovered = Ranks(1, 1)
+    slow = UnequalRanks(1, 0.1).adapted(10)
+    recovered = UnequalRanks(1, 1)
     weights = slow
     for _ in range(10):
         weights = adapted_weights(weights, recovered.seconds(weights))
@@ -215,7 +182,7 @@ def test_a_rank_that_recovers_gets_its_share_back():
 
 
 def test_even_the_slowest_rank_keeps_enough_to_be_measured():
-    weights = Ranks(1, 1e-6).adapted(20)
+    weights = UnequalRanks(1, 1e-6).adapted(20)
     assert weights[1] == pytest.approx(SMALLEST_PART / 2, rel=0.1)
 
 
