@@ -243,7 +243,23 @@ def test_auto_is_exact_fits_and_is_not_slower_than_one_gpu(case, execution):
 
 
 def test_of_plans_that_are_as_fast_the_one_with_fewer_gpus_is_taken():
-    """Two of four GPUs have the only row each: the other two have nothing to add."""
+    """Three of six GPUs are on the other socket; what they add, the way between them takes."""
+    choice = chosen("6xl40s", sockets=2, px=768, precision="fp8")
+    six = option(choice, "ulysses=6")
+    assert six is choice.options[[o.plan.is_exact for o in choice.options].index(True)]
+    assert choice.chosen.plan == Candidate(ulysses=4)
+    assert six.time.total_s < choice.chosen.time.total_s < (1 + SAME_TIME) * six.time.total_s
+
+
+def test_one_gpu_is_taken_where_launches_set_the_pace_of_all():
+    """Two rows on two GPUs: each launches as much as one GPU does for both."""
+    choice = chosen("2xh100", px=256, rows=2)
+    assert option(choice, "batch=2").time.total_s == choice.single.time.total_s
+    assert option(choice, "batch=2").time.gpu_s < choice.single.time.gpu_s
+    assert choice.chosen.plan == SINGLE
+
+
+def test_one_gpu_has_no_other_plan():
     choice = chosen("1xl20")
     assert choice.chosen.plan == SINGLE
     assert choice.why == "no other exact plan is legal and fits"

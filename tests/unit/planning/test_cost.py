@@ -42,6 +42,15 @@ def test_linears_are_never_faster_than_reading_their_weights():
     assert few.linear_s == pytest.approx(2 * (11.901e9 - 3.229e9) / 3.35e12, rel=1e-3)
 
 
+def test_every_patch_reads_the_weights_anew():
+    job, gpu = make_job(precision="fp8", **COMPILED), machine_of("1xh100").gpus[0]
+    whole, patches = (
+        compute_time(job, gpu, Part(num_rows=1, stage=0.5, num_patches=n)) for n in (1, 16)
+    )
+    assert patches.cast_s == pytest.approx(16 * whole.cast_s)
+    assert patches.modulation_s == whole.modulation_s
+
+
 def test_fp8_reads_half_and_casts_unless_it_multiplies():
     gpu = machine_of("1xh100").gpus[0]
     part = Part(num_rows=1)
@@ -184,6 +193,14 @@ def test_rows_and_stages_are_shared_in_proportion_too(plan):
     job = make_job(precision="fp8", rows=3, **COMPILED)
     pair, slow = machine_of("1x4090+1x3090"), machine_of("2x3090")
     assert predict(plan, job, pair).compute_s < 0.75 * predict(plan, job, slow).compute_s
+
+
+def test_all_wait_for_who_sends_most():
+    """A fast card beside a slow one holds more tokens than half, and sends them."""
+    job = make_job(precision="fp8", **COMPILED)
+    pair = predict(Candidate(ulysses=2), job, machine_of("1x4090+1x3090"))
+    even = predict(Candidate(ulysses=2), job, machine_of("2x4090"))
+    assert 1.2 * even.communication_s < pair.communication_s < 1.5 * even.communication_s
 
 
 def test_no_rank_is_left_without_a_row():
