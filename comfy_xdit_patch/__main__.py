@@ -1,4 +1,4 @@
-"""``python -m comfy_xdit_patch doctor`` and ``comfy-xdit doctor``.
+"""``comfy-xdit doctor`` and ``comfy-xdit plan``, also as ``python -m comfy_xdit_patch``.
 
 Runs in: a process of its own.
 """
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from comfy_xdit_patch import __version__
+from comfy_xdit_patch.errors import SettingsError
+from comfy_xdit_patch.observability import plan_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +26,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="http://127.0.0.1:8188",
         help="a running ComfyUI to ask (default: %(default)s)",
     )
+    plan = commands.add_parser("plan", help="predict every plan, also for GPUs you do not have")
+    plan_report.add_arguments(plan)
     options = parser.parse_args(argv)
+    if options.command == "plan":
+        return _plan(options)
     from comfy_xdit_patch.observability.doctor import examine
 
     report, is_well = examine(comfyui=options.comfyui, url=options.url)
     sys.stdout.write(report + "\n")
     return 0 if is_well else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        table = plan_report.plan_table(options)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(table.text + "\n")
+    return 0 if table.is_possible else 1
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ class TokenLoad:
     hidden_size: int
     num_rows: int = 1
     bytes_per_value: int = 2
+    kept_bytes: int = 0
+    """Keys and values that a rank keeps from one step to the next (PipeFusion)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ def plan_residency(
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
     tried: list[Need] = []
     for mode in modes:
-        tried.append(_tightest(mode, model, load, cards))
+        tried.append(need_of(mode, model, load, cards=cards))
         if tried[-1].fits:
             return ResidencyPlan(tuple(tried))
     return Refusal(
@@ -165,7 +167,8 @@ def plan_residency(
     )
 
 
-def _tightest(mode: Mode, model: ModelSizes, load: TokenLoad, cards: tuple[Card, ...]) -> Need:
+def need_of(mode: Mode, model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...]) -> Need:
+    """What one mode takes, on the card where it is tightest."""
     needs = [
         Need(mode, rank, card, _costs(mode, model, load, card, len(cards)))
         for rank, card in enumerate(cards)
@@ -193,6 +196,8 @@ def _costs(
         # Gathers have a group of their own, for NCCL runs the collectives of one in turn.
         num_groups = 2 if mode == "sharded" else 1
         costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * NCCL_GROUP_BYTES))
+    if load.kept_bytes:
+        costs.append(Cost("keys and values of the step before", load.kept_bytes))
     if card.has_host:
         costs.append(Cost("CUDA context of ComfyUI's own process", CUDA_CONTEXT_BYTES))
     return tuple(costs)

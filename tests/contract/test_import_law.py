@@ -170,7 +170,7 @@ MAY_IMPORT = {
     "activation": {
         *("bootstrap", "errors", "settings", "planning", "workers", "observability", "patching")
     },
-    "__main__": {"observability"},
+    "__main__": {"errors", "observability"},
     "__init__": set(),
 }
 

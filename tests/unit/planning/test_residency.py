@@ -18,6 +18,7 @@ from comfy_xdit_patch.planning.residency import (
     ResidencyPlan,
     TokenLoad,
     gib,
+    need_of,
     plan_residency,
 )
 
@@ -144,3 +145,15 @@ def test_a_refusal_has_the_figures_of_every_mode():
     assert "does not fit on 4 cards" in refusal.reason
     for text in ("all weights on every card: 23.5 of 2.0 GiB", "sharded", "in CPU memory: 2.9 of"):
         assert text in refusal.reason
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_need_of_one_mode_is_that_of_the_plan_that_has_it(mode):
+    asked = need_of(mode, MODEL, LOAD, cards=cards(24 * GIB, 4))
+    assert asked.num_bytes == needed(mode)
+    assert asked.mode == mode
+
+
+def test_what_is_kept_from_step_to_step_is_counted_without_slack():
+    kept = dataclasses.replace(LOAD, kept_bytes=3 * GIB)
+    assert needed("full", load=kept) == needed("full") + 3 * GIB

@@ -1,0 +1,212 @@
+"""The FLUX family's models as numbers: widths, blocks, weights, FLOPs.
+
+Runs in: host, worker and the command line's process. No torch: planning asks before a model is
+there.
+
+Letters: D features, S tokens of the whole sequence (text, image, references), L blocks.
+
+    weights   one stream of a double block, and a single block: (4 + m) D^2, of which m D^2 are the
+              MLP's: 2 x ratio, or 3 x ratio where it is gated. AdaLN: 6 D^2 for each stream of a
+              double block, 3 D^2 for a single one; or 15 D^2 once for all blocks
+    FLOPs     2 (4 + m) D^2 S L in linears, 4 S^2 D L in attention
+
+Source: ComfyUI's ``comfy/ldm/flux`` and ``comfy/ldm/chroma``; FLUX.1-dev comes to 11 901 408 320
+weights, as published, and 74.4 TFLOP for 1024 px and 512 text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from comfy_xdit_patch.planning.plan import Workload
+from comfy_xdit_patch.planning.residency import ModelSizes
+
+COMPUTE_BYTES = 2
+"""bf16: what activations are, whatever the weights are stored as."""
+
+PX_PER_TOKEN = 16
+"""Side of a token in pixels: 8 or 16 by the VAE, 2 or 1 by the patch."""
+
+HEAD_WIDTH = 128
+EMBEDDING_WIDTH = 256
+"""Of a time step or a guidance strength, before its embedder."""
+
+# Chroma's network that makes every block's modulation: ``Approximator`` of
+# comfy/ldm/chroma/layers.py with the sizes that comfy/model_detection.py gives it.
+APPROXIMATOR_IN = 64
+APPROXIMATOR_WIDTH = 5120
+APPROXIMATOR_LAYERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are stored, and whether linears multiply in fp8."""
+
+    name: str
+    bytes_per_weight: float
+    is_fp8_compute: bool = False
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("bf16", 2),
+        Precision("fp8", 1),
+        Precision("fp8-compute", 1, is_fp8_compute=True),
+        # 4.5 bits: a scale of 8 or 16 bits for each 16 or 32 weights (nvfp4, Q4_0).
+        Precision("4bit", 0.5625),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """One architecture.
+
+    ``modulation``: the AdaLN linears are in each block (FLUX.1), one set for all blocks (FLUX.2),
+    or a network of its own (Chroma). ``embedded`` are the widths of the vectors that are embedded
+    beside image and text: time step, guidance, pooled text. ``num_text_tokens`` is what ComfyUI
+    pads a short prompt to; ``num_steps`` what the model's own templates take.
+    """
+
+    name: str
+    width: int
+    num_double_blocks: int
+    num_single_blocks: int
+    mlp_ratio: int
+    is_gated: bool
+    has_bias: bool
+    modulation: Literal["blocks", "global", "approximator"]
+    in_width: int
+    out_width: int
+    text_width: int
+    embedded: tuple[int, ...]
+    num_text_tokens: int
+    num_steps: int
+    num_references: int = 0
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // HEAD_WIDTH
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_double_blocks + self.num_single_blocks
+
+    @property
+    def num_gathers(self) -> int:
+        """All-reduces of one forward under tensor parallelism: two in a double block."""
+        return 2 * self.num_double_blocks + self.num_single_blocks
+
+    @property
+    def num_modulation_weights(self) -> int:
+        """Weights that are read for one row, whatever the number of tokens."""
+        if self.modulation == "approximator":
+            hidden = APPROXIMATOR_WIDTH
+            return (
+                self._linear(APPROXIMATOR_IN, hidden)
+                + APPROXIMATOR_LAYERS * (2 * self._linear(hidden, hidden) + hidden)
+                + self._linear(hidden, self.width)
+            )
+        if self.modulation == "global":
+            return self._linear(self.width, 15 * self.width)
+        return 2 * self.num_double_blocks * self._linear(
+            self.width, 6 * self.width
+        ) + self.num_single_blocks * self._linear(self.width, 3 * self.width)
+
+    @property
+    def num_weights(self) -> int:
+        return (
+            self.num_double_blocks * self._block(is_double=True)
+            + self.num_single_blocks * self._block(is_double=False)
+            + self._num_outside
+        )
+
+    def linear_flops(self, num_tokens: int) -> float:
+        """FLOPs of one forward's linears, for one row of the batch."""
+        return 2.0 * (4 + self._mlp) * self.width**2 * num_tokens * self.num_blocks
+
+    def attention_flops(self, num_tokens: int) -> float:
+        """FLOPs of one forward's attention, for one row of the batch."""
+        return 4.0 * num_tokens**2 * self.width * self.num_blocks
+
+    def sizes(self, precision: Precision) -> ModelSizes:
+        """Bytes as ``residency`` counts them."""
+        largest = max(self._block(is_double=True), self._block(is_double=False))
+        # A single block's first linear: q, k, v and the way into the MLP.
+        mlp_in = self.mlp_ratio * (2 if self.is_gated else 1)
+        widest = self._linear(self.width, (3 + mlp_in) * self.width)
+        size = precision.bytes_per_weight
+        return ModelSizes(
+            total_bytes=round(size * self.num_weights),
+            largest_block_bytes=round(size * largest),
+            outside_blocks_bytes=round(size * self._num_outside),
+            cast_bytes=0 if size == COMPUTE_BYTES else COMPUTE_BYTES * widest,
+        )
+
+    @property
+    def _mlp(self) -> int:
+        return self.mlp_ratio * (3 if self.is_gated else 2)
+
+    def _linear(self, columns: int, rows: int) -> int:
+        return columns * rows + (rows if self.has_bias else 0)
+
+    def _block(self, *, is_double: bool) -> int:
+        width, hidden = self.width, self.mlp_ratio * self.width
+        into = hidden * (2 if self.is_gated else 1)
+        norms = 2 * HEAD_WIDTH
+        if is_double:
+            stream = (
+                self._linear(width, 3 * width)
+                + self._linear(width, width)
+                + self._linear(width, into)
+                + self._linear(hidden, width)
+                + norms
+            )
+            own = self._linear(width, 6 * width) if self.modulation == "blocks" else 0
+            return 2 * (stream + own)
+        own = self._linear(width, 3 * width) if self.modulation == "blocks" else 0
+        both = self._linear(width, 3 * width + into) + self._linear(width + hidden, width)
+        return both + norms + own
+
+    @property
+    def _num_outside(self) -> int:
+        width = self.width
+        last = self._linear(width, self.out_width)
+        if self.modulation != "approximator":
+            last += self._linear(width, 2 * width)
+        return (
+            self._linear(self.in_width, width)
+            + self._linear(self.text_width, width)
+            + sum(self._linear(n, width) + self._linear(width, width) for n in self.embedded)
+            + last
+            + (0 if self.modulation == "blocks" else self.num_modulation_weights)
+        )
+
+
+def workload_for(
+    shape: ModelShape,
+    *,
+    width_px: int,
+    height_px: int,
+    num_rows: int = 1,
+    num_text_tokens: int | None = None,
+    num_references: int | None = None,
+) -> Workload:
+    """Turn an image into tokens. References have the image's size."""
+    num_image_tokens = -(-width_px // PX_PER_TOKEN) * -(-height_px // PX_PER_TOKEN)
+    text = shape.num_text_tokens if num_text_tokens is None else num_text_tokens
+    references = shape.num_references if num_references is None else num_references
+    return Workload(
+        batch_size=num_rows,
+        num_text_tokens=text,
+        num_image_tokens=num_image_tokens,
+        num_heads=shape.num_heads,
+        num_reference_tokens=references * num_image_tokens,
+    )
+
+
+def num_tokens(workload: Workload) -> int:
+    """S, the whole sequence of one row."""
+    return workload.num_text_tokens + workload.num_image_tokens + workload.num_reference_tokens

@@ -1,0 +1,60 @@
+"""What a plan takes on each card, by the arithmetic of ``residency``.
+
+Runs in: host, worker and the command line's process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_xdit_patch.planning.candidate import Candidate
+from comfy_xdit_patch.planning.job import Job
+from comfy_xdit_patch.planning.machine import Machine
+from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES
+from comfy_xdit_patch.planning.residency import Card, ModelSizes, Need, TokenLoad, need_of
+
+
+def need(plan: Candidate, job: Job, machine: Machine) -> Need:
+    """Return the need of the card where it is tightest."""
+    workload, shape = job.workload, job.shape
+    sizes = _split(shape.sizes(job.precision), plan.pipefusion * plan.tensor)
+    kept = 0
+    if plan.pipefusion > 1:
+        blocks = -(-shape.num_blocks // plan.pipefusion)
+        values = 2 * workload.batch_size * job.num_tokens * shape.width
+        kept = blocks * values * COMPUTE_BYTES // (plan.batch * plan.sequence * plan.tensor)
+    load = TokenLoad(
+        num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
+        num_text_tokens=workload.num_text_tokens,
+        hidden_size=shape.width,
+        # Rows are shared like tokens: a rank has 1/N of all, whichever axis gives it to the rank.
+        num_rows=workload.batch_size,
+        bytes_per_value=COMPUTE_BYTES,
+        kept_bytes=kept,
+    )
+    cards = tuple(
+        Card(gpu.memory_bytes, gpu.memory_bytes, has_host=plan.world_size > 1 and rank == 0)
+        for rank, gpu in enumerate(machine.gpus)
+    )
+    return need_of(plan.weights, sizes, load, cards=cards)
+
+
+def streamed_bytes(plan: Candidate, job: Job, machine: Machine) -> float:
+    """Weights that a rank reads from CPU memory in every forward.
+
+    Workers that offload stream all blocks. One GPU is ComfyUI itself, which streams what does not
+    fit.
+    """
+    sizes = job.shape.sizes(job.precision)
+    if plan.weights == "offload":
+        return sizes.total_bytes - sizes.outside_blocks_bytes
+    if plan.world_size == 1:
+        alone = need(plan, job, machine)
+        return max(0, alone.num_bytes - alone.card.free_bytes)
+    return 0
+
+
+def _split(sizes: ModelSizes, num_parts: int) -> ModelSizes:
+    """Blocks shared among stages or cut by columns."""
+    blocks = sizes.total_bytes - sizes.outside_blocks_bytes
+    return replace(sizes, total_bytes=sizes.outside_blocks_bytes + -(-blocks // num_parts))

@@ -1,0 +1,159 @@
+"""Machines that planning is tested on, and the tables of docs/planning.md.
+
+python -m rig.planning_tables      from tests/: write the tables into the page
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.choice import Choice, choose
+from comfy_xdit_patch.planning.job import Job
+from comfy_xdit_patch.planning.known_machines import CARDS, machine_of
+from comfy_xdit_patch.planning.machine import Machine
+from rig.published import ROWS, make_job, median_error
+from rig.unequal import SPEEDS, UnequalRanks
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A machine and what runs on it.
+
+    ``published`` is the nearest published time of a step, where there is one.
+    """
+
+    machine: Machine
+    precision: str = "bf16"
+    published: str = "none"
+
+    def choice(self, **changes: object) -> Choice:
+        job: Job = make_job(precision=self.precision, **changes)  # type: ignore[arg-type]
+        choice = choose(job, self.machine)
+        assert not isinstance(choice, Refusal), choice.reason
+        return choice
+
+
+# 24 GiB cards hold FLUX.1 in fp8: its weights are 22.2 GiB in bf16.
+MACHINES = {
+    "1x4090": Case(machine_of("1x4090"), "fp8", "541 ms, ComfyUI"),
+    "2x4090": Case(machine_of("2x4090"), "fp8"),
+    "8x4090, 2 sockets": Case(machine_of("8x4090", num_sockets=2), "fp8"),
+    "1x4090+1x3090": Case(machine_of("1x4090+1x3090"), "fp8"),
+    "4x5090": Case(machine_of("4x5090")),
+    "4x5090, peer-to-peer driver": Case(machine_of("4x5090", link="pcie")),
+    "2xl20": Case(machine_of("2xl20"), published="480 ms, ring=2 (512 text tokens)"),
+    "4xl20": Case(machine_of("4xl20"), published="296 ms, ulysses=4 (512 text tokens)"),
+    "4xl40s, 2 sockets": Case(machine_of("4xl40s", num_sockets=2)),
+    "8xl40, 2 sockets": Case(machine_of("8xl40", num_sockets=2), published="4 beat 8 GPUs"),
+    "2xrtx2000ada": Case(machine_of("2xrtx2000ada"), "fp8", "1260 ms, ulysses=2"),
+    "4xa100": Case(machine_of("4xa100"), published="123 ms, ulysses=2,ring=2, compiled"),
+    "8xa100": Case(machine_of("8xa100")),
+    "2xh100": Case(machine_of("2xh100"), published="75 ms, ring=2, compiled"),
+    "4xh100": Case(machine_of("4xh100"), published="40 ms, ulysses=4, compiled"),
+    "8xh100": Case(machine_of("8xh100")),
+}
+
+
+def calibration() -> list[str]:
+    """Every published row beside its prediction."""
+    lines = [
+        "| source | GPUs | plan | model | kernels | published s | model s | error | use | remark |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        lines.append(
+            f"| {row.source} | {row.gpus} | {row.plan} | {row.model} {row.precision} "
+            f"{row.px} px | {row.execution} | {row.seconds:.3f} | {row.predicted_s:.3f} | "
+            f"{row.error:+.0%} | {row.use} | {row.remark} |"
+        )
+    tests = [row for row in ROWS if row.use == "test"]
+    met = [row for row in tests if not row.remark]
+    beyond = sum(abs(row.error) > 0.1 for row in ROWS)
+    return [
+        *lines,
+        "",
+        f"Median of the errors' sizes: {median_error(ROWS):.1%} over all {len(ROWS)} rows, "
+        f"{median_error(tests):.1%} over the {len(tests)} that set no constant, "
+        f"{median_error(met):.1%} over the {len(met)} of those without a remark. "
+        f"{beyond} rows are beyond 10 %, each with a remark.",
+    ]
+
+
+def choices() -> list[str]:
+    """What ``auto`` takes on every machine, for FLUX.1-dev at 1024 px and 256 text tokens."""
+    lines = [
+        "| machine | weights | kernels | `auto` takes | ms/step | of one GPU | fastest by name "
+        "| ms/step | published ms/step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in MACHINES.items():
+        for execution in ("eager", "compiled"):
+            choice = case.choice(execution=execution)
+            chosen, approximate = choice.chosen, _approximate(choice)
+            lines.append(
+                f"| {name} | {case.precision} | {execution} | {chosen.plan.name} | "
+                f"{chosen.time.total_s * 1e3:.0f} | {chosen.speedup:.2f}x | {approximate} | "
+                f"{case.published} |"
+            )
+    return lines
+
+
+def constants() -> list[str]:
+    """Every card of the table."""
+    lines = [
+        "| card | linears | fp8 linears | memory | links | rates are |",
+        "|---|---|---|---|---|---|",
+    ]
+    for card in CARDS.values():
+        rate = f"{card.nvlink:.0f} GB/s" if card.nvlink else f"PCIe 4.0 x16 x {card.pcie:g}"
+        lines.append(
+            f"| {card.name} | {card.linear:g} TFLOP/s | {card.fp8 or '-'} | "
+            f"{card.memory_mib / 1024:.0f} GiB, {card.memory:g} GB/s | {card.link}, {rate} | "
+            f"{card.source} |"
+        )
+    return lines
+
+
+def unequal() -> list[str]:
+    """What adapting is worth, in simulation."""
+    lines = [
+        "| speeds | even split | after 1 step | 2 steps | 4 steps |",
+        "|---|---|---|---|---|",
+    ]
+    for speeds in SPEEDS:
+        ranks = UnequalRanks(*speeds)
+        cells = [f"{ranks.efficiency(ranks.adapted(n)):.0%}" for n in (0, 1, 2, 4)]
+        lines.append(f"| {', '.join(map(str, speeds))} | {' | '.join(cells)} |")
+    return lines
+
+
+def _approximate(choice: Choice) -> str:
+    found = [option for option in choice.options if not option.plan.is_exact]
+    if not found:
+        return "- | -"
+    return f"{found[0].plan.name} | {found[0].time.total_s * 1e3:.0f}"
+
+
+def page() -> str:
+    """Return docs/planning.md with its tables made anew."""
+    text = PAGE.read_text()
+    for name, make in (
+        ("calibration", calibration),
+        ("choices", choices),
+        ("constants", constants),
+        ("unequal", unequal),
+    ):
+        made = "\n".join([f"<!-- {name} -->", "", *make(), "", f"<!-- /{name} -->"])
+        marks = re.compile(f"<!-- {name} -->.*<!-- /{name} -->", re.DOTALL)
+        assert marks.search(text), f"docs/planning.md has no place for {name}"
+        text = marks.sub(lambda _, made=made: made, text)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

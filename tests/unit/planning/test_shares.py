@@ -1,0 +1,204 @@
+"""Shares of unequal ranks: exact sums, minimums, the even case, and ranks whose speed is learned.
+
+Properties are checked on many random cases; a failure shows the numbers of its case.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from rig.unequal import SPEEDS, UnequalRanks
+
+from comfy_xdit_patch.errors import PlanError
+from comfy_xdit_patch.planning.plan import SequenceShares, shard_sizes
+from comfy_xdit_patch.planning.shares import (
+    DAMPING,
+    SMALLEST_PART,
+    TOLERANCE,
+    adapted_weights,
+    proportional,
+    weighted_shares,
+)
+
+NUM_CASES = 300
+
+
+def cases():
+    return map(random.Random, range(NUM_CASES))
+
+
+def random_weights(chance, num_ranks):
+    return tuple(10 ** chance.uniform(-2, 2) for _ in range(num_ranks))
+
+
+@pytest.mark.parametrize(
+    ("num_items", "weights", "expected"),
+    [
+        (24, (2, 1), (16, 8)),
+        (24, (3, 1, 2, 2), (9, 3, 6, 6)),
+        (777, (3, 1, 2, 2), (292, 97, 194, 194)),
+        (7, (1, 1, 1), (3, 2, 2)),
+        (1, (1, 1), (1, 0)),
+        (0, (1, 5), (0, 0)),
+    ],
+)
+def test_items_are_shared_in_proportion(num_items, weights, expected):
+    assert proportional(num_items, weights) == expected
+
+
+def test_shares_sum_exactly_and_keep_the_minimum_and_the_order_of_speeds():
+    for chance in cases():
+        num_ranks = chance.randint(1, 9)
+        minimum = chance.randint(0, 3)
+        num_items = minimum * num_ranks + chance.choice([0, 1, 5, 24, 256, 4096, 66048])
+        weights = random_weights(chance, num_ranks)
+        shares = proportional(num_items, weights, minimum=minimum)
+        assert sum(shares) == num_items
+        assert min(shares) >= minimum
+        by_weight = [shares[i] for i in sorted(range(num_ranks), key=lambda i: weights[i])]
+        assert by_weight == sorted(by_weight)
+
+
+def test_without_a_minimum_no_share_is_off_by_a_whole_item():
+    for chance in cases():
+        num_items, num_ranks = chance.randint(0, 5000), chance.randint(1, 9)
+        weights = random_weights(chance, num_ranks)
+        for share, weight in zip(proportional(num_items, weights), weights, strict=True):
+            assert abs(share - num_items * weight / sum(weights)) < 1
+
+
+@pytest.mark.parametrize("weight", [1, 0.1, 1 / 3, 7e9])
+@pytest.mark.parametrize("num_ranks", range(1, 10))
+@pytest.mark.parametrize("num_items", [0, 1, 24, 257, 1021, 4096, 4098])
+def test_equal_weights_share_evenly(num_items, num_ranks, weight):
+    assert proportional(num_items, (weight,) * num_ranks) == shard_sizes(num_items, num_ranks)
+
+
+def test_equal_weights_give_what_the_even_split_gives():
+    for chance in cases():
+        num_ranks = chance.randint(1, 8)
+        sizes = {
+            "num_text_tokens": chance.randint(num_ranks, 600),
+            "num_image_tokens": chance.randint(num_ranks, 5000),
+            "num_reference_tokens": chance.choice([0, 0, 1, 37, 4096]),
+            "num_heads": chance.choice([1, 24, 32, 48]),
+        }
+        try:
+            even = SequenceShares.even(**sizes, num_shards=num_ranks)
+        except PlanError:  # the test below
+            continue
+        assert weighted_shares(**sizes, weights=(1,) * num_ranks) == even
+
+
+def test_every_rank_holds_text_and_image_and_nothing_is_lost():
+    for chance in cases():
+        num_ranks = chance.randint(1, 8)
+        text, image = chance.randint(num_ranks, 40), chance.randint(num_ranks, 300)
+        references = chance.choice([0, 1, 40, 3000])
+        shares = weighted_shares(
+            num_text_tokens=text,
+            num_image_tokens=image,
+            num_reference_tokens=references,
+            num_heads=24,
+            weights=random_weights(chance, num_ranks),
+        )
+        assert sum(shares.text) == text
+        assert sum(shares.image) == image
+        assert sum(shares.reference) == references
+        assert sum(shares.heads) == 24
+        assert min(shares.text) >= 1
+        assert min(shares.image) >= 1
+        assert min(shares.reference) >= 0
+
+
+def test_rounding_leaves_no_rank_without_an_image_token():
+    sizes = {"num_text_tokens": 9, "num_image_tokens": 6, "num_reference_tokens": 3}
+    with pytest.raises(PlanError):
+        SequenceShares.even(**sizes, num_heads=4, num_shards=5)
+    shares = weighted_shares(**sizes, num_heads=4, weights=(1,) * 5)
+    assert sorted(shares.image) == [1, 1, 1, 1, 2]
+    assert sum(shares.reference) == 3
+
+
+def test_a_rank_of_twice_the_speed_gets_twice_the_sequence():
+    shares = weighted_shares(
+        num_text_tokens=256, num_image_tokens=4096, num_heads=24, weights=(2, 1)
+    )
+    assert shares.joint == (2901, 1451)
+    assert shares.heads == (16, 8)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4096), (256, 1)])
+def test_fewer_tokens_than_ranks_is_an_error_with_the_numbers(sizes):
+    text, image = sizes
+    with pytest.raises(PlanError, match=rf"{text} text tokens and {image} image tokens among 2"):
+        weighted_shares(num_text_tokens=text, num_image_tokens=image, num_heads=4, weights=(1, 2))
+
+
+@pytest.mark.parametrize("weights", [(), (1, 0), (1, -1)])
+def test_weights_that_are_not_above_0_are_an_error(weights):
+    with pytest.raises(PlanError, match=r"Cannot share 10 items by weights"):
+        proportional(10, weights)
+
+
+def test_too_few_items_for_the_minimum_is_an_error():
+    with pytest.raises(PlanError, match=r"3 items by weights \(1, 1\), at least 2 each"):
+        proportional(3, (1, 1), minimum=2)
+
+
+@pytest.mark.parametrize("speeds", SPEEDS)
+def test_adapting_reaches_nine_tenths_of_the_ideal_in_four_steps(speeds):
+    ranks = UnequalRanks(*speeds)
+    assert ranks.efficiency(ranks.adapted(4)) >= 0.9
+
+
+def test_an_even_split_of_a_half_speed_pair_reaches_two_thirds():
+    """The figure beside the one above: what adapting is worth."""
+    ranks = UnequalRanks(1, 0.5)
+    assert ranks.efficiency((1, 1)) == pytest.approx(2 / 3, abs=0.01)
+    assert ranks.efficiency(ranks.adapted(4)) == pytest.approx(1, abs=0.03)
+
+
+def test_adapting_stays_within_noise_of_the_ideal():
+    ranks = UnequalRanks(1, 0.5, noise=0.05)
+    weights = ranks.adapted(50)
+    assert weights[0] == pytest.approx(2 / 3, abs=0.04)
+
+
+def test_a_cost_that_no_share_changes_does_not_throw_the_balance_over():
+    ranks = UnequalRanks(1, 0.5, overhead_s=0.2)
+    seconds = ranks.seconds(ranks.adapted(10))
+    assert max(seconds) / min(seconds) < 1.05
+
+
+def test_a_rank_that_recovers_gets_its_share_back():
+    slow = UnequalRanks(1, 0.1).adapted(10)
+    recovered = UnequalRanks(1, 1)
+    weights = slow
+    for _ in range(10):
+        weights = adapted_weights(weights, recovered.seconds(weights))
+    assert weights[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_even_the_slowest_rank_keeps_enough_to_be_measured():
+    weights = UnequalRanks(1, 1e-6).adapted(20)
+    assert weights[1] == pytest.approx(SMALLEST_PART / 2, rel=0.1)
+
+
+def test_ranks_that_are_as_fast_as_each_other_keep_their_shares():
+    kept = adapted_weights((3, 1), (1.0, 1.0 + TOLERANCE / 2))
+    assert kept == (0.75, 0.25)
+
+
+def test_one_correction_goes_the_damped_part_of_the_way():
+    moved = adapted_weights((1, 1), (1.0, 4.0))
+    assert moved[0] / moved[1] == pytest.approx(4**DAMPING)
+
+
+@pytest.mark.parametrize(
+    ("weights", "seconds"), [((1, 1), (1,)), ((), ()), ((1, 1), (1, 0)), ((0, 1), (1, 1))]
+)
+def test_numbers_that_make_no_sense_are_an_error(weights, seconds):
+    with pytest.raises(PlanError, match=r"^Cannot adapt weights"):
+        adapted_weights(weights, seconds)
