@@ -74,7 +74,7 @@ def end_workers(workers: Sequence[Worker], *, grace_s: float = GRACE_S) -> None:
     _wait_for(workers, KILL_S)
     for worker in workers:
         worker.channel.close()
-        if worker.process.returncode is None:
+        if worker.process.poll() is None:
             log.error(
                 "xDiT: Rank %d (pid %d, %s) does not end although it was killed",
                 worker.rank,
