@@ -65,12 +65,16 @@ def all_faults(num_ranks: int) -> list[Fault]:
     return faults
 
 
-# One of each mechanism that no other test has.
+# One of each mechanism.
 SOME_FAULTS = (
+    Fault("within", "segv", 1),
     Fault("within", "stop", 0),
+    Fault("within", "dead link", 1),
+    Fault("reply", "torn", 0),
     Fault("reply", "garbage", 1),
     Fault("after", "nan", 0, (NOT_FINITE,)),
     Fault("load", "oom", 1, (NOT_LOADED,)),
+    Fault("join", "exception", 0, (NOT_STARTED, LOST)),
     Fault("slot", "no space", "host", (OUR_FAULT,)),
 )
 

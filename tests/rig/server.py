@@ -72,9 +72,6 @@ class Server(Client):
         self._command += ["--front-end-root", str(base_dir / "front-end")]
         self._command += ["--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes"]
         self._command += ["--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])]
-        if "nargs='*'" in _option(tree, "--cache-ram"):
-            # Its default: models go when 2 GB of memory are left, which other tests may have taken.
-            self._command += ["--cache-ram", "0.1"]
         self._command += extra_args
         self._node_packs = node_packs
         if node_packs:
@@ -193,9 +190,3 @@ def _environment(settings: Mapping[str, str], threads: int | None) -> dict[str, 
 
 def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _option(tree: Tree, name: str) -> str:
-    """Return the line of a ComfyUI that defines an option of its command line."""
-    lines = (tree.path / "comfy/cli_args.py").read_text().splitlines()
-    return next((line for line in lines if f'"{name}"' in line), "")
