@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,17 +14,12 @@ from pathlib import Path
 
 import pytest
 from rig.own_tests import outcomes
+from rig.server import free_port
 from rig.trees import Tree
 
 DEADLINE_S = 1800
 
 Record = Callable[[str, object], None]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run(tree: Path, report: Path, **env: str) -> str:

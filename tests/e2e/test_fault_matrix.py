@@ -22,7 +22,7 @@ from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
 from rig.environment import RigError
-from rig.fault_bench import SIZE, STEPS, Bench
+from rig.fault_bench import DEADLINE_S, SIZE, START_S, STEPS, Bench
 from rig.faults import (
     AT_START,
     EVERYWHERE,
@@ -101,10 +101,10 @@ def test_comfyui_ends_soon_whatever_a_worker_does(
     tree: Tree, orders: Orders, tmp_path: Path, kind: str, rank: int, record_property: Record
 ) -> None:
     shared = set(os.listdir("/dev/shm"))
-    env = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "180", "RIG_FAULTS": str(orders.path)}
+    env = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": str(START_S), "RIG_FAULTS": str(orders.path)}
     models = models_directory(Sizes(hidden=256))
     with base_directory(tmp_path / "base", models) as base, Server(tree, base, env=env) as server:
-        server.run(graphs.with_values(graphs.load("ksampler_dev"), seed=1, steps=1), 300.0)
+        server.run(graphs.with_values(graphs.load("ksampler_dev"), seed=1, steps=1), DEADLINE_S)
         workers = [each["pid"] for each in server.status()["ranks"]]
         assert all(is_running(pid) for pid in workers)
         orders.give(Fault("shutdown", kind, rank))
@@ -136,14 +136,14 @@ def test_a_full_dev_shm_disturbs_nobody(
         pytest.skip(f"this system allows no private mount: {allowed.stderr.decode().strip()}")
     graph = graphs.with_values(graphs.load("ksampler_dev"), seed=2, size=SIZE, steps=STEPS)
     stock = servers(tree, XDIT_STRATEGY="off")
-    expected = stock.images(stock.run(graph, 300.0))
+    expected = stock.images(stock.run(graph, DEADLINE_S))
     models = models_directory(Sizes(hidden=768, variants=True))
-    env = {"XDIT_GPUS": "cpu:2", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "180"}
+    env = {"XDIT_GPUS": "cpu:2", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": str(START_S)}
     with (
         base_directory(tmp_path / "base", models) as base,
         Server(tree, base, env=env, within=within) as server,
     ):
-        difference = compare_all(expected, server.images(server.run(graph, 300.0)))
+        difference = compare_all(expected, server.images(server.run(graph, DEADLINE_S)))
         assert difference.is_equal, str(difference)
         assert server.status()["last_run"]["steps_parallel"] == STEPS
         root = Path("/proc", str(server.status()["ranks"][0]["pid"]), "root")

@@ -106,8 +106,9 @@ class Client(Outputs):
         ComfyUI misses what is asked for while it collects garbage after a prompt (main.py,
         prompt_worker), until something else is asked for: ask again.
         """
+        self.free()
         end = time.monotonic() + REQUEST_DEADLINE_S
-        again = 0.0
+        again = time.monotonic() + FREE_AGAIN_S
         while any(rank["weight_bytes"] for rank in self.status()["ranks"]):
             if time.monotonic() > end:
                 raise RigError(f"Free: the workers still hold weights.\n{tail(self.log_path)}")

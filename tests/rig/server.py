@@ -59,7 +59,7 @@ class Server(Client):
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device={device!r} is not one of cpu, gpu.")
         base_dir = base_dir.resolve()
-        port = _free_port()
+        port = free_port()
         super().__init__(port, base_dir, (log_path or base_dir / "server.log").resolve())
         self.tree = tree
         self.process: subprocess.Popen[bytes] | None = None
@@ -174,7 +174,8 @@ def base_directory(path: Path, models: Path, *, keep: bool = False) -> Iterator[
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
