@@ -33,7 +33,7 @@ from comfy_xdit_patch.engine.lse import Bias
 from comfy_xdit_patch.engine.masks import RankMasks, Span
 from comfy_xdit_patch.engine.ring import ring_attention
 from comfy_xdit_patch.engine.ulysses import HeadExchange
-from comfy_xdit_patch.planning.plan import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 RING_KNOWS = {"skip_reshape", "transformer_options", "_inside_attn_wrapper", "scale"}
 """Arguments of ComfyUI's attention functions."""

@@ -23,7 +23,8 @@ from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import ResidualSet
 from comfy_xdit_patch.engine.rows import rows_of
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.planning.workload import num_tokens
 
 # Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
@@ -56,12 +57,11 @@ def control_share(
     """
     first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
     mine = rows_of(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
-    shares = SequenceShares.even(
+    shares = plan.sequence_shares(
+        groups.rank,
         num_text_tokens=mine["context"].shape[1],
         num_image_tokens=num_tokens(net, mine["x"]),
         num_heads=net.num_heads,
-        num_shards=plan.sequence_degree,
-        ring_degree=plan.ring_degree,
     )
     with ExitStack() as stack:
         bytes_sent: list[int] = []

@@ -26,7 +26,8 @@ from comfy_xdit_patch.engine.whole_tensor import (
     scales_on_weights,
     whole_input_scales,
 )
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 STREAM_OF = {"img": "image", "txt": "text", "x": "joint"}
 """Arguments of blocks that are tokens."""

@@ -21,7 +21,8 @@ from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.residents import Residents
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.errors import WorkerError
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.replies import Controlled, Done, Fetched, Loaded, NotLoaded, Ran
@@ -161,7 +162,7 @@ class Engine:
                 resident.flux.get_submodule(message.block),
                 self._slots.fetch(message.arguments),
                 plan=plan,
-                shares=self._shares(resident, message.counts, plan.ring_degree),
+                shares=self._shares(resident, message.counts, plan),
                 scaled={
                     name: layer
                     for name, layer in ({} if resident.blocks else resident.scaled).items()
@@ -178,32 +179,27 @@ class Engine:
 
     def fetch(self, message: Fetch) -> Fetched:
         """Gather tokens that the ranks keep; the first one writes them. Collective."""
-        shares = self._shares(self._resident(message.model), message.counts)
+        plan = self._plan(message)
+        shares = self._shares(self._resident(message.model), message.counts, plan)
         with torch.inference_mode():
             tokens, bytes_sent = self._driven.fetch(message.tokens, message.stream, shares)
             if self._groups.rank == 0:
                 self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
         return Fetched(message.request, bytes_sent)
 
-    def _plan(self, message: Forward | Control | RunBlock) -> ParallelPlan:
-        return ParallelPlan(
-            self._groups.world_size,
-            message.batch_degree,
-            message.ulysses_degree,
-            message.ring_degree,
-        )
+    def _plan(self, message: Forward | Control | RunBlock | Fetch) -> ParallelPlan:
+        return ParallelPlan.of_grid(message.grid, message.weights)
 
     def _shares(
-        self, resident: Resident, counts: Sequence[int], ring_degree: int = 1
+        self, resident: Resident, counts: Sequence[int], plan: ParallelPlan
     ) -> SequenceShares:
         text, image, reference = counts
-        return SequenceShares.even(
+        return plan.sequence_shares(
+            self._groups.rank,
             num_text_tokens=text,
             num_image_tokens=image,
             num_reference_tokens=reference,
             num_heads=resident.flux.num_heads,
-            num_shards=self._groups.world_size,
-            ring_degree=ring_degree,
         )
 
     def _patches(self, tree: Tree) -> ModelPatches | None:

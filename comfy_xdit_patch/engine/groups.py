@@ -38,7 +38,7 @@ class Groups:
         self.rank = rank
         self.world_size = world_size
         self._device = device
-        self._by_shape: dict[tuple[int, int, int], PlanGroups] = {}
+        self._by_grid: dict[tuple[int, ...], PlanGroups] = {}
         self._by_ranks: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self._weights: dist.ProcessGroup | None = None
 
@@ -84,15 +84,14 @@ class Groups:
 
     def of_plan(self, plan: ParallelPlan) -> PlanGroups:
         """Return the groups of a plan. Collective when the grid shape is new."""
-        shape = (plan.batch_degree, plan.ulysses_degree, plan.ring_degree)
-        if shape not in self._by_shape:
-            self._by_shape[shape] = self._make(plan)
+        if plan.grid not in self._by_grid:
+            self._by_grid[plan.grid] = self._make(plan)
             self._close_the_door()
-        return self._by_shape[shape]
+        return self._by_grid[plan.grid]
 
     def leave(self) -> None:
         """Leave all groups."""
-        self._by_shape.clear()
+        self._by_grid.clear()
         self._by_ranks.clear()
         dist.destroy_process_group()
 
@@ -107,7 +106,15 @@ class Groups:
         from xfuser.core.distributed.utils import RankGenerator
 
         degree, ulysses = plan.sequence_degree, plan.ulysses_degree
-        grid = RankGenerator(1, degree, 1, 1, plan.batch_degree, 1, "tp-sp-pp-cfg-dp")
+        grid = RankGenerator(
+            plan.tensor_degree,
+            degree,
+            plan.pipefusion_degree,
+            1,
+            plan.batch_degree,
+            1,
+            "tp-sp-pp-cfg-dp",
+        )
         rows = [tuple(ranks) for ranks in grid.get_ranks("sp")]
         near = [ranks[i : i + ulysses] for ranks in rows for i in range(0, degree, ulysses)]
         far = [ranks[i::ulysses] for ranks in rows for i in range(ulysses)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.planning.plan import SequenceShares, bounds
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
-from comfy_xdit_patch.planning.plan import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 STREAMS = {"text": (0,), "image": (1, 2), "joint": (0, 1, 2)}
 """Which kinds of tokens (text, image, reference) make up a stream."""

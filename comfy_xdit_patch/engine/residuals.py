@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.sequence import gather_sequence
-from comfy_xdit_patch.planning.plan import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 Recipe = list[Any]
 

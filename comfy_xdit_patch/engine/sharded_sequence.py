@@ -29,7 +29,8 @@ from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
 from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, scales_on_weights
 from comfy_xdit_patch.planning.family import member_of
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 # Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
 STREAM_OF = {"txt": "text", "txt_ids": "text", "img": "image", "img_ids": "image"}
@@ -69,7 +70,7 @@ def sharded_sequence(
             call = signature.bind(*args, **kwargs)
             call.apply_defaults()
             values = call.arguments
-            shares = shares_of(flux, values, plan, num_image_tokens)
+            shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
             mine = RankTokens(shares, index, group)
             for name, stream in STREAM_OF.items():
                 # Pixels become tokens further down.
@@ -125,7 +126,7 @@ def whole_counts(
 
     def forward_orig(*args: Any, **kwargs: Any) -> torch.Tensor:
         values = signature.bind(*args, **kwargs).arguments
-        shares = shares_of(flux, values, plan, num_image_tokens)
+        shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
         rows = values["img"].shape[0]
         counts = stream_counts(shares, index, rows=rows, batch_degree=plan.batch_degree)
         with scales_on_weights(scaled, **counts):
@@ -159,14 +160,13 @@ def stream_counts(
 
 
 def shares_of(
-    flux: Any, values: Mapping[str, Any], plan: ParallelPlan, num_image_tokens: int
+    flux: Any, values: Mapping[str, Any], plan: ParallelPlan, rank: int, num_image_tokens: int
 ) -> SequenceShares:
-    """The shares of all ranks in the tokens of a call of ``forward_orig``."""
-    return SequenceShares.even(
+    """The shares of a rank's group in the tokens of a call of ``forward_orig``."""
+    return plan.sequence_shares(
+        rank,
         num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
         num_image_tokens=num_image_tokens,
         num_reference_tokens=values["img_ids"].shape[SEQUENCE_DIM] - num_image_tokens,
         num_heads=flux.num_heads,
-        num_shards=plan.sequence_degree,
-        ring_degree=plan.ring_degree,
     )

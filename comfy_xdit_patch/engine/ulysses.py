@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.engine import collectives
-from comfy_xdit_patch.planning.plan import bounds
+from comfy_xdit_patch.planning.sequence_shares import bounds
 
 
 class HeadExchange:

@@ -15,7 +15,8 @@ from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran, short
@@ -111,9 +112,8 @@ class DrivenStep:
                     request=number,
                     model=self._model,
                     block=name,
-                    batch_degree=self._plan.batch_degree,
-                    ulysses_degree=self._plan.ulysses_degree,
-                    ring_degree=self._plan.ring_degree,
+                    grid=list(self._plan.grid),
+                    weights=list(self._plan.weights),
                     counts=list(counts),
                     arguments=tree,
                     patches=self._patches,
@@ -161,7 +161,7 @@ class DrivenStep:
             visual -= self._num_text_tokens
         num_image = min(visual, self._num_image_tokens)
         counts = (self._num_text_tokens, num_image, visual - num_image)
-        shares_of_counts(self._flux, counts, self._wire.pool.world_size)  # or PlanError, here
+        shares_of_counts(self._flux, counts, self._plan)  # or PlanError, here
         return counts
 
     def _tokens(self, key: str, value: torch.Tensor, counts: Counts) -> Tree:
@@ -184,6 +184,8 @@ class DrivenStep:
             lambda number: Fetch(
                 request=number,
                 model=self._model,
+                grid=list(self._plan.grid),
+                weights=list(self._plan.weights),
                 tokens=recipe,
                 stream=tokens.stream,
                 counts=list(tokens.counts),
@@ -205,19 +207,19 @@ class DrivenStep:
         return [Forget(calls=[], objects=[], tokens=gone)] if gone else []
 
 
-def shares_of_counts(flux: Any, counts: Counts, world_size: int) -> SequenceShares:
+def shares_of_counts(flux: Any, counts: Counts, plan: ParallelPlan) -> SequenceShares:
     """The shares of all ranks in the tokens of one block.
 
     Raises:
         PlanError: a rank would hold none.
     """
     text, image, reference = counts
-    return SequenceShares.even(
+    return plan.sequence_shares(
+        0,
         num_text_tokens=text,
         num_image_tokens=image,
         num_reference_tokens=reference,
         num_heads=flux.num_heads,
-        num_shards=world_size,
     )
 
 

@@ -113,9 +113,8 @@ class RemoteForward:
                 lambda number: Forward(
                     request=number,
                     model=model,
-                    batch_degree=plan.batch_degree,
-                    ulysses_degree=plan.ulysses_degree,
-                    ring_degree=plan.ring_degree,
+                    grid=list(plan.grid),
+                    weights=list(plan.weights),
                     arguments=tree,
                     result=result.number,
                 ),

@@ -3,8 +3,9 @@
 Runs in: host and worker. No torch, no ComfyUI: the same arithmetic on both sides, tested in
 milliseconds.
 
-One equation: ``batch_degree * ulysses_degree * ring_degree == world_size``. Ranks form a grid in
-which the sequence varies fastest (xfuser's rank order "tp-sp-pp-cfg-dp"), and in it ulysses:
+One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``. Ranks form a grid in
+which tensor varies fastest, then ulysses, ring, pipefusion, batch (xfuser's rank order
+"tp-sp-pp-cfg-dp"): what talks most sits closest.
 
     world_size 8, batch_degree 2, ulysses_degree 2, ring_degree 2
         rank 0..3   rows of the first half of the batch, its tokens in four shards
@@ -15,11 +16,17 @@ which the sequence varies fastest (xfuser's rank order "tp-sp-pp-cfg-dp"), and i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
 
 from comfy_xdit_patch.errors import PlanError
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
+
+AXES = ("batch", "pipefusion", "ring", "ulysses", "tensor")
+"""Slowest first."""
+NAMED = ("batch", "pipefusion", "ulysses", "ring", "tensor")
+"""In the order in which a plan's name has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +54,40 @@ class ParallelPlan:
     batch_degree: int
     ulysses_degree: int
     ring_degree: int = 1
+    pipefusion_degree: int = 1
+    tensor_degree: int = 1
+    weights: tuple[int, ...] = ()
+    """Relative speed of every rank; none given, all are equal."""
 
     def __post_init__(self) -> None:
-        degrees = (self.batch_degree, self.ulysses_degree, self.ring_degree)
-        if min(degrees) < 1 or prod(degrees) != self.world_size:
-            raise PlanError(
-                f"batch_degree {self.batch_degree} x ulysses_degree {self.ulysses_degree} x "
-                f"ring_degree {self.ring_degree} is not world_size {self.world_size}."
-            )
+        if min(self.grid) < 1 or prod(self.grid) != self.world_size:
+            factors = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, self.grid, strict=True))
+            raise PlanError(f"{factors} is not world_size {self.world_size}.")
+        if self.weights and (len(self.weights) != self.world_size or min(self.weights) < 1):
+            raise PlanError(f"Weights {self.weights} for {self.world_size} ranks.")
+
+    @classmethod
+    def of_grid(cls, grid: Sequence[int], weights: Sequence[int]) -> ParallelPlan:
+        """Make the plan that has these ``grid`` and ``weights``.
+
+        Raises:
+            PlanError: these are not degrees of all axes, or not the weights of all ranks.
+        """
+        if len(grid) != len(AXES):
+            raise PlanError(f"{len(grid)} degrees for the axes {', '.join(AXES)}.")
+        batch, pipefusion, ring, ulysses, tensor = grid
+        return cls(prod(grid), batch, ulysses, ring, pipefusion, tensor, tuple(weights))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The degrees in the order of ``AXES``; how messages name a plan."""
+        return (
+            self.batch_degree,
+            self.pipefusion_degree,
+            self.ring_degree,
+            self.ulysses_degree,
+            self.tensor_degree,
+        )
 
     @property
     def name(self) -> str:
@@ -68,12 +101,8 @@ class ParallelPlan:
 
     @property
     def _axes(self) -> list[tuple[str, int]]:
-        axes = (
-            ("batch", self.batch_degree),
-            ("ulysses", self.ulysses_degree),
-            ("ring", self.ring_degree),
-        )
-        return [(axis, degree) for axis, degree in axes if degree > 1]
+        degrees = dict(zip(AXES, self.grid, strict=True))
+        return [(axis, degrees[axis]) for axis in NAMED if degrees[axis] > 1]
 
     @property
     def sequence_degree(self) -> int:
@@ -81,113 +110,40 @@ class ParallelPlan:
         return self.ulysses_degree * self.ring_degree
 
     def batch_index(self, rank: int) -> int:
-        return rank // self.sequence_degree
+        return rank // (self.world_size // self.batch_degree)
+
+    def stage_index(self, rank: int) -> int:
+        return rank // (self.sequence_degree * self.tensor_degree) % self.pipefusion_degree
 
     def sequence_index(self, rank: int) -> int:
-        return rank % self.sequence_degree
+        return rank // self.tensor_degree % self.sequence_degree
+
+    def tensor_index(self, rank: int) -> int:
+        return rank % self.tensor_degree
 
     def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
         """First and end row of the batch that this rank computes."""
         return bounds(shard_sizes(batch_size, self.batch_degree))[self.batch_index(rank)]
 
-
-@dataclass(frozen=True, slots=True)
-class SequenceShares:
-    """How many text, image and reference tokens and heads each rank of one sequence group holds.
-
-    Tokens are shared among all ranks of the group. Heads are shared among ``ulysses_degree``
-    neighbours; in a ring every such neighbourhood has all heads.
-
-    A rank keeps ``[its text | its image | its reference tokens]`` through double and single blocks,
-    so nothing is moved between the kinds, and every rank's image stream begins with tokens of the
-    image: ComfyUI takes the first tokens for those that a ControlNet changes, that belong to the
-    time step, and that come out. Shares of the joint sequence differ by at most one token: the text
-    is shared larger-first, image and references fill up.
-    """
-
-    text: tuple[int, ...]
-    image: tuple[int, ...]
-    reference: tuple[int, ...]
-    heads: tuple[int, ...]
-
-    @classmethod
-    def even(
-        cls,
+    def sequence_shares(
+        self,
+        rank: int,
         *,
         num_text_tokens: int,
         num_image_tokens: int,
         num_reference_tokens: int = 0,
         num_heads: int,
-        num_shards: int,
-        ring_degree: int = 1,
     ) -> SequenceShares:
-        """Share as evenly as whole numbers allow. Nothing has to divide anything.
-
-        Args:
-            num_shards: ranks of the sequence group.
-            ring_degree: how many of them have the same heads.
+        """Share the tokens of a row among the ranks of the sequence group that a rank is in.
 
         Raises:
-            PlanError: a rank would hold no text token or no image token (ComfyUI's blocks cannot
-                reshape an empty stream). No heads is legal: that rank waits in attention.
+            PlanError: a rank would hold no text token or no image token.
         """
-        num_visual = num_image_tokens + num_reference_tokens
-        joint = shard_sizes(num_text_tokens + num_visual, num_shards)
-        text = shard_sizes(num_text_tokens, num_shards)
-        visual = tuple(whole - part for whole, part in zip(joint, text, strict=True))
-        # Cumulative rounding: each rank's part of the image never exceeds what it has room for.
-        image_ends = [end * num_image_tokens // max(num_visual, 1) for end in accumulate(visual)]
-        image = tuple(
-            end - start for start, end in zip([0, *image_ends[:-1]], image_ends, strict=True)
+        return SequenceShares.even(
+            num_text_tokens=num_text_tokens,
+            num_image_tokens=num_image_tokens,
+            num_reference_tokens=num_reference_tokens,
+            num_heads=num_heads,
+            num_shards=self.sequence_degree,
+            ring_degree=self.ring_degree,
         )
-        reference = tuple(room - part for room, part in zip(visual, image, strict=True))
-        if min(text) < 1 or min(image) < 1:
-            raise PlanError(
-                f"Cannot share {num_text_tokens} text tokens and {num_image_tokens} image tokens "
-                f"among {num_shards} ranks: one of them would hold none."
-            )
-        heads = shard_sizes(num_heads, num_shards // ring_degree)
-        return cls(text=text, image=image, reference=reference, heads=heads)
-
-    @property
-    def ulysses_degree(self) -> int:
-        return len(self.heads)
-
-    @property
-    def ring_degree(self) -> int:
-        return len(self.text) // len(self.heads)
-
-    @property
-    def joint(self) -> tuple[int, ...]:
-        """Tokens of all kinds on each rank."""
-        return tuple(map(sum, zip(self.text, self.image, self.reference, strict=True)))
-
-    def places(self, index: int) -> tuple[tuple[int, int], ...]:
-        """Start and end of a rank's text, image and reference tokens in the joint sequence."""
-        before_image = sum(self.text)
-        before_reference = before_image + sum(self.image)
-        offsets = (0, before_image, before_reference)
-        kinds = (self.text, self.image, self.reference)
-        return tuple(
-            (offset + start, offset + end)
-            for offset, kind in zip(offsets, kinds, strict=True)
-            for start, end in (bounds(kind)[index],)
-        )
-
-
-def shard_sizes(num_items: int, num_shards: int) -> tuple[int, ...]:
-    """Share items as evenly as whole numbers allow, larger shards first.
-
-    Source:
-        The partition rule of ``torch.tensor_split``, without a tensor.
-    """
-    if num_shards < 1:
-        raise PlanError(f"Cannot share {num_items} items among {num_shards} shards.")
-    size, num_larger = divmod(num_items, num_shards)
-    return (size + 1,) * num_larger + (size,) * (num_shards - num_larger)
-
-
-def bounds(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Start and end of each shard in the whole."""
-    ends = tuple(accumulate(sizes))
-    return tuple((end - size, end) for end, size in zip(ends, sizes, strict=True))

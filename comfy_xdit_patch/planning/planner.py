@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, Workload
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import AUTO, NAMES, PLAN, Strategy
 
 
@@ -46,13 +46,12 @@ def plan_call(
     if plan.ring_degree > 1 and no_ring is not None:
         return no_ring
     try:
-        shares = SequenceShares.even(
+        shares = plan.sequence_shares(
+            0,
             num_text_tokens=workload.num_text_tokens,
             num_image_tokens=workload.num_image_tokens,
             num_reference_tokens=workload.num_reference_tokens,
             num_heads=workload.num_heads,
-            num_shards=plan.sequence_degree,
-            ring_degree=plan.ring_degree,
         )
     except PlanError:
         return Refusal(

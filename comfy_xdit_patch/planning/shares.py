@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from comfy_xdit_patch.errors import PlanError
-from comfy_xdit_patch.planning.plan import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 DAMPING = 0.7
 """How far shares move towards what the last measurement asks for. Below 1, so that one disturbed

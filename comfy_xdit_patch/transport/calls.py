@@ -1,6 +1,7 @@
 """What the host asks of the ranks while a model is called.
 
 Runs in: host and worker. No torch. See ``messages.py`` for the other messages and the encoding.
+``grid`` and ``weights`` are those of the call's ``ParallelPlan``.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ class Forward:
 
     request: int
     model: int
-    batch_degree: int
-    ulysses_degree: int
-    ring_degree: int
+    grid: list[int]
+    weights: list[int]
     arguments: Tree
     result: int
 
@@ -38,9 +38,8 @@ class Control:
     request: int
     model: int
     call: int
-    batch_degree: int
-    ulysses_degree: int
-    ring_degree: int
+    grid: list[int]
+    weights: list[int]
     arguments: Tree
 
 
@@ -56,9 +55,8 @@ class RunBlock:
     request: int
     model: int
     block: str
-    batch_degree: int
-    ulysses_degree: int
-    ring_degree: int
+    grid: list[int]
+    weights: list[int]
     counts: list[int]
     arguments: Tree
     patches: Tree
@@ -72,6 +70,8 @@ class Fetch:
 
     request: int
     model: int
+    grid: list[int]
+    weights: list[int]
     tokens: Tree
     stream: str
     counts: list[int]

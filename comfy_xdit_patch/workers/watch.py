@@ -103,7 +103,7 @@ def kind_of(message: Message) -> Hashable:
     What a load takes depends on what the disk and its cache are doing.
     """
     if isinstance(message, (Forward, Control, RunBlock)):
-        degrees = message.batch_degree, message.ulysses_degree, message.ring_degree
+        degrees = tuple(message.grid), tuple(message.weights)
         if isinstance(message, RunBlock):
             return RunBlock, message.model, degrees, tuple(message.counts)
         return type(message), message.model, degrees, tuple(_shapes(message.arguments))

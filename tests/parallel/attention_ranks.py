@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import PlanGroups
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 WORLD_SIZE = 8
 DEADLINE = datetime.timedelta(seconds=120)

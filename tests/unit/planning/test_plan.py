@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from comfy_xdit_patch.errors import PlanError
-from comfy_xdit_patch.planning.plan import ParallelPlan, SequenceShares, bounds, shard_sizes
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,10 @@ def test_bounds_cover_the_whole_without_gap_or_overlap(num_items, num_shards):
 def test_degrees_that_do_not_make_the_world_are_an_error_with_the_numbers(
     world, batch, ulysses, ring
 ):
-    text = rf"{batch} x ulysses_degree {ulysses} x ring_degree {ring} is not world_size {world}"
+    text = (
+        rf"batch {batch} x pipefusion 1 x ring {ring} x ulysses {ulysses} x tensor 1 "
+        rf"is not world_size {world}"
+    )
     with pytest.raises(PlanError, match=text):
         ParallelPlan(world, batch, ulysses, ring)
 

@@ -11,7 +11,7 @@ import pytest
 from rig.unequal import SPEEDS, UnequalRanks
 
 from comfy_xdit_patch.errors import PlanError
-from comfy_xdit_patch.planning.plan import SequenceShares, shard_sizes
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares, shard_sizes
 from comfy_xdit_patch.planning.shares import (
     DAMPING,
     SMALLEST_PART,

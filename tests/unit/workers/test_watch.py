@@ -111,9 +111,8 @@ def forward(side=8, model=1, degree=2, ring=1):
     return Forward(
         request=5,
         model=model,
-        batch_degree=1,
-        ulysses_degree=degree,
-        ring_degree=ring,
+        grid=[1, 1, ring, degree, 1],
+        weights=[],
         arguments={"x": {"$slot": [0, 9, "float32", [1, 16, side, side]]}, "list": [None, 1.5]},
         result=3,
     )
@@ -129,9 +128,9 @@ def test_the_kind_of_a_step_is_its_model_its_degrees_and_its_shapes():
 @pytest.mark.parametrize(
     "message",
     [
-        Control(1, 2, 3, 1, 2, 1, {}),
-        RunBlock(1, 2, "double_blocks.0", 1, 2, 1, [4, 8, 0], {}, None, [1], True),
-        Fetch(1, 2, ["kept", 1], "image", [4, 8, 0], 0),
+        Control(1, 2, 3, [1, 1, 1, 2, 1], [], {}),
+        RunBlock(1, 2, "double_blocks.0", [1, 1, 1, 2, 1], [], [4, 8, 0], {}, None, [1], True),
+        Fetch(1, 2, [1, 1, 1, 2, 1], [], ["kept", 1], "image", [4, 8, 0], 0),
     ],
 )
 def test_other_computations_have_kinds_too(message):
