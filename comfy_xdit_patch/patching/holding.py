@@ -137,6 +137,11 @@ class Holding:
             run.compared.add(self._weights.comparison(known, state))
         return known
 
+    def is_held_back(self, model: Any) -> bool:
+        """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""
+        patcher = getattr(model, "current_patcher", None)
+        return patcher is not None and self._memory.is_held_back(patcher)
+
     def changes(self, model: Any, run: Run) -> list[Refusal]:
         """What others hung on single modules of a model. Looked for once a run."""
         if id(model) not in run.changes:
