@@ -68,9 +68,11 @@ VARIABLES = (
         "model and size are measured on all ranks and in ComfyUI alone, the faster of the two is "
         "taken from then on, and `comfy-xdit verdicts` shows and clears what is remembered. "
         "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
-        "`ring` tokens by passing keys and values round, `usp` tokens by both. A plan gives the "
-        "degree of each axis, in any order; their product is the number of ranks. All of them are "
-        "exact. A call that the named strategy cannot share runs on one GPU, and the log says why. "
+        "`ring` tokens by passing keys and values round, `usp` tokens by both. `fsdp` shares as "
+        "`auto` does, unmeasured, and shards the weights over all ranks, which `auto` does only "
+        "where they do not fit. A plan gives the degree of each axis, in any order; their product "
+        "is the number of ranks, and so is `fsdp` in it. All of them are exact. A call that the "
+        "named strategy cannot share runs on one GPU, and the log says why. "
         "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
     ),
     Variable(

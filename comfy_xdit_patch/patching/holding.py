@@ -108,7 +108,13 @@ class Holding:
         state = self._weights.state(model, run.bypass[id(model)])
         if isinstance(state, Refusal):
             return state
-        place = self._residency.place(model, workload, plan, dtype)
+        place = self._residency.place(
+            model,
+            workload,
+            plan,
+            dtype,
+            first="sharded" if self.strategy.shards_weights and not is_guest else "full",
+        )
         if isinstance(place, Refusal):
             return place
         if state.is_hooked and place.mode != "full":

@@ -55,12 +55,18 @@ class Residency:
         """How the last choice came about."""
 
     def place(
-        self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
+        self,
+        base_model: Any,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        *,
+        first: Mode = "full",
     ) -> Placement | Refusal:
-        """Decide where a model's weights lie for a call of this size."""
+        """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
         cards = self._cards()
         if cards is None:
-            return Placement("full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
+            return Placement(first, None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         load = TokenLoad(
@@ -70,7 +76,7 @@ class Residency:
             num_rows=-(-workload.batch_size // plan.batch_degree),
             bytes_per_value=dtype.itemsize,
         )
-        choice = plan_residency(self._sizes[base_model], load, cards=cards)
+        choice = plan_residency(self._sizes[base_model], load, cards=cards, first=first)
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()

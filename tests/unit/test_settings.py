@@ -109,6 +109,8 @@ def test_a_strategy_can_be_named(name):
         ("ring=4", "ring=4"),
         ("ulysses=1,batch=2", "batch=2"),
         ("ring=1", "ulysses=1"),
+        ("fsdp=4,ulysses=4", "ulysses=4,fsdp=4"),
+        ("fsdp=2", "ulysses=2,fsdp=2"),
     ],
 )
 def test_a_plan_is_written_in_any_order_and_read_back_in_one(text, expected):

@@ -69,6 +69,9 @@ def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
         ("cfg", 2, "batch=2"),
         ("batch=2,ring=2,ulysses=3", 12, "batch=2,ulysses=3,ring=2"),
         ("ring=2,cfg=2", 4, "batch=2,ring=2"),
+        ("fsdp", 4, "batch=2,ulysses=2"),
+        ("fsdp=4", 4, "ulysses=4"),
+        ("fsdp=4,ring=4", 4, "ring=4"),
     ],
 )
 def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expected):
@@ -78,16 +81,28 @@ def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expecte
     assert plan_call(workload, world_size=world_size, strategy=strategy).name == expected
 
 
+PRIME = "auto; ulysses; ring; batch; fsdp; off"
+
+
 @pytest.mark.parametrize(
     ("text", "world_size", "legal"),
     [
-        ("usp", 3, "auto; ulysses; ring; batch; off; ring=3; ulysses=3; batch=3"),
-        ("usp", 1, "auto; ulysses; ring; batch; off"),
-        ("ulysses=2,ring=2", 2, "auto; ulysses; ring; batch; off; ring=2; ulysses=2; batch=2"),
+        ("usp", 3, f"{PRIME}; ring=3; ulysses=3; batch=3"),
+        ("usp", 1, PRIME),
+        (
+            "ulysses=2,ring=2",
+            2,
+            "auto; ulysses; ring; batch; fsdp; off; ring=2; ulysses=2; batch=2",
+        ),
         (
             *("ring=2", 4),
-            "auto; ulysses; ring; usp; batch; off; "
+            "auto; ulysses; ring; usp; batch; fsdp; off; "
             "ring=4; ulysses=2,ring=2; ulysses=4; batch=2,ring=2; batch=2,ulysses=2; batch=4",
+        ),
+        (
+            "ulysses=3,fsdp=2",
+            3,
+            "auto; ulysses; ring; batch; fsdp; off; ring=3; ulysses=3; batch=3",
         ),
     ],
 )
