@@ -23,6 +23,7 @@ from comfy_xdit_patch.transport.replies import (
     Failed,
     Fetched,
     Joined,
+    Joining,
     Loaded,
     Loading,
     NotLoaded,
@@ -152,6 +153,7 @@ Message: TypeAlias = (
     | Fetch
     | Forget
     | Stop
+    | Joining
     | Joined
     | Alive
     | Loading

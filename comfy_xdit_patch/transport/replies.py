@@ -29,6 +29,13 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Joining:
+    """The rank has met the others and begins the first exchange with them. No reply yet."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """The process runs, in a request. ``count`` of exchanges with other ranks. No reply yet."""
 

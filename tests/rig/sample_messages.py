@@ -89,6 +89,7 @@ MESSAGES = [
         result=1,
     ),
     messages.Stop(),
+    replies.Joining(rank=1),
     replies.Joined(
         rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
     ),
