@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, get_args
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
+from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
     Alive,
     Controlled,
@@ -152,6 +153,7 @@ Message: TypeAlias = (
     | RunBlock
     | Fetch
     | Forget
+    | Probe
     | Stop
     | Joining
     | Joined
@@ -165,6 +167,8 @@ Message: TypeAlias = (
     | Ran
     | Fetched
     | Declined
+    | Probed
+    | NotProbed
     | Failed
 )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from comfy_xdit_patch.transport.probing import NotProbed, Probed
+
 MAX_TEXT_CHARS = 2000
 
 
@@ -154,5 +156,15 @@ class Failed:
 
 
 Reply: TypeAlias = (
-    Loaded | NotLoaded | Unloaded | Done | Controlled | Ran | Fetched | Declined | Failed
+    Loaded
+    | NotLoaded
+    | Unloaded
+    | Done
+    | Controlled
+    | Ran
+    | Fetched
+    | Declined
+    | Probed
+    | NotProbed
+    | Failed
 )

@@ -34,6 +34,7 @@ from comfy_xdit_patch.transport.messages import (
     Unload,
     Unmap,
 )
+from comfy_xdit_patch.transport.probing import Probe
 from comfy_xdit_patch.transport.replies import Declined, Failed, Loading, Reply, Unloaded
 from comfy_xdit_patch.workers.joining import REPLY_DEADLINE_S, join
 
@@ -125,6 +126,9 @@ class Worker:
         elif isinstance(message, (Forward, Control, RunBlock, Fetch)):
             self._phase = type(message).__name__
             self._channel.send(_compute(message, engine), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Probe):
+            self._phase = "measuring the machine"
+            self._channel.send(engine.probe(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Forget):
             engine.forget(message)
         else:
