@@ -46,7 +46,7 @@ RATES = {
     "host_bytes_per_s",
     "call_s",
 }
-REFERENCE_CALL_S = 4.0e-6
+REFERENCE_CALL_S = 7.2e-6
 """What ``call_s`` is on the CPU on which ``HOST_CALL_S`` was measured: a call of a model has much
 more around it than one of a loop, and both take longer on a slower CPU."""
 

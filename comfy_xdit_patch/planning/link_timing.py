@@ -74,8 +74,8 @@ def fit(points: Sequence[Sequence[float]]) -> Timing:
     """Fit latency and bandwidth to pairs of bytes and seconds, all above 0.
 
     Errors count relative to the time, so that small messages set the latency and large ones the
-    bandwidth. Times that fall with the size, as noise has it, leave no bandwidth to be told: the
-    largest message then has all of its time from its bytes.
+    bandwidth. Where the times are no such line (noise, or a cache that holds the small ones), the
+    largest message has all of its time from its bytes.
     """
     weights = [1 / seconds**2 for _, seconds in points]
     total = sum(weights)
@@ -85,13 +85,9 @@ def fit(points: Sequence[Sequence[float]]) -> Timing:
     common = sum(w * (b - mean_b) * (s - mean_s) for w, (b, s) in zip(weights, points, strict=True))
     slope = common / spread if spread > 0 else 0.0
     latency = mean_s - slope * mean_b
-    if slope <= 0:
+    if slope <= 0 or latency < 0:
         largest = max(points, key=lambda point: point[0])
         return Timing(0.0, largest[0] / largest[1])
-    if latency < 0:  # Through the origin then, by the same weights.
-        squares = sum(w * b * b for w, (b, _) in zip(weights, points, strict=True))
-        products = sum(w * b * s for w, (b, s) in zip(weights, points, strict=True))
-        return Timing(0.0, squares / products)
     return Timing(latency, 1 / slope)
 
 
