@@ -66,8 +66,10 @@ def start_team(
                 )
         team = start(peer_to_peer=False, is_last=True)
     except (XditError, OSError) as error:
-        text = f"The workers did not start. {error}"
-        if reason is not None:
-            text += f"\nThat was without peer-to-peer, because of this before: {reason}"
-        raise WorkerError(text) from None
+        if reason is None:
+            raise WorkerError(f"The workers did not start. {error}") from None
+        raise WorkerError(
+            f"The workers did not start. {error}\n"
+            f"That was without peer-to-peer, because of this before: {reason}"
+        ) from None
     return replace(team, seconds=time.monotonic() - begin, no_peer_to_peer=reason)
