@@ -30,6 +30,14 @@ def probe(message: Probe, groups: Groups) -> Probed | NotProbed:
 
     Collective: every rank gets the same message.
     """
+    try:
+        return _probe(message, groups)
+    finally:
+        if groups.device.type == "cuda":
+            torch.cuda.empty_cache()  # Half a GiB, which ComfyUI or a model may want.
+
+
+def _probe(message: Probe, groups: Groups) -> Probed | NotProbed:
     begin = time.perf_counter()
     together: dict[str, float] = {}
     alone: dict[str, float] = {}
