@@ -17,6 +17,7 @@ from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches, Objects
 from comfy_xdit_patch.engine.placing import Progress
+from comfy_xdit_patch.engine.probe import probe
 from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.residents import Residents
 from comfy_xdit_patch.engine.residuals import Residuals
@@ -25,6 +26,7 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Load
+from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import Controlled, Done, Fetched, Loaded, NotLoaded, Ran
 from comfy_xdit_patch.transport.slots import SlotMap
 
@@ -73,6 +75,14 @@ class Engine:
         if self._groups.rank in ranks:
             with torch.inference_mode():
                 self._residents.give_way()
+
+    def probe(self, message: Probe) -> Probed | NotProbed:
+        """Measure this rank, and the links between all of them.
+
+        Collective: every rank gets the same message.
+        """
+        with torch.inference_mode():
+            return probe(message, self._groups)
 
     def forward(self, message: Forward) -> Done:
         """Compute this rank's share of a call and write its rows to the result slot.

@@ -43,6 +43,16 @@ class Groups:
         self._weights: dist.ProcessGroup | None = None
 
     @property
+    def device(self) -> torch.device:
+        """What this rank computes on."""
+        return self._device
+
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """All ranks, as a plan with no other axis than the sequence has them. None: only one."""
+        return self.of_plan(ParallelPlan(self.world_size, 1, self.world_size)).sequence
+
+    @property
     def weights(self) -> dist.ProcessGroup:
         """All ranks, for weight shards. Apart from the others: NCCL queues what shares a group."""
         assert self._weights is not None, "made by join"

@@ -23,6 +23,7 @@ from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.measuring import Measuring
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.pool_status import pool_status
@@ -86,6 +87,7 @@ class Host:
             pristine=pristine,
             totals=self.totals,
         )
+        self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         self._lock = threading.RLock()
 
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
@@ -247,4 +249,5 @@ class Host:
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""
-        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}
+        counts = self.totals.to_dict()
+        return {**pool_status(self.pool, self.totals), **counts, "machine": self.measuring.status()}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from comfy_xdit_patch.transport.probing import NotProbed, Probed
+
 MAX_TEXT_CHARS = 2000
 
 
@@ -26,6 +28,13 @@ class Joined:
     seconds: dict[str, float]
     total_bytes: int
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """The rank has met the others and begins the first exchange with them. No reply yet."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,5 +156,15 @@ class Failed:
 
 
 Reply: TypeAlias = (
-    Loaded | NotLoaded | Unloaded | Done | Controlled | Ran | Fetched | Declined | Failed
+    Loaded
+    | NotLoaded
+    | Unloaded
+    | Done
+    | Controlled
+    | Ran
+    | Fetched
+    | Declined
+    | Probed
+    | NotProbed
+    | Failed
 )
