@@ -40,7 +40,9 @@ from comfy_xdit_patch.workers.joining import REPLY_DEADLINE_S, join
 
 if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
+    from comfy_xdit_patch.engine.groups import Groups
     from comfy_xdit_patch.transport.slots import SlotMap
+    from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
 PR_SET_PDEATHSIG = 1
 IDLE_WAIT_S = 3600.0
@@ -63,16 +65,7 @@ class Worker:
         try:
             start = self._channel.receive(deadline_s=IDLE_WAIT_S)
             assert isinstance(start, Start)
-            groups = join(start, rank=self._rank, channel=self._channel, entering=self._enter_phase)
-            from comfy_xdit_patch.engine import collectives
-            from comfy_xdit_patch.engine.engine import Engine
-            from comfy_xdit_patch.transport.slots import SlotMap
-            from comfy_xdit_patch.workers.heartbeat import Heartbeat
-
-            slots = SlotMap(groups.device)
-            engine = Engine(groups=groups, slots=slots)
-            heartbeat = Heartbeat(self._channel, collectives.num_begun)
-            heartbeat.start()
+            engine, slots, groups, heartbeat = self._join(start)
             while True:
                 message = self._next_message()
                 if isinstance(message, Stop):
@@ -91,6 +84,18 @@ class Worker:
             report = Failed(request, self._phase, text, traceback.format_exc())
             self._channel.send(report, deadline_s=REPLY_DEADLINE_S)
             _leave_at_once(1)
+
+    def _join(self, start: Start) -> tuple[Engine, SlotMap, Groups, Heartbeat]:
+        groups = join(start, rank=self._rank, channel=self._channel, entering=self._enter_phase)
+        from comfy_xdit_patch.engine import collectives
+        from comfy_xdit_patch.engine.engine import Engine
+        from comfy_xdit_patch.transport.slots import SlotMap
+        from comfy_xdit_patch.workers.heartbeat import Heartbeat
+
+        slots = SlotMap(groups.device)
+        heartbeat = Heartbeat(self._channel, collectives.num_begun)
+        heartbeat.start()
+        return Engine(groups=groups, slots=slots), slots, groups, heartbeat
 
     def _enter_phase(self, phase: str) -> None:
         self._phase = phase
