@@ -59,8 +59,13 @@ def weighted_shares(
     num_reference_tokens: int = 0,
     num_heads: int,
     weights: Sequence[float],
+    ring_degree: int = 1,
 ) -> SequenceShares:
     """Share a sequence's tokens and heads; every rank holds a text token and an image token.
+
+    Args:
+        ring_degree: how many of the ranks have the same heads: those that stand at one place of
+            their neighbourhoods (see ``SequenceShares``).
 
     Raises:
         PlanError: there are fewer text or image tokens than ranks, or a weight is not above 0.
@@ -87,8 +92,19 @@ def weighted_shares(
         text=text,
         image=tuple(image),
         reference=tuple(room - part for room, part in zip(visual, image, strict=True)),
-        heads=proportional(num_heads, weights),
+        heads=proportional(num_heads, _head_weights(weights, ring_degree)),
     )
+
+
+def _head_weights(weights: Sequence[float], ring_degree: int) -> list[float]:
+    """Weights of the places in a neighbourhood, which are the same in all of them.
+
+    A neighbourhood's queries follow the sum of its weights, so of its heads each rank can do its
+    own part of that sum; the neighbourhood where a place's part is least decides.
+    """
+    degree = len(weights) // ring_degree
+    parts = [_normal(weights[i * degree : (i + 1) * degree]) for i in range(ring_degree)]
+    return [min(column) for column in zip(*parts, strict=True)]
 
 
 def adapted_weights(weights: Sequence[float], seconds: Sequence[float]) -> tuple[float, ...]:
@@ -109,11 +125,20 @@ def adapted_weights(weights: Sequence[float], seconds: Sequence[float]) -> tuple
     parts = _normal(weights)
     if max(seconds) <= (1 + TOLERANCE) * min(seconds):
         return parts
-    speeds = _normal([part / s for part, s in zip(parts, seconds, strict=True)])
+    return moved_weights(parts, [part / s for part, s in zip(parts, seconds, strict=True)])
+
+
+def moved_weights(
+    weights: Sequence[float], speeds: Sequence[float], *, damping: float = DAMPING
+) -> tuple[float, ...]:
+    """Move weights towards speeds, in the logarithm: all the way with a ``damping`` of 1."""
     moved = _normal(
-        [old ** (1 - DAMPING) * new**DAMPING for old, new in zip(parts, speeds, strict=True)]
+        [
+            old ** (1 - damping) * new**damping
+            for old, new in zip(_normal(weights), _normal(speeds), strict=True)
+        ]
     )
-    return _normal([max(part, SMALLEST_PART / len(parts)) for part in moved])
+    return _normal([max(part, SMALLEST_PART / len(moved)) for part in moved])
 
 
 def _largest_remainders(num_items: int, weights: Sequence[float]) -> tuple[int, ...]:

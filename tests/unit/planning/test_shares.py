@@ -17,6 +17,7 @@ from comfy_xdit_patch.planning.shares import (
     SMALLEST_PART,
     TOLERANCE,
     adapted_weights,
+    moved_weights,
     proportional,
     weighted_shares,
 )
@@ -202,3 +203,16 @@ def test_one_correction_goes_the_damped_part_of_the_way():
 def test_numbers_that_make_no_sense_are_an_error(weights, seconds):
     with pytest.raises(PlanError, match=r"^Cannot adapt weights"):
         adapted_weights(weights, seconds)
+
+
+def test_moving_all_the_way_gives_the_speeds_and_not_at_all_the_weights():
+    assert moved_weights((1, 1), (3, 1), damping=1) == pytest.approx((0.75, 0.25))
+    assert moved_weights((3, 1), (1, 1), damping=0) == pytest.approx((0.75, 0.25))
+    assert min(moved_weights((1, 1), (1e9, 1), damping=1)) == pytest.approx(SMALLEST_PART / 2, 0.1)
+
+
+@pytest.mark.parametrize("ring_degree", [1, 2, 3, 6])
+def test_equal_weights_share_heads_in_a_ring_as_the_even_split_does(ring_degree):
+    sizes = {"num_text_tokens": 77, "num_image_tokens": 500, "num_heads": 7}
+    even = SequenceShares.even(**sizes, num_shards=6, ring_degree=ring_degree)
+    assert weighted_shares(**sizes, weights=(0.3,) * 6, ring_degree=ring_degree) == even
