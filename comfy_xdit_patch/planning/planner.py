@@ -12,7 +12,6 @@ from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import AUTO, NAMES, PLAN, Strategy
 
-
 BATCH_EFFICIENCY = 0.9
 """Rows are whole numbers. Where dealing them to unequal ranks reaches less than this of what the
 ranks can do, ``auto`` shares the sequence instead; its communication costs about the rest."""

@@ -59,6 +59,7 @@ IMPORTERS = {
     },
     "torch": {
         "engine/attention.py",
+        "engine/busy.py",
         "engine/collectives.py",
         "engine/control.py",
         "engine/driven.py",

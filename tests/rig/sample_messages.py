@@ -105,7 +105,13 @@ MESSAGES = [
     ),
     replies.NotLoaded(request=1, error="WorkerError: no memory"),
     replies.Unloaded(request=9),
-    replies.Ran(request=4, num_forwards=9, seconds=0.01, bytes_between_ranks=1 << 20),
+    replies.Ran(
+        request=4,
+        num_forwards=9,
+        seconds=0.01,
+        bytes_between_ranks=1 << 20,
+        busy_seconds=0.008,
+    ),
     replies.Fetched(request=5, bytes_between_ranks=1 << 20),
     replies.Declined(request=2, reason="KeyError: 'sigmas'"),
     replies.Controlled(
@@ -124,6 +130,7 @@ MESSAGES = [
         seconds=0.061,
         bytes_between_ranks=123,
         bytes_written=456,
+        busy_seconds=0.05,
     ),
     replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
 ]
