@@ -18,17 +18,29 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
+
+Event = torch.cuda.Event
 
 
 @dataclass(slots=True)
 class _Call:
     """The events of one call: its ends, and those of every wait in it."""
 
-    first: torch.cuda.Event
-    last: torch.cuda.Event | None = None
-    waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    first: Event
+    last: Event
+    waits: list[tuple[Event, Event]] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.last.query())  # type: ignore[no-untyped-call]
+
+    @property
+    def busy_s(self) -> float:
+        waited_ms = sum(first.elapsed_time(last) for first, last in self.waits)
+        return max(0.0, (self.first.elapsed_time(self.last) - waited_ms) / 1e3)
 
 
 class BusyClock:
@@ -39,57 +51,56 @@ class BusyClock:
         self._waited_s = 0.0
         self._call: _Call | None = None
         self._ended: deque[_Call] = deque()
-        self._spare: list[torch.cuda.Event] = []
+        self._spare: list[Event] = []
 
     def start(self, device: torch.device) -> None:
         """Begin a call that computes on this device. A call that failed is forgotten."""
         self._waited_s = 0.0
         self._start_s = time.perf_counter()
-        self._call = _Call(self._record()) if device.type == "cuda" else None
+        self._call = None
+        if device.type == "cuda":
+            self._call = _Call(self._recorded(), self._event())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Take what is done in here for a wait."""
-        start = time.perf_counter()
-        first = None if self._call is None else self._record()
+        start_s = time.perf_counter()
+        first = None if self._call is None else self._recorded()
         yield
-        self._waited_s += time.perf_counter() - start
+        self._waited_s += time.perf_counter() - start_s
         if self._call is not None and first is not None:
-            self._call.waits.append((first, self._record()))
+            self._call.waits.append((first, self._recorded()))
 
     def stop(self, *, is_copied_out: bool) -> float:
         """End the call; return its busy seconds.
 
         Args:
-            is_copied_out: the result was, on a rank of the same group at least, so that a CUDA
-                device is done or about to be. Otherwise what is returned is that of earlier calls
-                that are done by now, and the rest comes with a later one.
+            is_copied_out: the result was, by a rank of this group at least, so that a CUDA device
+                is done or about to be. Otherwise what is returned is that of the calls which are
+                done by now, and the rest comes with a later one.
         """
-        if self._call is None:
+        call, self._call = self._call, None
+        if call is None:
             return max(0.0, time.perf_counter() - self._start_s - self._waited_s)
-        self._call.last = self._record()
-        self._ended.append(self._call)
-        self._call = None
-        busy_ms = 0.0
-        while self._ended:
-            call = self._ended[0]
-            assert call.last is not None
-            if is_copied_out:
-                call.last.synchronize()
-            elif not call.last.query():  # type: ignore[no-untyped-call]
-                break
-            self._ended.popleft()
-            busy_ms += call.first.elapsed_time(call.last)
-            busy_ms -= sum(first.elapsed_time(last) for first, last in call.waits)
+        call.last.record()
+        self._ended.append(call)
+        if is_copied_out:
+            call.last.synchronize()
+        busy_s = 0.0
+        while self._ended and self._ended[0].is_done:
+            ended = self._ended.popleft()
+            if ended is call or not is_copied_out:
+                busy_s += ended.busy_s
             # Making events takes longer than recording them.
-            self._spare += [call.first, call.last]
-            self._spare += [event for pair in call.waits for event in pair]
-        return max(0.0, busy_ms / 1e3)
+            self._spare += [ended.first, ended.last, *chain(*ended.waits)]
+        return busy_s
 
-    def _record(self) -> torch.cuda.Event:
-        if self._spare:
-            event = self._spare.pop()
-        else:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    def _recorded(self) -> Event:
+        event = self._event()
         event.record()
         return event
+
+    def _event(self) -> Event:
+        if self._spare:
+            return self._spare.pop()
+        return Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -171,7 +171,7 @@ WRONG = [
     dataclasses.replace(DONE, shape=()),
     replies.Ran(1, 1, 0.1, 0, 0.1),
     replies.Unloaded(1),
-    calls.Forward(1, 1, 1, 2, 1, {}, 0),
+    calls.Forward(1, 1, [1, 1, 1, 2, 1], [], {}, 0),
     replies.Declined(1, "only this one"),
 ]
 
