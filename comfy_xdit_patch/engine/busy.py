@@ -40,7 +40,7 @@ class _Call:
     @property
     def busy_s(self) -> float:
         waited_ms = sum(first.elapsed_time(last) for first, last in self.waits)
-        return max(0.0, (self.first.elapsed_time(self.last) - waited_ms) / 1e3)
+        return max(0.0, float(self.first.elapsed_time(self.last) - waited_ms) / 1e3)
 
 
 class BusyClock:
