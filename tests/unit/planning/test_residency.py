@@ -157,3 +157,14 @@ def test_the_need_of_one_mode_is_that_of_the_plan_that_has_it(mode):
 def test_what_is_kept_from_step_to_step_is_counted_without_slack():
     kept = dataclasses.replace(LOAD, kept_bytes=3 * GIB)
     assert needed("full", load=kept) == needed("full") + 3 * GIB
+
+
+def test_the_largest_share_of_unequal_ranks_is_what_has_to_fit():
+    two = cards(48 * GIB, 2)
+    even, unequal = (
+        need_of("full", MODEL, dataclasses.replace(LOAD, local_tokens=tokens), cards=two)
+        for tokens in (None, 3264)
+    )
+    share = next(c for c in unequal.costs if c.what.startswith("activations"))
+    assert share.what == "activations, 3264 of 4352 tokens"
+    assert unequal.num_bytes > even.num_bytes
