@@ -213,7 +213,7 @@ def _longest(work: Sequence[float], speeds: Sequence[float]) -> float:
 
 
 def _relative_error(values: Sequence[float]) -> float:
-    """Standard error of a mean over that mean. (``statistics.stdev`` takes twenty times as long.)"""
+    """Standard error of a mean, over that mean. (``statistics.stdev`` takes far longer.)"""
     mean = fmean(values)
     squares = sum((value - mean) ** 2 for value in values)
     return sqrt(squares / (len(values) - 1) / len(values)) / mean
