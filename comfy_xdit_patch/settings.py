@@ -80,7 +80,7 @@ VARIABLES = (
         "How much of the work each rank gets: tokens, heads and rows of the batch. `even`: all the "
         "same. `weighted`: in proportion to the speed measured in the first six calls of a model; "
         "then fixed until the workers start anew. `adaptive`: measured all the time, and changed "
-        "between two steps when that saves at least 4 % of a call; ranks that are about as fast as "
+        "between two steps when there is at least 4 % of a call to gain; ranks that are about as fast as "
         "each other keep even shares. `least_loaded`: as `adaptive`, and at the start of a run the "
         "shares also follow what other programs took of each rank's device just before: of a "
         "GPU's time (asked of NVML, process by process) or else of its memory when the worker "

@@ -19,11 +19,11 @@ from statistics import fmean, median
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.shares import DAMPING, TOLERANCE, moved_weights
+from comfy_xdit_patch.planning.shares import DAMPING, moved_weights
 from comfy_xdit_patch.planning.work import work_parts
 from comfy_xdit_patch.settings import Balancing
 
-MIN_GAIN = 2 * TOLERANCE
+MIN_GAIN = 0.04
 """Part of a call's time that a change must save: 4 % is what ranks that differ by 8 % lose."""
 
 LARGE_GAIN = 0.12
@@ -116,10 +116,10 @@ class Balance:
             least += NUM_ERRORS * error
             if 1 - 1 / _longest(work, speeds) < least:
                 continue  # Not even perfect shares would gain that.
-            weights = as_weights(moved_weights(self._ratios, speeds, damping=damping))
-            gain = _gain(speeds, workload, replan(self.weights), replan(weights))
-            if gain < least:
+            target = as_weights(moved_weights(self._ratios, speeds, damping=1.0))
+            if _gain(speeds, workload, replan(self.weights), replan(target)) < least:
                 continue
+            weights = as_weights(moved_weights(self._ratios, speeds, damping=damping))
             is_small = latest == MOST_CALLS
             self._trial = _Trial(self.weights, median(self._unevenness), is_small)
             self._calls_for_large = min(self._calls_for_large + 1, MANY_CALLS)

@@ -15,11 +15,8 @@ from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 DAMPING = 0.7
-"""How far shares move towards what the last measurement asks for. Below 1, so that one disturbed
-step does not throw them over; 0.7 leaves 3 % of an error after three corrections."""
-
-TOLERANCE = 0.02
-"""Ranks whose times differ by less keep their shares: a change moves tokens and re-reads them."""
+"""How far weights move towards measured speeds. Below 1, so that disturbed calls do not throw them
+over; 0.7 leaves 3 % of an error after three moves."""
 
 SMALLEST_PART = 1 / 16
 """No rank's weight falls below this part of an even one: a rank that was slow once must still get
@@ -105,27 +102,6 @@ def _head_weights(weights: Sequence[float], ring_degree: int) -> list[float]:
     degree = len(weights) // ring_degree
     parts = [_normal(weights[i * degree : (i + 1) * degree]) for i in range(ring_degree)]
     return [min(column) for column in zip(*parts, strict=True)]
-
-
-def adapted_weights(weights: Sequence[float], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Correct weights by what each rank needed for its own work of one step.
-
-    A rank's speed is its weight over its seconds. The new weight lies between the old one and that
-    speed, in the logarithm; equal seconds are the fixed point, whatever they consist of.
-
-    Args:
-        weights: those in use. They are sums of parts that add up to 1 in what is returned.
-        seconds: compute of each rank, without waiting for the others.
-
-    Raises:
-        PlanError: the numbers do not match, or are not above 0.
-    """
-    if len(weights) != len(seconds) or not weights or min(*weights, *seconds) <= 0:
-        raise PlanError(f"Cannot adapt weights {tuple(weights)} to seconds {tuple(seconds)}.")
-    parts = _normal(weights)
-    if max(seconds) <= (1 + TOLERANCE) * min(seconds):
-        return parts
-    return moved_weights(parts, [part / s for part, s in zip(parts, seconds, strict=True)])
 
 
 def moved_weights(

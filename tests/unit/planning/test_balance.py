@@ -5,10 +5,10 @@ Ranks are simulated: their busy seconds follow from the shares that a real plan 
 
 from __future__ import annotations
 
-import random
 from functools import partial
 
 import pytest
+from rig.unequal import IMAGE, SPEEDS, Ranks
 
 from comfy_xdit_patch.planning.balance import (
     FEW_CALLS,
@@ -18,47 +18,10 @@ from comfy_xdit_patch.planning.balance import (
     as_weights,
 )
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.work import work_parts
-from comfy_xdit_patch.strategy import AUTO, parse_strategy
+from comfy_xdit_patch.strategy import parse_strategy
 
-IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 TWO_ROWS = Workload(batch_size=2, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
-
-
-class Ranks:
-    """Ranks of given speeds, and the calls that they make under a balance."""
-
-    def __init__(self, balance, *speeds, strategy=AUTO, noise=0.0, fixed_s=0.0, seed=0):
-        self.balance, self.speeds, self.strategy = balance, list(speeds), strategy
-        self.noise, self.fixed_s = noise, fixed_s
-        self.chance = random.Random(seed)
-        self.times = []
-
-    def plan(self, workload, weights):
-        return plan_call(
-            workload, world_size=len(self.speeds), strategy=self.strategy, weights=weights
-        )
-
-    def busy(self, plan, workload):
-        return [
-            self.fixed_s + part / speed * (1 + self.chance.gauss(0, self.noise))
-            for part, speed in zip(work_parts(plan, workload), self.speeds, strict=True)
-        ]
-
-    def run(self, num_calls, workload=IMAGE):
-        for _ in range(num_calls):
-            plan = self.plan(workload, self.balance.weights)
-            busy = self.busy(plan, workload)
-            self.times.append(max(busy))
-            replan = partial(self.plan, workload)
-            self.balance.measured(plan, workload, busy, kind=workload, replan=replan)
-        return self
-
-    @property
-    def efficiency(self):
-        """Ideal time over that of the last call."""
-        return (self.fixed_s + 1 / sum(self.speeds)) / self.times[-1]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +67,11 @@ def test_ranks_of_any_speeds_reach_nine_tenths_of_the_ideal(speeds, strategy):
         Balance("adaptive", len(speeds)), *speeds, strategy=parse_strategy(strategy), noise=0.02
     )
     assert ranks.run(30).efficiency >= 0.9
+
+
+@pytest.mark.parametrize("speeds", SPEEDS)
+def test_nine_tenths_of_the_ideal_after_nine_calls(speeds):
+    assert Ranks(Balance("adaptive", len(speeds)), *speeds).run(10).efficiency >= 0.9
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 7, 8])
