@@ -120,6 +120,8 @@ class Balance:
             if _gain(speeds, workload, replan(self.weights), replan(target)) < least:
                 continue
             weights = as_weights(moved_weights(self._ratios, speeds, damping=damping))
+            if weights == self.weights:
+                continue
             is_small = latest == MOST_CALLS
             self._trial = _Trial(self.weights, median(self._unevenness), is_small)
             self._calls_for_large = min(self._calls_for_large + 1, MANY_CALLS)
