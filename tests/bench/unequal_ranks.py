@@ -32,17 +32,16 @@ from inside.client import Inside
 from rig.slowed import Slowed
 from rig.trees import trees_for_tests
 
-SIZES = {"height": 96, "width": 96, "batch": 1, "text_tokens": 256}
 SETTLE = 8
 
 
 class Bench:
     """One ComfyUI process with its ranks, and the times of its calls."""
 
-    def __init__(self, gpus: str, strategy: str, path: str) -> None:
+    def __init__(self, gpus: str, strategy: str, path: str, side: int) -> None:
         env = {"XDIT_GPUS": gpus, "XDIT_STRATEGY": strategy, "XDIT_START_TIMEOUT": "400"}
         self._inside = Inside(trees_for_tests()[-1], env)
-        self._path = path
+        self._call = {"path": path, "height": side, "width": side, "batch": 1, "text_tokens": 256}
         self.seconds: dict[str, list[float]] = {}
         self.balances: dict[str, dict[str, Any]] = {}
         self.calls("warm-up", "even", 2)
@@ -56,9 +55,7 @@ class Bench:
         """Make a run of calls under the balance of this name; the first one does not count."""
         self._inside.call("forwards:use_balance", name=name, mode=mode)
         with Slowed(self._pids[-1], speed) if speed < 1 else nullcontext():
-            times = self._inside.call(
-                "forwards:run_of_calls", path=self._path, calls=1 + num_calls, **SIZES
-            )
+            times = self._inside.call("forwards:run_of_calls", calls=1 + num_calls, **self._call)
         self.seconds.setdefault(name, []).extend(t["host"] for t in times[1:])
         self.balances[name] = self._inside.call("forwards:status")["balance"]
 
@@ -76,15 +73,17 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=4)
     parser.add_argument("--strategy", default="ulysses")
     parser.add_argument("--blocks", type=int, default=1, help="double and single ones each")
+    parser.add_argument("--side", type=int, default=96, help="of the latent; a token is 2 x 2")
     options = parser.parse_args()
     speed, num_calls = options.speed, options.calls
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.safetensors"
         stock = Inside(trees_for_tests()[-1], {"XDIT_STRATEGY": "off"})
         sizes = {"hidden": 768, "double": options.blocks, "single": options.blocks}
-        stock.call("families:write_model", path=path, family="dev", context=4096, **sizes)
+        stock.call("families:write_model", path=path, family="dev", context=512, **sizes)
         stock.close()
-        one, pair = Bench("cpu:1", "auto", path), Bench("cpu:2", options.strategy, path)
+        one = Bench("cpu:1", "auto", path, options.side)
+        pair = Bench("cpu:2", options.strategy, path, options.side)
         try:
             pair.calls("adaptive", "adaptive", SETTLE, speed=speed)
             pair.calls("equal, adaptive", "adaptive", SETTLE)
