@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rig.server import SHARES
 from rig.trees import Tree
 
 HERE = Path(__file__).parent
@@ -32,6 +33,7 @@ class Inside:
         read, write = os.pipe()
         variables = {k: v for k, v in os.environ.items() if not k.startswith("XDIT_")}
         variables |= {"PYTHONPATH": str(SHIM), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        variables |= SHARES
         command = [sys.executable, str(HERE / "process.py"), "--root", str(tree.path)]
         command += ["--reply-fd", str(write), "--cpu", "--use-pytorch-cross-attention"]
         self.process = subprocess.Popen(

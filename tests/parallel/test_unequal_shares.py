@@ -6,6 +6,7 @@ really slower, and in tests/unit/planning/test_balance.py.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,20 @@ def test_two_ranks_by_weight_with_a_controlnet_and_one_that_is_slowed(
     status = ranks.call("forwards:status")
     assert status["controls"] == status["controls"] | {"parallel": 2, "alone": {}}
 
-    follow(ranks, "auto", [])
+    follow(ranks, "ulysses", [])
     sizes = {"height": 48, "width": 64, "batch": 1, "text_tokens": 77}
     comparison.expect("slowed", path=path, **sizes)
-    with Slowed(status["ranks"][1]["pid"], 0.3):
+    with Slowed(status["ranks"][1]["pid"], 0.4):
         for _ in range(8):
             assert comparison.error("slowed", path=path, **sizes) <= BOUND
-    balance = ranks.call("forwards:status")["balance"]
-    record_property("rank 1 at 0.3 of its speed", str(balance))
+        balance = ranks.call("forwards:status")["balance"]
+        times = ranks.call("forwards:run_of_calls", path=path, calls=5, **sizes)[1:]
+        ranks.call("forwards:use_balance", name="even", mode="even")
+        even = ranks.call("forwards:run_of_calls", path=path, calls=5, **sizes)[1:]
+    record_property("rank 1 at 0.4 of its speed", str(balance))
+    for name, of_calls in (("even", even), ("adaptive", times)):
+        busy = [statistics.median(call["busy"][rank] for call in of_calls) for rank in "01"]
+        step_s = statistics.median(call["host"] for call in of_calls)
+        record_property(f"{name}: s/step, busy s by rank", str((step_s, busy)))
     assert balance["changes"] >= 1
     assert balance["weights"][0] > 1.3 * balance["weights"][1]

@@ -21,8 +21,7 @@ from rig.outputs import Latent, Pixels
 from rig.server import Server
 from rig.trees import Tree
 
-# Shares that no noise of this machine changes.
-STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400", "XDIT_BALANCE": "even"}
+STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
 DEADLINE_S = 600.0
 LATENT_BOUND = 1e-3  # after a whole run of a sampler; a single forward is held to 1e-5 elsewhere
 

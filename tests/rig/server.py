@@ -181,12 +181,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+SHARES = {"XDIT_BALANCE": "even"}
+"""Two test processes on two cores: shares, and with them plans and bytes, would follow the noise."""
+
+
 def _environment(settings: Mapping[str, str], threads: int | None) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XDIT_")}
     if threads is not None:
         environment |= {name: str(threads) for name in THREAD_VARIABLES}
     environment["PYTHONPATH"] = str(SHIM)
-    return environment | dict(settings)
+    return environment | SHARES | dict(settings)
 
 
 def _hear_interrupts() -> None:
