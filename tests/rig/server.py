@@ -182,7 +182,7 @@ def free_port() -> int:
 
 
 SHARES = {"XDIT_BALANCE": "even"}
-"""Two test processes on two cores: shares, and with them plans and bytes, would follow the noise."""
+"""Two test processes on two cores: shares, and with them plans, would follow the noise."""
 
 
 def _environment(settings: Mapping[str, str], threads: int | None) -> dict[str, str]:
