@@ -96,7 +96,7 @@ class Balance:
         """
         if self._is_settled or self._is_first((kind, plan)) or not _is_measurement(busy_s):
             return False
-        work = work_parts(plan, workload)
+        work = _normal(work_parts(plan, workload))
         self._speeds.append(_normal([w / s for w, s in zip(work, busy_s, strict=True)]))
         self._unevenness.append(max(busy_s) * len(busy_s) / sum(busy_s))
         if self._mode == "weighted":
@@ -125,7 +125,8 @@ class Balance:
             is_small = latest == MOST_CALLS
             self._trial = _Trial(self.weights, median(self._unevenness), is_small)
             self._calls_for_large = min(self._calls_for_large + 1, MANY_CALLS)
-            self._calls_for_small *= 2 if is_small else 1
+            if is_small:
+                self._calls_for_small = min(self._calls_for_small * 2, MOST_CALLS)
             return self._change(weights)
         return False
 
@@ -139,6 +140,7 @@ class Balance:
         if max(abs(a - b) for a, b in zip(left_over, before, strict=True)) < NOTABLE:
             return False
         self.learned_under(left_over)
+        self._trial = None
         scaled = zip(self._ratios, left_over, before, strict=True)
         return self._change(as_weights([ratio * now / then for ratio, now, then in scaled]))
 
