@@ -73,13 +73,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=4)
     parser.add_argument("--strategy", default="ulysses")
     parser.add_argument("--blocks", type=int, default=1, help="double and single ones each")
-    parser.add_argument("--side", type=int, default=96, help="of the latent; a token is 2 x 2")
+    parser.add_argument("--hidden", type=int, default=1536, help="features; 128 are a head")
+    parser.add_argument("--side", type=int, default=72, help="of the latent; a token is 2 x 2")
     options = parser.parse_args()
     speed, num_calls = options.speed, options.calls
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.safetensors"
         stock = Inside(trees_for_tests()[-1], {"XDIT_STRATEGY": "off"})
-        sizes = {"hidden": 768, "double": options.blocks, "single": options.blocks}
+        sizes = {"hidden": options.hidden, "double": options.blocks, "single": options.blocks}
         stock.call("families:write_model", path=path, family="dev", context=512, **sizes)
         stock.close()
         one = Bench("cpu:1", "auto", path, options.side)
