@@ -98,20 +98,21 @@ class _Cores:
     def taken(self, pids: list[int]) -> list[float]:
         """Part of each rank's cores that others took since the last look; empty at the first.
 
-        A rank that may use several cores is taken to use them alike.
+        A process of ours that may use several cores is taken to use them alike.
         """
         now_s = time.monotonic()
         if now_s - self._then_s < MIN_PERIOD_S:
             return self._found
+        ours = (*pids, os.getpid())
         try:
-            busy, own = core_ticks(), {pid: process_ticks(pid) for pid in pids}
-            cores = {pid: os.sched_getaffinity(pid) for pid in pids}
+            busy, own = core_ticks(), {pid: process_ticks(pid) for pid in ours}
+            cores = {pid: os.sched_getaffinity(pid) for pid in ours}
         except (OSError, ValueError, IndexError):  # a rank that ends just now
             return self._found
         ticks = (now_s - self._then_s) * os.sysconf("SC_CLK_TCK")
         if self._own.keys() == own.keys():
             of_core = {core: busy[core] - self._busy.get(core, 0.0) for core in busy}
-            for pid in pids:
+            for pid in ours:
                 for core in cores[pid]:
                     of_core[core] -= (own[pid] - self._own[pid]) / len(cores[pid])
             parts = [sum(of_core[core] for core in cores[pid]) / len(cores[pid]) for pid in pids]

@@ -70,11 +70,13 @@ def test_another_programs_work_is_what_it_leaves_less_of(spinning):
 
 def test_a_ranks_own_work_is_not_anothers(monkeypatch):
     ticks = iter([{0: 0.0, 1: 0.0}, {0: 100.0, 1: 100.0}])
-    own = iter([0.0, 0.0, 100.0, 0.0])
+    host = os.getpid()
+    own = iter([0.0, 0.0, 0.0, 80.0, 0.0, 40.0])  # the two ranks, and the host on both cores
     now = iter([10.0, 11.0])
     monkeypatch.setattr(left_over, "core_ticks", lambda: next(ticks))
     monkeypatch.setattr(left_over, "process_ticks", lambda _: next(own))
-    monkeypatch.setattr(left_over.os, "sched_getaffinity", lambda pid: {pid})
+    cores = {0: {0}, 1: {1}, host: {0, 1}}
+    monkeypatch.setattr(left_over.os, "sched_getaffinity", cores.get)
     monkeypatch.setattr(left_over.os, "sysconf", lambda _: 100)
     monkeypatch.setattr(left_over.time, "monotonic", lambda: next(now))
     found = LeftOver(Pool([0, 1], Device("cpu")))
