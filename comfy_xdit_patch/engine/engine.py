@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from comfy_xdit_patch.engine import collectives
 from comfy_xdit_patch.engine.control import control_share
 from comfy_xdit_patch.engine.driven import DrivenBlocks
 from comfy_xdit_patch.engine.flux import forward_share
@@ -90,6 +91,7 @@ class Engine:
         Collective: every rank gets the same message.
         """
         start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
         plan = self._plan(message)
         arguments = self._slots.fetch(message.arguments)
@@ -121,6 +123,7 @@ class Engine:
                 self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
                 bytes_written = rows.nbytes
         self._num_forwards += 1
+        busy_s = collectives.clock.stop(is_copied_out=True)
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
@@ -129,6 +132,7 @@ class Engine:
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
             bytes_written=bytes_written,
+            busy_seconds=busy_s,
         )
 
     def control(self, message: Control) -> Controlled:
@@ -164,6 +168,7 @@ class Engine:
     def run_block(self, message: RunBlock) -> Ran:
         """Compute this rank's share of one block, and keep it. Collective."""
         start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
         plan = self._plan(message)
         with torch.inference_mode():
@@ -184,8 +189,9 @@ class Engine:
             if resident.blocks is not None:
                 bytes_sent += resident.blocks.bytes_gathered - gathered
         self._num_forwards += message.is_first
+        busy_s = collectives.clock.stop(is_copied_out=False)
         seconds = time.perf_counter() - start
-        return Ran(message.request, self._num_forwards, seconds, bytes_sent)
+        return Ran(message.request, self._num_forwards, seconds, bytes_sent, busy_s)
 
     def fetch(self, message: Fetch) -> Fetched:
         """Gather tokens that the ranks keep; the first one writes them. Collective."""

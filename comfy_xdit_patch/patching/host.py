@@ -18,6 +18,7 @@ from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
+from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
@@ -68,6 +69,7 @@ class Host:
             pristine=pristine,
             models=self.models,
             strategy=settings.strategy,
+            balance=PoolBalance(settings.balance, pool, self.totals),
         )
         self._auto = Auto(settings, pool)
         self._steps = ParallelSteps(

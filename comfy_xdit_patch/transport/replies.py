@@ -92,6 +92,7 @@ class Done:
 
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
+    ``busy_seconds`` are those in which it did not wait for others.
     """
 
     request: int
@@ -101,6 +102,7 @@ class Done:
     seconds: float
     bytes_between_ranks: int
     bytes_written: int
+    busy_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ class Ran:
     num_forwards: int
     seconds: float
     bytes_between_ranks: int
+    busy_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

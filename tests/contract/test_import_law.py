@@ -61,6 +61,7 @@ IMPORTERS = {
     "torch": {
         "engine/attention.py",
         "engine/calibration.py",
+        "engine/busy.py",
         "engine/collectives.py",
         "engine/control.py",
         "engine/driven.py",

@@ -107,7 +107,13 @@ MESSAGES = [
     ),
     replies.NotLoaded(request=1, error="WorkerError: no memory"),
     replies.Unloaded(request=9),
-    replies.Ran(request=4, num_forwards=9, seconds=0.01, bytes_between_ranks=1 << 20),
+    replies.Ran(
+        request=4,
+        num_forwards=9,
+        seconds=0.01,
+        bytes_between_ranks=1 << 20,
+        busy_seconds=0.008,
+    ),
     replies.Fetched(request=5, bytes_between_ranks=1 << 20),
     replies.Declined(request=2, reason="KeyError: 'sigmas'"),
     replies.Controlled(
@@ -126,6 +132,7 @@ MESSAGES = [
         seconds=0.061,
         bytes_between_ranks=123,
         bytes_written=456,
+        busy_seconds=0.05,
     ),
     probing.Probed(
         request=6,
