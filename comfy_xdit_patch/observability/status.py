@@ -34,6 +34,10 @@ class RunReport:
     ms_per_step: float | None
     strategy: str | None
     plan: str | None
+    is_exact: bool
+    """Not with PipeFusion, but for its first calls."""
+    steps_warm_up: int
+    """Exact calls of PipeFusion."""
     ranks: int
 
 
@@ -46,6 +50,7 @@ class RunCounts:
     fall_backs: Counter[str] = field(default_factory=Counter)
     gathered: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
+    warm_ups: int = 0
 
     def report(self, *, ranks: int) -> RunReport:
         parallel = len(self.parallel_seconds)
@@ -61,6 +66,8 @@ class RunCounts:
             ms_per_step=statistics.median(self.parallel_seconds) * 1000 if parallel else None,
             strategy=self.plan.strategy if parallel and self.plan else None,
             plan=self.plan.name if self.plan else None,
+            is_exact=self.plan is None or self.plan.is_exact,
+            steps_warm_up=self.warm_ups,
             ranks=ranks if parallel else 1,
         )
 

@@ -16,6 +16,7 @@ from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
+from comfy_xdit_patch.patching.streams import Streams
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import Strategy
@@ -46,6 +47,8 @@ class Run:
     compared: set[tuple[int, str]] = field(default_factory=set)
     """What was compared with the workers' weights in this run."""
     generation: int = 0
+    streams: Streams = field(default_factory=Streams)
+    """PipeFusion's: which of the calls are exact."""
 
 
 class Holding:
@@ -136,6 +139,10 @@ class Holding:
             known = run.models[id(model)] = loaded
             run.compared.add(self._weights.comparison(known, state))
         return known
+
+    def state_key(self, known: KnownModel) -> str:
+        """Name the state of the weights that every rank holds of a model."""
+        return self._weights.state_key(known)
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:
         """What others hung on single modules of a model. Looked for once a run."""

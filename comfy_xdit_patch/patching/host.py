@@ -24,6 +24,7 @@ from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
+from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.pool_status import pool_status
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.remote_control import RemoteControl
@@ -74,6 +75,7 @@ class Host:
             pristine=pristine,
             totals=self.totals,
             hooks=self.hooks,
+            pipelines=Pipelines(wire),
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
@@ -106,6 +108,8 @@ class Host:
         """Close the books of a run, and say one line about it if FLUX took part."""
         report = run.counts.report(ranks=self.pool.world_size)
         self._remote.gone_objects += [number for _, number in run.objects.values()]
+        with self._lock:
+            self._steps.end(run)
         if report.steps:
             self.totals.runs += 1
             if report.steps_parallel and LOST.reason not in report.fall_back_reasons:

@@ -78,6 +78,10 @@ class RemoteWeights:
         held = self._held.get(known.number)
         return held is not None and held[1] == mode and key in (None, held[0])
 
+    def state_key(self, known: KnownModel) -> str:
+        """Name the state in which every rank holds this model; empty if none does."""
+        return self._held.get(known.number, ("",))[0]
+
     def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
         """Name what is compared once a run: stored weights, or those in use in each state."""
         return known.number, state.key if self._verifies else ""

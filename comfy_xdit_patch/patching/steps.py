@@ -25,6 +25,7 @@ from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.ring import no_ring
 from comfy_xdit_patch.planning.eligibility import (
@@ -66,6 +67,7 @@ class ParallelSteps:
         pristine: Pristine,
         totals: Totals,
         hooks: LeftOutHooks,
+        pipelines: Pipelines,
     ) -> None:
         self._remote = remote
         self._driven = driven
@@ -73,6 +75,7 @@ class ParallelSteps:
         self._pristine = pristine
         self._totals = totals
         self._hooks = hooks
+        self.pipelines = pipelines
         self._numbers = itertools.count(1)
 
     def run(
@@ -129,6 +132,13 @@ class ParallelSteps:
         )
         if isinstance(plan, Refusal):
             return plan
+        options = arguments.get("transformer_options") or {}
+        if plan.pipefusion_degree > 1:
+            refusal = self.pipelines.refusal(
+                flux, options, plan=plan, changes=changes, carried=carried
+            )
+            if refusal is not None:
+                return refusal
         if changes and (plan.sequence_degree == 1 or carried.keeps_references):
             return changes[0]
         try:
@@ -143,6 +153,16 @@ class ParallelSteps:
             if isinstance(known, Refusal):
                 return known
             if not changes:
+                pipeline = None
+                if plan.pipefusion_degree > 1:
+                    pipeline = self.pipelines.of_call(
+                        run,
+                        arguments,
+                        plan=plan,
+                        workload=workload,
+                        model=(known.number, self._holding.state_key(known)),
+                        patches=carried.tree,
+                    )
                 out = self._remote.forward(
                     known.number,
                     arguments_of(flux, arguments),
@@ -150,8 +170,10 @@ class ParallelSteps:
                     patches=carried.tree,
                     out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                     poll=poll,
+                    pipeline=pipeline,
                 )
                 run.counts.plan = plan
+                run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
                 return _checked(Step(out, gathered_for=carried.gathered))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
@@ -177,6 +199,14 @@ class ParallelSteps:
             return Refusal("a node left a rank without tokens", Scope.STEP)
         except UncarriedArgumentError as error:
             return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+
+    def end(self, run: Run) -> None:
+        """Have the workers free what they keep for a run."""
+        try:
+            self.pipelines.end(run)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            self._totals.last_loss_unix_s = time.time()
 
     def reaches_us(self, base_model: Any) -> bool:
         """Whether a model's next call comes here as a whole, for all that can be seen now."""

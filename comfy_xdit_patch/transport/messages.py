@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, get_args
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
 from comfy_xdit_patch.transport.replies import (
     Alive,
@@ -150,6 +150,7 @@ Message: TypeAlias = (
     | Control
     | RunBlock
     | Fetch
+    | Free
     | Forget
     | Stop
     | Joined

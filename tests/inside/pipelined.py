@@ -1,0 +1,79 @@
+"""Bodies that make the calls of a sampling run one by one, as a sampler does.
+
+Runs in: a ComfyUI process of ``process.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import comfy.model_management
+import torch
+from forwards import inputs, patcher_of, status
+
+Call = dict[str, Any]
+
+
+def _host() -> Any:
+    activation = sys.modules.get("comfy_xdit_patch.activation")
+    return None if activation is None else activation.ACTIVATION.host
+
+
+def use_pipeline(num_patches: int | None = None, warm_up: int = 1) -> None:
+    """Cut calls into so many patches; make so many exact calls at first."""
+    pipelines = _host()._steps.pipelines
+    pipelines.num_patches, pipelines.num_warm_up_calls = num_patches, warm_up
+
+
+def run(
+    path: str,
+    out: str,
+    calls: list[Call],
+    options: dict[str, Any] | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """Make calls within one sampling run, and save all outputs.
+
+    Args:
+        calls: each may have ``sigma``; ``noise``: how much of a second noise the latent has;
+            ``cond``: which prompt and stream; ``sizes`` of this call; ``falls_back``.
+    """
+    patcher = patcher_of(path, **(options or {}))
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    base, host = patcher.model, _host()
+    schedule = torch.linspace(1.0, 0.0, 11)
+    current = None if host is None else host.begin_run(patcher)
+    token = None if host is None else host.current_run.set(current)
+    outputs, warm_ups = [], []
+    try:
+        for call in calls:
+            cond = call.get("cond", 0)
+            arguments = inputs(base, **{**sizes, **call.get("sizes", {})}, seed=cond)
+            shape = arguments["x"].shape
+            first, second = (
+                torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)
+            )
+            sigma = torch.full((shape[0],), call.get("sigma", 0.8))
+            arguments |= {"x": first + call.get("noise", 0.0) * second, "t": sigma}
+            if call.get("prompt"):
+                arguments["c_crossattn"] = arguments["c_crossattn"].flip(-1)
+            transformer_options = {
+                "sample_sigmas": schedule,
+                "sigmas": sigma,
+                "cond_or_uncond": [call.get("stream", cond)],
+                "uuids": [f"cond {call.get('stream', cond)}"],
+                **call.get("transformer_options", {}),
+            }
+            with torch.inference_mode():
+                result = base.apply_model(**arguments, transformer_options=transformer_options)
+            outputs.append(result)
+            warm_ups.append(0 if current is None else current.counts.warm_ups)
+    finally:
+        if host is not None:
+            host.current_run.reset(token)
+            host.end_run(current)
+    torch.save(outputs, out)
+    counted = zip([0, *warm_ups], warm_ups, strict=False)
+    return {"status": status(), "exact": [now > before for before, now in counted]}
