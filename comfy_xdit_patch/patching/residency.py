@@ -14,6 +14,7 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     MODES,
@@ -63,14 +64,26 @@ class Residency:
             return Placement("full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
+        flux = flux_of(base_model)
+        num_rows = -(-workload.batch_size // plan.batch_degree)
+        is_pipeline = plan.pipefusion_degree > 1
         load = TokenLoad(
             num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
             num_text_tokens=workload.num_text_tokens,
-            hidden_size=flux_of(base_model).hidden_size,
-            num_rows=-(-workload.batch_size // plan.batch_degree),
+            hidden_size=flux.hidden_size,
+            num_rows=num_rows,
             bytes_per_value=dtype.itemsize,
+            num_shards=plan.ulysses_degree if is_pipeline else None,
+            kept_bytes=kept_bytes(
+                plan,
+                workload,
+                num_blocks=len(flux.double_blocks) + len(flux.single_blocks),
+                token_bytes=flux.hidden_size * dtype.itemsize,
+            ),
         )
-        choice = plan_residency(self._sizes[base_model], load, cards=cards)
+        choice = plan_residency(
+            self._sizes[base_model], load, cards=cards, can_shard=not is_pipeline
+        )
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()

@@ -15,6 +15,7 @@ from comfy_xdit_patch.planning.candidate import SINGLE, Candidate, candidates
 from comfy_xdit_patch.planning.cost import Time, predict
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
+from comfy_xdit_patch.planning.pipeline import MIN_STEPS
 from comfy_xdit_patch.planning.plan_memory import need, streamed_bytes
 from comfy_xdit_patch.planning.residency import Need
 from comfy_xdit_patch.planning.strategies import Asked
@@ -28,9 +29,6 @@ MAX_NAMED = 8
 """Plans that a refusal names."""
 
 AUTO = Asked()
-
-PIPEFUSION_MIN_STEPS = 5
-"""PipeFusion begins with exact steps; in fewer there is nothing to gain and much to lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +125,8 @@ def why_not(plan: Candidate, job: Job) -> Refusal | None:
         return Refusal(f"ulysses x tensor is more than the model's {workload.num_heads} heads")
     if workload.num_heads % plan.tensor:
         return Refusal(f"tensor={plan.tensor} does not divide {workload.num_heads} heads")
-    if plan.pipefusion > 1 and job.num_steps < PIPEFUSION_MIN_STEPS:
-        return Refusal(f"PipeFusion needs {PIPEFUSION_MIN_STEPS} steps or more")
+    if plan.pipefusion > 1 and job.num_steps < MIN_STEPS:
+        return Refusal(f"PipeFusion needs {MIN_STEPS} steps or more")
     if plan.pipefusion > shape.num_blocks:
         return Refusal(f"pipefusion={plan.pipefusion} is more than the {shape.num_blocks} blocks")
     return None

@@ -76,3 +76,18 @@ def stage_blocks(plan: ParallelPlan, rank: int, num_blocks: int) -> range:
     is_even = len(set(speeds)) == 1 and num_blocks >= len(speeds)
     sizes = even if is_even else proportional(num_blocks, [s or 1 for s in speeds], minimum=1)
     return range(*bounds(tuple(sizes))[plan.stage_index(rank)])
+
+
+def kept_bytes(plan: ParallelPlan, workload: Workload, *, num_blocks: int, token_bytes: int) -> int:
+    """Bytes of keys and values that the tightest rank keeps for one stream of calls.
+
+    Args:
+        token_bytes: of one token's features.
+    """
+    if plan.pipefusion_degree == 1:
+        return 0
+    most = max(len(stage_blocks(plan, rank, num_blocks)) for rank in range(plan.world_size))
+    num_rows = -(-workload.batch_size // plan.batch_degree)
+    num_visual = workload.num_image_tokens + workload.num_reference_tokens
+    num_tokens = num_rows * (workload.num_text_tokens + num_visual)
+    return 2 * most * -(-num_tokens * token_bytes // plan.ulysses_degree)

@@ -31,6 +31,7 @@ def need(plan: Candidate, job: Job, machine: Machine) -> Need:
         num_rows=workload.batch_size,
         bytes_per_value=COMPUTE_BYTES,
         kept_bytes=kept,
+        num_shards=plan.batch * plan.sequence * plan.tensor,
     )
     cards = tuple(
         Card(gpu.memory_bytes, gpu.memory_bytes, has_host=plan.world_size > 1 and rank == 0)

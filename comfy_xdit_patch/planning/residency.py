@@ -78,6 +78,9 @@ class TokenLoad:
     bytes_per_value: int = 2
     kept_bytes: int = 0
     """Keys and values that a rank keeps from one step to the next (PipeFusion)."""
+    num_shards: int | None = None
+    """How many ranks have different tokens at a time; all of them, unless in a pipeline, whose
+    stages compute an exact call one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +152,17 @@ class ResidencyPlan:
 
 
 def plan_residency(
-    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...]
+    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...], can_shard: bool = True
 ) -> ResidencyPlan | Refusal:
     """Take the first of full, sharded and offload that fits on every card.
 
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
     links between cards once a step, offload moves them over the bus to CPU memory.
+
+    Args:
+        can_shard: all ranks run the same blocks at the same time.
     """
-    modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
+    modes: tuple[Mode, ...] = MODES if len(cards) > 1 and can_shard else ("full", "offload")
     tried: list[Need] = []
     for mode in modes:
         tried.append(need_of(mode, model, load, cards=cards))
@@ -180,7 +186,7 @@ def _costs(
     mode: Mode, model: ModelSizes, load: TokenLoad, card: Card, num_ranks: int
 ) -> tuple[Cost, ...]:
     whole = load.num_image_tokens + load.num_text_tokens
-    local = -(-whole // num_ranks)
+    local = -(-whole // (load.num_shards or num_ranks))
     values = BLOCK_VALUES_PER_TOKEN + (EXCHANGE_VALUES_PER_TOKEN if num_ranks > 1 else 0)
     embedded = whole if num_ranks > 1 else 0  # the whole, kept beside the shard that is cut from it
     token_bytes = load.num_rows * load.hidden_size * load.bytes_per_value

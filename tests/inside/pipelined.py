@@ -10,7 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from forwards import inputs, patcher_of, status
+from forwards import NODE_OPTIONS, inputs, node_options, patcher_of, status
 
 Call = dict[str, Any]
 
@@ -77,3 +77,19 @@ def run(
     torch.save(outputs, out)
     counted = zip([0, *warm_ups], warm_ups, strict=False)
     return {"status": status(), "exact": [now > before for before, now in counted]}
+
+
+def lone(path: str, sigmas: int = 11, **case: Any) -> None:
+    """Make one call with this many sigmas in the run, none for 0, and a node's patches."""
+    patcher = patcher_of(path)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    transformer_options = node_options(
+        **{name: case.pop(name) for name in list(case) if name in NODE_OPTIONS}
+    )
+    if sigmas:
+        transformer_options["sample_sigmas"] = torch.linspace(1.0, 0.0, sigmas)
+    with torch.inference_mode():
+        patcher.model.apply_model(
+            **inputs(patcher.model, **case), transformer_options=transformer_options
+        )

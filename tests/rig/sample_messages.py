@@ -56,7 +56,9 @@ MESSAGES = [
         weights=[],
         arguments=TREE,
         result=0,
+        pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
     ),
+    calls.Free(request=9, streams=[3, 4]),
     calls.Control(
         request=3,
         model=4,
