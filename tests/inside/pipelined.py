@@ -9,6 +9,9 @@ import sys
 from typing import Any
 
 import comfy.model_management
+import comfy.sample
+import comfy.sd
+import comfy.utils
 import torch
 from forwards import NODE_OPTIONS, inputs, node_options, patcher_of, status
 
@@ -93,3 +96,36 @@ def lone(path: str, sigmas: int = 11, **case: Any) -> None:
         patcher.model.apply_model(
             **inputs(patcher.model, **case), transformer_options=transformer_options
         )
+
+
+def image(
+    path: str, out: str, vae: str, sampler: str, steps: int, size: int, seed: int = 5
+) -> dict[str, Any]:
+    """Sample an image with one of ComfyUI's samplers; save its latent and its pixels."""
+    patcher = patcher_of(path)
+    generator = torch.Generator().manual_seed(seed)
+    params = patcher.model.diffusion_model.params
+    context = torch.randn(1, 77, params.context_in_dim, generator=generator)
+    pooled = torch.randn(1, params.vec_in_dim, generator=generator)
+    cond = [[context, {"pooled_output": pooled, "guidance": 3.5}]]
+    empty = torch.zeros(1, 16, size // 8, size // 8)
+    latent = comfy.sample.sample(
+        patcher,
+        comfy.sample.prepare_noise(empty, seed),
+        steps,
+        1.0,
+        sampler,
+        "simple",
+        cond,
+        cond,
+        empty,
+        disable_pbar=True,
+        seed=seed,
+    )
+    if vae not in _vaes:
+        _vaes[vae] = comfy.sd.VAE(sd=comfy.utils.load_torch_file(vae))
+    torch.save((latent, _vaes[vae].decode(latent)[0]), out)
+    return status()
+
+
+_vaes: dict[str, Any] = {}
