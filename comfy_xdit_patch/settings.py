@@ -66,8 +66,11 @@ VARIABLES = (
         "conditional and unconditional half of CFG) is shared first, then the token sequence. "
         "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
         "`ring` tokens by passing keys and values round, `usp` tokens by both. A plan gives the "
-        "degree of each axis, in any order; their product is the number of ranks. All of them are "
-        "exact. A call that the named strategy cannot share runs on one GPU, and the log says why. "
+        "degree of each axis, in any order; their product is the number of ranks. All of these are "
+        "exact. `pipefusion` is an approximation, used only by name or in a plan such as "
+        "`pipefusion=2,ulysses=2`: blocks in stages, tokens in patches that stream through them, "
+        "keys and values of the step before for the patches to come. "
+        "A call that the named strategy cannot share runs on one GPU, and the log says why. "
         "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
     ),
     Variable(
