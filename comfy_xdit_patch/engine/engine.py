@@ -95,6 +95,8 @@ class Engine:
         arguments = self._slots.fetch(message.arguments)
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
+        # A shard is gathered by all ranks at once, and stages run different blocks.
+        assert resident.blocks is None or plan.pipefusion_degree == 1
         with torch.inference_mode():
             gathered = 0
             if resident.blocks is not None:

@@ -21,6 +21,7 @@ from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.pipeline import MIN_STEPS, NUM_WARM_UP_CALLS, num_patches
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.transport.calls import Free, Tree
+from comfy_xdit_patch.workers.pool import PoolState
 
 CONDITIONING = ("context", "y", "ref_latents", "ref_latents_method", "attention_mask")
 """Arguments that are the same in all calls of a stream. ``guidance`` may move like sigma."""
@@ -75,6 +76,7 @@ class Pipelines:
         flux: Any,
         options: Mapping[str, Any],
         *,
+        run: Run,
         plan: ParallelPlan,
         changes: Sequence[Refusal],
         carried: CarriedPatches,
@@ -102,6 +104,8 @@ class Pipelines:
             return Refusal(
                 f"pipefusion={plan.pipefusion_degree} is more than the {num_blocks} blocks"
             )
+        if not run.is_flux:
+            return Refusal("PipeFusion has to know where a run begins and ends")
         return None
 
     def of_call(
@@ -144,7 +148,8 @@ class Pipelines:
     def end(self, run: Run) -> None:
         """Free what the ranks keep for the streams of a run."""
         numbers = run.streams.numbers
-        is_there = self._wire.pool.generation == self._wire.generation
+        pool = self._wire.pool
+        is_there = pool.state is PoolState.READY and pool.generation == self._wire.generation
         if numbers and is_there:
             run.streams.clear()
             self._wire.request(lambda request: Free(request, numbers), poll=lambda: None)

@@ -135,7 +135,7 @@ class ParallelSteps:
         options = arguments.get("transformer_options") or {}
         if plan.pipefusion_degree > 1:
             refusal = self.pipelines.refusal(
-                flux, options, plan=plan, changes=changes, carried=carried
+                flux, options, run=run, plan=plan, changes=changes, carried=carried
             )
             if refusal is not None:
                 return refusal

@@ -161,6 +161,7 @@ def test_a_run_that_cannot_be_pipelined_is_refused_with_its_reason(
         ("a node set a attn1_output_patch", path, ODD | {"patches_attention": True}),
         ("a node chose the attention function", path, ODD | {"chooses_attention": True}),
         ("has to know the sigmas of the run", path, ODD | {"sigmas": 0}),
+        ("where a run begins and ends", path, ODD),
         ("needs 5 steps or more", path, ODD | {"sigmas": 5}),
     ]
     with following(ranks, "pipefusion"):

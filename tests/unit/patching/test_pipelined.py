@@ -13,6 +13,7 @@ from comfy_xdit_patch.patching.carried import CarriedPatches
 from comfy_xdit_patch.patching.holding import Run
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.workers.pool import PoolState
 
 PLAN = ParallelPlan(2, 1, 1, pipefusion_degree=2)
 WORKLOAD = Workload(batch_size=1, num_text_tokens=77, num_image_tokens=64, num_heads=4)
@@ -24,7 +25,7 @@ class Wire:
 
     def __init__(self):
         self.generation = 1
-        self.pool = SimpleNamespace(generation=1)
+        self.pool = SimpleNamespace(generation=1, state=PoolState.READY)
         self.requests = []
 
     def request(self, message, *, poll):
@@ -137,8 +138,13 @@ def test_the_end_of_a_run_frees_its_streams_once(pipelines, wire):
     assert len(message.streams) == 2
 
 
-def test_nothing_is_asked_of_new_workers_or_for_a_run_without_streams(pipelines, wire):
+def test_nothing_is_asked_of_lost_or_new_workers_or_for_a_run_without_streams(pipelines, wire):
     pipelines.end(Run())
+    lost = Run()
+    exact(pipelines, lost, {})
+    wire.pool.state = PoolState.BROKEN
+    pipelines.end(lost)
+    wire.pool.state = PoolState.READY
     run = Run()
     exact(pipelines, run, {})
     wire.pool.generation = 2
@@ -146,10 +152,15 @@ def test_nothing_is_asked_of_new_workers_or_for_a_run_without_streams(pipelines,
     assert wire.requests == []
 
 
-def refusal(pipelines, *, flux=None, plan=PLAN, changes=(), carried=None, **options):
+def refusal(pipelines, *, flux=None, plan=PLAN, changes=(), carried=None, is_run=True, **options):
     options = {"sample_sigmas": SIGMAS, **options}
     return pipelines.refusal(
-        flux or Flux(), options, plan=plan, changes=changes, carried=carried or CarriedPatches()
+        flux or Flux(),
+        options,
+        run=Run(is_flux=is_run),
+        plan=plan,
+        changes=changes,
+        carried=carried or CarriedPatches(),
     )
 
 
@@ -166,6 +177,7 @@ TREE = {"patches": {}, "skip": [], "attention": None}
     [
         ({"sample_sigmas": torch.zeros(5)}, "needs 5 steps or more"),
         ({"sample_sigmas": None}, "has to know the sigmas"),
+        ({"is_run": False}, "where a run begins and ends"),
         ({"context_window": object()}, "cut into windows"),
         ({"flux": Radiance()}, "work on pixels"),
         ({"plan": ParallelPlan(5, 1, 1, pipefusion_degree=5)}, "pipefusion=5 is more than the 4"),
