@@ -117,6 +117,8 @@ class Holding:
         if state.is_hooked and place.mode != "full":
             # Each change of hooks would load the shards, or what lies in CPU memory, again.
             return Refusal("hook-scheduled weight patches need the whole model on every card")
+        if place.mode == "staged" and state.tree["bypass"] is not None:
+            return Refusal("bypass LoRAs need the whole model on every card")
         if is_guest and (place.mode != "full" or not self._weights.leaves(place.room_bytes)):
             return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         if not is_guest:
@@ -125,9 +127,9 @@ class Holding:
             run.generation = self._pool.generation
             run.compared.clear()
         # Also once in every run: the host's weights are compared with the workers' again.
-        is_held = self._weights.holds(known, place.mode, state.key)
+        is_held = self._weights.holds(known, place.name, state.key)
         is_compared = self._weights.comparison(known, state) in run.compared
-        is_compared = is_compared and self._weights.holds(known, place.mode)
+        is_compared = is_compared and self._weights.holds(known, place.name)
         if not (is_compared and is_held):
             if not (is_compared or is_held):
                 self._memory.make_room_for_workers(model)

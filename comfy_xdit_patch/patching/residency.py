@@ -14,10 +14,11 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.planning.pipeline import kept_bytes
+from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     MODES,
+    PIPELINE_MODES,
     RESERVED_BYTES,
     Card,
     Mode,
@@ -42,6 +43,14 @@ class Placement:
 
     mode: Mode
     room_bytes: int | None
+    plan: ParallelPlan | None = None
+    """Whose stages share the blocks, in the mode ``staged``."""
+
+    @property
+    def name(self) -> str:
+        """Name what every rank holds of the model."""
+        stages = "" if self.plan is None else f" {self.plan.grid} {self.plan.weights}"
+        return f"{self.mode}{stages}"
 
 
 class Residency:
@@ -59,14 +68,19 @@ class Residency:
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size."""
+        is_pipeline = plan.pipefusion_degree > 1
         cards = self._cards()
         if cards is None:
-            return Placement("full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
+            # CPU ranks: ComfyUI counts no RAM, nor do we.
+            return Placement("staged", None, plan) if is_pipeline else Placement("full", None)
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         flux = flux_of(base_model)
         num_rows = -(-workload.batch_size // plan.batch_degree)
-        is_pipeline = plan.pipefusion_degree > 1
+        num_blocks = len(flux.double_blocks) + len(flux.single_blocks)
+        sizes = self._sizes[base_model]
+        if is_pipeline:
+            sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
         load = TokenLoad(
             num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
             num_text_tokens=workload.num_text_tokens,
@@ -77,21 +91,21 @@ class Residency:
             kept_bytes=kept_bytes(
                 plan,
                 workload,
-                num_blocks=len(flux.double_blocks) + len(flux.single_blocks),
+                num_blocks=num_blocks,
                 token_bytes=flux.hidden_size * dtype.itemsize,
             ),
         )
-        choice = plan_residency(
-            self._sizes[base_model], load, cards=cards, can_shard=not is_pipeline
-        )
+        choice = plan_residency(sizes, load, cards=cards, is_pipeline=is_pipeline)
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()
-        before = self._modes.get(base_model, "full")
-        mode = max(before, choice.mode, key=MODES.index)
+        order = PIPELINE_MODES if is_pipeline else MODES
+        before = self._modes.get(base_model, choice.mode)
+        mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
         self._modes[base_model] = mode
         need = choice.needs[-1]
-        return Placement(mode, max(0, need.card.free_bytes - need.num_bytes))
+        room = max(0, need.card.free_bytes - need.num_bytes)
+        return Placement(mode, room, plan if mode == "staged" else None)
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]

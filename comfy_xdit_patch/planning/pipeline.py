@@ -78,6 +78,11 @@ def stage_blocks(plan: ParallelPlan, rank: int, num_blocks: int) -> range:
     return range(*bounds(tuple(sizes))[plan.stage_index(rank)])
 
 
+def most_blocks(plan: ParallelPlan, num_blocks: int) -> int:
+    """How many blocks the largest stage has."""
+    return max(len(stage_blocks(plan, rank, num_blocks)) for rank in range(plan.world_size))
+
+
 def kept_bytes(plan: ParallelPlan, workload: Workload, *, num_blocks: int, token_bytes: int) -> int:
     """Bytes of keys and values that the tightest rank keeps for one stream of calls.
 
@@ -86,7 +91,7 @@ def kept_bytes(plan: ParallelPlan, workload: Workload, *, num_blocks: int, token
     """
     if plan.pipefusion_degree == 1:
         return 0
-    most = max(len(stage_blocks(plan, rank, num_blocks)) for rank in range(plan.world_size))
+    most = most_blocks(plan, num_blocks)
     num_rows = -(-workload.batch_size // plan.batch_degree)
     num_visual = workload.num_image_tokens + workload.num_reference_tokens
     num_tokens = num_rows * (workload.num_text_tokens + num_visual)

@@ -12,7 +12,7 @@ Per card, with N ranks, S tokens of a rank's rows, D features and e bytes for ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from comfy_xdit_patch.errors import Refusal
@@ -46,10 +46,13 @@ one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ra
 NUM_WINDOWS = 2
 """Blocks in whole form at a time: the one that computes, and the one that is gathered or copied."""
 
-Mode = Literal["full", "sharded", "offload"]
+Mode = Literal["full", "staged", "sharded", "offload"]
 MODES: tuple[Mode, ...] = ("full", "sharded", "offload")
+PIPELINE_MODES: tuple[Mode, ...] = ("staged", "offload")
+"""A shard is gathered by all ranks at once, and the stages of a pipeline run different blocks."""
 MODE_NAMES = {
     "full": "all weights on every card",
+    "staged": "each stage's weights on its cards",
     "sharded": "weights sharded over the ranks",
     "offload": "weights in CPU memory",
 }
@@ -65,6 +68,12 @@ class ModelSizes:
     cast_bytes: int = 0
     """The largest weight in compute dtype, where that is not the stored dtype: fp8 weights are
     cast at every use, one at a time."""
+
+    def part(self, num_blocks: int, of_blocks: int) -> ModelSizes:
+        """Return the sizes of a model that has some of the blocks."""
+        blocks = self.total_bytes - self.outside_blocks_bytes
+        some = -(-blocks * num_blocks // of_blocks)
+        return replace(self, total_bytes=self.outside_blocks_bytes + some)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,7 @@ class ResidencyPlan:
 
 
 def plan_residency(
-    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...], can_shard: bool = True
+    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...], is_pipeline: bool = False
 ) -> ResidencyPlan | Refusal:
     """Take the first of full, sharded and offload that fits on every card.
 
@@ -160,9 +169,11 @@ def plan_residency(
     links between cards once a step, offload moves them over the bus to CPU memory.
 
     Args:
-        can_shard: all ranks run the same blocks at the same time.
+        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
     """
-    modes: tuple[Mode, ...] = MODES if len(cards) > 1 and can_shard else ("full", "offload")
+    modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
+    if is_pipeline:
+        modes = PIPELINE_MODES
     tried: list[Need] = []
     for mode in modes:
         tried.append(need_of(mode, model, load, cards=cards))
@@ -210,7 +221,7 @@ def _costs(
 
 
 def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
-    if mode == "full":
+    if mode in ("full", "staged"):
         return [Cost("weights", model.total_bytes)]
     blocks = model.total_bytes - model.outside_blocks_bytes
     outside = Cost("weights outside of the blocks", model.outside_blocks_bytes)

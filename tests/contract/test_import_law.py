@@ -90,6 +90,7 @@ IMPORTERS = {
         "engine/patch_attention.py",
         "engine/pipelined_sequence.py",
         "engine/stage.py",
+        "engine/staged_blocks.py",
         "patching/carried.py",
         "patching/controls.py",
         "patching/deferred.py",

@@ -45,6 +45,8 @@ MESSAGES = [
         mode="sharded",
         room_bytes=1 << 33,
         verify=True,
+        grid=[1, 2, 1, 1, 1],
+        weights=[2, 1],
     ),
     messages.Unload(request=9),
     messages.GiveWay(request=9, ranks=[0]),

@@ -7,7 +7,13 @@ import dataclasses
 import pytest
 
 from comfy_xdit_patch.errors import PlanError
-from comfy_xdit_patch.planning.pipeline import kept_bytes, num_patches, patch_shares, stage_blocks
+from comfy_xdit_patch.planning.pipeline import (
+    kept_bytes,
+    most_blocks,
+    num_patches,
+    patch_shares,
+    stage_blocks,
+)
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 
 IMAGE_1024 = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
@@ -93,6 +99,11 @@ def test_every_token_is_in_one_shard_of_one_patch(text, image, ulysses, referenc
     ]
     assert sorted(tokens) == [*range(text + image + references)]
     assert sum(shares.heads) == 24
+
+
+def test_the_largest_stage_counts():
+    assert most_blocks(pipeline(4, ulysses=2), 57) == 15
+    assert most_blocks(pipeline(2, weights=(3, 1)), 57) == 43
 
 
 def test_keys_and_values_take_two_features_for_each_token_and_block_of_a_stage():
