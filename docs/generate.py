@@ -62,7 +62,7 @@ def pages() -> dict[str, str]:
 
 def settings_page() -> str:
     """Return the page of all XDIT_* variables."""
-    from comfy_xdit_patch.settings import VARIABLES
+    from comfy_xdit_patch.variables import VARIABLES
 
     lines = [
         MADE.format(source="comfy_xdit_patch/settings.py"),

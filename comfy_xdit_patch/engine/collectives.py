@@ -75,6 +75,22 @@ def pass_on_async(
     return works
 
 
+def send_async(data: torch.Tensor, *, to: int, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to send to one rank of the group; keep ``data`` as it is until the work is done."""
+    _count()
+    work = dist.isend(data, dist.get_global_rank(group, to), group)
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def receive_async(out: torch.Tensor, *, source: int, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to fill ``out`` from one rank of the group."""
+    _count()
+    work = dist.irecv(out, dist.get_global_rank(group, source), group)
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
 def all_reduce_max(value: torch.Tensor) -> None:
     """Make ``value`` the largest that any rank of the world has."""
     _count()

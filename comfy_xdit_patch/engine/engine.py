@@ -16,6 +16,7 @@ from comfy_xdit_patch.engine.control import control_share
 from comfy_xdit_patch.engine.driven import DrivenBlocks
 from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.kept_keys import StreamKeys
 from comfy_xdit_patch.engine.patches import ModelPatches, Objects
 from comfy_xdit_patch.engine.placing import Progress
 from comfy_xdit_patch.engine.probe import probe
@@ -25,10 +26,18 @@ from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
-from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
-from comfy_xdit_patch.transport.replies import Controlled, Done, Fetched, Loaded, NotLoaded, Ran
+from comfy_xdit_patch.transport.replies import (
+    Controlled,
+    Done,
+    Fetched,
+    Loaded,
+    NotLoaded,
+    Ran,
+    Unloaded,
+)
 from comfy_xdit_patch.transport.slots import SlotMap
 
 log = logging.getLogger(__name__)
@@ -44,6 +53,7 @@ class Engine:
         self._residuals = Residuals()
         self._objects = Objects()
         self._driven = DrivenBlocks(groups)
+        self._streams = StreamKeys()
         self._num_forwards = 0
 
     def load(self, message: Load, progress: Progress) -> Loaded | NotLoaded:
@@ -97,6 +107,8 @@ class Engine:
         arguments = self._slots.fetch(message.arguments)
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
+        # A shard is gathered by all ranks at once, and stages run different blocks.
+        assert resident.blocks is None or plan.pipefusion_degree == 1
         with torch.inference_mode():
             gathered = 0
             if resident.blocks is not None:
@@ -112,13 +124,16 @@ class Engine:
                 scaled={} if resident.blocks is not None else resident.scaled,
                 residuals=self._residuals,
                 patches=patches,
+                streams=self._streams,
+                pipeline=message.pipeline,
             )
             if resident.blocks is not None:
                 bytes_sent += resident.blocks.bytes_gathered - gathered
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
             bytes_written = 0
-            if plan.sequence_index(rank) == 0:
+            is_last_stage = plan.stage_index(rank) + 1 == plan.pipefusion_degree
+            if is_last_stage and plan.sequence_index(rank) == 0:
                 first, end = plan.batch_rows(rank, batch)
                 self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
                 bytes_written = rows.nbytes
@@ -158,6 +173,11 @@ class Engine:
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
         )
+
+    def free(self, message: Free) -> Unloaded:
+        """Free what PipeFusion kept for streams that are over."""
+        self._streams.forget(message.streams)
+        return Unloaded(message.request)
 
     def forget(self, message: Forget) -> None:
         """Free what the host does not refer to any more."""

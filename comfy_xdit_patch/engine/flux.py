@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.kept_keys import StreamKeys
 from comfy_xdit_patch.engine.patches import ModelPatches
+from comfy_xdit_patch.engine.pipelined_sequence import pipelined_sequence
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.rows import rows_of
 from comfy_xdit_patch.engine.sharded_sequence import sharded_sequence, whole_counts
@@ -37,6 +39,8 @@ def forward_share(
     scaled: ScaledLayers,
     residuals: Residuals,
     patches: ModelPatches | None,
+    streams: StreamKeys,
+    pipeline: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Compute the rows of this rank's batch share, together with its sequence group.
 
@@ -46,10 +50,12 @@ def forward_share(
         scaled: its layers of old scaled fp8.
         patches: of nodes, which ``arguments`` do not hold.
         residuals: what ControlNets left on this rank; ``control`` refers to them.
+        streams: keys and values that PipeFusion keeps.
+        pipeline: how this call uses them; see ``pipelined_sequence``.
 
     Returns:
-        The output for this rank's rows, whole on every rank of the sequence group, and the bytes
-        this rank sent to other ranks.
+        The output for this rank's rows, whole on every rank of the sequence group (of the last
+        stage, in a pipeline), and the bytes this rank sent to other ranks.
 
     Collective:
         Every rank of the plan must call this with the same arguments.
@@ -60,6 +66,24 @@ def forward_share(
     num_image_tokens = num_tokens(flux, mine["x"])
     with ExitStack() as stack:
         bytes_sent: list[int] = []
+        if plan.pipefusion_degree > 1:
+            assert pipeline is not None
+            bytes_sent = stack.enter_context(
+                pipelined_sequence(
+                    flux,
+                    plan=plan,
+                    groups=groups,
+                    pipeline=pipeline,
+                    streams=streams,
+                    num_image_tokens=num_image_tokens,
+                    num_rows=arguments["x"].shape[0],
+                    scaled=scaled,
+                    residuals=residuals,
+                    patches=patches,
+                )
+            )
+            out = type(flux)._forward(flux, **mine)
+            return out, sum(bytes_sent)
         if plan.sequence_degree > 1:
             bytes_sent = stack.enter_context(
                 sharded_sequence(

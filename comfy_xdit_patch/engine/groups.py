@@ -24,11 +24,13 @@ class PlanGroups:
     """The groups of one rank under one plan. None where an axis has one rank.
 
     ``sequence`` shares the tokens of a row; ``ulysses`` and ``ring`` are the axes of its own grid.
+    ``pipeline`` has one rank of each stage.
     """
 
     sequence: dist.ProcessGroup | None
     ulysses: dist.ProcessGroup | None
     ring: dist.ProcessGroup | None
+    pipeline: dist.ProcessGroup | None = None
 
 
 class Groups:
@@ -106,7 +108,7 @@ class Groups:
             refuse_strangers()
 
     def _make(self, plan: ParallelPlan) -> PlanGroups:
-        if plan.sequence_degree == 1:
+        if plan.sequence_degree == plan.pipefusion_degree == 1:
             return PlanGroups(sequence=None, ulysses=None, ring=None)
         from xfuser.core.distributed.utils import RankGenerator
 
@@ -123,10 +125,12 @@ class Groups:
         rows = [tuple(ranks) for ranks in grid.get_ranks("sp")]
         near = [ranks[i : i + ulysses] for ranks in rows for i in range(0, degree, ulysses)]
         far = [ranks[i::ulysses] for ranks in rows for i in range(ulysses)]
+        stages = [tuple(ranks) for ranks in grid.get_ranks("pp")]
         return PlanGroups(
-            sequence=self._group(rows),
+            sequence=self._group(rows) if degree > 1 else None,
             ulysses=self._group(near) if ulysses > 1 else None,
             ring=self._group(far) if plan.ring_degree > 1 else None,
+            pipeline=self._group(stages) if plan.pipefusion_degree > 1 else None,
         )
 
     def _group(self, lists: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:

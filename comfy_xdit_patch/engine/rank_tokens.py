@@ -23,7 +23,12 @@ STREAMS = {"text": (0,), "image": (1, 2), "joint": (0, 1, 2)}
 class RankTokens:
     """One rank's place among the tokens of a call."""
 
-    def __init__(self, shares: SequenceShares, index: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, shares: SequenceShares, index: int, group: dist.ProcessGroup | None) -> None:
+        """Take a place.
+
+        Args:
+            group: the ranks that hold the shares; None where nothing is gathered.
+        """
         self.shares = shares
         self._index = index
         self._group = group
@@ -38,6 +43,10 @@ class RankTokens:
     def num_text_tokens(self) -> int:
         return sum(self.shares.text)
 
+    @property
+    def num_own_references(self) -> int:
+        return self.shares.reference[self._index]
+
     def gather(
         self, own: torch.Tensor, stream: str = "joint", *, dim: int = SEQUENCE_DIM
     ) -> torch.Tensor:
@@ -46,6 +55,7 @@ class RankTokens:
         Collective:
             Every rank of the sequence group calls this in the same order.
         """
+        assert self._group is not None
         places = [self._places(stream, rank) for rank in range(len(self.shares.text))]
         sizes = tuple(sum(end - start for start, end in of_rank) for of_rank in places)
         first_dims = own.transpose(SEQUENCE_DIM, dim)

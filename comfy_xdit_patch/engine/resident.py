@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.engine.overlay import Overlay
+from comfy_xdit_patch.engine.staged_blocks import StagedBlocks
 from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import stored_weights
@@ -40,6 +41,11 @@ class Resident:
     blocks: ShardedBlocks | None = None
     is_placed: bool = False
     digests: dict[str, str] = field(default_factory=dict)
+    staged: StagedBlocks = field(init=False)
+    """Which blocks are in place: those of this rank's stage, or all."""
+
+    def __post_init__(self) -> None:
+        self.staged = StagedBlocks(self.flux)
 
     @property
     def flux(self) -> Any:
@@ -73,6 +79,11 @@ class Resident:
             self.current, self.state, stored=self.stored, tensor=tensor, progress=progress
         )
 
+    def keep_stage(self, stage: range | None) -> None:
+        """Have the blocks of a stage only, all of them for None; it must be off the device."""
+        self.staged.keep(stage)
+        self.patcher.size = 0  # ComfyUI counts it once and clones the count.
+
     def take_off(self) -> None:
         """Take it off the device: its weights are the file's again, and nothing is moved."""
         self.is_placed = False
@@ -90,7 +101,7 @@ class Resident:
             self.is_placed = False
             self.overlay.take_off(self.current, restore=False)
             self._to_file()
-        elif model.model_lowvram and self.mode == "full":
+        elif model.model_lowvram and self.mode in ("full", "staged"):
             self.is_placed = False
             self.overlay.take_off(self.current, restore=True)
 
@@ -98,5 +109,5 @@ class Resident:
         """Put the stored weights in the place of those on the device, which are so freed."""
         import comfy.utils
 
-        for key, tensor in self.stored.items():
-            comfy.utils.set_attr_param(self.patcher.model, key, tensor)
+        for key in self.staged.in_place(self.stored):
+            comfy.utils.set_attr_param(self.patcher.model, key, self.stored[key])

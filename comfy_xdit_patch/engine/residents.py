@@ -23,7 +23,10 @@ from comfy_xdit_patch.engine.loading import load_patcher
 from comfy_xdit_patch.engine.overlay import Overlay
 from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_whole
 from comfy_xdit_patch.engine.resident import Resident
+from comfy_xdit_patch.engine.staged_blocks import BLOCK_LISTS
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
+from comfy_xdit_patch.planning.pipeline import stage_blocks
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint
 from comfy_xdit_patch.transport.messages import Load
@@ -58,11 +61,14 @@ class Residents:
                 resident = self._models[message.model] = self._load(message)
             # ComfyUI's books hold ModelPatchers weakly: the last one lives until the next is in.
             before = resident.current
-            if resident.mode != message.mode or resident.needs_other_patches(message.state):
-                if "sharded" in (resident.mode, message.mode):
+            stage = self._stage(message, resident)
+            is_same = resident.mode == message.mode and resident.staged.stage == stage
+            if not is_same or resident.needs_other_patches(message.state):
+                if "sharded" in (resident.mode, message.mode) or resident.staged.stage != stage:
                     resident.take_off()
+                    resident.keep_stage(stage)
                 resident.overlay.take_off(resident.current, restore=True)
-                resident.current = self._patched(resident.patcher, message.state)
+                resident.current = self._patched(resident, message.state)
                 resident.mode = message.mode
                 resident.is_placed = False
             if resident.key != message.key:
@@ -144,20 +150,29 @@ class Residents:
                 progress=progress,
             )
         else:
-            is_complete = resident.mode == "full"
+            is_complete = resident.mode in ("full", "staged")
             place_whole(resident.current, is_complete=is_complete, progress=progress)
         resident.is_placed = True
         for other in self._models.values():
             if other is not resident and other.blocks is None and other.is_placed:
                 other.follow_comfyui()
 
-    def _patched(self, patcher: Any, state: Tree) -> Any:
+    def _stage(self, message: Load, resident: Resident) -> range | None:
+        """Return the blocks that this rank is to have, None for all."""
+        if message.mode != "staged":
+            return None
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        num_blocks = sum(len(getattr(resident.flux, name)) for name in BLOCK_LISTS)
+        return stage_blocks(plan, self._groups.rank, num_blocks)
+
+    def _patched(self, resident: Resident, state: Tree) -> Any:
         """Return a clone of the ModelPatcher with the patches of a state, or itself for none."""
+        patcher = resident.patcher
         dtype = state["manual_cast_dtype"]
         if not (state["patches"] or state["force_cast_weights"] or dtype is not None):
             return patcher
         current = patcher.clone()
-        current.patches = decode(state["patches"], self._packs.tensor)
+        current.patches = resident.staged.cut(decode(state["patches"], self._packs.tensor))
         current.patches_uuid = uuid.uuid4()
         current.force_cast_weights = state["force_cast_weights"]
         if dtype is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -72,16 +72,6 @@ def sharded_sequence(
             values = call.arguments
             shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
             mine = RankTokens(shares, index, group)
-            for name, stream in STREAM_OF.items():
-                # Pixels become tokens further down.
-                if not (is_pixel_space and name == "img"):
-                    values[name] = mine.own(values[name], stream)
-            if values.get("control") is not None:
-                values["control"] = residuals.own(
-                    values["control"], shares=shares, mine=mine, group=group
-                )
-            if values.get("timestep_zero_index") is not None:
-                values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"], "image")
             attention = SequenceAttention(
                 shares=shares,
                 index=index,
@@ -89,15 +79,16 @@ def sharded_sequence(
                 function=None if patches is None else patches.attention,
                 wants_order=patches is not None and patches.wants_order,
             )
-            options = values["transformer_options"]
-            if REFERENCES in options:
-                num_references = shares.reference[index]
-                options = {**options, REFERENCES: [num_references] if num_references else []}
-            values["transformer_options"] = {
-                **({} if patches is None else patches.options(mine)),
-                **options,
-                "optimized_attention_override": attention,
-            }
+            keep_own(
+                values,
+                mine,
+                attention=attention,
+                patches=patches,
+                own_control=lambda control: residuals.own(
+                    control, shares=shares, mine=mine, group=group
+                ),
+                is_pixel_space=is_pixel_space,
+            )
             if is_pixel_space:
                 until_the_head_is_done.enter_context(
                     sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
@@ -108,6 +99,40 @@ def sharded_sequence(
 
         with own_attribute(flux, "forward_orig", forward_orig):
             yield bytes_sent
+
+
+def keep_own(
+    values: dict[str, Any],
+    mine: RankTokens,
+    *,
+    attention: Any,
+    patches: ModelPatches | None,
+    own_control: Callable[[Any], Any],
+    is_pixel_space: bool = False,
+) -> None:
+    """Cut the arguments of ``forward_orig`` to some tokens, and put attention over all of them in.
+
+    Args:
+        values: by name; changed in place.
+        own_control: cuts the residuals of ControlNets.
+    """
+    for name, stream in STREAM_OF.items():
+        # Pixels become tokens further down.
+        if not (is_pixel_space and name == "img"):
+            values[name] = mine.own(values[name], stream)
+    if values.get("control") is not None:
+        values["control"] = own_control(values["control"])
+    if values.get("timestep_zero_index") is not None:
+        values["timestep_zero_index"] = mine.ranges(values["timestep_zero_index"], "image")
+    options = values["transformer_options"]
+    if REFERENCES in options:
+        num_references = mine.num_own_references
+        options = {**options, REFERENCES: [num_references] if num_references else []}
+    values["transformer_options"] = {
+        **({} if patches is None else patches.options(mine)),
+        **options,
+        "optimized_attention_override": attention,
+    }
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import check_strategy, plan_call
 from comfy_xdit_patch.planning.survey import survey
 from comfy_xdit_patch.planning.topology import Device, choose_devices
-from comfy_xdit_patch.settings import VARIABLES, read_settings
+from comfy_xdit_patch.settings import read_settings
 from comfy_xdit_patch.strategy import AUTO, Strategy
+from comfy_xdit_patch.variables import VARIABLES
 
 CHECK_DEADLINE_S = 180
 ASK_DEADLINE_S = 3.0

@@ -32,10 +32,13 @@ def summary(run: RunReport, *, device_word: str) -> str:
     if not run.steps_parallel:
         reasons = "; ".join(run.fall_back_reasons) or "to compare"
         return f"xDiT: {run.steps} steps on one GPU ({reasons})"
+    plan = run.plan if run.is_exact else f"{run.plan}, approximate"
     text = (
-        f"xDiT: {run.steps_parallel} steps on {run.ranks} {device_word} ({run.plan}), "
+        f"xDiT: {run.steps_parallel} steps on {run.ranks} {device_word} ({plan}), "
         f"{run.steps_fell_back} fell back, {run.ms_per_step:.0f} ms/step"
     )
+    if not run.is_exact:
+        text += f", {run.steps_warm_up} exact as warm-up"
     if run.speedup is not None:
         text += f", {run.speedup:.2f}x of ComfyUI alone as measured here"
     if run.steps_measured:

@@ -17,7 +17,7 @@ from comfy_xdit_patch.planning.known_models import MODELS
 from comfy_xdit_patch.planning.machine import LINK_KINDS, LINK_NAMES, Machine
 from comfy_xdit_patch.planning.model_shape import PRECISIONS, workload_for
 from comfy_xdit_patch.planning.residency import gib
-from comfy_xdit_patch.planning.strategies import BUILT, STRATEGY_LEGAL, axes_of, parse_asked
+from comfy_xdit_patch.planning.strategies import STRATEGY_LEGAL, is_built, parse_asked
 
 NUM_ROWS = 12
 """Rows of the table, the fastest first, without ``--all``."""
@@ -160,7 +160,7 @@ def _cells(option: Option, choice: Choice) -> tuple[str, ...]:
     time, notes = option.time, []
     if option is choice.chosen:
         notes.append("<- taken")
-    if not axes_of(option.plan) <= BUILT:
+    if not is_built(option.plan):
         notes.append("not in this version")
     if not option.plan.is_exact:
         notes.append(f"approximate, by name only, {time.num_patches} patches")

@@ -39,6 +39,10 @@ class RunReport:
     speedup: float | None
     strategy: str | None
     plan: str | None
+    is_exact: bool
+    """Not with PipeFusion, but for its first calls."""
+    steps_warm_up: int
+    """Exact calls of PipeFusion."""
     ranks: int
 
 
@@ -54,6 +58,7 @@ class RunCounts:
     measured: int = 0
     one_seconds: float | None = None
     """What ``auto`` once measured for a step of this kind in ComfyUI alone."""
+    warm_ups: int = 0
 
     def report(self, *, ranks: int) -> RunReport:
         parallel = len(self.parallel_seconds)
@@ -72,6 +77,8 @@ class RunCounts:
             speedup=self.one_seconds / median if self.one_seconds and median else None,
             strategy=self.plan.strategy if parallel and self.plan else None,
             plan=self.plan.name if self.plan else None,
+            is_exact=self.plan is None or self.plan.is_exact,
+            steps_warm_up=self.warm_ups,
             ranks=ranks if parallel else 1,
         )
 

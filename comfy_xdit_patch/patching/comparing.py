@@ -39,13 +39,20 @@ def is_patched_here(patcher: Any) -> bool:
     )
 
 
-def verify(base_model: Any, theirs: Sequence[dict[str, str]], totals: Totals) -> Refusal | None:
-    """Compare the weights in use bit for bit, if the ranks were asked for digests."""
+def verify(
+    base_model: Any, theirs: Sequence[dict[str, str]], totals: Totals, *, is_whole: bool = True
+) -> Refusal | None:
+    """Compare the weights in use bit for bit, if the ranks were asked for digests.
+
+    Args:
+        is_whole: every rank has all weights; else the ranks together have them.
+    """
     if not any(theirs):
         return None
     ours = digests(flux_of(base_model))
+    everywhere = {*ours} if is_whole else {*ours}.difference(*theirs)
     for rank, found in enumerate(theirs):
-        wrong = [name for name in {*ours, *found} if ours.get(name) != found.get(name)]
+        wrong = [name for name in {*everywhere, *found} if ours.get(name) != found.get(name)]
         if wrong:
             name = min(wrong)
             totals.last_error = (
@@ -53,5 +60,5 @@ def verify(base_model: Any, theirs: Sequence[dict[str, str]], totals: Totals) ->
                 f"{name} is {found.get(name)} there and {ours.get(name)} here."
             )
             return Refusal("the weights in use on a rank are not ComfyUI's")
-        totals.weights_verified += len(ours)
+        totals.weights_verified += len(found)
     return None

@@ -140,6 +140,8 @@ class ControlNets:
         )
         if isinstance(plan, Refusal):
             return plan
+        if plan.pipefusion_degree > 1:
+            return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
         try:
             known = self._holding.hold(
                 model,

@@ -17,6 +17,7 @@ from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
+from comfy_xdit_patch.patching.streams import Streams
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import Strategy
@@ -51,6 +52,8 @@ class Run:
     """Its first call was made, and shares follow what others use of the devices."""
     weights: tuple[int, ...] | None = None
     """Those that this run keeps, if it must keep them."""
+    streams: Streams = field(default_factory=Streams)
+    """PipeFusion's: which of the calls are exact."""
 
 
 class Holding:
@@ -127,6 +130,8 @@ class Holding:
         if state.is_hooked and place.mode != "full":
             # Each change of hooks would load the shards, or what lies in CPU memory, again.
             return Refusal("hook-scheduled weight patches need the whole model on every card")
+        if place.mode == "staged" and state.tree["bypass"] is not None:
+            return Refusal("bypass LoRAs need the whole model on every card")
         if is_guest and (place.mode != "full" or not self._weights.leaves(place.room_bytes)):
             return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         if not is_guest:
@@ -135,9 +140,9 @@ class Holding:
             run.generation = self._pool.generation
             run.compared.clear()
         # Also once in every run: the host's weights are compared with the workers' again.
-        is_held = self._weights.holds(known, place.mode, state.key)
+        is_held = self._weights.holds(known, place.name, state.key)
         is_compared = self._weights.comparison(known, state) in run.compared
-        is_compared = is_compared and self._weights.holds(known, place.mode)
+        is_compared = is_compared and self._weights.holds(known, place.name)
         if not (is_compared and is_held):
             if not (is_compared or is_held):
                 self._memory.make_room_for_workers(model)
@@ -162,6 +167,10 @@ class Holding:
         if not plan.weights or self._residency.has_room_for_shares(model, workload, plan, dtype):
             return plan
         return replace(plan, weights=())
+
+    def state_key(self, known: KnownModel) -> str:
+        """Name the state of the weights that every rank holds of a model."""
+        return self._weights.state_key(known)
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:
         """What others hung on single modules of a model. Looked for once a run."""

@@ -14,25 +14,26 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
-from comfy_xdit_patch.observability.log import summary, warn_once
+from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.balance import PoolBalance
+from comfy_xdit_patch.patching.books import Books
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
-from comfy_xdit_patch.patching.holding import LOST, Holding, Run
+from comfy_xdit_patch.patching.holding import Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.measuring import Measuring
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
+from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.pool_status import pool_status
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.remote_control import RemoteControl
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
-from comfy_xdit_patch.patching.steps import ParallelSteps, Step
+from comfy_xdit_patch.patching.steps import ParallelSteps
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
@@ -71,7 +72,8 @@ class Host:
             strategy=settings.strategy,
             balance=PoolBalance(settings.balance, pool, self.totals),
         )
-        self._auto = Auto(settings, pool)
+        auto = Auto(settings, pool)
+        self._books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self._steps = ParallelSteps(
             self._remote,
             DrivenForward(wire, self.totals),
@@ -79,7 +81,8 @@ class Host:
             pristine=pristine,
             totals=self.totals,
             hooks=self.hooks,
-            auto=self._auto,
+            auto=auto,
+            pipelines=Pipelines(wire),
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
@@ -111,14 +114,10 @@ class Host:
 
     def end_run(self, run: Run) -> None:
         """Close the books of a run, and say one line about it if FLUX took part."""
-        report = run.counts.report(ranks=self.pool.world_size)
         self._remote.gone_objects += [number for _, number in run.objects.values()]
-        if report.steps:
-            self.totals.runs += 1
-            if report.steps_parallel and LOST.reason not in report.fall_back_reasons:
-                self.pool.run_succeeded()
-            self.totals.last_run = report
-            log.info("%s", summary(report, device_word=self.pool.device_word))
+        with self._lock:
+            self._steps.end(run)
+        self._books.close(run)
 
     def forward(
         self, flux: Any, arguments: Mapping[str, Any], compute: Callable[[], torch.Tensor]
@@ -146,15 +145,17 @@ class Host:
             is_here = isinstance(outcome, Refusal) or outcome.is_one
             self.memory.ran(base_model, is_parallel=not is_here)
         if not isinstance(outcome, Refusal):
-            self._count(outcome, run, time.perf_counter() - begin)
+            self._books.count(outcome, run, time.perf_counter() - begin)
             return outcome.out
-        self._refuse(outcome, run)
+        self._books.refuse(outcome, run)
         return None
 
     def faulted(self) -> None:
         """Count a step that a fault of ours left to ComfyUI."""
         run = self.current_run.get() or Run()
-        self._refuse(Refusal("a fault of comfy-xdit-patch, which is in the log", Scope.STEP), run)
+        self._books.refuse(
+            Refusal("a fault of comfy-xdit-patch, which is in the log", Scope.STEP), run
+        )
 
     def applied(self, base_model: Any, num_calls: int) -> None:
         """Say why a call of a BaseModel never came to us, if a node is the reason.
@@ -168,40 +169,7 @@ class Host:
         flux = getattr(base_model, "diffusion_model", None)
         if self._pristine.is_member(flux):
             for refusal in check_forward(flux):
-                self._refuse(refusal, run)
-
-    def _refuse(self, refusal: Refusal, run: Run) -> None:
-        if refusal.scope is Scope.RUN:
-            run.refusal = refusal
-        run.needs_residuals = True
-        run.counts.fall_backs[refusal.reason] += 1
-        self.totals.fall_backs[refusal.reason] += 1
-        if self.settings.strict:
-            detail = f" Last error: {self.totals.last_error}" if self.totals.last_error else ""
-            raise FallBackError(
-                f"XDIT_STRICT=1, and this step cannot run in parallel: {refusal.reason}.{detail}"
-            )
-        warn_once(refusal.reason)
-
-    def _count(self, step: Step, run: Run, seconds: float) -> None:
-        if step.is_one:
-            run.counts.measured += 1
-            self.totals.steps_measured += 1
-            return
-        self.totals.host_step_seconds = seconds
-        if step.kind is not None:
-            self._auto.took(step.kind, seconds, is_several=True)
-            verdict = step.kind.trial.verdict
-            run.counts.one_seconds = None if verdict is None else verdict.one_s
-        if step.is_empty:
-            run.counts.skipped += 1
-            self.totals.steps_skipped += 1
-            return
-        run.counts.parallel_seconds.append(seconds)
-        self.totals.steps_parallel += 1
-        if step.gathered_for is not None:
-            run.counts.gathered[step.gathered_for] += 1
-            self.totals.steps_gathered += 1
+                self._books.refuse(refusal, run)
 
     def control(
         self, net: Any, arguments: Mapping[str, Any], compute: Callable[[], Residuals]

@@ -17,11 +17,12 @@ from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.carried import other_options
 from comfy_xdit_patch.patching.deferred import encode_control
+from comfy_xdit_patch.patching.pipelined import PipelinedCall
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.answers import check_shape
-from comfy_xdit_patch.transport.calls import Forget, Forward
+from comfy_xdit_patch.transport.calls import Forget, Forward, Tree
 from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Done, Reply, short
 from comfy_xdit_patch.workers.exchange import Poll
@@ -48,6 +49,7 @@ class RemoteForward:
         patches: dict[str, Any] | None,
         out_channels: int,
         poll: Poll,
+        pipeline: PipelinedCall | None = None,
     ) -> torch.Tensor:
         """Compute one call on all ranks.
 
@@ -56,6 +58,7 @@ class RemoteForward:
             arguments: the bound arguments of ``Flux._forward``.
             patches: of nodes, from ``carried.py``.
             out_channels: channels of the result; its other sizes are those of ``x``.
+            pipeline: decides how PipeFusion computes the call.
 
         Returns:
             The model's output, on the device of ``x``, in a tensor of its own.
@@ -68,6 +71,7 @@ class RemoteForward:
         slots = self._wire.slots
         x = arguments["x"]
         tree: dict[str, Any] = {}
+        stages: list[Tree] = []
         shape = (x.shape[0], out_channels, *x.shape[2:])
         written = slots.bytes_written
         control = self._wire.control_bytes
@@ -94,6 +98,8 @@ class RemoteForward:
             if patches is not None:
                 more = slots.place("options", other_options(options))
                 tree["patches"] = {**patches, "options": more}
+            if pipeline is not None:
+                stages.append(pipeline.tree(tree))
             gone, self.gone_objects[:] = self.gone_objects[:], []
             return [Forget(calls=[], objects=gone, tokens=[])] if gone else []
 
@@ -117,6 +123,7 @@ class RemoteForward:
                     weights=list(plan.weights),
                     arguments=tree,
                     result=result.number,
+                    pipeline=stages[-1] if stages else None,
                 ),
                 poll=poll,
                 prepare=prepare,

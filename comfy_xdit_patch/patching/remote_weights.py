@@ -17,7 +17,6 @@ from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.residency import Placement
 from comfy_xdit_patch.patching.weights import BypassHooks, WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.packs import NoRoomError
 from comfy_xdit_patch.transport.replies import Loaded, NotLoaded, short
@@ -51,7 +50,7 @@ class RemoteWeights:
         self._models = models
         self._verifies = verifies
         self._states = WeightStates(wire.packs)
-        self._held: dict[int, tuple[str, Mode]] = {}
+        self._held: dict[int, tuple[str, str]] = {}
         self._failed: dict[tuple[int, str], BackOff] = {}
 
     def follow_generation(self) -> None:
@@ -73,10 +72,18 @@ class RemoteWeights:
         """Whether the workers hold any model."""
         return bool(self._held)
 
-    def holds(self, known: KnownModel, mode: Mode, key: str | None = None) -> bool:
-        """Whether every rank holds this model in this place, and in the state of this key."""
+    def holds(self, known: KnownModel, place: str, key: str | None = None) -> bool:
+        """Whether every rank holds this model in this place, and in the state of this key.
+
+        Args:
+            place: ``Placement.name``.
+        """
         held = self._held.get(known.number)
-        return held is not None and held[1] == mode and key in (None, held[0])
+        return held is not None and held[1] == place and key in (None, held[0])
+
+    def state_key(self, known: KnownModel) -> str:
+        """Name the state in which every rank holds this model; empty if none does."""
+        return self._held.get(known.number, ("",))[0]
 
     def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
         """Name what is compared once a run: stored weights, or those in use in each state."""
@@ -113,7 +120,7 @@ class RemoteWeights:
             if is_compared:
                 replies = self._ask(base_model, known, state, placement, False, poll)
                 if not isinstance(replies, Refusal):
-                    self._held[known.number] = state.key, placement.mode
+                    self._held[known.number] = state.key, placement.name
                 return replies if isinstance(replies, Refusal) else known
             expected = expected_fingerprint(base_model)
             verifies = self._verifies and is_patched_here(base_model.current_patcher)
@@ -133,10 +140,11 @@ class RemoteWeights:
             return replies
         if any(reply.fingerprint != expected for reply in replies):
             return Refusal("the workers cannot rebuild the model that ComfyUI holds")
-        refusal = verify(base_model, [reply.digests for reply in replies], self._totals)
+        digests = [reply.digests for reply in replies]
+        refusal = verify(base_model, digests, self._totals, is_whole=placement.plan is None)
         if refusal is not None:
             return refusal
-        self._held[known.number] = state.key, placement.mode
+        self._held[known.number] = state.key, placement.name
         return known
 
     def _ask(
@@ -171,6 +179,8 @@ class RemoteWeights:
                     mode=placement.mode,
                     room_bytes=placement.room_bytes,
                     verify=verifies,
+                    grid=[] if placement.plan is None else list(placement.plan.grid),
+                    weights=[] if placement.plan is None else list(placement.plan.weights),
                 ),
                 poll=poll,
                 prepare=self._drop_messages,

@@ -14,9 +14,11 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     MODES,
+    PIPELINE_MODES,
     RESERVED_BYTES,
     Card,
     Mode,
@@ -41,6 +43,14 @@ class Placement:
 
     mode: Mode
     room_bytes: int | None
+    plan: ParallelPlan | None = None
+    """Whose stages share the blocks, in the mode ``staged``."""
+
+    @property
+    def name(self) -> str:
+        """Name what every rank holds of the model."""
+        stages = "" if self.plan is None else f" {self.plan.grid} {self.plan.weights}"
+        return f"{self.mode}{stages}"
 
 
 class Residency:
@@ -64,21 +74,34 @@ class Residency:
         first: Mode = "full",
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
+        is_pipeline = plan.pipefusion_degree > 1
         cards = self._cards()
         if cards is None:
-            return Placement(first, None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
+            # CPU ranks: ComfyUI counts no RAM, nor do we.
+            return Placement("staged", None, plan) if is_pipeline else Placement(first, None)
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
-        load = _load(base_model, workload, plan, dtype)
-        choice = plan_residency(self._sizes[base_model], load, cards=cards, first=first)
+        sizes = self._sizes[base_model]
+        if is_pipeline:
+            num_blocks = num_blocks_of(base_model)
+            sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
+        choice = plan_residency(
+            sizes,
+            _load(base_model, workload, plan, dtype),
+            cards=cards,
+            first=first,
+            is_pipeline=is_pipeline,
+        )
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()
-        before = self._modes.get(base_model, "full")
-        mode = max(before, choice.mode, key=MODES.index)
+        order = PIPELINE_MODES if is_pipeline else MODES
+        before = self._modes.get(base_model, choice.mode)
+        mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
         self._modes[base_model] = mode
         need = choice.needs[-1]
-        return Placement(mode, max(0, need.card.free_bytes - need.num_bytes))
+        room = max(0, need.card.free_bytes - need.num_bytes)
+        return Placement(mode, room, plan if mode == "staged" else None)
 
     def has_room_for_shares(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
@@ -136,14 +159,27 @@ def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.
         for rank in first_ranks
     ]
     rows = [plan.batch_rows(rank, workload.batch_size) for rank in first_ranks]
+    width = flux_of(base_model).hidden_size
     return TokenLoad(
         num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
         num_text_tokens=workload.num_text_tokens,
-        hidden_size=flux_of(base_model).hidden_size,
+        hidden_size=width,
         num_rows=max(end - first for first, end in rows),
         bytes_per_value=dtype.itemsize,
         local_tokens=max(max(of_group.joint) for of_group in shares),
+        kept_bytes=kept_bytes(
+            plan,
+            workload,
+            num_blocks=num_blocks_of(base_model),
+            token_bytes=width * dtype.itemsize,
+        ),
     )
+
+
+def num_blocks_of(base_model: Any) -> int:
+    """Double and single blocks of a model."""
+    flux = flux_of(base_model)
+    return len(flux.double_blocks) + len(flux.single_blocks)
 
 
 def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,14 @@ import torch
 from comfy_xdit_patch.errors import DeclinedError, PlanError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto, Kind
+from comfy_xdit_patch.patching.call_plans import CallPlans
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.remote import RemoteForward
-from comfy_xdit_patch.patching.ring import no_ring
-from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
@@ -38,10 +38,7 @@ from comfy_xdit_patch.planning.eligibility import (
     check_patcher,
 )
 from comfy_xdit_patch.planning.family import num_out_channels
-from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.verdict import Way
-from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 
 
@@ -74,14 +71,17 @@ class ParallelSteps:
         totals: Totals,
         hooks: LeftOutHooks,
         auto: Auto,
+        pipelines: Pipelines,
     ) -> None:
         self._auto = auto
+        self._plans = CallPlans(holding, auto=auto, pipelines=pipelines)
         self._remote = remote
         self._driven = driven
         self._holding = holding
         self._pristine = pristine
         self._totals = totals
         self._hooks = hooks
+        self.pipelines = pipelines
         self._numbers = itertools.count(1)
 
     def run(
@@ -125,45 +125,20 @@ class ParallelSteps:
         refusal = blocking(changes)
         if refusal is not None:
             return refusal
-        workload = workload_of(flux, arguments)
-        if changes or carried.tree is not None:
-            # A node's code may look at all rows.
-            workload = replace(workload, is_batch_divisible=False)
-        balance, dtype = self._holding.balance, arguments["x"].dtype
-        planned = partial(
-            plan_call,
-            workload,
-            world_size=self._holding.world_size,
-            strategy=self._holding.strategy,
-            needs_references=carried.keeps_references,
-            no_ring=no_ring(is_overridden=carried.overrides_attention),
+        call = self._plans.of_call(
+            flux, arguments, base_model, run, changes=changes, carried=carried
         )
-        weights = balance.weights(run)
-        plan = planned(weights=weights)
-        if isinstance(plan, Refusal):
-            return plan
-        plan = self._holding.fitting(plan, base_model, workload, dtype)
-        # What ranks keep from step to step is shared so; and ControlNets must follow what is
-        # left of weights that do not suit this call.
-        keeps = carried.keeps_references or plan.pipefusion_degree > 1
-        if keeps or plan.weights != weights:
-            balance.hold(run, plan.weights)
-        if changes and (plan.sequence_degree == 1 or carried.keeps_references):
-            return changes[0]
-        kind = self._auto.kind(flux, workload, plan)
-        refusal = self._auto.verdict(kind)
-        if refusal is not None:
-            return refusal
-        is_plain = not changes and carried.tree is None and arguments.get("control") is None
-        if not is_plain or self._holding.is_held_back(base_model):
-            kind = None
+        if isinstance(call, Refusal):
+            return call
+        plan, workload, kind = call.plan, call.workload, call.kind
+        balance = self._holding.balance
         try:
             known = self._holding.hold(
                 base_model,
                 run,
                 workload=workload,
                 plan=plan,
-                dtype=dtype,
+                dtype=arguments["x"].dtype,
                 poll=poll,
             )
             if isinstance(known, Refusal):
@@ -172,6 +147,16 @@ class ParallelSteps:
                 self._hooks.make_up()
                 return Step(self._auto.time_one(kind, compute), is_one=True)
             if not changes:
+                pipeline = None
+                if plan.pipefusion_degree > 1:
+                    pipeline = self.pipelines.of_call(
+                        run,
+                        arguments,
+                        plan=plan,
+                        workload=workload,
+                        model=(known.number, self._holding.state_key(known)),
+                        patches=carried.tree,
+                    )
                 out = self._remote.forward(
                     known.number,
                     arguments_of(flux, arguments),
@@ -179,9 +164,11 @@ class ParallelSteps:
                     patches=carried.tree,
                     out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                     poll=poll,
+                    pipeline=pipeline,
                 )
                 run.counts.plan = plan
-                balance.measured(plan, workload, model=known.number, replan=_with(planned))
+                balance.measured(plan, workload, model=known.number, replan=call.replan)
+                run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
                 return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
@@ -197,7 +184,7 @@ class ParallelSteps:
             )
             run.counts.plan = plan
             if num_blocks:
-                balance.measured(plan, workload, model=known.number, replan=_with(planned))
+                balance.measured(plan, workload, model=known.number, replan=call.replan)
             return _checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
         except WorkerError as error:
             self._totals.last_error = str(error)
@@ -209,6 +196,14 @@ class ParallelSteps:
             return Refusal("a node left a rank without tokens", Scope.STEP)
         except UncarriedArgumentError as error:
             return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+
+    def end(self, run: Run) -> None:
+        """Have the workers free what they keep for a run."""
+        try:
+            self.pipelines.end(run)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            self._totals.last_loss_unix_s = time.time()
 
     def reaches_us(self, base_model: Any) -> bool:
         """Whether a model's next call comes here as a whole, for all that can be seen now."""
@@ -223,10 +218,6 @@ class ParallelSteps:
         if id(thing) not in run.objects:
             run.objects[id(thing)] = thing, next(self._numbers)
         return run.objects[id(thing)][1]
-
-
-def _with(planned: Callable[..., ParallelPlan | Refusal]) -> Replan:
-    return lambda weights: planned(weights=weights)
 
 
 def _checked(step: Step) -> Step | Refusal:

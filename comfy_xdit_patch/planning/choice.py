@@ -15,9 +15,10 @@ from comfy_xdit_patch.planning.candidate import SINGLE, Candidate, candidates
 from comfy_xdit_patch.planning.cost import Time, predict
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
+from comfy_xdit_patch.planning.pipeline import MIN_STEPS
 from comfy_xdit_patch.planning.plan_memory import need, streamed_bytes
 from comfy_xdit_patch.planning.residency import Need
-from comfy_xdit_patch.planning.strategies import BUILT, Asked, axes_of
+from comfy_xdit_patch.planning.strategies import Asked
 
 SAME_TIME = 0.02
 """Plans whose times differ by less are equal: one GPU is taken before several. Of several plans the
@@ -28,9 +29,6 @@ MAX_NAMED = 8
 """Plans that a refusal names."""
 
 AUTO = Asked()
-
-PIPEFUSION_MIN_STEPS = 5
-"""PipeFusion begins with exact steps; in fewer there is nothing to gain and much to lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ def choose(
 def _is_of_all(plan: Candidate, asked: Asked, world_size: int) -> bool:
     if plan.world_size not in (1, world_size):
         return False
-    return asked.text != AUTO.text or axes_of(plan) <= BUILT
+    return asked.text != AUTO.text or asked.allows(plan)
 
 
 def why_not(plan: Candidate, job: Job) -> Refusal | None:
@@ -141,8 +139,8 @@ def why_not(plan: Candidate, job: Job) -> Refusal | None:
         return Refusal(f"ulysses x tensor is more than the model's {workload.num_heads} heads")
     if workload.num_heads % plan.tensor:
         return Refusal(f"tensor={plan.tensor} does not divide {workload.num_heads} heads")
-    if plan.pipefusion > 1 and job.num_steps < PIPEFUSION_MIN_STEPS:
-        return Refusal(f"PipeFusion needs {PIPEFUSION_MIN_STEPS} steps or more")
+    if plan.pipefusion > 1 and job.num_steps < MIN_STEPS:
+        return Refusal(f"PipeFusion needs {MIN_STEPS} steps or more")
     if plan.pipefusion > shape.num_blocks:
         return Refusal(f"pipefusion={plan.pipefusion} is more than the {shape.num_blocks} blocks")
     return None

@@ -101,6 +101,11 @@ class ParallelPlan:
         return "+".join(axis for axis, _ in self._axes) or "single"
 
     @property
+    def is_exact(self) -> bool:
+        """PipeFusion uses keys and values of the call before: its image is an approximation."""
+        return self.pipefusion_degree == 1
+
+    @property
     def _axes(self) -> list[tuple[str, int]]:
         degrees = dict(zip(AXES, self.grid, strict=True))
         return [(axis, degrees[axis]) for axis in NAMED if degrees[axis] > 1]

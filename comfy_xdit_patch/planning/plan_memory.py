@@ -5,19 +5,17 @@ Runs in: host, worker and the command line's process.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_xdit_patch.planning.candidate import Candidate
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
-from comfy_xdit_patch.planning.residency import Card, ModelSizes, Need, TokenLoad, need_of
+from comfy_xdit_patch.planning.residency import Card, Need, TokenLoad, need_of
 
 
 def need(plan: Candidate, job: Job, machine: Machine) -> Need:
     """Return the need of the card where it is tightest."""
     workload, shape = job.workload, job.shape
     value_bytes = job.precision.bytes_per_value
-    sizes = _split(shape.sizes(job.precision), plan.pipefusion * plan.tensor)
+    sizes = shape.sizes(job.precision).part(1, plan.pipefusion * plan.tensor)
     kept = 0
     if plan.pipefusion > 1:
         blocks = -(-shape.num_blocks // plan.pipefusion)
@@ -31,6 +29,7 @@ def need(plan: Candidate, job: Job, machine: Machine) -> Need:
         num_rows=workload.batch_size,
         bytes_per_value=value_bytes,
         kept_bytes=kept,
+        num_shards=plan.batch * plan.sequence * plan.tensor,
     )
     cards = tuple(
         Card(gpu.memory_bytes, gpu.memory_bytes, has_host=plan.world_size > 1 and rank == 0)
@@ -52,9 +51,3 @@ def streamed_bytes(plan: Candidate, job: Job, machine: Machine) -> float:
         alone = need(plan, job, machine)
         return max(0, alone.num_bytes - alone.card.free_bytes)
     return 0
-
-
-def _split(sizes: ModelSizes, num_parts: int) -> ModelSizes:
-    """Blocks shared among stages or cut by columns."""
-    blocks = sizes.total_bytes - sizes.outside_blocks_bytes
-    return replace(sizes, total_bytes=sizes.outside_blocks_bytes + -(-blocks // num_parts))

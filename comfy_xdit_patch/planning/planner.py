@@ -48,7 +48,8 @@ def plan_call(
         plan = _auto(workload, world_size) if is_free else named_plan(strategy, world_size)
         if is_free and tried:
             plan = _auto_of_unequal(plan, workload, tried)
-        plan = replace(plan, weights=tried)
+        # Stages have equal parts of the blocks, and their ranks the same tokens.
+        plan = replace(plan, weights=() if plan.pipefusion_degree > 1 else tried)
         refusal = _refusal(workload, plan, needs_references, no_ring)
         if refusal is None:
             return plan
@@ -137,7 +138,17 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
     if strategy.name == PLAN:
         if strategy.fsdp not in (0, world_size):
             raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
-        return ParallelPlan(world_size, strategy.batch, strategy.ulysses, strategy.ring)
+        if strategy.pipefusion > 1 and strategy.ring > 1:
+            raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
+        return ParallelPlan(
+            world_size,
+            strategy.batch,
+            strategy.ulysses,
+            strategy.ring,
+            pipefusion_degree=strategy.pipefusion,
+        )
+    if strategy.name == "pipefusion":
+        return ParallelPlan(world_size, 1, 1, pipefusion_degree=world_size)
     if strategy.name == "batch":
         return ParallelPlan(world_size, world_size, 1)
     if strategy.name == "ulysses":
@@ -172,10 +183,13 @@ def legal_strategies(world_size: int) -> list[str]:
     """Every value of ``XDIT_STRATEGY`` that fits so many ranks."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     plans = [
-        ParallelPlan(world_size, batch, ulysses, world_size // (batch * ulysses)).name
+        str(Strategy(PLAN, batch, ulysses, rest // ulysses, pipefusion))
+        for pipefusion in divisors
         for batch in divisors
+        if world_size % (pipefusion * batch) == 0
+        for rest in (world_size // (pipefusion * batch),)
         for ulysses in divisors
-        if world_size % (batch * ulysses) == 0
+        if rest % ulysses == 0 and (pipefusion == 1 or ulysses == rest)
     ]
     is_product = len(divisors) > 2
     names = [name for name in NAMES if name != "usp" or is_product]

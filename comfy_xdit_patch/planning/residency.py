@@ -12,7 +12,7 @@ Per card, with N ranks, S tokens of a rank's rows, D features and e bytes for ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from comfy_xdit_patch.errors import Refusal
@@ -46,10 +46,13 @@ one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ra
 NUM_WINDOWS = 2
 """Blocks in whole form at a time: the one that computes, and the one that is gathered or copied."""
 
-Mode = Literal["full", "sharded", "offload"]
+Mode = Literal["full", "staged", "sharded", "offload"]
 MODES: tuple[Mode, ...] = ("full", "sharded", "offload")
+PIPELINE_MODES: tuple[Mode, ...] = ("staged", "offload")
+"""A shard is gathered by all ranks at once, and the stages of a pipeline run different blocks."""
 MODE_NAMES = {
     "full": "all weights on every card",
+    "staged": "each stage's weights on its cards",
     "sharded": "weights sharded over the ranks",
     "offload": "weights in CPU memory",
 }
@@ -66,6 +69,12 @@ class ModelSizes:
     """The largest weight in compute dtype, where that is not the stored dtype: fp8 weights are
     cast at every use, one at a time."""
 
+    def part(self, num_blocks: int, of_blocks: int) -> ModelSizes:
+        """Return the sizes of a model that has some of the blocks."""
+        blocks = self.total_bytes - self.outside_blocks_bytes
+        some = -(-blocks * num_blocks // of_blocks)
+        return replace(self, total_bytes=self.outside_blocks_bytes + some)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLoad:
@@ -80,6 +89,9 @@ class TokenLoad:
     """Tokens of a row on the rank that has most of them; None: a part for each card."""
     kept_bytes: int = 0
     """Keys and values that a rank keeps from one step to the next (PipeFusion)."""
+    num_shards: int | None = None
+    """How many ranks have different tokens at a time; all of them, unless in a pipeline, whose
+    stages compute an exact call one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +163,12 @@ class ResidencyPlan:
 
 
 def plan_residency(
-    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...], first: Mode = "full"
+    model: ModelSizes,
+    load: TokenLoad,
+    *,
+    cards: tuple[Card, ...],
+    first: Mode = "full",
+    is_pipeline: bool = False,
 ) -> ResidencyPlan | Refusal:
     """Take the first of full, sharded and offload that fits on every card.
 
@@ -160,8 +177,13 @@ def plan_residency(
 
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
     links between cards once a step, offload moves them over the bus to CPU memory.
+
+    Args:
+        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
+    if is_pipeline:
+        modes = PIPELINE_MODES
     tried: list[Need] = []
     for mode in modes[modes.index(first) if first in modes else 0 :]:
         tried.append(need_of(mode, model, load, cards=cards))
@@ -185,7 +207,7 @@ def _costs(
     mode: Mode, model: ModelSizes, load: TokenLoad, card: Card, num_ranks: int
 ) -> tuple[Cost, ...]:
     whole = load.num_image_tokens + load.num_text_tokens
-    local = -(-whole // num_ranks) if load.local_tokens is None else load.local_tokens
+    local = load.local_tokens or -(-whole // (load.num_shards or num_ranks))
     values = BLOCK_VALUES_PER_TOKEN + (EXCHANGE_VALUES_PER_TOKEN if num_ranks > 1 else 0)
     embedded = whole if num_ranks > 1 else 0  # the whole, kept beside the shard that is cut from it
     token_bytes = load.num_rows * load.hidden_size * load.bytes_per_value
@@ -209,7 +231,7 @@ def _costs(
 
 
 def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
-    if mode == "full":
+    if mode in ("full", "staged"):
         return [Cost("weights", model.total_bytes)]
     blocks = model.total_bytes - model.outside_blocks_bytes
     outside = Cost("weights outside of the blocks", model.outside_blocks_bytes)

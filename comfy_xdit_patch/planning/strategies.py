@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate
 from comfy_xdit_patch.planning.residency import Mode
 
-BUILT = frozenset({"batch", "ulysses", "ring"})
+EXACT = frozenset({"batch", "ulysses", "ring"})
+"""Axes of the engine whose image is one GPU's, up to rounding; ``auto`` takes no others."""
+BUILT = EXACT | {"pipefusion"}
 """The axes that the engine has; plans of the others are predicted only."""
 STRATEGY_AXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # name: axes that it must have, axes that it may have besides
-    "auto": (frozenset(), BUILT),
+    "auto": (frozenset(), EXACT),
     "batch": (frozenset({"batch"}), frozenset()),
     "ulysses": (frozenset({"ulysses"}), frozenset()),
     "ring": (frozenset({"ring"}), frozenset()),
@@ -49,6 +51,12 @@ class Asked:
         if self.text == "fsdp" and plan.weights != "sharded":
             return False
         return needed <= used <= needed | besides
+
+
+def is_built(plan: Candidate) -> bool:
+    """Whether the engine can follow a plan. A ring has no place inside of a pipeline stage."""
+    axes = axes_of(plan)
+    return axes <= BUILT and not ("pipefusion" in axes and "ring" in axes)
 
 
 def axes_of(plan: Candidate) -> frozenset[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport.calls import Control, Fetch, Forward, RunBlock
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forward, Free, RunBlock
 from comfy_xdit_patch.transport.messages import GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
@@ -37,6 +37,7 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
     RunBlock: (Ran, Declined),
     Fetch: (Fetched,),
     Probe: (Probed, NotProbed),
+    Free: (Unloaded,),
 }
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_BLOCKS = 1000

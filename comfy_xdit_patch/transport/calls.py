@@ -20,7 +20,8 @@ class Forward:
     ``arguments`` is the tree of ``Flux._forward``'s keyword arguments; ``control`` in it
     holds recipes for residuals (``engine/residuals.py``), ``patches`` are those of nodes
     (``engine/patches.py``). The ranks that own a part
-    of the batch write it to the slot ``result``.
+    of the batch write it to the slot ``result``. ``pipeline`` is None but for PipeFusion
+    (``engine/pipelined_sequence.py``).
     """
 
     request: int
@@ -29,6 +30,7 @@ class Forward:
     weights: list[int]
     arguments: Tree
     result: int
+    pipeline: Tree = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,14 @@ class Fetch:
     stream: str
     counts: list[int]
     result: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Give back the memory of keys and values that PipeFusion kept for these ``streams``."""
+
+    request: int
+    streams: list[int]
 
 
 @dataclass(frozen=True, slots=True)

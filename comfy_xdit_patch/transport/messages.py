@@ -9,11 +9,11 @@ never travel in a message; they lie in slots (``slots.py``) and a message refers
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias, get_args
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
@@ -99,7 +99,8 @@ class Load:
     it already needs neither. ``state`` is made by ``patching/weights.py`` and ``key`` names its
     contents. ``mode`` is one of ``planning/residency.py``, and ``room_bytes`` what other models may
     take on the device beside this one, if that is limited. With ``verify`` the reply has a digest
-    of every weight in use.
+    of every weight in use. ``grid`` and ``weights`` are those of the plan whose stages share the
+    blocks, in the mode ``staged``.
     """
 
     request: int
@@ -111,6 +112,8 @@ class Load:
     mode: str
     room_bytes: int | None
     verify: bool
+    grid: list[int] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,7 @@ Message: TypeAlias = (
     | Control
     | RunBlock
     | Fetch
+    | Free
     | Forget
     | Probe
     | Stop

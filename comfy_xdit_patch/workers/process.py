@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
-from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock
+from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import (
     Drop,
@@ -136,6 +136,8 @@ class Worker:
             self._channel.send(engine.probe(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Forget):
             engine.forget(message)
+        elif isinstance(message, Free):
+            self._channel.send(engine.free(message), deadline_s=REPLY_DEADLINE_S)
         else:
             raise TypeError(f"A worker cannot serve {type(message).__name__}.")
 

@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import pytest
 from rig import feature_controls, feature_family, feature_packs, feature_sampling, graphs
+from rig.compare import compare_all
 from rig.feature_models import feature_models
 from rig.feature_run import COMMON_PACKS, run_row
-from rig.pair import STRICT, run, run_pair
+from rig.pair import STRICT, run, run_pair, run_stock
 from rig.server import Server
 from rig.trees import Tree
 
 Servers = Callable[..., Server]
 
+# Of an image of random weights, whose keys move faster than those of a trained model.
+MIN_APPROXIMATE_DB = 20.0
 # Each of them takes another way to attention.
 ROWS = {
     "FLUX.1 Redux, attention mask": feature_family.ROWS,
@@ -63,3 +66,30 @@ def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: T
     reason = "XDIT_STRATEGY wants the batch in 2 parts, and this one has fewer rows"
     assert ranks.status()["last_run"]["fall_back_reasons"] == {reason: 2}
     assert f"running on one GPU as ComfyUI does: {reason}" in ranks.log_text()
+
+
+@pytest.mark.slow  # a server of its own
+@pytest.mark.group("pipefusion")
+@pytest.mark.usefixtures("newest_only")
+def test_pipefusion_by_name_says_that_it_is_approximate_and_is_close(
+    servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
+) -> None:
+    graph = graphs.with_values(
+        graphs.load("ksampler_dev"), seed=21, size=(128, 128), steps=8, save_latent=True
+    )
+    expected = run_stock(servers(tree, XDIT_STRATEGY="off"), graph)
+    env = {**STRICT, "XDIT_STRATEGY": "pipefusion", "XDIT_STRICT": "0"}
+    ranks = servers(tree, XDIT_GPUS="cpu:2", **env)
+    found = run(ranks, graph)
+    difference = compare_all(expected.images, found.images)
+    record_property("difference", str(difference))
+    assert MIN_APPROXIMATE_DB < difference.psnr_db < 70.0, "close, and an approximation"
+    report = ranks.status()["last_run"]
+    assert (report["steps_parallel"], report["steps_warm_up"]) == (8, 1)
+    assert (report["plan"], report["is_exact"]) == ("pipefusion=2", False)
+    assert "8 steps on 2 CPU ranks (pipefusion=2, approximate)" in ranks.log_text()
+
+    few = graphs.with_values(graph, steps=4)
+    assert run(ranks, few).images[0].shape == expected.images[0].shape
+    reason = "PipeFusion needs 5 steps or more"
+    assert ranks.status()["last_run"]["fall_back_reasons"] == {reason: 4}

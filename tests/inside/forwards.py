@@ -125,6 +125,27 @@ def own_attention(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
+def node_options(
+    *,
+    replaces_blocks: bool = False,
+    chooses_attention: bool = False,
+    patches_attention: bool = False,
+) -> dict[str, Any]:
+    """Make ``transformer_options`` as nodes leave them."""
+    options: dict[str, Any] = {}
+    if replaces_blocks:
+        blocks = {("double_block", 0): same_block, ("single_block", 0): same_block}
+        options["patches_replace"] = {"dit": blocks}
+    if patches_attention:
+        options["patches"] = {"attn1_output_patch": [louder_with_place]}
+    if chooses_attention:
+        options["optimized_attention_override"] = own_attention
+    return options
+
+
+NODE_OPTIONS = ("replaces_blocks", "chooses_attention", "patches_attention")
+
+
 def forward(
     path: str,
     out: str,
@@ -136,14 +157,11 @@ def forward(
     **sizes: Any,
 ) -> dict[str, Any]:
     """Run one forward and save its output; ``options`` are UNETLoader's model options."""
-    transformer_options: dict[str, Any] = {}
-    if replaces_blocks:
-        blocks = {("double_block", 0): same_block, ("single_block", 0): same_block}
-        transformer_options["patches_replace"] = {"dit": blocks}
-    if patches_attention:
-        transformer_options["patches"] = {"attn1_output_patch": [louder_with_place]}
-    if chooses_attention:
-        transformer_options["optimized_attention_override"] = own_attention
+    transformer_options = node_options(
+        replaces_blocks=replaces_blocks,
+        chooses_attention=chooses_attention,
+        patches_attention=patches_attention,
+    )
     patcher = patcher_of(path, **(options or {}))
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()

@@ -45,6 +45,8 @@ MESSAGES = [
         mode="sharded",
         room_bytes=1 << 33,
         verify=True,
+        grid=[1, 2, 1, 1, 1],
+        weights=[2, 1],
     ),
     messages.Unload(request=9),
     messages.GiveWay(request=9, ranks=[0]),
@@ -56,7 +58,9 @@ MESSAGES = [
         weights=[],
         arguments=TREE,
         result=0,
+        pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
     ),
+    calls.Free(request=9, streams=[3, 4]),
     calls.Control(
         request=3,
         model=4,

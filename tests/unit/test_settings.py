@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from comfy_xdit_patch.errors import SettingsError
-from comfy_xdit_patch.settings import VARIABLES, DeviceRequest, parse_gpus, read_settings
+from comfy_xdit_patch.settings import DeviceRequest, parse_gpus, read_settings
 from comfy_xdit_patch.strategy import AUTO, NAMES, Strategy, parse_strategy
+from comfy_xdit_patch.variables import VARIABLES
 
 
 def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():

@@ -49,6 +49,14 @@ def test_a_report_does_not_change_with_the_counts_it_was_made_of():
     assert report.fall_back_reasons == {"a": 1}
 
 
+def test_a_run_of_an_approximate_plan_says_so_and_how_many_of_its_steps_were_exact():
+    plan = ParallelPlan(2, 1, 1, pipefusion_degree=2)
+    report = RunCounts(plan=plan, parallel_seconds=[1.0] * 5, warm_ups=1).report(ranks=2)
+    assert (report.is_exact, report.steps_warm_up) == (False, 1)
+    exact = RunCounts(plan=ParallelPlan(2, 1, 2), parallel_seconds=[1.0]).report(ranks=2)
+    assert (exact.is_exact, exact.steps_warm_up) == (True, 0)
+
+
 @pytest.mark.parametrize("has_run", [False, True])
 def test_totals_are_json_with_these_keys(has_run):
     totals = Totals(runs=1, steps_parallel=20, bytes_to_workers=1, bytes_from_workers=2)

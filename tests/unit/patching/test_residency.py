@@ -23,7 +23,9 @@ DTYPE = torch.bfloat16
 class Model:
     """A BaseModel, as far as its memory is planned."""
 
-    diffusion_model = types.SimpleNamespace(hidden_size=3072)
+    diffusion_model = types.SimpleNamespace(
+        hidden_size=3072, double_blocks=[None] * 19, single_blocks=[None] * 38
+    )
 
 
 def residency(gib):

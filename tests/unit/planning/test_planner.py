@@ -73,6 +73,9 @@ def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
         ("fsdp", 4, "batch=2,ulysses=2"),
         ("fsdp=4", 4, "ulysses=4"),
         ("fsdp=4,ring=4", 4, "ring=4"),
+        ("pipefusion", 4, "pipefusion=4"),
+        ("ulysses=2,pipefusion=2", 4, "pipefusion=2,ulysses=2"),
+        ("batch=2,pipefusion=2,ulysses=2", 8, "batch=2,pipefusion=2,ulysses=2"),
     ],
 )
 def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expected):
@@ -82,28 +85,24 @@ def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expecte
     assert plan_call(workload, world_size=world_size, strategy=strategy).name == expected
 
 
-PRIME = "auto; ulysses; ring; batch; fsdp; off"
+PRIME = "auto; ulysses; ring; batch; fsdp; pipefusion; off"
 
 
 @pytest.mark.parametrize(
     ("text", "world_size", "legal"),
     [
-        ("usp", 3, f"{PRIME}; ring=3; ulysses=3; batch=3"),
+        ("usp", 3, f"{PRIME}; ring=3; ulysses=3; batch=3; pipefusion=3"),
         ("usp", 1, PRIME),
-        (
-            "ulysses=2,ring=2",
-            2,
-            "auto; ulysses; ring; batch; fsdp; off; ring=2; ulysses=2; batch=2",
-        ),
+        ("ulysses=2,ring=2", 2, f"{PRIME}; ring=2; ulysses=2; batch=2; pipefusion=2"),
         (
             *("ring=2", 4),
-            "auto; ulysses; ring; usp; batch; fsdp; off; "
-            "ring=4; ulysses=2,ring=2; ulysses=4; batch=2,ring=2; batch=2,ulysses=2; batch=4",
+            "auto; ulysses; ring; usp; batch; fsdp; pipefusion; off; "
+            "ring=4; ulysses=2,ring=2; ulysses=4; batch=2,ring=2; batch=2,ulysses=2; batch=4; "
+            "pipefusion=2,ulysses=2; batch=2,pipefusion=2; pipefusion=4",
         ),
         (
-            "ulysses=3,fsdp=2",
-            3,
-            "auto; ulysses; ring; batch; fsdp; off; ring=3; ulysses=3; batch=3",
+            *("ulysses=3,fsdp=2", 3),
+            f"{PRIME}; ring=3; ulysses=3; batch=3; pipefusion=3",
         ),
     ],
 )
@@ -114,6 +113,18 @@ def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(
         check_strategy(parse_strategy(text), world_size=world_size)
     assert f'XDIT_STRATEGY="{text}" does not fit {world_size} ranks: ' in str(caught.value)
     assert str(caught.value).endswith(f" Legal: {legal}.")
+
+
+def test_a_ring_inside_of_pipefusion_is_refused_and_says_why():
+    with pytest.raises(SettingsError, match="A ring inside of pipefusion would pass all keys"):
+        check_strategy(parse_strategy("pipefusion=2,ring=2"), world_size=4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_auto_never_takes_an_approximation(world_size, batch_size):
+    workload = dataclasses.replace(IMAGE_1024, batch_size=batch_size)
+    assert plan_call(workload, world_size=world_size).is_exact
 
 
 @pytest.mark.parametrize("world_size", range(1, 13))
