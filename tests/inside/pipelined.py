@@ -14,6 +14,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from forwards import NODE_OPTIONS, inputs, node_options, patcher_of, status
+from sharding import weight_patches
 
 Call = dict[str, Any]
 
@@ -34,15 +35,21 @@ def run(
     out: str,
     calls: list[Call],
     options: dict[str, Any] | None = None,
+    *,
+    lora: bool = False,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Make calls within one sampling run, and save all outputs.
 
     Args:
+        lora: patch every matrix of the blocks.
         calls: each may have ``sigma``; ``noise``: how much of a second noise the latent has;
             ``cond``: which prompt and stream; ``sizes`` of this call; ``falls_back``.
     """
     patcher = patcher_of(path, **(options or {}))
+    if lora:
+        patcher = patcher.clone()
+        patcher.add_patches(weight_patches(patcher.model.diffusion_model), 0.7)
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
     base, host = patcher.model, _host()
@@ -77,6 +84,8 @@ def run(
         if host is not None:
             host.current_run.reset(token)
             host.end_run(current)
+        if lora:
+            patcher.detach()
     torch.save(outputs, out)
     counted = zip([0, *warm_ups], warm_ups, strict=False)
     return {"status": status(), "exact": [now > before for before, now in counted]}

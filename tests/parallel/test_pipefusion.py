@@ -25,6 +25,7 @@ DEV = {
     "odd": ODD,
     "references": ODD | {"refs": [[9, 9], [16, 8]]},
     "ControlNet residuals": ODD | {"control": 20, "refs": [[9, 9]]},
+    "LoRA": ODD | {"lora": True},
     "attention mask, batch 2": ODD | {"mask": True, "refs": [[9, 9]], "batch": 2},
 }
 FAMILY = {
