@@ -47,6 +47,11 @@ class PoolBalance:
                 self._say()
         return self._balance.weights if run.weights is None else run.weights
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether what calls take now tells what they will take: shares are not still sought."""
+        return self._balance.is_at_rest
+
     def hold(self, run: Run, weights: tuple[int, ...]) -> None:
         """Leave the weights of a run as they are until it ends."""
         run.weights = weights

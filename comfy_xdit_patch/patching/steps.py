@@ -169,6 +169,8 @@ class ParallelSteps:
                 run.counts.plan = plan
                 balance.measured(plan, workload, model=known.number, replan=call.replan)
                 run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
+                if not balance.is_at_rest:
+                    kind = None  # Even shares of unequal ranks say nothing about those to come.
                 return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.

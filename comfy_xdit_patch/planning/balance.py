@@ -130,6 +130,13 @@ class Balance:
             return self._change(weights)
         return False
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether enough calls were measured since the last change to see a large gain."""
+        if self._is_settled or self._mode == "weighted":
+            return self._is_settled
+        return len(self._speeds) >= self._calls_for_large
+
     def follow(self, left_over: Sequence[float]) -> bool:
         """Scale weights by what others leave of each device now; return whether they changed.
 

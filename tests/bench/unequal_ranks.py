@@ -83,7 +83,7 @@ def main() -> None:
         sizes = {"hidden": options.hidden, "double": options.blocks, "single": options.blocks}
         stock.call("families:write_model", path=path, family="dev", context=512, **sizes)
         stock.close()
-        one = Bench("cpu:1", "auto", path, options.side)
+        one = Bench("cpu:1", options.strategy, path, options.side)
         pair = Bench("cpu:2", options.strategy, path, options.side)
         try:
             pair.calls("adaptive", "adaptive", SETTLE, speed=speed)

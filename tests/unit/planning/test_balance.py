@@ -128,6 +128,20 @@ def test_work_that_weighs_otherwise_than_thought_costs_one_trial():
     assert sum(time > even for time in ranks.times) <= MANY_CALLS + 1
 
 
+def test_a_balance_is_at_rest_when_no_large_change_is_to_come():
+    assert Balance("even", 2).is_at_rest
+    ranks = Ranks(Balance("adaptive", 2), 1, 1).run(FEW_CALLS)
+    assert not ranks.balance.is_at_rest
+    assert ranks.run(1).balance.is_at_rest
+    assert ranks.run(50).balance.is_at_rest
+    ranks = Ranks(Balance("adaptive", 2), 1, 0.5).run(1 + FEW_CALLS)
+    assert not ranks.balance.is_at_rest, "shares have just changed"
+    assert ranks.run(2 + FEW_CALLS).balance.is_at_rest
+    weighted = Ranks(Balance("weighted", 2), 1, 1).run(MANY_CALLS)
+    assert not weighted.balance.is_at_rest
+    assert weighted.run(1).balance.is_at_rest
+
+
 def test_two_rows_are_shared_by_tokens_once_the_ranks_are_known_to_be_unequal():
     ranks = Ranks(Balance("adaptive", 2), 1, 0.5)
     assert ranks.plan(TWO_ROWS, ()).name == "batch=2"
