@@ -26,7 +26,7 @@ from comfy_xdit_patch.planning.link_timing import (
 
 SIZES_BYTES = {"cuda": (1 << 16, 1 << 20, 1 << 24), "cpu": (1 << 14, 1 << 18, 1 << 21)}
 """What each rank sends. Ulysses at 1024 px on 4 GPUs sends 5 MB in each exchange."""
-NUM_SAMPLES = 3
+NUM_SAMPLES = 5
 MAX_RUNS = 8
 SAMPLE_S = 5e-3
 VALUE_BYTES = 4

@@ -22,8 +22,7 @@ DEADLINE_S = 240.0
 SIZES = {"height": 32, "width": 32, "batch": 1, "text_tokens": 64}
 CALLS = 5
 FACTOR = 10.0
-"""Between prediction and measurement on a machine on which other tests run; docs/planning.md has
-what it is on a quiet one."""
+"""At most, between prediction and measurement, on a machine on which other tests run."""
 
 
 @pytest.fixture(scope="module")
