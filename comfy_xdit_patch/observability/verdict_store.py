@@ -20,6 +20,7 @@ from typing import Any
 
 from comfy_xdit_patch.planning.verdict import Verdict
 from comfy_xdit_patch.settings import cache_directory
+from comfy_xdit_patch.strategy import parse_strategy
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class VerdictStore:
 
 def _verdict(item: dict[str, Any]) -> Verdict:
     verdict = Verdict(str(item["plan"]), float(item["several_s"]), float(item["one_s"]))
+    parse_strategy(verdict.plan)
     if not all(0 < s < math.inf for s in (verdict.several_s, verdict.one_s)):
         raise ValueError(f"{item} is no verdict")
     return verdict

@@ -19,14 +19,25 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch import __version__
-from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.errors import Refusal, WorkerError
 from comfy_xdit_patch.observability.verdict_store import Case, VerdictStore
+from comfy_xdit_patch.patching.measuring import Measuring
+from comfy_xdit_patch.planning.choice import AUTO, choose
+from comfy_xdit_patch.planning.job import Job
+from comfy_xdit_patch.planning.machine import Machine
+from comfy_xdit_patch.planning.observed_job import job_of
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.verdict import Trial, Verdict, Way, size_class
 from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.strategy import PLAN, Strategy, parse_strategy
+from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
 
 log = logging.getLogger("comfy_xdit_patch")
+
+MARGIN = 0.1
+"""What a plan must promise over the usual one: predictions among plans are off by less on the
+published machines (docs/planning.md), and by more on CPU ranks."""
 
 ONE_IS_FASTER = Refusal("one GPU is faster for this model and size, as XDIT_STRATEGY=auto measured")
 
@@ -42,18 +53,43 @@ class Kind:
 class Auto:
     """What was measured in this process, and in earlier ones."""
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
+    def __init__(self, settings: Settings, pool: Pool, measuring: Measuring) -> None:
         self._is_on = settings.strategy.name == "auto" and not settings.strict
+        self._measuring = measuring
         self._pool = pool
         self._store = VerdictStore()
         self._trials: dict[Case, Trial] = {}
-        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._strategies: dict[Case, Strategy | None] = {}
+        self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def strategy(
+        self, flux: Any, workload: Workload, default: ParallelPlan, dtype: torch.dtype, poll: Poll
+    ) -> Strategy | None:
+        """Return the plan of all ranks that was measured, or promises most; None for the default.
+
+        The first call of a kind that was never measured has the ranks measure the machine.
+        """
+        if not self._is_on:
+            return None
+        case = self._case(flux, workload)
+        if case not in self._strategies:
+            verdict = self._store.find(case)
+            if verdict is not None:
+                self._strategies[case] = parse_strategy(verdict.plan)
+                return self._strategies[case]
+            try:
+                machine = self._measuring.machine(poll)
+            except WorkerError:
+                return None  # Whoever needs them next says so.
+            job = job_of(flux, workload, num_bytes=self._bytes(flux), dtype=dtype)
+            self._strategies[case] = None if machine is None else _best(job, machine, default)
+        return self._strategies[case]
 
     def kind(self, flux: Any, workload: Workload, plan: ParallelPlan) -> Kind | None:
         """What a call is to ``auto``; None if it is not asked."""
         if not self._is_on:
             return None
-        case = Case(self._machine(), self._model(flux), size_class(workload))
+        case = self._case(flux, workload)
         trial = self._trials.get(case)
         if trial is None or trial.plan != plan.name:
             found = self._store.find(case)
@@ -92,12 +128,34 @@ class Auto:
             parts.append(f"cores {cores}, {torch.get_num_threads()} threads in ComfyUI")
         return ", ".join([*parts, f"torch {torch.__version__}, comfy-xdit-patch {__version__}"])
 
-    def _model(self, flux: Any) -> str:
-        """Class, size in bytes and so the stored precision, and whether ComfyUI compiles it."""
-        if flux not in self._names:
-            num_bytes = sum(parameter.nbytes for parameter in flux.parameters())
-            self._names[flux] = f"{type(flux).__name__}, {num_bytes} bytes"
-        return self._names[flux]
+    def _case(self, flux: Any, workload: Workload) -> Case:
+        model = f"{type(flux).__name__}, {self._bytes(flux)} bytes"
+        return Case(self._machine(), model, size_class(workload))
+
+    def _bytes(self, flux: Any) -> int:
+        if flux not in self._sizes:
+            self._sizes[flux] = sum(parameter.nbytes for parameter in flux.parameters())
+        return self._sizes[flux]
+
+
+def _best(job: Job, machine: Machine, default: ParallelPlan) -> Strategy | None:
+    """Return the plan of all ranks that is predicted to be the fastest, if it is so by far."""
+    choice = choose(job, machine, world_size=default.world_size)
+    if isinstance(choice, Refusal):
+        return None
+    seconds = {
+        (option.plan.batch, option.plan.ulysses, option.plan.ring): option.time.total_s
+        for option in reversed(choice.options)  # of several places for the weights the fastest
+        if AUTO.allows(option.plan) and option.plan.world_size == default.world_size
+    }
+    usual = seconds.get((default.batch_degree, default.ulysses_degree, default.ring_degree))
+    if usual is None:
+        return None
+    best = min(seconds, key=seconds.__getitem__)
+    if seconds[best] > usual * (1 - MARGIN):
+        return None
+    batch, ulysses, ring = best
+    return Strategy(PLAN, batch=batch, ulysses=ulysses, ring=ring)
 
 
 def _finish(out: torch.Tensor) -> None:

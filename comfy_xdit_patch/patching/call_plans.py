@@ -21,6 +21,7 @@ from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
+from comfy_xdit_patch.workers.exchange import Poll
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class CallPlans:
         *,
         changes: Sequence[Refusal],
         carried: CarriedPatches,
+        poll: Poll,
     ) -> CallPlan | Refusal:
         """Share a call, as the user wants and the ranks can.
 
@@ -76,6 +78,11 @@ class CallPlans:
         plan = planned(weights=weights)
         if isinstance(plan, Refusal):
             return plan
+        better = self._auto.strategy(flux, workload, plan, arguments["x"].dtype, poll)
+        if better is not None:
+            other = planned(strategy=better, weights=weights)
+            if not isinstance(other, Refusal):
+                plan, planned = other, partial(planned, strategy=better)
         plan = self._holding.fitting(plan, base_model, workload, arguments["x"].dtype)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.

@@ -72,7 +72,8 @@ class Host:
             strategy=settings.strategy,
             balance=PoolBalance(settings.balance, pool, self.totals),
         )
-        auto = Auto(settings, pool)
+        self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
+        auto = Auto(settings, pool, self.measuring)
         self._books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self._steps = ParallelSteps(
             self._remote,
@@ -92,7 +93,6 @@ class Host:
             pristine=pristine,
             totals=self.totals,
         )
-        self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         self._lock = threading.RLock()
 
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ class ParallelSteps:
         if refusal is not None:
             return refusal
         call = self._plans.of_call(
-            flux, arguments, base_model, run, changes=changes, carried=carried
+            flux, arguments, base_model, run, changes=changes, carried=carried, poll=poll
         )
         if isinstance(call, Refusal):
             return call

@@ -56,33 +56,25 @@ def predicted_and_measured(path: str, calls: int, **sizes: Any) -> dict[str, Any
 
 
 def _job(patcher: Any, sizes: dict[str, Any]) -> Any:
-    from comfy_xdit_patch.planning.job import Job
-    from comfy_xdit_patch.planning.model_shape import ModelShape, Precision
+    from comfy_xdit_patch.planning.observed_job import job_of
     from comfy_xdit_patch.planning.plan import Workload
 
     flux = patcher.model.diffusion_model
-    params = flux.params
-    shape = ModelShape(
-        name="tiny",
-        width=params.hidden_size,
-        num_double_blocks=params.depth,
-        num_single_blocks=params.depth_single_blocks,
-        mlp_ratio=int(params.mlp_ratio),
-        is_gated=False,
-        has_bias=True,
-        modulation="blocks",
-        in_width=flux.in_channels,
-        out_width=flux.out_channels,
-        text_width=params.context_in_dim,
-        embedded=(256, 256, params.vec_in_dim),
-        num_text_tokens=sizes["text_tokens"],
-        num_steps=20,
-    )
     workload = Workload(
         batch_size=sizes["batch"],
         num_text_tokens=sizes["text_tokens"],
         num_image_tokens=sizes["height"] // 2 * (sizes["width"] // 2),
         num_heads=flux.num_heads,
     )
-    stored = flux.double_blocks[0].img_attn.qkv.weight.element_size()
-    return Job(shape, workload, Precision("as loaded", stored, bytes_per_value=4), 20)
+    num_bytes = sum(weight.nbytes for weight in flux.parameters())
+    return job_of(flux, workload, num_bytes=num_bytes, dtype=torch.float32)
+
+
+def num_weights(path: str) -> dict[str, int]:
+    """Weights of a model, counted and as the planner takes them to be."""
+    patcher = forwards.patcher_of(path)
+    sizes = {"batch": 1, "text_tokens": 64, "height": 32, "width": 32}
+    return {
+        "counted": sum(w.numel() for w in patcher.model.diffusion_model.parameters()),
+        "planned": _job(patcher, sizes).shape.num_weights,
+    }

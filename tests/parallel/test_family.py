@@ -47,6 +47,20 @@ def test_each_family_equals_stock(
     assert after["steps_parallel"] == before["steps_parallel"] + 1
 
 
+@pytest.mark.group("3")
+@pytest.mark.parametrize("family", ["dev", "schnell", "fill", "flux2"])
+def test_the_planner_counts_the_weights_of_a_model(
+    tree: Tree, inside: Callable[..., Inside], tmp_path: Path, family: str
+) -> None:
+    stock = inside(tree, XDIT_STRATEGY="off")
+    path = str(tmp_path / f"{family}.safetensors")
+    stock.call(
+        "families:write_model", path=path, family=family, hidden=512, double=2, single=3, context=64
+    )
+    found = stock.call("measuring:num_weights", path=path)
+    assert found["planned"] == pytest.approx(found["counted"], rel=0.01)
+
+
 @pytest.mark.usefixtures("newest_only")
 @pytest.mark.group("native")
 @pytest.mark.slow  # a model of FLUX.1's own width, and up to 7 processes that hold it

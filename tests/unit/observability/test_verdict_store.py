@@ -52,9 +52,10 @@ def test_the_oldest_go_first(tmp_path, monkeypatch):
         "[]",
         '{"format": 1}',
         '{"format": 1, "verdicts": []}',
-        '{"format": 1, "verdicts": {"k": {"plan": "p", "several_s": 0, "one_s": 1}}}',
-        '{"format": 1, "verdicts": {"k": {"plan": "p", "several_s": 1, "one_s": Infinity}}}',
+        '{"format": 1, "verdicts": {"k": {"plan": "ring=2", "several_s": 0, "one_s": 1}}}',
+        '{"format": 1, "verdicts": {"k": {"plan": "ring=2", "several_s": 1, "one_s": Infinity}}}',
         '{"format": 1, "verdicts": {"k": 3}}',
+        '{"format": 1, "verdicts": {"k": {"plan": "magic=2", "several_s": 1, "one_s": 1}}}',
     ],
 )
 def test_a_damaged_file_is_said_and_begun_anew(tmp_path, caplog, text):
