@@ -8,10 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-AXES = ("batch", "ulysses", "ring")
-NAMES = ("auto", "ulysses", "ring", "usp", "batch", "off")
+AXES = ("batch", "ulysses", "ring", "tensor")
+NAMES = ("auto", "ulysses", "ring", "usp", "batch", "tensor", "off")
 ALIASES = {"cfg": "batch"}
-LEGAL = "auto, ulysses, ring, usp, batch (or cfg), off, or a plan such as batch=2,ulysses=2,ring=2"
+LEGAL = (
+    "auto, ulysses, ring, usp, batch (or cfg), tensor, off, or a plan such as "
+    "batch=2,ulysses=2,tensor=2"
+)
 PLAN = "plan"
 
 
@@ -23,6 +26,7 @@ class Strategy:
     batch: int = 1
     ulysses: int = 1
     ring: int = 1
+    tensor: int = 1
 
     def __str__(self) -> str:
         if self.name != PLAN:

@@ -86,9 +86,8 @@ class Engine:
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
         with torch.inference_mode():
-            gathered = 0
+            sent = self._begin(resident, plan)
             if resident.blocks is not None:
-                gathered = resident.blocks.bytes_gathered
                 resident.blocks.prefetch_first()
             rows, bytes_sent = forward_share(
                 resident.flux,
@@ -97,16 +96,15 @@ class Engine:
                 groups=self._groups,
                 # A shard's layers get their scales only when their block begins; where a scale goes
                 # is a matter of rounding.
-                scaled={} if resident.blocks is not None else resident.scaled,
+                scaled=resident.scaled if resident.is_whole else {},
                 residuals=self._residuals,
                 patches=patches,
             )
-            if resident.blocks is not None:
-                bytes_sent += resident.blocks.bytes_gathered - gathered
+            bytes_sent += resident.bytes_moved - sent
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
             bytes_written = 0
-            if plan.sequence_index(rank) == 0:
+            if plan.sequence_index(rank) == plan.tensor_index(rank) == 0:
                 first, end = plan.batch_rows(rank, batch)
                 self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
                 bytes_written = rows.nbytes
@@ -131,9 +129,11 @@ class Engine:
         plan = self._plan(message)
         arguments = self._slots.fetch(message.arguments)
         with torch.inference_mode():
+            sent = self._begin(resident, plan)
             layout, residuals, bytes_sent = control_share(
                 resident.flux, arguments, plan=plan, groups=self._groups
             )
+            bytes_sent += resident.bytes_moved - sent
         self._residuals.keep(message.call, residuals)
         num_rows, features = arguments["x"].shape[0], residuals.tensors[0].shape[-1]
         return Controlled(
@@ -157,7 +157,7 @@ class Engine:
         resident = self._resident(message.model)
         plan = self._plan(message)
         with torch.inference_mode():
-            gathered = 0 if resident.blocks is None else resident.blocks.bytes_gathered
+            sent = self._begin(resident, plan)
             _, bytes_sent = self._driven.run(
                 resident.flux.get_submodule(message.block),
                 self._slots.fetch(message.arguments),
@@ -165,14 +165,13 @@ class Engine:
                 shares=self._shares(resident, message.counts, plan),
                 scaled={
                     name: layer
-                    for name, layer in ({} if resident.blocks else resident.scaled).items()
+                    for name, layer in (resident.scaled if resident.is_whole else {}).items()
                     if name.startswith(f"{message.block}.")
                 },
                 patches=self._patches(message.patches),
                 keep=message.keep,
             )
-            if resident.blocks is not None:
-                bytes_sent += resident.blocks.bytes_gathered - gathered
+            bytes_sent += resident.bytes_moved - sent
         self._num_forwards += message.is_first
         seconds = time.perf_counter() - start
         return Ran(message.request, self._num_forwards, seconds, bytes_sent)
@@ -186,6 +185,19 @@ class Engine:
             if self._groups.rank == 0:
                 self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
         return Fetched(message.request, bytes_sent)
+
+    def _begin(self, resident: Resident, plan: ParallelPlan) -> int:
+        """Make a model ready for a plan; return how many bytes its weights have moved so far.
+
+        Raises:
+            WorkerError: its blocks are cut for another plan.
+        """
+        degree = 1 if resident.tensor is None else resident.tensor.degree
+        if degree != plan.tensor_degree:
+            raise WorkerError(f"The blocks are cut in {degree} and {plan.name} is asked for.")
+        if resident.tensor is not None:
+            resident.tensor.begin(self._groups.of_plan(plan).tensor)
+        return resident.bytes_moved
 
     def _plan(self, message: Forward | Control | RunBlock | Fetch) -> ParallelPlan:
         return ParallelPlan.of_grid(message.grid, message.weights)

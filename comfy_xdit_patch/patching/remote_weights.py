@@ -17,7 +17,6 @@ from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.residency import Placement
 from comfy_xdit_patch.patching.weights import BypassHooks, WeightState, WeightStates
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.transport.messages import Drop, GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.packs import NoRoomError
 from comfy_xdit_patch.transport.replies import Loaded, NotLoaded, short
@@ -51,7 +50,7 @@ class RemoteWeights:
         self._models = models
         self._verifies = verifies
         self._states = WeightStates(wire.packs)
-        self._held: dict[int, tuple[str, Mode]] = {}
+        self._held: dict[int, tuple[str, str]] = {}
         self._failed: dict[tuple[int, str], BackOff] = {}
 
     def follow_generation(self) -> None:
@@ -73,7 +72,7 @@ class RemoteWeights:
         """Whether the workers hold any model."""
         return bool(self._held)
 
-    def holds(self, known: KnownModel, mode: Mode, key: str | None = None) -> bool:
+    def holds(self, known: KnownModel, mode: str, key: str | None = None) -> bool:
         """Whether every rank holds this model in this place, and in the state of this key."""
         held = self._held.get(known.number)
         return held is not None and held[1] == mode and key in (None, held[0])

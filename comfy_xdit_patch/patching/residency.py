@@ -24,6 +24,7 @@ from comfy_xdit_patch.planning.residency import (
     TokenLoad,
     plan_residency,
 )
+from comfy_xdit_patch.planning.tensor_residency import plan_tensor_residency, tensor_mode
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
 from comfy_xdit_patch.transport.tensors import flatten
@@ -36,10 +37,11 @@ _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 class Placement:
     """Where one model's weights lie, and what other models may take on a card beside them.
 
-    ``room_bytes`` is None where nothing limits it, or where ComfyUI's own manager does.
+    ``mode`` is one of ``planning/residency.py``, or a ``tensor_mode``. ``room_bytes`` is None where
+    nothing limits it, or where ComfyUI's own manager does.
     """
 
-    mode: Mode
+    mode: str
     room_bytes: int | None
 
 
@@ -59,8 +61,9 @@ class Residency:
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size."""
         cards = self._cards()
+        cut = tensor_mode(plan.tensor_degree) if plan.tensor_degree > 1 else None
         if cards is None:
-            return Placement("full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
+            return Placement(cut or "full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         load = TokenLoad(
@@ -70,15 +73,22 @@ class Residency:
             num_rows=-(-workload.batch_size // plan.batch_degree),
             bytes_per_value=dtype.itemsize,
         )
-        choice = plan_residency(self._sizes[base_model], load, cards=cards)
+        sizes = self._sizes[base_model]
+        if cut is None:
+            choice = plan_residency(sizes, load, cards=cards)
+        else:
+            choice = plan_tensor_residency(sizes, load, plan.tensor_degree, cards=cards)
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()
+        need = choice.needs[-1]
+        room = max(0, need.card.free_bytes - need.num_bytes)
+        if cut is not None:
+            return Placement(cut, room)
         before = self._modes.get(base_model, "full")
         mode = max(before, choice.mode, key=MODES.index)
         self._modes[base_model] = mode
-        need = choice.needs[-1]
-        return Placement(mode, max(0, need.card.free_bytes - need.num_bytes))
+        return Placement(mode, room)
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]

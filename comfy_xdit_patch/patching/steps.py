@@ -27,6 +27,7 @@ from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.ring import no_ring
+from comfy_xdit_patch.patching.tensor import no_tensor_call
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
@@ -129,6 +130,10 @@ class ParallelSteps:
         )
         if isinstance(plan, Refusal):
             return plan
+        if plan.tensor_degree > 1:
+            refusal = no_tensor_call(arguments, carried, changes)
+            if refusal is not None:
+                return refusal
         if changes and (plan.sequence_degree == 1 or carried.keeps_references):
             return changes[0]
         try:

@@ -121,6 +121,10 @@ class ParallelPlan:
     def tensor_index(self, rank: int) -> int:
         return rank % self.tensor_degree
 
+    def local_heads(self, rank: int, num_heads: int) -> int:
+        """Heads of a model that a rank's tensor group leaves to it, before tokens are shared."""
+        return shard_sizes(num_heads, self.tensor_degree)[self.tensor_index(rank)]
+
     def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
         """First and end row of the batch that this rank computes."""
         return bounds(shard_sizes(batch_size, self.batch_degree))[self.batch_index(rank)]

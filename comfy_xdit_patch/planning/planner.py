@@ -43,6 +43,8 @@ def plan_call(
             f"does not have",
             Scope.STEP,
         )
+    if plan.tensor_degree > workload.num_heads:
+        return Refusal("XDIT_STRATEGY cuts the heads in more parts (tensor) than the model has")
     if plan.ring_degree > 1 and no_ring is not None:
         return no_ring
     try:
@@ -81,11 +83,19 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
         PlanError: there is none for this number of ranks.
     """
     if strategy.name == PLAN:
-        return ParallelPlan(world_size, strategy.batch, strategy.ulysses, strategy.ring)
+        return ParallelPlan(
+            world_size,
+            strategy.batch,
+            strategy.ulysses,
+            strategy.ring,
+            tensor_degree=strategy.tensor,
+        )
     if strategy.name == "batch":
         return ParallelPlan(world_size, world_size, 1)
     if strategy.name == "ulysses":
         return ParallelPlan(world_size, 1, world_size)
+    if strategy.name == "tensor":
+        return ParallelPlan(world_size, 1, 1, tensor_degree=world_size)
     ring_degree = world_size
     if strategy.name == "usp":
         divisors = [n for n in range(2, world_size) if world_size % n == 0]
@@ -116,10 +126,13 @@ def legal_strategies(world_size: int) -> list[str]:
     """Every value of ``XDIT_STRATEGY`` that fits so many ranks."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     plans = [
-        ParallelPlan(world_size, batch, ulysses, world_size // (batch * ulysses)).name
+        ParallelPlan(world_size, batch, ulysses, ring, tensor_degree=rest // ring).name
         for batch in divisors
         for ulysses in divisors
         if world_size % (batch * ulysses) == 0
+        for rest in (world_size // (batch * ulysses),)
+        for ring in reversed(divisors)
+        if rest % ring == 0
     ]
     is_product = len(divisors) > 2
     names = [name for name in NAMES if name != "usp" or is_product]
