@@ -141,6 +141,8 @@ def _place_outside_of_blocks(
         if not name.startswith(BLOCK_LISTS):
             moved = comfy.utils.get_attr(flux, name).to(device)
             comfy.utils.set_attr_param(flux, name, bake(name, moved))
+    if digests is not None:  # Chroma marks with empty buffers what its file was made for.
+        digests.update((name, digest_weight(buffer)) for name, buffer in flux.named_buffers())
     if patcher.force_cast_weights:
         for module in flux.modules():
             if hasattr(module, "comfy_cast_weights"):
