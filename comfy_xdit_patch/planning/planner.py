@@ -44,7 +44,10 @@ def plan_call(
             Scope.STEP,
         )
     if plan.tensor_degree > workload.num_heads:
-        return Refusal("XDIT_STRATEGY cuts the heads in more parts (tensor) than the model has")
+        return Refusal(
+            f"XDIT_STRATEGY cuts the heads in {plan.tensor_degree} parts (tensor), and the model "
+            f"has {workload.num_heads}"
+        )
     if plan.ring_degree > 1 and no_ring is not None:
         return no_ring
     try:

@@ -69,6 +69,8 @@ def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
         ("cfg", 2, "batch=2"),
         ("batch=2,ring=2,ulysses=3", 12, "batch=2,ulysses=3,ring=2"),
         ("ring=2,cfg=2", 4, "batch=2,ring=2"),
+        ("tensor", 3, "tensor=3"),
+        ("tensor=2,ulysses=2,cfg=2", 8, "batch=2,ulysses=2,tensor=2"),
     ],
 )
 def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expected):
@@ -81,13 +83,20 @@ def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expecte
 @pytest.mark.parametrize(
     ("text", "world_size", "legal"),
     [
-        ("usp", 3, "auto; ulysses; ring; batch; off; ring=3; ulysses=3; batch=3"),
-        ("usp", 1, "auto; ulysses; ring; batch; off"),
-        ("ulysses=2,ring=2", 2, "auto; ulysses; ring; batch; off; ring=2; ulysses=2; batch=2"),
+        (
+            *("usp", 3),
+            "auto; ulysses; ring; batch; tensor; off; ring=3; tensor=3; ulysses=3; batch=3",
+        ),
+        ("usp", 1, "auto; ulysses; ring; batch; tensor; off"),
+        (
+            *("ulysses=2,ring=2", 2),
+            "auto; ulysses; ring; batch; tensor; off; ring=2; tensor=2; ulysses=2; batch=2",
+        ),
         (
             *("ring=2", 4),
-            "auto; ulysses; ring; usp; batch; off; "
-            "ring=4; ulysses=2,ring=2; ulysses=4; batch=2,ring=2; batch=2,ulysses=2; batch=4",
+            "auto; ulysses; ring; usp; batch; tensor; off; "
+            "ring=4; ring=2,tensor=2; tensor=4; ulysses=2,ring=2; ulysses=2,tensor=2; ulysses=4; "
+            "batch=2,ring=2; batch=2,tensor=2; batch=2,ulysses=2; batch=4",
         ),
     ],
 )
@@ -135,6 +144,16 @@ def test_attention_that_cannot_go_round_a_ring_is_refused_for_a_ring_only():
     for strategy in (AUTO, Strategy("ulysses")):
         plan = plan_call(IMAGE_1024, world_size=4, strategy=strategy, no_ring=reason)
         assert plan.name == "ulysses=4"
+
+
+def test_more_parts_than_heads_are_refused_for_the_run():
+    workload = dataclasses.replace(IMAGE_1024, num_heads=3)
+    refusal = plan_call(workload, world_size=4, strategy=Strategy("tensor"))
+    assert isinstance(refusal, Refusal)
+    assert refusal.scope is Scope.RUN
+    assert refusal.reason.endswith("in 4 parts (tensor), and the model has 3")
+    plan = parse_strategy("tensor=2,ulysses=2")
+    assert plan_call(workload, world_size=4, strategy=plan).name == "ulysses=2,tensor=2"
 
 
 def test_tokens_are_counted_for_all_ranks_of_ring_and_ulysses():
