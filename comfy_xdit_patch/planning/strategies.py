@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate
 from comfy_xdit_patch.planning.residency import Mode
 
-BUILT = frozenset({"batch", "ulysses", "ring"})
+BUILT = frozenset({"batch", "ulysses", "ring", "tensor"})
 """The axes that the engine has; plans of the others are predicted only."""
 STRATEGY_AXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # name: axes that it must have, axes that it may have besides

@@ -43,7 +43,7 @@ def test_fp8_with_one_scale_keeps_it_and_its_class(dim):
     assert torch.equal(part.dequantize(), expected)
     if dim == 0:
         x = torch.randn(3, 128)
-        assert torch.allclose(torch.nn.functional.linear(x, part), x @ expected.T)
+        assert torch.allclose(torch.nn.functional.linear(x, part), x @ expected.T, atol=1e-4)
 
 
 @pytest.mark.parametrize(
