@@ -67,9 +67,10 @@ VARIABLES = (
         "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
         "`ring` tokens by passing keys and values round, `usp` tokens by both, `tensor` the heads "
         "and columns of every block, with their weights: each card holds a part of the blocks, and "
-        "sends more than with `ulysses`. A plan gives the degree of each axis, in any order; their product is the number of ranks. All of them are "
-        "exact. A call that the named strategy cannot share runs on one GPU, and the log says why. "
-        "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
+        "sends more than with `ulysses`. A plan gives the degree of each axis, in any order; their "
+        "product is the number of ranks. All of them are exact. A call that the named strategy "
+        "cannot share runs on one GPU, and the log says why. `off` leaves stock ComfyUI: nothing "
+        "is wrapped, nothing is imported.",
     ),
     Variable(
         "XDIT_GPU_MEMORY",
