@@ -1,4 +1,4 @@
-"""``comfy-xdit doctor`` and ``comfy-xdit plan``, also as ``python -m comfy_xdit_patch``.
+"""``comfy-xdit doctor``, ``plan`` and ``verdicts``, also as ``python -m comfy_xdit_patch``.
 
 Runs in: a process of its own.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import SettingsError
-from comfy_xdit_patch.observability import plan_report
+from comfy_xdit_patch.observability import plan_report, verdict_store
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan = commands.add_parser("plan", help="predict every plan, also for GPUs you do not have")
     plan_report.add_arguments(plan)
+    verdicts = commands.add_parser("verdicts", help="what XDIT_STRATEGY=auto has measured")
+    verdicts.add_argument("--clear", action="store_true", help="forget it, to measure again")
     options = parser.parse_args(argv)
+    if options.command == "verdicts":
+        sys.stdout.write(verdict_store.report(clear=options.clear) + "\n")
+        return 0
     if options.command == "plan":
         return _plan(options)
     from comfy_xdit_patch.observability.doctor import examine

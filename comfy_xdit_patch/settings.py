@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from comfy_xdit_patch.errors import SettingsError
@@ -62,15 +63,19 @@ VARIABLES = (
         "XDIT_STRATEGY",
         "auto",
         STRATEGY_LEGAL,
-        "How the work is shared. `auto` picks among the exact strategies; a batch (also the "
-        "conditional and unconditional half of CFG) is shared first, then the token sequence. "
+        "How the work is shared. `auto` shares a batch first (also the "
+        "conditional and unconditional half of CFG), then the token sequence; the first steps of a "
+        "model and size are measured on all ranks and in ComfyUI alone, the faster of the two is "
+        "taken from then on, and `comfy-xdit verdicts` shows and clears what is remembered. "
         "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
         "`ring` tokens by passing keys and values round, `usp` tokens by both, `tensor` the heads "
         "and columns of every block, with their weights: each card holds a part of the blocks, and "
-        "sends more than with `ulysses`. A plan gives the degree of each axis, in any order; their "
-        "product is the number of ranks. All of them are exact. A call that the named strategy "
-        "cannot share runs on one GPU, and the log says why. `off` leaves stock ComfyUI: nothing "
-        "is wrapped, nothing is imported.",
+        "sends more than with `ulysses`. `fsdp` shares as `auto` does, unmeasured, and shards the "
+        "weights over all ranks, which `auto` does only where they do not fit. A plan gives the "
+        "degree of each axis, in any order; their product is the number of ranks, and so is `fsdp` "
+        "in it. All of them are exact. A call that the named strategy cannot share runs on one "
+        "GPU, and the log says why. `off` leaves stock ComfyUI: nothing is wrapped, nothing is "
+        "imported.",
     ),
     Variable(
         "XDIT_GPU_MEMORY",
@@ -164,6 +169,13 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),
     )
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Where this package keeps what it measured; it need not exist."""
+    env = os.environ if environ is None else environ
+    base = env.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "comfy-xdit-patch"
 
 
 def parse_gpus(value: str) -> DeviceRequest:

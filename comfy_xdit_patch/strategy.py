@@ -9,29 +9,40 @@ import re
 from dataclasses import dataclass
 
 AXES = ("batch", "ulysses", "ring", "tensor")
-NAMES = ("auto", "ulysses", "ring", "usp", "batch", "tensor", "off")
+NAMES = ("auto", "ulysses", "ring", "usp", "batch", "tensor", "fsdp", "off")
 ALIASES = {"cfg": "batch"}
 LEGAL = (
-    "auto, ulysses, ring, usp, batch (or cfg), tensor, off, or a plan such as "
-    "batch=2,ulysses=2,tensor=2"
+    "auto, ulysses, ring, usp, batch (or cfg), tensor, fsdp, off, or a plan such as "
+    "batch=2,ulysses=2,tensor=2 or ulysses=4,fsdp=4"
 )
 PLAN = "plan"
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """One of ``NAMES``, or ``plan``: then the degrees are those that the user wrote."""
+    """One of ``NAMES``, or ``plan``: then the degrees are those that the user wrote.
+
+    ``fsdp`` is over how many ranks a plan shards the weights, 0 for as memory asks.
+    """
 
     name: str
     batch: int = 1
     ulysses: int = 1
     ring: int = 1
     tensor: int = 1
+    fsdp: int = 0
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the weights are to be sharded, room or not."""
+        return self.name == "fsdp" or self.fsdp > 0
 
     def __str__(self) -> str:
         if self.name != PLAN:
             return self.name
         parts = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        if self.fsdp:
+            parts.append(f"fsdp={self.fsdp}")
         return ",".join(parts) or "ulysses=1"
 
 
@@ -52,7 +63,9 @@ def parse_strategy(value: str) -> Strategy:
     for item in text.split(","):
         match = re.fullmatch(r"\s*([a-z]+)\s*=\s*([1-9]\d{0,2})\s*", item)
         axis = ALIASES.get(match[1], match[1]) if match else ""
-        if match is None or axis not in AXES or axis in degrees:
+        if match is None or axis not in {*AXES, "fsdp"} or axis in degrees:
             raise ValueError(value)
         degrees[axis] = int(match[2])
+    if degrees.keys() == {"fsdp"}:
+        degrees["ulysses"] = degrees["fsdp"]
     return Strategy(PLAN, **degrees)

@@ -30,12 +30,16 @@ def note_once(text: str) -> None:
 def summary(run: RunReport, *, device_word: str) -> str:
     """The line for a finished sampling run."""
     if not run.steps_parallel:
-        reasons = "; ".join(run.fall_back_reasons)
+        reasons = "; ".join(run.fall_back_reasons) or "to compare"
         return f"xDiT: {run.steps} steps on one GPU ({reasons})"
     text = (
         f"xDiT: {run.steps_parallel} steps on {run.ranks} {device_word} ({run.plan}), "
         f"{run.steps_fell_back} fell back, {run.ms_per_step:.0f} ms/step"
     )
+    if run.speedup is not None:
+        text += f", {run.speedup:.2f}x of ComfyUI alone as measured here"
+    if run.steps_measured:
+        text += f", {run.steps_measured} in ComfyUI alone to compare"
     if run.gather_reasons:
         text += f", {run.steps_gathered} with gathers ({'; '.join(run.gather_reasons)})"
     if run.steps_skipped:

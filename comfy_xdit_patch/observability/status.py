@@ -20,6 +20,9 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 class RunReport:
     """One finished sampling run. ``ms_per_step`` is the median over parallel steps.
 
+    A measured step is one that ComfyUI computed alone, to be compared; ``speedup`` is what came out
+    of that, for this kind of step, in this run or an earlier one.
+
     A gathered step is a parallel one in which a node's code around the blocks ran in the host; a
     skipped one is a step in which a node had no block run, or computed them itself.
     """
@@ -29,9 +32,11 @@ class RunReport:
     steps_fell_back: int
     steps_gathered: int
     steps_skipped: int
+    steps_measured: int
     gather_reasons: dict[str, int]
     fall_back_reasons: dict[str, int]
     ms_per_step: float | None
+    speedup: float | None
     strategy: str | None
     plan: str | None
     ranks: int
@@ -46,19 +51,25 @@ class RunCounts:
     fall_backs: Counter[str] = field(default_factory=Counter)
     gathered: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
+    measured: int = 0
+    one_seconds: float | None = None
+    """What ``auto`` once measured for a step of this kind in ComfyUI alone."""
 
     def report(self, *, ranks: int) -> RunReport:
         parallel = len(self.parallel_seconds)
         fell_back = sum(self.fall_backs.values())
+        median = statistics.median(self.parallel_seconds) if parallel else None
         return RunReport(
-            steps=parallel + fell_back + self.skipped,
+            steps=parallel + fell_back + self.skipped + self.measured,
             steps_parallel=parallel,
             steps_fell_back=fell_back,
             steps_gathered=sum(self.gathered.values()),
             steps_skipped=self.skipped,
+            steps_measured=self.measured,
             gather_reasons=dict(self.gathered),
             fall_back_reasons=dict(self.fall_backs),
-            ms_per_step=statistics.median(self.parallel_seconds) * 1000 if parallel else None,
+            ms_per_step=None if median is None else median * 1000,
+            speedup=self.one_seconds / median if self.one_seconds and median else None,
             strategy=self.plan.strategy if parallel and self.plan else None,
             plan=self.plan.name if self.plan else None,
             ranks=ranks if parallel else 1,
@@ -75,6 +86,8 @@ class Totals:
     """Parallel steps in which a node's code around the blocks ran in the host."""
     steps_skipped: int = 0
     """Steps in which a node had no block run, or computed them itself."""
+    steps_measured: int = 0
+    """Steps that ComfyUI computed alone because ``auto`` compared."""
     fall_backs: Counter[str] = field(default_factory=Counter)
     bytes_to_workers: int = 0
     bytes_from_workers: int = 0
@@ -116,6 +129,7 @@ class Totals:
             "steps_parallel": self.steps_parallel,
             "steps_gathered": self.steps_gathered,
             "steps_skipped": self.steps_skipped,
+            "steps_measured": self.steps_measured,
             "steps_fell_back": sum(self.fall_backs.values()),
             "fall_back_reasons": dict(self.fall_backs),
             "bytes": {

@@ -115,7 +115,13 @@ class Holding:
         state = self._weights.state(model, run.bypass[id(model)])
         if isinstance(state, Refusal):
             return state
-        place = self._residency.place(model, workload, plan, dtype)
+        place = self._residency.place(
+            model,
+            workload,
+            plan,
+            dtype,
+            first="sharded" if self.strategy.shards_weights and not is_guest else "full",
+        )
         if isinstance(place, Refusal):
             return place
         if state.is_hooked and place.mode != "full":
@@ -152,6 +158,11 @@ class Holding:
         if (id(model), degree) not in run.tensor:
             run.tensor[id(model), degree] = no_tensor_weights(model, degree)
         return run.tensor[id(model), degree]
+
+    def is_held_back(self, model: Any) -> bool:
+        """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""
+        patcher = getattr(model, "current_patcher", None)
+        return patcher is not None and self._memory.is_held_back(patcher)
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:
         """What others hung on single modules of a model. Looked for once a run."""

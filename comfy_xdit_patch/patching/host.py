@@ -17,6 +17,7 @@ import torch
 from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
@@ -67,6 +68,7 @@ class Host:
             models=self.models,
             strategy=settings.strategy,
         )
+        self._auto = Auto(settings, pool)
         self._steps = ParallelSteps(
             self._remote,
             DrivenForward(wire, self.totals),
@@ -74,6 +76,7 @@ class Host:
             pristine=pristine,
             totals=self.totals,
             hooks=self.hooks,
+            auto=self._auto,
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
@@ -136,7 +139,8 @@ class Host:
         with self._lock:
             outcome = run.refusal or self._steps.run(flux, arguments, compute, base_model, run)
         if base_model is not None:
-            self.memory.ran(base_model, is_parallel=not isinstance(outcome, Refusal))
+            is_here = isinstance(outcome, Refusal) or outcome.is_one
+            self.memory.ran(base_model, is_parallel=not is_here)
         if not isinstance(outcome, Refusal):
             self._count(outcome, run, time.perf_counter() - begin)
             return outcome.out
@@ -176,7 +180,15 @@ class Host:
         warn_once(refusal.reason)
 
     def _count(self, step: Step, run: Run, seconds: float) -> None:
+        if step.is_one:
+            run.counts.measured += 1
+            self.totals.steps_measured += 1
+            return
         self.totals.host_step_seconds = seconds
+        if step.kind is not None:
+            self._auto.took(step.kind, seconds, is_several=True)
+            verdict = step.kind.trial.verdict
+            run.counts.one_seconds = None if verdict is None else verdict.one_s
         if step.is_empty:
             run.counts.skipped += 1
             self.totals.steps_skipped += 1

@@ -57,13 +57,19 @@ class Residency:
         """How the last choice came about."""
 
     def place(
-        self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
+        self,
+        base_model: Any,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        *,
+        first: Mode = "full",
     ) -> Placement | Refusal:
-        """Decide where a model's weights lie for a call of this size."""
+        """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
         cards = self._cards()
         cut = tensor_mode(plan.tensor_degree) if plan.tensor_degree > 1 else None
         if cards is None:
-            return Placement(cut or "full", None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
+            return Placement(cut or first, None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         load = TokenLoad(
@@ -75,7 +81,7 @@ class Residency:
         )
         sizes = self._sizes[base_model]
         if cut is None:
-            choice = plan_residency(sizes, load, cards=cards)
+            choice = plan_residency(sizes, load, cards=cards, first=first)
         else:
             choice = plan_tensor_residency(sizes, load, plan.tensor_degree, cards=cards)
         if isinstance(choice, Refusal):

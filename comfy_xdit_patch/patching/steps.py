@@ -20,6 +20,7 @@ import torch
 
 from comfy_xdit_patch.errors import DeclinedError, PlanError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.auto import Auto, Kind
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
@@ -38,6 +39,7 @@ from comfy_xdit_patch.planning.eligibility import (
 )
 from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.verdict import Way
 from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 
@@ -47,12 +49,15 @@ class Step:
     """A call that is computed.
 
     ``gathered_for`` is why a part of it ran here; ``is_empty`` says that no block ran on the
-    workers: a node left them out, or computed them itself.
+    workers: a node left them out, or computed them itself. ``is_one``: it ran here, to be timed.
     """
 
     out: torch.Tensor
     gathered_for: str | None = None
     is_empty: bool = False
+    is_one: bool = False
+    kind: Kind | None = None
+    """Set if the time of the step tells ``auto`` something."""
 
 
 class ParallelSteps:
@@ -67,7 +72,9 @@ class ParallelSteps:
         pristine: Pristine,
         totals: Totals,
         hooks: LeftOutHooks,
+        auto: Auto,
     ) -> None:
+        self._auto = auto
         self._remote = remote
         self._driven = driven
         self._holding = holding
@@ -136,6 +143,13 @@ class ParallelSteps:
                 return refusal
         if changes and (plan.sequence_degree == 1 or carried.keeps_references):
             return changes[0]
+        kind = self._auto.kind(flux, workload, plan)
+        refusal = self._auto.verdict(kind)
+        if refusal is not None:
+            return refusal
+        is_plain = not changes and carried.tree is None and arguments.get("control") is None
+        if not is_plain or self._holding.is_held_back(base_model):
+            kind = None
         try:
             known = self._holding.hold(
                 base_model,
@@ -147,6 +161,9 @@ class ParallelSteps:
             )
             if isinstance(known, Refusal):
                 return known
+            if kind is not None and kind.trial.way() is Way.ONE:
+                self._hooks.make_up()
+                return Step(self._auto.time_one(kind, compute), is_one=True)
             if not changes:
                 out = self._remote.forward(
                     known.number,
@@ -157,7 +174,7 @@ class ParallelSteps:
                     poll=poll,
                 )
                 run.counts.plan = plan
-                return _checked(Step(out, gathered_for=carried.gathered))
+                return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
             out, num_blocks = self._driven.run(

@@ -11,6 +11,9 @@ from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import AUTO, NAMES, PLAN, Strategy
 
+FREE = ("auto", "fsdp")
+"""Strategies that leave the axes to us."""
+
 
 def plan_call(
     workload: Workload,
@@ -31,7 +34,8 @@ def plan_call(
         needs_references: if there are reference tokens, every rank must hold one.
         no_ring: why this call's attention cannot go round a ring.
     """
-    plan = _auto(workload, world_size) if strategy == AUTO else named_plan(strategy, world_size)
+    is_free = strategy.name in FREE
+    plan = _auto(workload, world_size) if is_free else named_plan(strategy, world_size)
     if plan.batch_degree > 1 and not workload.is_batch_divisible:
         return Refusal(
             "XDIT_STRATEGY shares the batch, and something in this call belongs to all rows",
@@ -78,7 +82,7 @@ def _auto(workload: Workload, world_size: int) -> ParallelPlan:
 
 
 def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
-    """Return the plan that a strategy other than ``auto`` stands for.
+    """Return the plan that a strategy stands for; ``FREE`` ones stand for none.
 
     ``usp`` has the smallest ring of them all: it sends the fewest bytes.
 
@@ -86,6 +90,10 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
         PlanError: there is none for this number of ranks.
     """
     if strategy.name == PLAN:
+        if strategy.fsdp not in (0, world_size):
+            raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
+        if strategy.fsdp and strategy.tensor > 1:
+            raise PlanError("fsdp and tensor both share out the blocks' weights.")
         return ParallelPlan(
             world_size,
             strategy.batch,
@@ -114,7 +122,7 @@ def check_strategy(strategy: Strategy, *, world_size: int) -> None:
     Raises:
         SettingsError: with those that could.
     """
-    if strategy == AUTO:
+    if strategy.name in FREE:
         return
     try:
         named_plan(strategy, world_size)

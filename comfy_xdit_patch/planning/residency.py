@@ -150,16 +150,19 @@ class ResidencyPlan:
 
 
 def plan_residency(
-    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...]
+    model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...], first: Mode = "full"
 ) -> ResidencyPlan | Refusal:
     """Take the first of full, sharded and offload that fits on every card.
+
+    Args:
+        first: the user wants this one or a later one.
 
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
     links between cards once a step, offload moves them over the bus to CPU memory.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
     tried: list[Need] = []
-    for mode in modes:
+    for mode in modes[modes.index(first) if first in modes else 0 :]:
         tried.append(need_of(mode, model, load, cards=cards))
         if tried[-1].fits:
             return ResidencyPlan(tuple(tried))

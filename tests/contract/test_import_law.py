@@ -86,6 +86,7 @@ IMPORTERS = {
         "engine/weight_sharding.py",
         "engine/whole_tensor.py",
         "engine/rank_tokens.py",
+        "patching/auto.py",
         "patching/carried.py",
         "patching/controls.py",
         "patching/deferred.py",

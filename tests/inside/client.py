@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rig.server import settings_of
 from rig.trees import Tree
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ class Inside:
         command += ["--reply-fd", str(write), "--cpu", "--use-pytorch-cross-attention"]
         self.process = subprocess.Popen(
             command,
-            env=variables | env,
+            env=variables | settings_of(env),
             stdin=subprocess.PIPE,
             stdout=self.log,
             stderr=subprocess.STDOUT,

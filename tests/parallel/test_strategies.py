@@ -97,6 +97,24 @@ def test_an_attention_function_of_a_nodes_is_never_left_out_for_a_ring(
     assert ranks.call("forwards:forward", **call)["steps_parallel"] == before["steps_parallel"] + 1
 
 
+@pytest.mark.group("3")
+@pytest.mark.usefixtures("newest_only")
+def test_shards_of_weights_by_name(
+    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
+) -> None:
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS="cpu:3", **STRICT)
+    path = flux_dev(hidden=768, double=1, single=1)
+    sizes = {}
+    for strategy in ("ulysses", "ulysses=3,fsdp=3"):
+        with following(ranks, strategy):
+            error, _, after = compare(stock, ranks, path, tmp_path, **ODD, **FLOAT32)
+            assert error <= BOUND
+            sizes[strategy] = [rank["weight_bytes"] for rank in after["ranks"]]
+    whole, shards = sizes.values()
+    assert all(part < 0.7 * all_of_it for part, all_of_it in zip(shards, whole, strict=True))
+
+
 @pytest.mark.group("peak")  # whose 4 ranks it takes over
 @pytest.mark.usefixtures("newest_only")
 def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(

@@ -102,7 +102,8 @@ def _demo(options: argparse.Namespace) -> int:
     )
     print(f"ComfyUI {plan.tree.version}, {workflow.name}, {ranks} {device.upper()} ranks")
     print(f"model: FLUX of width {hidden}, {hidden // 128} heads, random weights")
-    gpus = {"XDIT_GPUS": f"cpu:{ranks}" if device == "cpu" else str(ranks)}
+    # Strict: ``auto`` then takes all ranks unmeasured, and whatever keeps them idle is an error.
+    gpus = {"XDIT_GPUS": f"cpu:{ranks}" if device == "cpu" else str(ranks), "XDIT_STRICT": "1"}
     try:
         stock = _serve(plan, "stock", {"XDIT_STRATEGY": "off"}, graph)
         parallel = _serve(plan, "parallel", gpus, graph)

@@ -69,6 +69,7 @@ def test_totals_are_json_with_these_keys(has_run):
         "controls",
         "steps_gathered",
         "steps_skipped",
+        "steps_measured",
         "loads",
         "gave_way",
         "weights_verified",

@@ -71,6 +71,9 @@ def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
         ("ring=2,cfg=2", 4, "batch=2,ring=2"),
         ("tensor", 3, "tensor=3"),
         ("tensor=2,ulysses=2,cfg=2", 8, "batch=2,ulysses=2,tensor=2"),
+        ("fsdp", 4, "batch=2,ulysses=2"),
+        ("fsdp=4", 4, "ulysses=4"),
+        ("fsdp=4,ring=4", 4, "ring=4"),
     ],
 )
 def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expected):
@@ -80,24 +83,23 @@ def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expecte
     assert plan_call(workload, world_size=world_size, strategy=strategy).name == expected
 
 
+PRIME = "auto; ulysses; ring; batch; tensor; fsdp; off"
+
+
 @pytest.mark.parametrize(
     ("text", "world_size", "legal"),
     [
-        (
-            *("usp", 3),
-            "auto; ulysses; ring; batch; tensor; off; ring=3; tensor=3; ulysses=3; batch=3",
-        ),
-        ("usp", 1, "auto; ulysses; ring; batch; tensor; off"),
-        (
-            *("ulysses=2,ring=2", 2),
-            "auto; ulysses; ring; batch; tensor; off; ring=2; tensor=2; ulysses=2; batch=2",
-        ),
+        ("usp", 3, f"{PRIME}; ring=3; tensor=3; ulysses=3; batch=3"),
+        ("usp", 1, PRIME),
+        ("ulysses=2,ring=2", 2, f"{PRIME}; ring=2; tensor=2; ulysses=2; batch=2"),
         (
             *("ring=2", 4),
-            "auto; ulysses; ring; usp; batch; tensor; off; "
+            "auto; ulysses; ring; usp; batch; tensor; fsdp; off; "
             "ring=4; ring=2,tensor=2; tensor=4; ulysses=2,ring=2; ulysses=2,tensor=2; ulysses=4; "
             "batch=2,ring=2; batch=2,tensor=2; batch=2,ulysses=2; batch=4",
         ),
+        ("ulysses=3,fsdp=2", 3, f"{PRIME}; ring=3; tensor=3; ulysses=3; batch=3"),
+        ("tensor=3,fsdp=3", 3, f"{PRIME}; ring=3; tensor=3; ulysses=3; batch=3"),
     ],
 )
 def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(

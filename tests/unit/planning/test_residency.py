@@ -157,3 +157,10 @@ def test_the_need_of_one_mode_is_that_of_the_plan_that_has_it(mode):
 def test_what_is_kept_from_step_to_step_is_counted_without_slack():
     kept = dataclasses.replace(LOAD, kept_bytes=3 * GIB)
     assert needed("full", load=kept) == needed("full") + 3 * GIB
+
+
+def test_who_asks_for_shards_gets_them_where_copies_fit_too():
+    roomy = cards(1 << 40, 4)
+    assert plan_residency(MODEL, LOAD, cards=roomy).mode == "full"
+    assert plan_residency(MODEL, LOAD, cards=roomy, first="sharded").mode == "sharded"
+    assert plan_residency(MODEL, LOAD, cards=cards(1 << 40, 1), first="sharded").mode == "full"

@@ -1,0 +1,83 @@
+"""``XDIT_STRATEGY=auto`` measures the ranks against ComfyUI alone, takes the faster, remembers it.
+
+Which of the two is faster is nothing that a shared machine can be asked to repeat, but for one
+case: two ranks on one core are no faster than one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import graphs
+from rig.checkpoints import Sizes, models_directory
+from rig.compare import compare_all
+from rig.outputs import Pixels
+from rig.server import Server, base_directory
+from rig.trees import Tree
+
+from comfy_xdit_patch.patching.auto import ONE_IS_FASTER
+from comfy_xdit_patch.planning.verdict import NUM_TIMED
+
+pytestmark = [pytest.mark.slow, pytest.mark.group("auto"), pytest.mark.usefixtures("newest_only")]
+
+STEPS = 10
+DEADLINE_S = 300.0
+NUM_MEASURED = NUM_TIMED + 1
+ONE_CORE = ("taskset", "--cpu-list", "0")
+ENV = {"XDIT_GPUS": "cpu:2", "XDIT_STRATEGY": "auto", "XDIT_START_TIMEOUT": "400"}
+
+
+def image(server: Server, seed: int) -> list[Pixels]:
+    graph = graphs.with_values(
+        graphs.load("ksampler_dev"), seed=seed, size=(256, 256), steps=STEPS, save_latent=True
+    )
+    return server.images(server.run(graph, DEADLINE_S))
+
+
+def last_run(server: Server) -> dict[str, Any]:
+    return server.status()["last_run"]  # type: ignore[no-any-return]
+
+
+def test_two_ranks_on_one_core_are_measured_and_not_taken(tree: Tree, tmp_path: Path) -> None:
+    models = models_directory(Sizes(hidden=512))
+    with base_directory(tmp_path / "comfyui", models) as base:
+        with Server(tree, base, env={"XDIT_STRATEGY": "off"}) as stock:
+            expected = [image(stock, seed) for seed in range(3)]
+        with Server(tree, base, env=ENV, within=ONE_CORE) as ranks:
+            assert compare_all(expected[0], image(ranks, 0)).is_equal
+            first = last_run(ranks)
+            assert first["steps_parallel"] == first["steps_measured"] == NUM_MEASURED
+            assert first["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS - 2 * NUM_MEASURED}
+            assert "ComfyUI alone is faster for this model" in ranks.log_text()
+            assert compare_all(expected[1], image(ranks, 1)).is_equal
+            assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+            forwards = [rank["forwards"] for rank in ranks.status()["ranks"]]
+            assert forwards == [NUM_MEASURED] * 2
+        # The next start knows it, and asks nothing of its workers.
+        with Server(tree, base, env=ENV, within=ONE_CORE) as ranks:
+            assert compare_all(expected[2], image(ranks, 2)).is_equal
+            assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+
+
+def test_what_is_measured_is_what_is_taken(tree: Tree, tmp_path: Path) -> None:
+    models = models_directory(Sizes(hidden=512))
+    with (
+        base_directory(tmp_path / "comfyui", models) as base,
+        Server(tree, base, env=ENV) as ranks,
+    ):
+        image(ranks, 0)
+        first = last_run(ranks)
+        assert first["steps_measured"] == NUM_MEASURED
+        rest = STEPS - 2 * NUM_MEASURED
+        image(ranks, 1)
+        second = last_run(ranks)
+        if "the ranks are faster for this model and size" in ranks.log_text():
+            assert first["steps_parallel"] == NUM_MEASURED + rest
+            assert second["steps_parallel"] == STEPS
+            assert second["speedup"] > 0
+            assert "x of ComfyUI alone as measured here" in ranks.log_text()
+        else:
+            assert first["fall_back_reasons"] == {ONE_IS_FASTER.reason: rest}
+            assert second["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
