@@ -57,7 +57,10 @@ def _is_data(weight: torch.Tensor, name: str) -> bool:
 
 
 def _joined(tensor: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
-    return torch.cat([tensor.narrow(dim, start, end - start) for start, end in ranges], dim)
+    # As bytes where it is bytes: not every backend joins every kind of float8.
+    data = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    parts = [data.narrow(dim, start, end - start) for start, end in ranges]
+    return torch.cat(parts, dim).view(tensor.dtype)
 
 
 def _with_shape(context: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Any:

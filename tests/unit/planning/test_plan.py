@@ -149,3 +149,11 @@ def test_reference_tokens_are_shared_and_every_rank_begins_with_the_image(
         for token in range(start, end)
     ]
     assert sorted(tokens) == list(range(40 + 63 + num_reference)), "each token once"
+
+
+def test_ranks_of_a_tensor_group_share_heads_and_have_the_same_tokens():
+    plan = ParallelPlan(6, 1, 2, tensor_degree=3)
+    assert [plan.tensor_index(rank) for rank in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [plan.sequence_index(rank) for rank in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert [plan.local_heads(rank, 4) for rank in range(6)] == [2, 1, 1, 2, 1, 1]
+    assert [ParallelPlan(2, 1, 2).local_heads(rank, 4) for rank in range(2)] == [4, 4]
