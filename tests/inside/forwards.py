@@ -126,7 +126,8 @@ def forward(
     patcher = patcher_of(path, **(options or {}))
     if patches_weights:
         patcher = patched(patcher)
-    comfy.model_management.load_models_gpu([patcher])
+    with torch.inference_mode(patches_weights):  # as ComfyUI patches; float8 cannot be otherwise
+        comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
     base = patcher.model
     arguments = inputs(base, **sizes)
