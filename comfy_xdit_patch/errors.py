@@ -40,6 +40,10 @@ class WorkerError(XditError):
     """A worker failed or died. The text names rank, phase and cause, and quotes its log."""
 
 
+class ExchangeError(WorkerError):
+    """The workers have met and cannot exchange data: it fails, hangs, or brings other data."""
+
+
 class DeclinedError(XditError):
     """The workers are well, and cannot run a node's patch."""
 

@@ -13,13 +13,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.strategy import LEGAL as STRATEGY_LEGAL
 from comfy_xdit_patch.strategy import Strategy, parse_strategy
 
 T = TypeVar("T")
+
+Balancing = Literal["even", "weighted", "adaptive", "least_loaded"]
+BALANCING: tuple[Balancing, ...] = get_args(Balancing)
 
 GPUS_LEGAL = (
     "all, a count such as 4, a list of indices such as 0,2,3, GPU UUIDs such as GPU-1a2b..., "
@@ -78,6 +81,23 @@ VARIABLES = (
         "imported.",
     ),
     Variable(
+        "XDIT_BALANCE",
+        "adaptive",
+        "even, weighted, adaptive or least_loaded",
+        "How much of the work each rank gets: tokens, heads and rows of the batch. `even`: all "
+        "the same. `weighted`: in proportion to the speed measured in the first six calls of a "
+        "model; then fixed until the workers start anew. `adaptive`: measured all the time, and "
+        "changed between two steps when there is at least 4 % of a call to gain; ranks that are "
+        "about as fast as each other keep even shares. `least_loaded`: as `adaptive`, and at the "
+        "start of a run the shares also follow what other programs took of each rank's device "
+        "just before: of a GPU's time (asked of NVML, process by process) or else of its memory "
+        "when the worker started, of a CPU rank's cores; at most half is taken off, which is what"
+        " a device that two programs share leaves. Shares say where a token is computed, so the "
+        "image is the same, up to rounding. While a node keeps something on the ranks from step "
+        "to step, shares stay as they are until the run ends; and they stay even where a larger "
+        "one would not fit on its card beside the weights.",
+    ),
+    Variable(
         "XDIT_GPU_MEMORY",
         "auto",
         "auto, or GiB of each card, a number above 0 such as 24",
@@ -122,6 +142,7 @@ class Settings:
 
     gpus: DeviceRequest
     strategy: Strategy
+    balance: Balancing
     gpu_memory_bytes: int | None
     """None is ``auto``."""
     strict: bool
@@ -163,6 +184,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         gpus=parsed("XDIT_GPUS", parse_gpus),
         strategy=parsed("XDIT_STRATEGY", parse_strategy),
+        balance=parsed("XDIT_BALANCE", _balancing),
         gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _gib_or_auto),
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
@@ -209,6 +231,13 @@ def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
         return value.lower()
 
     return parse
+
+
+def _balancing(value: str) -> Balancing:
+    for balancing in BALANCING:
+        if value.lower() == balancing:
+            return balancing
+    raise ValueError(value)
 
 
 def _positive(value: str) -> float:

@@ -3,16 +3,19 @@
 Runs in: worker process.
 
 A rank that waits for another one does so in here and nowhere else. The count tells the host how far
-a rank is, and in a hang, which one is behind.
+a rank is, and in a hang, which one is behind. The clock is told of every wait (``busy.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from comfy_xdit_patch.engine.busy import BusyClock
+
+clock = BusyClock()
 _num_begun = 0
 
 
@@ -31,25 +34,28 @@ def all_to_all(
 ) -> None:
     """Send a part of ``data`` to every rank, and fill ``out`` with what they send. Elements."""
     _count()
-    dist.all_to_all_single(out, data, list(received), list(sent), group=group)
+    with clock.waiting():
+        dist.all_to_all_single(out, data, list(received), list(sent), group=group)
 
 
 def all_gather(parts: list[torch.Tensor], data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
     """Fill ``parts`` with the ``data`` of all ranks, which have one size."""
     _count()
-    dist.all_gather(parts, data, group=group)
+    with clock.waiting():
+        dist.all_gather(parts, data, group=group)
 
 
 def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:
     """Fill ``whole`` with the shards of all ranks."""
     _count()
-    dist.all_gather_into_tensor(whole, shard, group=group)
+    with clock.waiting():
+        dist.all_gather_into_tensor(whole, shard, group=group)
 
 
 def all_gather_into_async(
     whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup
 ) -> dist.Work:
-    """Begin the same; wait for the work before the tensors are used."""
+    """Begin the same; ``finish`` the work before the tensors are used."""
     _count()
     work: dist.Work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
     return work
@@ -60,7 +66,7 @@ def pass_on_async(
 ) -> list[dist.Work]:
     """Begin to send ``data`` to one rank of the group and to fill ``out`` from another.
 
-    Wait for all the works before ``data`` is changed or ``out`` is read.
+    ``finish`` all the works before ``data`` is changed or ``out`` is read.
     """
     _count()
     sends = dist.P2POp(dist.isend, data, dist.get_global_rank(group, to), group)
@@ -78,7 +84,15 @@ def all_reduce_sum(data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
 def all_reduce_max(value: torch.Tensor) -> None:
     """Make ``value`` the largest that any rank of the world has."""
     _count()
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    with clock.waiting():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+
+
+def finish(works: Iterable[dist.Work]) -> None:
+    """Wait for what was begun. On CUDA the stream waits, not the CPU."""
+    with clock.waiting():
+        for work in works:
+            work.wait()
 
 
 def _count() -> None:

@@ -86,7 +86,7 @@ class DrivenBlocks:
         with ExitStack() as stack:
             stack.enter_context(whole_input_scales())
             rows = next(values[n].shape[0] for n in STREAM_OF if n in values)
-            counted = stream_counts(shares, index, rows=rows)
+            counted = stream_counts(shares, index, rows=rows, num_rows=rows)
             stack.enter_context(scales_on_weights(scaled, **counted))
             accepted = inspect.signature(block.forward).parameters
             out = block(**{name: value for name, value in values.items() if name in accepted})

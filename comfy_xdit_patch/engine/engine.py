@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
+from comfy_xdit_patch.engine import collectives
 from comfy_xdit_patch.engine.control import control_share
 from comfy_xdit_patch.engine.driven import DrivenBlocks
 from comfy_xdit_patch.engine.flux import forward_share
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches, Objects
 from comfy_xdit_patch.engine.placing import Progress
+from comfy_xdit_patch.engine.probe import probe
 from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.residents import Residents
 from comfy_xdit_patch.engine.residuals import Residuals
@@ -25,6 +27,7 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Load
+from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import Controlled, Done, Fetched, Loaded, NotLoaded, Ran
 from comfy_xdit_patch.transport.slots import SlotMap
 
@@ -74,12 +77,21 @@ class Engine:
             with torch.inference_mode():
                 self._residents.give_way()
 
+    def probe(self, message: Probe) -> Probed | NotProbed:
+        """Measure this rank, and the links between all of them.
+
+        Collective: every rank gets the same message.
+        """
+        with torch.inference_mode():
+            return probe(message, self._groups)
+
     def forward(self, message: Forward) -> Done:
         """Compute this rank's share of a call and write its rows to the result slot.
 
         Collective: every rank gets the same message.
         """
         start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
         plan = self._plan(message)
         arguments = self._slots.fetch(message.arguments)
@@ -109,6 +121,7 @@ class Engine:
                 self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
                 bytes_written = rows.nbytes
         self._num_forwards += 1
+        busy_s = collectives.clock.stop(is_copied_out=True)
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
@@ -117,6 +130,7 @@ class Engine:
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
             bytes_written=bytes_written,
+            busy_seconds=busy_s,
         )
 
     def control(self, message: Control) -> Controlled:
@@ -154,6 +168,7 @@ class Engine:
     def run_block(self, message: RunBlock) -> Ran:
         """Compute this rank's share of one block, and keep it. Collective."""
         start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
         plan = self._plan(message)
         with torch.inference_mode():
@@ -173,8 +188,9 @@ class Engine:
             )
             bytes_sent += resident.bytes_moved - sent
         self._num_forwards += message.is_first
+        busy_s = collectives.clock.stop(is_copied_out=False)
         seconds = time.perf_counter() - start
-        return Ran(message.request, self._num_forwards, seconds, bytes_sent)
+        return Ran(message.request, self._num_forwards, seconds, bytes_sent, busy_s)
 
     def fetch(self, message: Fetch) -> Fetched:
         """Gather tokens that the ranks keep; the first one writes them. Collective."""

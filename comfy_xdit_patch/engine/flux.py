@@ -89,6 +89,7 @@ def forward_share(
                     groups=groups,
                     scaled=scaled,
                     num_image_tokens=num_image_tokens,
+                    num_rows=arguments["x"].shape[0],
                 )
             )
         stack.enter_context(whole_input_scales())

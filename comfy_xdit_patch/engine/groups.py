@@ -39,10 +39,15 @@ class Groups:
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._device = device
+        self.device = device
         self._by_grid: dict[tuple[int, ...], PlanGroups] = {}
         self._by_ranks: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self._weights: dist.ProcessGroup | None = None
+
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """All ranks, as a plan with no other axis than the sequence has them. None: only one."""
+        return self.of_plan(ParallelPlan(self.world_size, 1, self.world_size)).sequence
 
     @property
     def weights(self) -> dist.ProcessGroup:
@@ -99,7 +104,7 @@ class Groups:
 
     def _close_the_door(self) -> None:
         # NCCL connects ranks when they first use a group, so it cannot be kept from listening.
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             refuse_strangers()
 
     def _make(self, plan: ParallelPlan) -> PlanGroups:
@@ -138,8 +143,8 @@ class Groups:
             # of yunchang, which is a process-wide global: one grid only.
             coordinator = init_model_parallel_group(
                 group_ranks=[list(ranks) for ranks in lists],
-                local_rank=self._device.index or 0,
-                backend=_backend(self._device),
+                local_rank=self.device.index or 0,
+                backend=_backend(self.device),
                 parallel_mode="data",
             )
             self._by_ranks[key] = coordinator.device_group

@@ -69,7 +69,7 @@ def ring_attention(
             bytes_sent += present.nbytes
         key, value = present.unbind()
         joined.add(*attention_with_lse(q_BGLK, key, value, bias=bias_of(source), scale=scale))
-        for work in works:
-            work.wait()
+        if works:
+            collectives.finish(works)
         present = incoming
     return joined.result(q_BGLK.dtype), bytes_sent

@@ -118,8 +118,9 @@ def whole_counts(
     groups: Groups,
     scaled: ScaledLayers,
     num_image_tokens: int,
+    num_rows: int,
 ) -> Iterator[None]:
-    """Tell layers of old scaled fp8 how many tokens the whole call has."""
+    """Tell layers of old scaled fp8 how many tokens the whole call, of all rows, has."""
     inner = flux.forward_orig
     signature = inspect.signature(inner)
     index = plan.sequence_index(groups.rank)
@@ -128,7 +129,7 @@ def whole_counts(
         values = signature.bind(*args, **kwargs).arguments
         shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
         rows = values["img"].shape[0]
-        counts = stream_counts(shares, index, rows=rows, batch_degree=plan.batch_degree)
+        counts = stream_counts(shares, index, rows=rows, num_rows=num_rows)
         with scales_on_weights(scaled, **counts):
             out: torch.Tensor = inner(*args, **kwargs)
             return out
@@ -138,9 +139,14 @@ def whole_counts(
 
 
 def stream_counts(
-    shares: SequenceShares, index: int, *, rows: int, batch_degree: int = 1
+    shares: SequenceShares, index: int, *, rows: int, num_rows: int
 ) -> dict[str, dict[str | None, int]]:
-    """Tokens times rows by stream, of the ``whole`` call and of this rank's (``local``) part."""
+    """Tokens times rows by stream, of the ``whole`` call and of this rank's (``local``) part.
+
+    Args:
+        rows: of this rank.
+        num_rows: of the whole call.
+    """
     local: dict[str | None, int] = {
         "text": shares.text[index],
         "image": shares.image[index] + shares.reference[index],
@@ -154,7 +160,7 @@ def stream_counts(
         None: 1,
     }
     return {
-        "whole": {stream: n * rows * batch_degree for stream, n in whole.items()},
+        "whole": {stream: n * num_rows for stream, n in whole.items()},
         "local": {stream: n * rows for stream, n in local.items()},
     }
 

@@ -236,7 +236,7 @@ class ShardedBlocks:
         if pending is None:
             return self._window_in_use
         start = time.perf_counter()
-        pending.work.wait()
+        collectives.finish([pending.work])
         self.wait_s += time.perf_counter() - start
         return pending.window
 

@@ -17,9 +17,11 @@ from typing import Any
 
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
+from comfy_xdit_patch.observability.machine_report import measured_lines, place_lines
 from comfy_xdit_patch.observability.residency_report import memory_lines
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import check_strategy, plan_call
+from comfy_xdit_patch.planning.survey import survey
 from comfy_xdit_patch.planning.topology import Device, choose_devices
 from comfy_xdit_patch.settings import VARIABLES, read_settings
 from comfy_xdit_patch.strategy import AUTO, Strategy
@@ -86,7 +88,9 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
         for batch in (1, 2):
             say(f"1024 x 1024 px, batch {batch}: {_planned(batch, len(devices), strategy)}")
         if not devices[0].is_cpu:
-            say("links between GPUs are not measured in this version")
+            section("Links")
+            for line in place_lines(survey(devices)):
+                say(line)
     section("Memory")
     for line in memory_lines(() if isinstance(devices, Refusal) else devices, budget):
         say(line)
@@ -173,4 +177,4 @@ def _ask(url: str) -> list[str]:
             f"{status['steps_parallel']} steps parallel, {status['steps_fell_back']} fell back"
         )
         lines += [f"fell back {n} times: {why}" for why, n in status["fall_back_reasons"].items()]
-    return lines
+    return [*lines, *measured_lines(status.get("machine"))]

@@ -114,6 +114,12 @@ class Totals:
     """The arithmetic that decided where the weights of the last step lie."""
     step_seconds: dict[int, float] = field(default_factory=dict)
     """What each rank needed for the last step, from the message to the written result."""
+    busy_seconds: dict[int, float] = field(default_factory=dict)
+    """What each rank computed in the last step, without what it waited for others."""
+    weights: tuple[int, ...] = ()
+    """Relative speed of the ranks, by which work is shared; none while shares are even."""
+    share_changes: int = 0
+    """How often the weights changed since the workers started."""
     host_step_seconds: float | None = None
     """What the last step took in the host. The difference is transport and wake-up."""
     last_loss_unix_s: float | None = None
@@ -147,7 +153,12 @@ class Totals:
             "residency": list(self.residency),
             "gave_way": self.gave_way,
             "weights_verified": self.weights_verified,
-            "last_step_s": {"host": self.host_step_seconds, "ranks": dict(self.step_seconds)},
+            "last_step_s": {
+                "host": self.host_step_seconds,
+                "ranks": dict(self.step_seconds),
+                "busy": dict(self.busy_seconds),
+            },
+            "balance": {"weights": list(self.weights), "changes": self.share_changes},
             "last_loss_unix_s": self.last_loss_unix_s,
             "last_run": None
             if last is None

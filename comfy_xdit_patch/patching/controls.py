@@ -136,6 +136,7 @@ class ControlNets:
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
             no_ring=no_ring(),
+            weights=self._holding.balance.weights(run),
         )
         if isinstance(plan, Refusal):
             return plan

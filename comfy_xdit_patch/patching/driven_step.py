@@ -59,6 +59,7 @@ class DrivenStep:
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
+        self._busy_seconds: dict[int, float] = {}
 
     def stub(self, block: Any, name: str) -> Callable[..., Any]:
         """Return what stands in for a block's ``forward``."""
@@ -133,12 +134,14 @@ class DrivenStep:
             assert isinstance(reply, Ran)
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds
+            self._busy_seconds[rank] = self._busy_seconds.get(rank, 0.0) + reply.busy_seconds
+            self._totals.busy_seconds[rank] = self._busy_seconds[rank]
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         results = []
         for (key, value), number in zip(tokens.items(), keep, strict=True):
             recipe = ("kept", Kept(number, self._gone.append))
             if isinstance(value, RemoteTokens) and value.parent is None:
-                value.move(recipe, counts, self._fetch)
+                value.move(recipe, counts, self._fetch, self._plan.weights)
                 results.append(value)
             else:
                 results.append(
@@ -149,6 +152,7 @@ class DrivenStep:
                         recipe=recipe,
                         counts=counts,
                         fetch=self._fetch,
+                        weights=self._plan.weights,
                     )
                 )
         return tuple(results) if len(results) > 1 else results[0]
@@ -173,7 +177,8 @@ class DrivenStep:
         return ["whole", self._wire.slots.place(f"driven.{key}", value)]
 
     def _is_there(self, value: RemoteTokens, counts: Counts) -> bool:
-        return value.recipe is not None and value.counts == counts
+        is_shared_so = value.weights == self._plan.weights  # and not as in an earlier step
+        return value.recipe is not None and value.counts == counts and is_shared_so
 
     def _fetch(self, tokens: RemoteTokens) -> torch.Tensor:
         assert tokens.recipe is not None

@@ -5,13 +5,14 @@ Runs in: host process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
@@ -49,6 +50,10 @@ class Run:
     compared: set[tuple[int, str]] = field(default_factory=set)
     """What was compared with the workers' weights in this run."""
     generation: int = 0
+    is_balanced: bool = False
+    """Its first call was made, and shares follow what others use of the devices."""
+    weights: tuple[int, ...] | None = None
+    """Those that this run keeps, if it must keep them."""
 
 
 class Holding:
@@ -65,6 +70,7 @@ class Holding:
         pristine: Pristine,
         models: ModelRegistry,
         strategy: Strategy,
+        balance: PoolBalance,
     ) -> None:
         self._pool = pool
         self._weights = weights
@@ -75,6 +81,7 @@ class Holding:
         self._models = models
         self.world_size = pool.world_size
         self.strategy = strategy
+        self.balance = balance
 
     def hold(
         self,
@@ -163,6 +170,14 @@ class Holding:
         """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""
         patcher = getattr(model, "current_patcher", None)
         return patcher is not None and self._memory.is_held_back(patcher)
+
+    def fitting(
+        self, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype
+    ) -> ParallelPlan:
+        """Return a plan, with even shares if larger ones do not fit on their cards."""
+        if not plan.weights or self._residency.has_room_for_shares(model, workload, plan, dtype):
+            return plan
+        return replace(plan, weights=())
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:
         """What others hung on single modules of a model. Looked for once a run."""

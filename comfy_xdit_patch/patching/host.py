@@ -18,11 +18,13 @@ from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
+from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding, Run
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.measuring import Measuring
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.pool_status import pool_status
@@ -67,6 +69,7 @@ class Host:
             pristine=pristine,
             models=self.models,
             strategy=settings.strategy,
+            balance=PoolBalance(settings.balance, pool, self.totals),
         )
         self._auto = Auto(settings, pool)
         self._steps = ParallelSteps(
@@ -86,6 +89,7 @@ class Host:
             pristine=pristine,
             totals=self.totals,
         )
+        self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         self._lock = threading.RLock()
 
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
@@ -247,4 +251,5 @@ class Host:
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""
-        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}
+        counts = self.totals.to_dict()
+        return {**pool_status(self.pool, self.totals), **counts, "machine": self.measuring.status()}

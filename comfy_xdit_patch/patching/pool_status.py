@@ -30,6 +30,7 @@ def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
                 "start_s": joined.seconds if joined else None,
                 "weight_bytes": totals.weight_bytes.get((pool.generation, rank)) if alive else None,
                 "load_s": totals.load_seconds.get(rank),
+                "busy_s": totals.busy_seconds.get(rank),
             }
         )
     plan = None

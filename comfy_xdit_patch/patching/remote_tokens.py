@@ -46,10 +46,12 @@ class RemoteTokens(torch.Tensor):
 
     They are ``here`` as an ordinary tensor, or on the ranks as ``recipe`` says, or they are the
     image's part of ``parent`` and wherever that is: a slice shares its numbers with the whole.
+    ``counts`` and ``weights`` say how the ranks share them.
     """
 
     stream: str
     counts: Counts
+    own_weights: tuple[int, ...]
     here: torch.Tensor | None
     parent: RemoteTokens | None
     fetch: Fetch | None
@@ -65,6 +67,7 @@ class RemoteTokens(torch.Tensor):
         like: Any,
         recipe: Recipe = (),
         counts: Counts = (0, 0, 0),
+        weights: tuple[int, ...] = (),
         here: torch.Tensor | None = None,
         parent: RemoteTokens | None = None,
         fetch: Fetch | None = None,
@@ -75,6 +78,7 @@ class RemoteTokens(torch.Tensor):
         )
         made.stream, made.own_recipe, made.counts = stream, recipe, counts
         made.here, made.parent, made.fetch = here, parent, fetch
+        made.own_weights = weights
         return made
 
     @property
@@ -83,6 +87,11 @@ class RemoteTokens(torch.Tensor):
         if self.parent is None:
             return self.own_recipe if self.here is None else None
         return None if self.parent.recipe is None else ("image", self.parent.recipe)
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Weights of the ranks by which these tokens are shared."""
+        return self.own_weights if self.parent is None else self.parent.weights
 
     def numbers(self) -> torch.Tensor:
         """Be an ordinary tensor, and return it."""
@@ -93,9 +102,12 @@ class RemoteTokens(torch.Tensor):
             self.here = self.fetch(self)
         return self.here
 
-    def move(self, recipe: Recipe, counts: Counts, fetch: Fetch) -> None:
+    def move(
+        self, recipe: Recipe, counts: Counts, fetch: Fetch, weights: tuple[int, ...] = ()
+    ) -> None:
         """Be other tokens on the ranks: a block changed these in place."""
         self.own_recipe, self.counts, self.fetch, self.here = recipe, counts, fetch, None
+        self.own_weights = weights
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -124,6 +136,7 @@ def _recorded(func: Any, args: Sequence[Any]) -> RemoteTokens | None:
         if len(parts) == 2 and all(isinstance(p, RemoteTokens) and p.recipe for p in parts):
             text, image = parts
             is_pair = (text.stream, image.stream) == ("text", "image")
+            is_pair = is_pair and text.weights == image.weights
             if is_pair and text.counts == image.counts:
                 return RemoteTokens.make(
                     "joint",
@@ -132,6 +145,7 @@ def _recorded(func: Any, args: Sequence[Any]) -> RemoteTokens | None:
                     recipe=("join", text.recipe, image.recipe),
                     counts=image.counts,
                     fetch=image.fetch,
+                    weights=image.weights,
                 )
     if func is aten.slice.Tensor:
         tokens, dim, start, end = (*args, 0, None, None)[:4]

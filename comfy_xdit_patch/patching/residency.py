@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,13 +72,7 @@ class Residency:
             return Placement(cut or first, None)  # CPU ranks: ComfyUI counts no RAM, nor do we.
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
-        load = TokenLoad(
-            num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
-            num_text_tokens=workload.num_text_tokens,
-            hidden_size=flux_of(base_model).hidden_size,
-            num_rows=-(-workload.batch_size // plan.batch_degree),
-            bytes_per_value=dtype.itemsize,
-        )
+        load = _load(base_model, workload, plan, dtype)
         sizes = self._sizes[base_model]
         if cut is None:
             choice = plan_residency(sizes, load, cards=cards, first=first)
@@ -95,6 +89,28 @@ class Residency:
         mode = max(before, choice.mode, key=MODES.index)
         self._modes[base_model] = mode
         return Placement(mode, room)
+
+    def has_room_for_shares(
+        self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
+    ) -> bool:
+        """Whether weights lie where they would with even shares: on the cards if they can."""
+        cards = self._cards()
+        if cards is None:
+            return True
+        if base_model not in self._sizes:
+            self._sizes[base_model] = model_sizes(base_model, dtype)
+        even = replace(plan, weights=())
+        as_planned, as_even = (
+            plan_residency(
+                self._sizes[base_model],
+                _load(base_model, workload, shared, dtype),
+                cards=cards,
+            )
+            for shared in (plan, even)
+        )
+        if isinstance(as_planned, Refusal) or isinstance(as_even, Refusal):
+            return isinstance(as_even, Refusal)
+        return as_planned.mode == as_even.mode
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]
@@ -113,6 +129,31 @@ class Residency:
             )
             for r in ranks
         )
+
+
+def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype) -> TokenLoad:
+    """What the rank with the largest share has to hold."""
+    stride = plan.world_size // plan.batch_degree
+    first_ranks = range(0, plan.world_size, stride)
+    shares = [
+        plan.sequence_shares(
+            rank,
+            num_text_tokens=workload.num_text_tokens,
+            num_image_tokens=workload.num_image_tokens,
+            num_reference_tokens=workload.num_reference_tokens,
+            num_heads=workload.num_heads,
+        )
+        for rank in first_ranks
+    ]
+    rows = [plan.batch_rows(rank, workload.batch_size) for rank in first_ranks]
+    return TokenLoad(
+        num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
+        num_text_tokens=workload.num_text_tokens,
+        hidden_size=flux_of(base_model).hidden_size,
+        num_rows=max(end - first for first, end in rows),
+        bytes_per_value=dtype.itemsize,
+        local_tokens=max(max(of_group.joint) for of_group in shares),
+    )
 
 
 def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:

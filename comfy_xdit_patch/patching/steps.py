@@ -29,6 +29,7 @@ from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.ring import no_ring
 from comfy_xdit_patch.patching.tensor import no_tensor_call
+from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
@@ -38,6 +39,7 @@ from comfy_xdit_patch.planning.eligibility import (
     check_patcher,
 )
 from comfy_xdit_patch.planning.family import num_out_channels
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.verdict import Way
 from comfy_xdit_patch.planning.workload import workload_of
@@ -128,19 +130,29 @@ class ParallelSteps:
         if changes or carried.tree is not None:
             # A node's code may look at all rows.
             workload = replace(workload, is_batch_divisible=False)
-        plan = plan_call(
+        balance, dtype = self._holding.balance, arguments["x"].dtype
+        planned = partial(
+            plan_call,
             workload,
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
             needs_references=carried.keeps_references,
             no_ring=no_ring(is_overridden=carried.overrides_attention),
         )
+        weights = balance.weights(run)
+        plan = planned(weights=weights)
         if isinstance(plan, Refusal):
             return plan
         if plan.tensor_degree > 1:
             refusal = no_tensor_call(arguments, carried, changes)
             if refusal is not None:
                 return refusal
+        plan = self._holding.fitting(plan, base_model, workload, dtype)
+        # What ranks keep from step to step is shared so; and ControlNets must follow what is
+        # left of weights that do not suit this call.
+        keeps = carried.keeps_references or plan.pipefusion_degree > 1
+        if keeps or plan.weights != weights:
+            balance.hold(run, plan.weights)
         if changes and (plan.sequence_degree == 1 or carried.keeps_references):
             return changes[0]
         kind = self._auto.kind(flux, workload, plan)
@@ -156,7 +168,7 @@ class ParallelSteps:
                 run,
                 workload=workload,
                 plan=plan,
-                dtype=arguments["x"].dtype,
+                dtype=dtype,
                 poll=poll,
             )
             if isinstance(known, Refusal):
@@ -174,6 +186,7 @@ class ParallelSteps:
                     poll=poll,
                 )
                 run.counts.plan = plan
+                balance.measured(plan, workload, model=known.number, replan=_with(planned))
                 return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
@@ -188,6 +201,8 @@ class ParallelSteps:
                 poll=poll,
             )
             run.counts.plan = plan
+            if num_blocks:
+                balance.measured(plan, workload, model=known.number, replan=_with(planned))
             return _checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
         except WorkerError as error:
             self._totals.last_error = str(error)
@@ -213,6 +228,10 @@ class ParallelSteps:
         if id(thing) not in run.objects:
             run.objects[id(thing)] = thing, next(self._numbers)
         return run.objects[id(thing)][1]
+
+
+def _with(planned: Callable[..., ParallelPlan | Refusal]) -> Replan:
+    return lambda weights: planned(weights=weights)
 
 
 def _checked(step: Step) -> Step | Refusal:

@@ -17,7 +17,7 @@ from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
 from comfy_xdit_patch.planning.plan_memory import need, streamed_bytes
 from comfy_xdit_patch.planning.residency import Need
-from comfy_xdit_patch.planning.strategies import Asked
+from comfy_xdit_patch.planning.strategies import BUILT, Asked, axes_of
 
 SAME_TIME = 0.02
 """Plans whose times differ by less are equal: one GPU is taken before several. Of several plans the
@@ -82,8 +82,14 @@ class Choice:
         return f"{text}; {time.communication_s / time.total_s:.0%} of it is communication"
 
 
-def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
+def choose(
+    job: Job, machine: Machine, asked: Asked = AUTO, *, world_size: int | None = None
+) -> Choice | Refusal:
     """Predict every plan, and take the cheapest of those asked for.
+
+    Args:
+        world_size: where ranks exist already and all take part, plans of others than one GPU or so
+            many ranks are left out, and so are those that ``auto`` could not take.
 
     Returns:
         A refusal if no plan that was asked for is legal and fits.
@@ -92,6 +98,8 @@ def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
     dropped: list[Dropped] = []
     single_s = _time(SINGLE, job, machine.first(1)).total_s
     for plan in candidates(len(machine.gpus)):
+        if world_size is not None and not _is_of_all(plan, asked, world_size):
+            continue
         part = machine.first(plan.world_size)
         refusal = why_not(plan, job)
         if refusal is not None:
@@ -109,6 +117,12 @@ def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
     if not allowed:
         return _impossible(asked, options, dropped)
     return Choice(tuple(options), tuple(dropped), _cheapest(allowed))
+
+
+def _is_of_all(plan: Candidate, asked: Asked, world_size: int) -> bool:
+    if plan.world_size not in (1, world_size):
+        return False
+    return asked.text != AUTO.text or axes_of(plan) <= BUILT
 
 
 def why_not(plan: Candidate, job: Job) -> Refusal | None:

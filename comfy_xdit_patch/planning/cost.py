@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from comfy_xdit_patch.planning.candidate import AXES, Candidate
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
+from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES
 from comfy_xdit_patch.planning.rank_time import ComputeTime, Part, compute_time
 from comfy_xdit_patch.planning.shares import proportional
 from comfy_xdit_patch.planning.traffic import (
@@ -31,9 +32,6 @@ from comfy_xdit_patch.planning.traffic import (
     tensor_bytes,
     ulysses_bytes,
 )
-
-RING_STEP_S = 30e-6
-"""Launches and waits of one ring step beside its bytes. Fitted to ring on 4 H100."""
 
 MERGE_BYTES = 14
 """Merging two partial attentions, for each value: accumulator read and written in float32, a bf16
@@ -162,21 +160,24 @@ def _sequence_s(
     """Ulysses and ring, with what hides behind attention taken off."""
     blocks = job.shape.num_blocks * part.stage
     values = part.num_rows * job.num_tokens * job.shape.width * part.tokens * part.columns
+    value_bytes = job.precision.bytes_per_value
     seconds = 0.0
     if plan.ulysses > 1:
         groups = plan.groups("ulysses")
-        num_bytes = ulysses_bytes(values, plan.ulysses, blocks)
+        num_bytes = ulysses_bytes(values, plan.ulysses, blocks, value_bytes)
         calls = 2 * blocks * part.num_patches
         seconds += machine.all_to_all_s(groups, num_bytes)
         seconds += calls * machine.latency_s(groups)
     if plan.ring > 1:
         groups = plan.groups("ring")
         steps = plan.ring - 1
-        step_s = machine.ring_s(groups, ring_bytes(values, plan.ring, blocks)) / steps
+        num_bytes = ring_bytes(values, plan.ring, blocks, value_bytes)
+        step_s = machine.ring_s(groups, num_bytes) / steps
         seconds += steps * _exposed_s(step_s, behind=compute.attention_s / plan.ring)
         gpu = min(machine.gpus, key=lambda gpu: gpu.memory_bytes_per_s)
-        seconds += steps * blocks * values * MERGE_BYTES / gpu.memory_bytes_per_s
-        seconds += steps * blocks * part.num_patches * RING_STEP_S
+        merged = MERGE_BYTES + value_bytes - COMPUTE_BYTES
+        seconds += steps * blocks * values * merged / gpu.memory_bytes_per_s
+        seconds += steps * blocks * part.num_patches * machine.step_s(groups)
     return seconds
 
 
@@ -187,7 +188,8 @@ def _tensor_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     values = part.num_rows * job.num_tokens * job.shape.width * part.tokens
     gathers = job.shape.num_gathers * part.stage
     latency_s = gathers * part.num_patches * machine.latency_s(groups)
-    return machine.ring_s(groups, tensor_bytes(values, plan.tensor, gathers)) + latency_s
+    num_bytes = tensor_bytes(values, plan.tensor, gathers, job.precision.bytes_per_value)
+    return machine.ring_s(groups, num_bytes) + latency_s
 
 
 def _weights_s(
@@ -214,7 +216,8 @@ def _handed_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     groups = plan.groups("pipefusion")
     values = part.num_rows * job.num_tokens * job.shape.width * part.tokens / part.num_patches
     latency_s = machine.latency_s(groups)
-    return machine.ring_s(groups, pipefusion_bytes(values)) + latency_s
+    num_bytes = pipefusion_bytes(values, job.precision.bytes_per_value)
+    return machine.ring_s(groups, num_bytes) + latency_s
 
 
 def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:

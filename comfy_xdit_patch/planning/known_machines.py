@@ -80,6 +80,17 @@ CARDS = {
 }
 
 
+def card_of(name: str) -> Card | None:
+    """Find a card by what the driver calls it, ``NVIDIA GeForce RTX 4090``; None if unknown.
+
+    A laptop's and a cut-down card (``4090 D``) are others than the one of the table.
+    """
+    words = name.lower().replace("rtx 2000 ada", "rtx2000ada").replace("-", " ").split()
+    if {"laptop", "d", "max", "mobile"} & set(words):
+        return None
+    return next((CARDS[word] for word in words if word in CARDS), None)
+
+
 def machine_of(gpus: str, *, link: LinkKind | None = None, num_sockets: int = 1) -> Machine:
     """Build a machine from names.
 

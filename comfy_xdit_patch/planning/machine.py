@@ -26,6 +26,9 @@ published fact: 8 L40 on two sockets lose to 4 at 1024 px (xDiT, FLUX.1-schnell)
 # to L20 at 2 and 4 (cache-dit), extrapolated for 8.
 PCIE_CONTENTION = ((2, 1.0), (4, 0.8), (8, 0.55))
 
+RING_STEP_S = 30e-6
+"""Launches and waits of one ring step beside its bytes. Fitted to ring on 4 H100."""
+
 LinkKind = Literal["nvlink", "pcie", "host"]
 LINK_KINDS: tuple[LinkKind, ...] = ("nvlink", "pcie", "host")
 LINK_NAMES = {
@@ -57,18 +60,22 @@ class Link:
     """What lies between two GPUs: what each sends a second, by the form of the collective.
 
     ``ring_bytes_per_s`` is for all-gather, all-reduce and sends from one to the next.
-    ``latency_s`` is one collective's time beside its bytes.
+    ``latency_s`` is one collective's time beside its bytes, ``step_s`` that of one step of a ring.
     """
 
     kind: LinkKind
     all_to_all_bytes_per_s: float
     ring_bytes_per_s: float
     latency_s: float
+    step_s: float = RING_STEP_S
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """GPUs in rank order, and ``links[a][b]`` between two of them; ``links[a][a]`` is not read.
+
+    ``alone`` is the first GPU when the others do nothing, where that was measured: ranks may share
+    a CPU core, memory or power.
 
     ``are_links_timed``: the links' rates were measured here, with all GPUs sending. Otherwise they
     are those of two GPUs, and what sockets and crowds leave of them is estimated.
@@ -78,6 +85,7 @@ class Machine:
     links: tuple[tuple[Link, ...], ...]
     host_call_s: float = HOST_CALL_S
     are_links_timed: bool = False
+    alone: Gpu | None = None
 
     def __post_init__(self) -> None:
         num_gpus = len(self.gpus)
@@ -89,6 +97,10 @@ class Machine:
 
     def first(self, num_gpus: int) -> Machine:
         """Keep the fastest GPUs; among equals those of the first socket, in their order."""
+        if num_gpus == len(self.gpus) > 1:
+            return self
+        if num_gpus == 1 and self.alone is not None:
+            return replace(self, gpus=(self.alone,), links=((self.links[0][0],),))
         order = sorted(
             range(len(self.gpus)),
             key=lambda i: (-self.gpus[i].linear_flops, self.gpus[i].socket, i),
@@ -102,6 +114,11 @@ class Machine:
         return max(
             self.links[a][b].latency_s for group in groups for a, b in combinations(group, 2)
         )
+
+    def step_s(self, groups: Sequence[Sequence[int]]) -> float:
+        """What one step of a ring takes beside its bytes."""
+        pairs = (pair for group in groups for pair in pairwise([*group, group[0]]))
+        return max(self.links[a][b].step_s for a, b in pairs)
 
     def all_to_all_s(self, groups: Sequence[Sequence[int]], num_bytes: float) -> float:
         """Seconds in which every rank has sent ``num_bytes``, in equal parts to its group's."""

@@ -23,7 +23,7 @@ from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.residency import ModelSizes
 
 COMPUTE_BYTES = 2
-"""bf16: what activations are, whatever the weights are stored as."""
+"""bf16: what activations are on a GPU, whatever the weights are stored as."""
 
 PX_PER_TOKEN = 16
 """Side of a token in pixels: 8 or 16 by the VAE, 2 or 1 by the patch."""
@@ -46,7 +46,12 @@ class Precision:
     name: str
     bytes_per_weight: float
     is_fp8_compute: bool = False
+    bytes_per_value: int = COMPUTE_BYTES
+    """Of activations, and of weights where they are multiplied."""
 
+
+FLOAT32 = Precision("fp32", 4, bytes_per_value=4)
+"""What ComfyUI computes in on a CPU."""
 
 PRECISIONS = {
     precision.name: precision
@@ -142,7 +147,9 @@ class ModelShape:
             total_bytes=round(size * self.num_weights),
             largest_block_bytes=round(size * largest),
             outside_blocks_bytes=round(size * self._num_outside),
-            cast_bytes=0 if size == COMPUTE_BYTES else COMPUTE_BYTES * widest,
+            cast_bytes=0
+            if size == precision.bytes_per_value
+            else precision.bytes_per_value * widest,
         )
 
     @property

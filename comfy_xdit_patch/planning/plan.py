@@ -22,6 +22,7 @@ from math import prod
 
 from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
+from comfy_xdit_patch.planning.shares import proportional, weighted_shares
 
 AXES = ("batch", "pipefusion", "ring", "ulysses", "tensor")
 """Slowest first."""
@@ -127,7 +128,26 @@ class ParallelPlan:
 
     def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
         """First and end row of the batch that this rank computes."""
-        return bounds(shard_sizes(batch_size, self.batch_degree))[self.batch_index(rank)]
+        rows = shard_sizes(batch_size, self.batch_degree)
+        if self.weights and batch_size >= self.batch_degree:
+            speeds = [sum(self.place_weights(i)) for i in range(self.batch_degree)]
+            rows = proportional(batch_size, speeds, minimum=1)
+        return bounds(rows)[self.batch_index(rank)]
+
+    def place_weights(self, batch_index: int) -> tuple[int, ...]:
+        """Weight of every place in a sequence group, for one part of the batch.
+
+        At one place stand a rank of each stage, and all those that cut its weights: they have the
+        same tokens, so the slowest of them counts.
+        """
+        if not self.weights:
+            return (1,) * self.sequence_degree
+        size = self.world_size // self.batch_degree
+        ranks = range(batch_index * size, (batch_index + 1) * size)
+        return tuple(
+            min(self.weights[rank] for rank in ranks if self.sequence_index(rank) == place)
+            for place in range(self.sequence_degree)
+        )
 
     def sequence_shares(
         self,
@@ -143,6 +163,16 @@ class ParallelPlan:
         Raises:
             PlanError: a rank would hold no text token or no image token.
         """
+        weights = self.place_weights(self.batch_index(rank))
+        if len({*weights}) > 1:
+            return weighted_shares(
+                num_text_tokens=num_text_tokens,
+                num_image_tokens=num_image_tokens,
+                num_reference_tokens=num_reference_tokens,
+                num_heads=num_heads,
+                weights=weights,
+                ring_degree=self.ring_degree,
+            )
         return SequenceShares.even(
             num_text_tokens=num_text_tokens,
             num_image_tokens=num_image_tokens,

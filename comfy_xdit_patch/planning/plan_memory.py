@@ -10,26 +10,26 @@ from dataclasses import replace
 from comfy_xdit_patch.planning.candidate import Candidate
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
-from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES
 from comfy_xdit_patch.planning.residency import Card, ModelSizes, Need, TokenLoad, need_of
 
 
 def need(plan: Candidate, job: Job, machine: Machine) -> Need:
     """Return the need of the card where it is tightest."""
     workload, shape = job.workload, job.shape
+    value_bytes = job.precision.bytes_per_value
     sizes = _split(shape.sizes(job.precision), plan.pipefusion * plan.tensor)
     kept = 0
     if plan.pipefusion > 1:
         blocks = -(-shape.num_blocks // plan.pipefusion)
         values = 2 * workload.batch_size * job.num_tokens * shape.width
-        kept = blocks * values * COMPUTE_BYTES // (plan.batch * plan.sequence * plan.tensor)
+        kept = blocks * values * value_bytes // (plan.batch * plan.sequence * plan.tensor)
     load = TokenLoad(
         num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
         num_text_tokens=workload.num_text_tokens,
         hidden_size=shape.width,
         # Rows are shared like tokens: a rank has 1/N of all, whichever axis gives it to the rank.
         num_rows=workload.batch_size,
-        bytes_per_value=COMPUTE_BYTES,
+        bytes_per_value=value_bytes,
         kept_bytes=kept,
     )
     cards = tuple(

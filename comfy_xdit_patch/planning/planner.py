@@ -5,6 +5,7 @@ Runs in: host (and the doctor). Pure: numbers in, a plan or a refusal out.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
@@ -14,6 +15,10 @@ from comfy_xdit_patch.strategy import AUTO, NAMES, PLAN, Strategy
 FREE = ("auto", "fsdp")
 """Strategies that leave the axes to us."""
 
+BATCH_EFFICIENCY = 0.9
+"""Rows are whole numbers. Where dealing them to unequal ranks reaches less than this of what the
+ranks can do, ``auto`` shares the sequence instead; its communication costs about the rest."""
+
 
 def plan_call(
     workload: Workload,
@@ -22,6 +27,7 @@ def plan_call(
     strategy: Strategy = AUTO,
     needs_references: bool = False,
     no_ring: Refusal | None = None,
+    weights: tuple[int, ...] = (),
 ) -> ParallelPlan | Refusal:
     """Share a call among all ranks, as the user named it or as ``auto`` does.
 
@@ -33,18 +39,36 @@ def plan_call(
         strategy: one that ``check_strategy`` let pass.
         needs_references: if there are reference tokens, every rank must hold one.
         no_ring: why this call's attention cannot go round a ring.
+        weights: relative speed of the ranks. Where they leave a rank without a token, all are
+            taken to be equal.
     """
-    is_free = strategy.name in FREE
-    plan = _auto(workload, world_size) if is_free else named_plan(strategy, world_size)
+    refusal: Refusal | None = None
+    for tried in (weights, ()) if weights else ((),):
+        is_free = strategy.name in FREE
+        plan = _auto(workload, world_size) if is_free else named_plan(strategy, world_size)
+        if is_free and tried:
+            plan = _auto_of_unequal(plan, workload, tried)
+        plan = replace(plan, weights=tried)
+        refusal = _refusal(workload, plan, needs_references, no_ring)
+        if refusal is None:
+            return plan
+    assert refusal is not None
+    return refusal
+
+
+def _refusal(
+    workload: Workload, plan: ParallelPlan, needs_references: bool, no_ring: Refusal | None
+) -> Refusal | None:
+    """Say why a call cannot be shared by this plan."""
     if plan.batch_degree > 1 and not workload.is_batch_divisible:
         return Refusal(
             "XDIT_STRATEGY shares the batch, and something in this call belongs to all rows",
             Scope.STEP,
         )
-    if workload.batch_size % plan.batch_degree:
+    if workload.batch_size < plan.batch_degree:
         return Refusal(
-            f"XDIT_STRATEGY wants the batch in {plan.batch_degree} equal parts, which this one "
-            f"does not have",
+            f"XDIT_STRATEGY wants the batch in {plan.batch_degree} parts, and this one has fewer "
+            f"rows",
             Scope.STEP,
         )
     if plan.tensor_degree > workload.num_heads:
@@ -54,21 +78,25 @@ def plan_call(
         )
     if plan.ring_degree > 1 and no_ring is not None:
         return no_ring
-    try:
-        shares = plan.sequence_shares(
-            0,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
-    except PlanError:
-        return Refusal(
-            f"the image or the prompt has fewer tokens than {world_size} ranks need", Scope.STEP
-        )
-    if needs_references and workload.num_reference_tokens and min(shares.reference) < 1:
-        return Refusal(f"a reference has fewer tokens than {world_size} ranks need", Scope.STEP)
-    return plan
+    for first in range(0, plan.world_size, plan.world_size // plan.batch_degree):
+        try:
+            shares = plan.sequence_shares(
+                first,
+                num_text_tokens=workload.num_text_tokens,
+                num_image_tokens=workload.num_image_tokens,
+                num_reference_tokens=workload.num_reference_tokens,
+                num_heads=workload.num_heads,
+            )
+        except PlanError:
+            return Refusal(
+                f"the image or the prompt has fewer tokens than {plan.world_size} ranks need",
+                Scope.STEP,
+            )
+        if needs_references and workload.num_reference_tokens and min(shares.reference) < 1:
+            return Refusal(
+                f"a reference has fewer tokens than {plan.world_size} ranks need", Scope.STEP
+            )
+    return None
 
 
 def _auto(workload: Workload, world_size: int) -> ParallelPlan:
@@ -79,6 +107,28 @@ def _auto(workload: Workload, world_size: int) -> ParallelPlan:
     """
     batch_degree = gcd(workload.batch_size, world_size) if workload.is_batch_divisible else 1
     return ParallelPlan(world_size, batch_degree, world_size // batch_degree)
+
+
+def _auto_of_unequal(
+    plan: ParallelPlan, workload: Workload, weights: tuple[int, ...]
+) -> ParallelPlan:
+    """Give the batch axis fewer ranks where whole rows do not suit their speeds."""
+    world_size = plan.world_size
+    for degree in range(plan.batch_degree, 1, -1):
+        if plan.batch_degree % degree == 0:
+            found = ParallelPlan(world_size, degree, world_size // degree, weights=weights)
+            if _batch_efficiency(found, workload.batch_size) >= BATCH_EFFICIENCY:
+                return found
+    return ParallelPlan(world_size, 1, world_size, weights=weights)
+
+
+def _batch_efficiency(plan: ParallelPlan, batch_size: int) -> float:
+    """The time of ranks that share everything as they should, over that of whole rows."""
+    times = []
+    for index in range(plan.batch_degree):
+        first, end = plan.batch_rows(index * (plan.world_size // plan.batch_degree), batch_size)
+        times.append((end - first) / sum(plan.place_weights(index)))
+    return batch_size / sum(plan.weights) / max(times)
 
 
 def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Gpu
-from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES
 
 SMALL_MATRIX_ROWS = 72
 """A linear of M rows runs at M / (M + this) of its full rate. Fitted: 0.94 at 1152 rows (H100)."""
@@ -63,7 +62,7 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
     divided = part.stage * part.columns
 
     is_fp8 = precision.is_fp8_compute and gpu.fp8_flops > 0
-    is_cast = precision.bytes_per_weight < COMPUTE_BYTES and not is_fp8
+    is_cast = precision.bytes_per_weight < precision.bytes_per_value and not is_fp8
     rate = gpu.fp8_flops if is_fp8 else gpu.linear_flops
     # Cutting the matrix by columns makes it as much smaller as cutting its rows.
     matrix_rows = local_tokens * part.columns / part.num_patches
@@ -71,8 +70,8 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
     flops = part.num_rows * shape.linear_flops(job.num_tokens) * part.tokens * divided
 
     block_weights = (shape.num_weights - shape.num_modulation_weights) * divided * part.num_patches
-    read_bytes = COMPUTE_BYTES if is_cast else precision.bytes_per_weight
-    cast_bytes = precision.bytes_per_weight + COMPUTE_BYTES if is_cast else 0
+    read_bytes = precision.bytes_per_value if is_cast else precision.bytes_per_weight
+    cast_bytes = precision.bytes_per_weight + precision.bytes_per_value if is_cast else 0
     values = job.execution.elementwise_values * shape.width * shape.num_blocks * divided
     return ComputeTime(
         linear_s=max(
@@ -89,5 +88,5 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
         * precision.bytes_per_weight
         / gpu.memory_bytes_per_s,
         cast_s=block_weights * cast_bytes / gpu.memory_bytes_per_s,
-        elementwise_s=local_tokens * values * COMPUTE_BYTES / gpu.memory_bytes_per_s,
+        elementwise_s=local_tokens * values * precision.bytes_per_value / gpu.memory_bytes_per_s,
     )

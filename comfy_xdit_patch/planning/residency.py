@@ -77,6 +77,8 @@ class TokenLoad:
     hidden_size: int
     num_rows: int = 1
     bytes_per_value: int = 2
+    local_tokens: int | None = None
+    """Tokens of a row on the rank that has most of them; None: a part for each card."""
     kept_bytes: int = 0
     """Keys and values that a rank keeps from one step to the next (PipeFusion)."""
 
@@ -184,7 +186,7 @@ def _costs(
     mode: Mode, model: ModelSizes, load: TokenLoad, card: Card, num_ranks: int
 ) -> tuple[Cost, ...]:
     whole = load.num_image_tokens + load.num_text_tokens
-    local = -(-whole // num_ranks)
+    local = -(-whole // num_ranks) if load.local_tokens is None else load.local_tokens
     values = BLOCK_VALUES_PER_TOKEN + (EXCHANGE_VALUES_PER_TOKEN if num_ranks > 1 else 0)
     embedded = whole if num_ranks > 1 else 0  # the whole, kept beside the shard that is cut from it
     token_bytes = load.num_rows * load.hidden_size * load.bytes_per_value

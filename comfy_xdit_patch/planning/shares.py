@@ -15,11 +15,8 @@ from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 DAMPING = 0.7
-"""How far shares move towards what the last measurement asks for. Below 1, so that one disturbed
-step does not throw them over; 0.7 leaves 3 % of an error after three corrections."""
-
-TOLERANCE = 0.02
-"""Ranks whose times differ by less keep their shares: a change moves tokens and re-reads them."""
+"""How far weights move towards measured speeds. Below 1, so that disturbed calls do not throw them
+over; 0.7 leaves 3 % of an error after three moves."""
 
 SMALLEST_PART = 1 / 16
 """No rank's weight falls below this part of an even one: a rank that was slow once must still get
@@ -59,8 +56,13 @@ def weighted_shares(
     num_reference_tokens: int = 0,
     num_heads: int,
     weights: Sequence[float],
+    ring_degree: int = 1,
 ) -> SequenceShares:
     """Share a sequence's tokens and heads; every rank holds a text token and an image token.
+
+    Args:
+        ring_degree: how many of the ranks have the same heads: those that stand at one place of
+            their neighbourhoods (see ``SequenceShares``).
 
     Raises:
         PlanError: there are fewer text or image tokens than ranks, or a weight is not above 0.
@@ -87,33 +89,32 @@ def weighted_shares(
         text=text,
         image=tuple(image),
         reference=tuple(room - part for room, part in zip(visual, image, strict=True)),
-        heads=proportional(num_heads, weights),
+        heads=proportional(num_heads, _head_weights(weights, ring_degree)),
     )
 
 
-def adapted_weights(weights: Sequence[float], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Correct weights by what each rank needed for its own work of one step.
+def _head_weights(weights: Sequence[float], ring_degree: int) -> list[float]:
+    """Weights of the places in a neighbourhood, which are the same in all of them.
 
-    A rank's speed is its weight over its seconds. The new weight lies between the old one and that
-    speed, in the logarithm; equal seconds are the fixed point, whatever they consist of.
-
-    Args:
-        weights: those in use. They are sums of parts that add up to 1 in what is returned.
-        seconds: compute of each rank, without waiting for the others.
-
-    Raises:
-        PlanError: the numbers do not match, or are not above 0.
+    A neighbourhood's queries follow the sum of its weights, so of its heads each rank can do its
+    own part of that sum; the neighbourhood where a place's part is least decides.
     """
-    if len(weights) != len(seconds) or not weights or min(*weights, *seconds) <= 0:
-        raise PlanError(f"Cannot adapt weights {tuple(weights)} to seconds {tuple(seconds)}.")
-    parts = _normal(weights)
-    if max(seconds) <= (1 + TOLERANCE) * min(seconds):
-        return parts
-    speeds = _normal([part / s for part, s in zip(parts, seconds, strict=True)])
+    degree = len(weights) // ring_degree
+    parts = [_normal(weights[i * degree : (i + 1) * degree]) for i in range(ring_degree)]
+    return [min(column) for column in zip(*parts, strict=True)]
+
+
+def moved_weights(
+    weights: Sequence[float], speeds: Sequence[float], *, damping: float = DAMPING
+) -> tuple[float, ...]:
+    """Move weights towards speeds, in the logarithm: all the way with a ``damping`` of 1."""
     moved = _normal(
-        [old ** (1 - DAMPING) * new**DAMPING for old, new in zip(parts, speeds, strict=True)]
+        [
+            old ** (1 - damping) * new**damping
+            for old, new in zip(_normal(weights), _normal(speeds), strict=True)
+        ]
     )
-    return _normal([max(part, SMALLEST_PART / len(parts)) for part in moved])
+    return _normal([max(part, SMALLEST_PART / len(moved)) for part in moved])
 
 
 def _largest_remainders(num_items: int, weights: Sequence[float]) -> tuple[int, ...]:

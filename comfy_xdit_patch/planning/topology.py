@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.settings import GPUS_LEGAL, DeviceRequest
@@ -72,6 +74,33 @@ def visible_gpus() -> tuple[Device, ...]:
         return ()
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return tuple(Device(gpu.name, _cuda_uuid(gpu.uuid), gpu.total_memory) for gpu in found)
+
+
+def pci_ids() -> dict[str, str]:
+    """PCI ids, as the kernel names them, by UUID; of the GPUs whose torch says so."""
+    import torch
+
+    found = {}
+    for i, gpu in enumerate(visible_gpus()):
+        known: Any = torch.cuda.get_device_properties(i)
+        if gpu.uuid is not None and hasattr(known, "pci_domain_id"):  # not in older torch
+            domain, bus, slot = known.pci_domain_id, known.pci_bus_id, known.pci_device_id
+            found[gpu.uuid] = f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+    return found
+
+
+def peer_access() -> dict[tuple[str, str], bool]:
+    """Whether the driver lets one GPU read and write another one's memory, by their UUIDs."""
+    import torch
+
+    uuids = [gpu.uuid or "" for gpu in visible_gpus()]
+    found = {}
+    for a, b in permutations(range(len(uuids)), 2):
+        try:
+            found[uuids[a], uuids[b]] = bool(torch.cuda.can_device_access_peer(a, b))
+        except RuntimeError:  # A driver that does not answer leaves it unknown.
+            continue
+    return found
 
 
 def _cuda_uuid(uuid: object) -> str:

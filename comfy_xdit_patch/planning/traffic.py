@@ -20,29 +20,35 @@ from __future__ import annotations
 from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES
 
 
-def ulysses_bytes(local_values: float, degree: int, num_blocks: float) -> float:
+def ulysses_bytes(
+    local_values: float, degree: int, num_blocks: float, value_bytes: int = COMPUTE_BYTES
+) -> float:
     """Send q, k, v before attention and its output after; ``local_values`` of one rank."""
-    return num_blocks * 4 * local_values * COMPUTE_BYTES * (degree - 1) / degree
+    return num_blocks * 4 * local_values * value_bytes * (degree - 1) / degree
 
 
-def ring_bytes(local_values: float, degree: int, num_blocks: float) -> float:
+def ring_bytes(
+    local_values: float, degree: int, num_blocks: float, value_bytes: int = COMPUTE_BYTES
+) -> float:
     """Pass k and v on, until each rank has seen all of them."""
-    return num_blocks * 2 * local_values * COMPUTE_BYTES * (degree - 1)
+    return num_blocks * 2 * local_values * value_bytes * (degree - 1)
 
 
-def tensor_bytes(num_values: float, degree: int, num_gathers: float) -> float:
+def tensor_bytes(
+    num_values: float, degree: int, num_gathers: float, value_bytes: int = COMPUTE_BYTES
+) -> float:
     """Add the parts of every split product: all-reduce as reduce-scatter and all-gather."""
-    return num_gathers * 2 * num_values * COMPUTE_BYTES * (degree - 1) / degree
+    return num_gathers * 2 * num_values * value_bytes * (degree - 1) / degree
 
 
-def modulation_bytes(num_values: float, degree: int) -> float:
+def modulation_bytes(num_values: float, degree: int, value_bytes: int = COMPUTE_BYTES) -> float:
     """Gather what linears of modulation gave, one row for each image; of all blocks together."""
-    return num_values * COMPUTE_BYTES * (degree - 1) / degree
+    return num_values * value_bytes * (degree - 1) / degree
 
 
-def pipefusion_bytes(num_values: float) -> float:
+def pipefusion_bytes(num_values: float, value_bytes: int = COMPUTE_BYTES) -> float:
     """Hand the tokens to the next stage."""
-    return num_values * COMPUTE_BYTES
+    return num_values * value_bytes
 
 
 def fsdp_bytes(weight_bytes: float, degree: int) -> float:

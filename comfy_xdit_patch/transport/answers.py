@@ -15,6 +15,7 @@ from typing import Any
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forward, RunBlock
 from comfy_xdit_patch.transport.messages import GiveWay, Load, Message, Unload
+from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
     Controlled,
     Declined,
@@ -35,6 +36,7 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
     Control: (Controlled,),
     RunBlock: (Ran, Declined),
     Fetch: (Fetched,),
+    Probe: (Probed, NotProbed),
 }
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_BLOCKS = 1000

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, get_args
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
+from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
     Alive,
     Controlled,
@@ -23,6 +24,7 @@ from comfy_xdit_patch.transport.replies import (
     Failed,
     Fetched,
     Joined,
+    Joining,
     Loaded,
     Loading,
     NotLoaded,
@@ -151,7 +153,9 @@ Message: TypeAlias = (
     | RunBlock
     | Fetch
     | Forget
+    | Probe
     | Stop
+    | Joining
     | Joined
     | Alive
     | Loading
@@ -163,6 +167,8 @@ Message: TypeAlias = (
     | Ran
     | Fetched
     | Declined
+    | Probed
+    | NotProbed
     | Failed
 )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from comfy_xdit_patch.transport.probing import NotProbed, Probed
+
 MAX_TEXT_CHARS = 2000
 
 
@@ -26,6 +28,13 @@ class Joined:
     seconds: dict[str, float]
     total_bytes: int
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """The rank has met the others and begins the first exchange with them. No reply yet."""
+
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,7 @@ class Done:
 
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
+    ``busy_seconds`` are those in which it did not wait for others.
     """
 
     request: int
@@ -92,6 +102,7 @@ class Done:
     seconds: float
     bytes_between_ranks: int
     bytes_written: int
+    busy_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,7 @@ class Ran:
     num_forwards: int
     seconds: float
     bytes_between_ranks: int
+    busy_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,5 +159,15 @@ class Failed:
 
 
 Reply: TypeAlias = (
-    Loaded | NotLoaded | Unloaded | Done | Controlled | Ran | Fetched | Declined | Failed
+    Loaded
+    | NotLoaded
+    | Unloaded
+    | Done
+    | Controlled
+    | Ran
+    | Fetched
+    | Declined
+    | Probed
+    | NotProbed
+    | Failed
 )

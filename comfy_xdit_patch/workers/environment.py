@@ -26,6 +26,8 @@ _FOREIGN_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+NO_PEER_TO_PEER = "NCCL_P2P_DISABLE"
+"""NCCL's own variable: data between two GPUs then goes through CPU memory."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -85,7 +87,14 @@ def restore_host_state(start: Start) -> None:
     import comfy.sd
 
 
-def worker_variables(device: Device, *, cpu_threads: int) -> dict[str, str]:
+def is_peer_to_peer_off() -> bool:
+    """Whether the user has NCCL do without peer-to-peer already."""
+    return os.environ.get(NO_PEER_TO_PEER, "0").strip() not in ("", "0")
+
+
+def worker_variables(
+    device: Device, *, cpu_threads: int, peer_to_peer: bool = True
+) -> dict[str, str]:
     """Return the environment of one worker.
 
     GPU: exactly one device, named by UUID, since CUDA's, NVML's and the host's numbers differ, and
@@ -100,6 +109,8 @@ def worker_variables(device: Device, *, cpu_threads: int) -> dict[str, str]:
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
     variables.setdefault("NCCL_SOCKET_IFNAME", "lo")
     variables["PYTHONUNBUFFERED"] = "1"
+    if not peer_to_peer:
+        variables[NO_PEER_TO_PEER] = "1"
     if device.uuid is None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             variables[name] = str(cpu_threads)

@@ -5,9 +5,7 @@ Runs in: host process. One request at a time; ``pool.py`` sees to that.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,15 +17,14 @@ from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import (
     POLL_S,
     SEND_DEADLINE_S,
+    ask_where_it_is,
+    dead_among,
     death_text,
     failure_text,
     hang_text,
     is_dead_and_silent,
 )
 from comfy_xdit_patch.workers.watch import StepTimes, Watch, kind_of
-
-BLAME_S = 0.05
-DUMP_S = 0.2
 
 Poll = Callable[[], None]
 """Called about every 20 ms in a wait; an exception it raises (an interrupt) ends the wait."""
@@ -127,9 +124,7 @@ class Exchange:
         if hanging is None:
             return
         worker = next(worker for worker in self._workers if worker.rank == hanging.rank)
-        with contextlib.suppress(ProcessLookupError):
-            worker.process.send_signal(signal.SIGUSR1)
-        time.sleep(DUMP_S)
+        ask_where_it_is(worker)
         raise WorkerError(hang_text(worker, hanging.why))
 
     def _read(self, worker: Worker) -> Message | None:
@@ -138,10 +133,8 @@ class Exchange:
         except ChannelClosedError:
             raise WorkerError(death_text(worker, "during a request")) from None
         if isinstance(message, Failed):
-            # A rank whose peer died fails in its collective and may be heard first: name the dead.
-            time.sleep(BLAME_S)
-            for other in self._workers:
-                if other is not worker and other.process.poll() not in (None, 1):
-                    raise WorkerError(death_text(other, "during a request"))
+            lost = dead_among(self._workers, worker)
+            if lost is not None:
+                raise WorkerError(death_text(lost, "during a request"))
             raise WorkerError(failure_text(worker, message))
         return message

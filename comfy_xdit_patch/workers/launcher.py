@@ -93,7 +93,13 @@ def _wait_for(workers: Sequence[Worker], seconds: float) -> None:
 
 
 def launch_worker(
-    *, rank: int, device: Device, store_fd: int, cpu_threads: int, log_dir: Path
+    *,
+    rank: int,
+    device: Device,
+    store_fd: int,
+    cpu_threads: int,
+    log_dir: Path,
+    peer_to_peer: bool = True,
 ) -> Worker:
     """Start a worker.
 
@@ -116,7 +122,7 @@ def launch_worker(
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env=worker_variables(device, cpu_threads=cpu_threads),
+            env=worker_variables(device, cpu_threads=cpu_threads, peer_to_peer=peer_to_peer),
             pass_fds=(theirs.fileno(), store_fd),
         )
     _mark_of(log_path, process.pid).touch(0o600)

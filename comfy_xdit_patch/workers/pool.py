@@ -38,7 +38,8 @@ from comfy_xdit_patch.workers.back_off import AFTER_LOSS_S, AFTER_START_S, BackO
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll
 from comfy_xdit_patch.workers.launcher import Worker, end_workers, make_log_dir
-from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text, start_workers
+from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text
+from comfy_xdit_patch.workers.team import start_team
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Pool:
         self.error: str | None = None
         self.generation = 0
         self.start_seconds = 0.0
+        self.no_peer_to_peer: str | None = None
         self._host_state = host_state
         self._settings = settings
         self._exchange: Exchange | None = None
@@ -205,19 +207,20 @@ class Pool:
     def _start_all(self) -> None:
         try:
             self._log_dir = self._log_dir or make_log_dir()
-            team = start_workers(
+            team = start_team(
                 self.devices,
                 host_state=self._host_state,
                 settings=self._settings,
                 log_dir=self._log_dir,
+                no_peer_to_peer=self.no_peer_to_peer,
             )
-        except (WorkerError, OSError) as error:
+        except WorkerError as error:
             with self._changed:
                 self._fail(str(error), AFTER_START_S)
             return
         with self._changed:
             self.workers, self.joined = team.workers, team.joined
-            self.start_seconds = team.seconds
+            self.start_seconds, self.no_peer_to_peer = team.seconds, team.no_peer_to_peer
             self._exchange = Exchange(team.workers, step_timeout_s=self._settings.step_timeout_s)
             self.generation += 1
             self.error = None

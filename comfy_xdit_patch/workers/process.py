@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import faulthandler
-import gc
 import logging
 import os
 import signal
@@ -35,7 +34,9 @@ from comfy_xdit_patch.transport.messages import (
     Unload,
     Unmap,
 )
-from comfy_xdit_patch.transport.replies import Declined, Failed, Joined, Loading, Reply, Unloaded
+from comfy_xdit_patch.transport.probing import Probe
+from comfy_xdit_patch.transport.replies import Declined, Failed, Loading, Reply, Unloaded
+from comfy_xdit_patch.workers.joining import REPLY_DEADLINE_S, join
 
 if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 IDLE_WAIT_S = 3600.0
-REPLY_DEADLINE_S = 30.0
 PROGRESS_S = 0.25
 
 log = logging.getLogger(__name__)
@@ -86,57 +86,19 @@ class Worker:
             _leave_at_once(1)
 
     def _join(self, start: Start) -> tuple[Engine, SlotMap, Groups, Heartbeat]:
-        # Nothing that an import makes is garbage: without this the collector takes a third of the
-        # start (11.4 s of CPU time become 7.9 s; ComfyUI 0.33.0, torch 2.11).
-        gc.disable()
-        seconds: dict[str, float] = {}
-        clock = time.perf_counter()
-
-        def phase_done(name: str, next_phase: str) -> None:
-            nonlocal clock
-            seconds[name] = round(time.perf_counter() - clock, 3)
-            clock = time.perf_counter()
-            self._phase = next_phase
-
-        self._phase = "import of torch"
-        import torch
-
-        if start.num_threads is not None:
-            torch.set_num_threads(start.num_threads)
-        phase_done("torch", "import of ComfyUI")
-        from comfy_xdit_patch.workers.environment import restore_host_state
-
-        restore_host_state(start)
-        phase_done("comfyui", "import of xfuser")
-        import xfuser.core.distributed  # noqa: F401
-
-        phase_done("xfuser", "joining the other ranks")
+        groups = join(start, rank=self._rank, channel=self._channel, entering=self._enter_phase)
         from comfy_xdit_patch.engine import collectives
         from comfy_xdit_patch.engine.engine import Engine
-        from comfy_xdit_patch.engine.groups import Groups
         from comfy_xdit_patch.transport.slots import SlotMap
         from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
-        device = torch.device("cpu" if start.num_threads is not None else "cuda:0")
-        groups = Groups.join(
-            rank=self._rank,
-            world_size=start.world_size,
-            device=device,
-            store_fd=start.store_fd,
-            join_timeout_s=start.join_timeout_s,
-            step_timeout_s=start.step_timeout_s,
-        )
-        phase_done("join", "waiting for work")
-        free, total = (0, 0) if device.type == "cpu" else torch.cuda.mem_get_info(device)
-        joined = Joined(self._rank, os.getpid(), str(device), seconds, total, free)
-        self._channel.send(joined, deadline_s=REPLY_DEADLINE_S)
-        log.info("joined %d ranks: %s", start.world_size, seconds)
-        gc.freeze()
-        gc.enable()
-        slots = SlotMap(device)
+        slots = SlotMap(groups.device)
         heartbeat = Heartbeat(self._channel, collectives.num_begun)
         heartbeat.start()
         return Engine(groups=groups, slots=slots), slots, groups, heartbeat
+
+    def _enter_phase(self, phase: str) -> None:
+        self._phase = phase
 
     def _next_message(self) -> Message:
         while True:
@@ -169,6 +131,9 @@ class Worker:
         elif isinstance(message, (Forward, Control, RunBlock, Fetch)):
             self._phase = type(message).__name__
             self._channel.send(_compute(message, engine), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Probe):
+            self._phase = "measuring the machine"
+            self._channel.send(engine.probe(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Forget):
             engine.forget(message)
         else:

@@ -6,23 +6,29 @@ Runs in: host process, in the keeper's thread.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from comfy_xdit_patch.errors import ChannelClosedError, WorkerError, XditError
+from comfy_xdit_patch.errors import ChannelClosedError, ExchangeError, WorkerError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.channel import Channel, wait_readable
 from comfy_xdit_patch.transport.messages import Start
-from comfy_xdit_patch.transport.replies import Failed, Joined, short
+from comfy_xdit_patch.transport.replies import Failed, Joined, Joining, short
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.launcher import Worker, end_workers, launch_worker
 
 SEND_DEADLINE_S = 10.0
 POLL_S = 0.02
+BLAME_S = 0.05
+DUMP_S = 0.2
+FIRST_EXCHANGE_S = 60.0
+"""NCCL connects all GPUs in it, which takes seconds where it works."""
 MAX_TRACEBACK_CHARS = 20_000
 STATES = {
     "R": "is running",
@@ -41,16 +47,33 @@ class Team:
     workers: tuple[Worker, ...]
     joined: dict[int, Joined]
     seconds: float
+    no_peer_to_peer: str | None = None
+    """Why NCCL does without it; None where it may use it."""
 
 
 def start_workers(
-    devices: Sequence[Device], *, host_state: HostState, settings: Settings, log_dir: Path
+    devices: Sequence[Device],
+    *,
+    host_state: HostState,
+    settings: Settings,
+    log_dir: Path,
+    end: float,
+    peer_to_peer: bool,
+    is_last: bool,
 ) -> Team:
     """Start all ranks at once, then wait for all of them under one deadline.
 
+    Args:
+        end: the deadline, on the monotonic clock.
+        peer_to_peer: whether NCCL may use it.
+        is_last: otherwise half of the time left is kept from the first exchange between ranks,
+            for another start.
+
     Raises:
-        WorkerError: a rank is missing; none is left running. The text names rank, phase and
+        ExchangeError: all ranks met, and could not exchange data. None is left running.
+        XditError: a rank is missing; none is left running. The text names rank, phase and
             cause, or the last lines of its log.
+        OSError: the system has no process, memory or descriptor for them.
     """
     begin = time.monotonic()
     workers: list[Worker] = []
@@ -64,6 +87,7 @@ def start_workers(
                     store_fd=store_fd,
                     cpu_threads=settings.cpu_threads,
                     log_dir=log_dir,
+                    peer_to_peer=peer_to_peer,
                 )
             )
         for worker in workers:
@@ -80,19 +104,22 @@ def start_workers(
                 step_timeout_s=settings.step_timeout_s,
             )
             worker.channel.send(start, deadline_s=SEND_DEADLINE_S)
-        joined = _join_all(workers, begin + settings.start_timeout_s, settings.start_timeout_s)
-    except BaseException as error:
+        joined = _join_all(workers, end, settings.start_timeout_s, is_last=is_last)
+    except BaseException:
         end_workers(workers, grace_s=0)
-        if isinstance(error, (XditError, OSError)):
-            raise WorkerError(f"The workers did not start. {error}") from None
         raise
     finally:
         os.close(store_fd)
     return Team(tuple(workers), joined, time.monotonic() - begin)
 
 
-def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[int, Joined]:
+def _join_all(
+    workers: Sequence[Worker], end: float, timeout_s: float, *, is_last: bool = True
+) -> dict[int, Joined]:
     joined: dict[int, Joined] = {}
+    joining: set[int] = set()
+    exchange_s = math.inf
+    exchange_end = math.inf
     by_channel: dict[Channel, Worker] = {worker.channel: worker for worker in workers}
     while len(joined) < len(workers):
         missing = [worker for worker in workers if worker.rank not in joined]
@@ -101,9 +128,18 @@ def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[i
             try:
                 message = channel.poll()
             except ChannelClosedError:
-                raise WorkerError(death_text(worker, "during its start")) from None
+                raise _dead(worker, joining) from None
             if isinstance(message, Failed):
-                raise WorkerError(failure_text(worker, message))
+                if worker.rank not in joining:
+                    raise WorkerError(failure_text(worker, message))
+                lost = dead_among(workers, worker)
+                raise _dead(lost, joining) if lost else ExchangeError(failure_text(worker, message))
+            if isinstance(message, Joining):
+                joining.add(worker.rank)
+                if len(joining) == len(workers):
+                    left_s = end - time.monotonic()
+                    exchange_s = min(FIRST_EXCHANGE_S, left_s if is_last else left_s / 2)
+                    exchange_end = time.monotonic() + exchange_s
             if isinstance(message, Joined):
                 if (message.rank, message.pid) != (worker.rank, worker.process.pid):
                     raise WorkerError(
@@ -113,15 +149,42 @@ def _join_all(workers: Sequence[Worker], end: float, timeout_s: float) -> dict[i
                 joined[worker.rank] = message
         for worker in missing:
             if worker.rank not in joined and is_dead_and_silent(worker):
-                raise WorkerError(death_text(worker, "during its start"))
+                raise _dead(worker, joining)
+        if time.monotonic() > exchange_end and len(joined) < len(workers):
+            late = next(worker for worker in workers if worker.rank not in joined)
+            ask_where_it_is(late)
+            raise ExchangeError(hang_text(late, f"did not exchange data within {exchange_s:.0f} s"))
         if time.monotonic() > end and len(joined) < len(workers):
-            late = [worker for worker in workers if worker.rank not in joined]
-            names = ", ".join(f"rank {worker.rank}" for worker in late)
+            missing = [worker for worker in workers if worker.rank not in joined]
+            names = ", ".join(f"rank {worker.rank}" for worker in missing)
             raise WorkerError(
                 f"{names} did not join within XDIT_START_TIMEOUT={timeout_s:g} s. "
-                f"Last lines of {late[0].log_path}:\n{late[0].log_tail()}"
+                f"Last lines of {missing[0].log_path}:\n{missing[0].log_tail()}"
             )
     return joined
+
+
+def _dead(worker: Worker, joining: Collection[int]) -> WorkerError:
+    if worker.rank in joining:
+        return ExchangeError(death_text(worker, "in the first exchange between ranks"))
+    return WorkerError(death_text(worker, "during its start"))
+
+
+def dead_among(workers: Sequence[Worker], worker: Worker) -> Worker | None:
+    """Return a worker that died, where another one reports a failure.
+
+    A rank whose peer died fails in its collective and may be heard first.
+    """
+    time.sleep(BLAME_S)
+    others = (other for other in workers if other is not worker)
+    return next((other for other in others if other.process.poll() not in (None, 1)), None)
+
+
+def ask_where_it_is(worker: Worker) -> None:
+    """Have a worker that hangs write into its log where it is."""
+    with contextlib.suppress(ProcessLookupError):
+        worker.process.send_signal(signal.SIGUSR1)
+    time.sleep(DUMP_S)
 
 
 def is_dead_and_silent(worker: Worker) -> bool:

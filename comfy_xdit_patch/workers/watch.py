@@ -100,10 +100,11 @@ class Watch:
 def kind_of(message: Message) -> Hashable:
     """What decides how long a computation takes: model, shapes, degrees. None for other requests.
 
-    What a load takes depends on what the disk and its cache are doing.
+    Weights of ranks do not: they move by little, and a new kind has no measured times. What a load
+    takes depends on what the disk and its cache are doing.
     """
     if isinstance(message, (Forward, Control, RunBlock)):
-        degrees = tuple(message.grid), tuple(message.weights)
+        degrees = tuple(message.grid)
         if isinstance(message, RunBlock):
             return RunBlock, message.model, degrees, tuple(message.counts)
         return type(message), message.model, degrees, tuple(_shapes(message.arguments))

@@ -64,7 +64,7 @@ HOST_STATE = HostState("/", [], [], False, {})
 CPU = Device(name="cpu")
 NO_LOG = Path("/nowhere/worker.log")
 X = torch.ones(2, 4, 16, 8)  # a whole page
-DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes)
+DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes, 0.1)
 CONTROLLED = replies.Controlled(
     1, {"input": [0, 0, None], "output": [1, 2]}, "float32", (2, 12, 16), 0.1, 0
 )
@@ -169,9 +169,9 @@ WRONG = [
     dataclasses.replace(DONE, shape=(2, 4, -16, -8)),
     dataclasses.replace(DONE, shape=(1 << 62, 4, 16, 8)),
     dataclasses.replace(DONE, shape=()),
-    replies.Ran(1, 1, 0.1, 0),
+    replies.Ran(1, 1, 0.1, 0, 0.1),
     replies.Unloaded(1),
-    calls.Forward(1, 1, 1, 2, 1, {}, 0),
+    calls.Forward(1, 1, [1, 1, 1, 2, 1], [], {}, 0),
     replies.Declined(1, "only this one"),
 ]
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "comfy_xdit_patch"
 NAMES = {
     "XDIT_GPUS",
     "XDIT_STRATEGY",
+    "XDIT_BALANCE",
     "XDIT_GPU_MEMORY",
     "XDIT_STRICT",
     "XDIT_START_TIMEOUT",

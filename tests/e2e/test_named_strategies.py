@@ -69,7 +69,7 @@ def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: T
 
     ranks = servers(tree, XDIT_GPUS="cpu:2", **{**STRICT, **env})
     run(ranks, base)  # one row
-    reason = "XDIT_STRATEGY wants the batch in 2 equal parts, which this one does not have"
+    reason = "XDIT_STRATEGY wants the batch in 2 parts, and this one has fewer rows"
     assert ranks.status()["last_run"]["fall_back_reasons"] == {reason: 2}
     assert f"running on one GPU as ComfyUI does: {reason}" in ranks.log_text()
 

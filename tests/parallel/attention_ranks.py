@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import PlanGroups
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 WORLD_SIZE = 8
 DEADLINE = datetime.timedelta(seconds=120)
@@ -32,6 +31,15 @@ PLANS = [
     for world_size in (2, 3, 4, 5, 6, 8)
     for ulysses in range(1, world_size + 1)
     if world_size % ulysses == 0
+]
+WEIGHTED = [
+    ParallelPlan(2, 1, 2, weights=(3, 1)),
+    ParallelPlan(2, 1, 1, 2, weights=(3, 1)),
+    ParallelPlan(3, 1, 3, weights=(1, 2, 3)),
+    ParallelPlan(3, 1, 1, 3, weights=(1, 2, 3)),
+    ParallelPlan(4, 1, 4, weights=(1, 1, 4, 2)),
+    ParallelPlan(4, 1, 2, 2, weights=(1, 1, 4, 2)),
+    ParallelPlan(4, 1, 2, 2, weights=(1, 9, 9, 1)),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BATCH, WIDTH = 2, 16
@@ -146,17 +154,20 @@ def pose(
     )
 
 
-def solve(problem: Problem, plan: ParallelPlan, groups: PlanGroups, rank: int) -> dict[str, Any]:
-    """Compute this rank's shard, twice as two blocks would."""
-    shares = SequenceShares.even(
+def solve(
+    problem: Problem, plan: ParallelPlan, groups: PlanGroups, rank: int
+) -> dict[str, Any] | None:
+    """Compute this rank's shard, twice as two blocks would; None where planning refuses shares."""
+    shares = plan.sequence_shares(
+        rank,
         num_text_tokens=problem.sizes["text"],
         num_image_tokens=problem.sizes["image"],
         num_reference_tokens=problem.sizes["references"],
         num_heads=problem.sizes["heads"],
-        num_shards=plan.sequence_degree,
-        ring_degree=plan.ring_degree,
     )
     q, k, v = problem.q, problem.k, problem.v
+    if q.shape != k.shape and min(shares.reference) < 1:
+        return None
     mine = torch.tensor([t for start, end in shares.places(rank) for t in range(start, end)])
     queries = mine[mine < q.shape[2]]
     shard = q[:, :, queries], k[:, :, mine], v[:, :, mine]
@@ -167,7 +178,7 @@ def solve(problem: Problem, plan: ParallelPlan, groups: PlanGroups, rank: int) -
     is_even = problem.sizes["heads"] % plan.ulysses_degree == 0
     is_even = is_even and len({*shares.joint}) == 1 and q.shape == k.shape
     return {
-        "plan": plan.name,
+        "plan": label(plan),
         "dtype": str(q.dtype).removeprefix("torch."),
         "case": problem.name,
         "error": relative(out, problem.expected[:, queries]),
@@ -176,6 +187,10 @@ def solve(problem: Problem, plan: ParallelPlan, groups: PlanGroups, rank: int) -
         "bytes_sent": attention.bytes_sent // 2,
         "bytes_whole": k.nbytes,
     }
+
+
+def label(plan: ParallelPlan) -> str:
+    return f"{plan.name} {list(plan.weights)}" if plan.weights else plan.name
 
 
 def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -204,11 +219,12 @@ def main(rank: int, folder: Path, problems: list[Problem]) -> None:
         timeout=DEADLINE,
     )
     found = []
-    for plan in PLANS:
+    for plan in (*PLANS, *WEIGHTED):
         groups = make_groups(plan, rank)
         if rank < plan.world_size:
             with torch.inference_mode():
-                found += [solve(problem, plan, groups, rank) for problem in problems]
+                solved = [solve(problem, plan, groups, rank) for problem in problems]
+                found += [result for result in solved if result is not None]
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

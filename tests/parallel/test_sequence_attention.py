@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_ranks import EVEN, MASKS, PLANS, WORLD_SIZE
+from attention_ranks import EVEN, MASKS, PLANS, WEIGHTED, WORLD_SIZE, label
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
@@ -34,14 +34,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", [*PLANS, *WEIGHTED], ids=label)
 def test_every_plan_gives_attention(
     results: list[dict[str, Any]],
     plan: ParallelPlan,
     dtype: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    own = [r for r in results if (r["plan"], r["dtype"]) == (plan.name, dtype)]
+    own = [r for r in results if (r["plan"], r["dtype"]) == (label(plan), dtype)]
     worst = max(own, key=lambda result: result["error"])
     record_property("max error", worst["error"])
     record_property("of one process", max(r["error_alone"] for r in own))

@@ -15,7 +15,6 @@ from rig.trees import Tree
 from safetensors.torch import load_file
 from test_strategies import EVEN, FLOAT32, ODD, following
 
-from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.planner import named_plan
 from comfy_xdit_patch.planning.traffic import modulation_bytes, tensor_bytes
@@ -181,9 +180,8 @@ def expected_bytes(plan: ParallelPlan, *, hidden: int) -> int:
     text, image = 24, 48
     t, u, r, n = plan.tensor_degree, plan.ulysses_degree, plan.ring_degree, plan.sequence_degree
     local = (text + image) * hidden / n
-    of_float32 = 4 / COMPUTE_BYTES
-    sums = tensor_bytes(local, t, num_gathers=2 + 1) * of_float32
-    modulation = modulation_bytes((12 + 3) * hidden, t) * of_float32
+    sums = tensor_bytes(local, t, num_gathers=2 + 1, value_bytes=4)
+    modulation = modulation_bytes((12 + 3) * hidden, t, value_bytes=4)
     # Each rank of a tensor group sends its own heads.
     attention = 2 * local / t * 4 * (4 * (u - 1) / u + 2 * (r - 1))
     output = image / n * 64 * 4 * (n - 1)

@@ -15,7 +15,7 @@ NOT_LOADED = "a worker could not load the model"
 NOT_FINITE = "the workers' result has NaN or infinity in it"
 OUR_FAULT = "a fault of comfy-xdit-patch, which is in the log"
 
-AT_START = ("start", "import", "join", "joined")
+AT_START = ("start", "import", "join", "joined", "exchange")
 AT_LOAD = ("load", "patch")
 IN_A_STEP = ("before", "within", "after", "reply")
 EVERYWHERE = ("kill", "segv", "stop", "exception", "oom")
@@ -58,6 +58,9 @@ def all_faults(num_ranks: int) -> list[Fault]:
         faults += [Fault("idle", kind, rank, (LOST,)) for kind in ("kill", "segv", "stop")]
         faults += [Fault(point, "delay", rank, ()) for point in (*AT_LOAD, *IN_A_STEP)]
         faults += [Fault("within", "hang", rank), Fault("within", "dead link", rank)]
+        faults += [
+            Fault("exchange", kind, rank, (NOT_STARTED, LOST)) for kind in ("hang", "other data")
+        ]
         faults += [Fault("after", "nan", rank, (NOT_FINITE,))]
         faults += [Fault("reply", kind, rank) for kind in ("torn", "half", "garbage", "too long")]
     faults += [Fault("slot", "no space", "host", (OUR_FAULT,))]
@@ -75,6 +78,7 @@ SOME_FAULTS = (
     Fault("after", "nan", 0, (NOT_FINITE,)),
     Fault("load", "oom", 1, (NOT_LOADED,)),
     Fault("join", "exception", 0, (NOT_STARTED, LOST)),
+    Fault("exchange", "other data", 1, (NOT_STARTED, LOST)),
     Fault("slot", "no space", "host", (OUR_FAULT,)),
 )
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.balance import Balance
 from comfy_xdit_patch.planning.choice import Choice, choose
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.known_machines import CARDS, machine_of
 from comfy_xdit_patch.planning.machine import Machine
 from rig.published import ROWS, make_job, median_error
-from rig.unequal import SPEEDS, UnequalRanks
+from rig.unequal import SPEEDS, Ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 
@@ -120,15 +121,16 @@ def constants() -> list[str]:
 
 
 def unequal() -> list[str]:
-    """What adapting is worth, in simulation."""
+    """What ``XDIT_BALANCE=adaptive`` is worth, in simulation."""
     lines = [
-        "| speeds | even split | after 1 step | 2 steps | 4 steps |",
-        "|---|---|---|---|---|",
+        "| speeds | even split, first 4 calls | 5th call | 10th | 20th | changes in 20 |",
+        "|---|---|---|---|---|---|",
     ]
     for speeds in SPEEDS:
-        ranks = UnequalRanks(*speeds)
-        cells = [f"{ranks.efficiency(ranks.adapted(n)):.0%}" for n in (0, 1, 2, 4)]
-        lines.append(f"| {', '.join(map(str, speeds))} | {' | '.join(cells)} |")
+        ranks = Ranks(Balance("adaptive", len(speeds)), *speeds)
+        cells = [f"{ranks.run(num_calls).efficiency:.0%}" for num_calls in (4, 1, 5, 10)]
+        cells += [", ".join(map(str, speeds)), str(ranks.balance.num_changes)]
+        lines.append(f"| {cells[4]} | {' | '.join(cells[:4])} | {cells[5]} |")
     return lines
 
 

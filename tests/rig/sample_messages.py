@@ -5,7 +5,7 @@ Runs in: the tests.
 
 from __future__ import annotations
 
-from comfy_xdit_patch.transport import calls, messages, replies
+from comfy_xdit_patch.transport import calls, messages, probing, replies
 from comfy_xdit_patch.transport.messages import ModelSource
 
 SOURCE = ModelSource(
@@ -88,7 +88,9 @@ MESSAGES = [
         counts=[512, 4096, 0],
         result=1,
     ),
+    probing.Probe(request=6, budget_s=1.0),
     messages.Stop(),
+    replies.Joining(rank=1),
     replies.Joined(
         rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
     ),
@@ -105,7 +107,13 @@ MESSAGES = [
     ),
     replies.NotLoaded(request=1, error="WorkerError: no memory"),
     replies.Unloaded(request=9),
-    replies.Ran(request=4, num_forwards=9, seconds=0.01, bytes_between_ranks=1 << 20),
+    replies.Ran(
+        request=4,
+        num_forwards=9,
+        seconds=0.01,
+        bytes_between_ranks=1 << 20,
+        busy_seconds=0.008,
+    ),
     replies.Fetched(request=5, bytes_between_ranks=1 << 20),
     replies.Declined(request=2, reason="KeyError: 'sigmas'"),
     replies.Controlled(
@@ -124,6 +132,15 @@ MESSAGES = [
         seconds=0.061,
         bytes_between_ranks=123,
         bytes_written=456,
+        busy_seconds=0.05,
     ),
+    probing.Probed(
+        request=6,
+        together={"linear_flops": 5.1e14, "call_s": 4.5e-6},
+        alone={},
+        exchanges={"all_to_all 2 1": [[65536.0, 2.1e-5], [1048576.0, 7.4e-5]]},
+        seconds=0.93,
+    ),
+    probing.NotProbed(request=6, error="OutOfMemoryError: CUDA out of memory"),
     replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
 ]

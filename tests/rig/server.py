@@ -181,10 +181,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+SHARES = {"XDIT_BALANCE": "even"}
+"""Two test processes on two cores: shares, and with them plans, would follow the noise."""
+
+
 def settings_of(env: Mapping[str, str]) -> dict[str, str]:
     """XDIT_* variables of a test, which wants the ranks where it does not ask for ``auto``."""
     is_measured = "XDIT_GPUS" in env and env.get("XDIT_STRICT", "0") == "0"
-    return {**({"XDIT_STRATEGY": "ulysses"} if is_measured else {}), **env}
+    return {**SHARES, **({"XDIT_STRATEGY": "ulysses"} if is_measured else {}), **env}
 
 
 def _environment(settings: Mapping[str, str], threads: int | None, cache: Path) -> dict[str, str]:

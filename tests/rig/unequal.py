@@ -1,48 +1,65 @@
-"""Ranks of different speed, simulated: what shares of a FLUX step they would take how long for."""
+"""Ranks of different speed, simulated: what calls of FLUX.1 at 1024 px take under a balance."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from functools import partial
 
-from comfy_xdit_patch.planning.shares import adapted_weights, proportional
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.balance import Balance
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.work import work_parts
+from comfy_xdit_patch.strategy import AUTO, Strategy
 
 SPEEDS = ((1, 0.5), (1, 0.9), (1, 0.3), (1, 0.5, 1), (1, 1, 1, 0.5), (2, 1, 0.7, 0.4))
 """Relative speeds of the ranks that are tried."""
 
-NUM_TOKENS = 4352
-NUM_HEADS = 24
-LINEAR_PART = 0.8
-"""Of a FLUX.1 step at 1024 px; the rest is attention, which is shared by heads."""
+IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 
 
-class UnequalRanks:
-    """Ranks whose speed the balance does not know. A second is the step of a rank of speed 1."""
+class Ranks:
+    """Ranks whose speed the balance does not know. A second is the call of a rank of speed 1."""
 
-    def __init__(self, *speeds: float, overhead_s: float = 0.0, noise: float = 0.0) -> None:
-        """Set what no share changes, and by what part a measurement is off at random."""
-        self.speeds, self.overhead_s, self.noise = speeds, overhead_s, noise
-        self._chance = random.Random(0)
+    def __init__(
+        self,
+        balance: Balance,
+        *speeds: float,
+        strategy: Strategy = AUTO,
+        noise: float = 0.0,
+        fixed_s: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Prepare; ``fixed_s`` is what no share divides, ``noise`` a part of each measurement."""
+        self.balance, self.speeds, self.strategy = balance, list(speeds), strategy
+        self.noise, self.fixed_s = noise, fixed_s
+        self.times: list[float] = []
+        """Of every call: the busy seconds of its slowest rank."""
+        self._chance = random.Random(seed)
 
-    def seconds(self, weights: Sequence[float]) -> list[float]:
-        """Compute of each rank in one step."""
-        tokens = proportional(NUM_TOKENS, weights, minimum=2)
-        heads = proportional(NUM_HEADS, weights)
+    def plan(self, workload: Workload, weights: tuple[int, ...]) -> ParallelPlan:
+        plan = plan_call(
+            workload, world_size=len(self.speeds), strategy=self.strategy, weights=weights
+        )
+        assert not isinstance(plan, Refusal), plan.reason
+        return plan
+
+    def busy(self, plan: ParallelPlan, workload: Workload) -> list[float]:
         return [
-            self.overhead_s
-            + (LINEAR_PART * t / NUM_TOKENS + (1 - LINEAR_PART) * h / NUM_HEADS)
-            / speed
-            * (1 + self._chance.uniform(-self.noise, self.noise))
-            for t, h, speed in zip(tokens, heads, self.speeds, strict=True)
+            self.fixed_s + part / speed * (1 + self._chance.gauss(0, self.noise))
+            for part, speed in zip(work_parts(plan, workload), self.speeds, strict=True)
         ]
 
-    def adapted(self, num_steps: int) -> tuple[float, ...]:
-        """Weights after so many steps from an even split."""
-        weights: tuple[float, ...] = (1.0,) * len(self.speeds)
-        for _ in range(num_steps):
-            weights = adapted_weights(weights, self.seconds(weights))
-        return weights
+    def run(self, num_calls: int, workload: Workload = IMAGE) -> Ranks:
+        for _ in range(num_calls):
+            plan = self.plan(workload, self.balance.weights)
+            busy = self.busy(plan, workload)
+            self.times.append(max(busy))
+            replan = partial(self.plan, workload)
+            self.balance.measured(plan, workload, busy, kind=workload, replan=replan)
+        return self
 
-    def efficiency(self, weights: Sequence[float]) -> float:
-        """Ideal time over the time of the step, which is that of the slowest rank."""
-        return (self.overhead_s + 1 / sum(self.speeds)) / max(self.seconds(weights))
+    @property
+    def efficiency(self) -> float:
+        """Ideal time over that of the last call."""
+        return (self.fixed_s + 1 / sum(self.speeds)) / self.times[-1]

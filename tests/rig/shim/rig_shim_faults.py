@@ -110,6 +110,24 @@ def adapt_groups(groups: Any) -> None:
     around(groups.Groups, "leave", "shutdown")
 
 
+def adapt_first_exchange(first_exchange: Any) -> None:
+    check, exchange = first_exchange.check, first_exchange.collectives.all_to_all
+
+    def other_data(out: Any, *args: Any, **kwargs: Any) -> None:
+        exchange(out, *args, **kwargs)
+        out[-1] += 1
+
+    def check_with_point(groups: Any) -> None:
+        kind = taken("exchange")
+        if kind == "other data":
+            first_exchange.collectives.all_to_all = other_data
+        else:
+            obey(kind)
+        check(groups)
+
+    first_exchange.check = check_with_point
+
+
 def adapt_engine(engine: Any) -> None:
     cls = engine.Engine
     around(cls, "drop", "unload")
@@ -215,6 +233,7 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
     return {
         "xfuser.core.distributed": [lambda _: obey(taken("import"))],
         "comfy_xdit_patch.engine.groups": [adapt_groups],
+        "comfy_xdit_patch.engine.first_exchange": [adapt_first_exchange],
         "comfy_xdit_patch.engine.engine": [adapt_engine],
         "comfy_xdit_patch.engine.residents": [adapt_residents],
         "comfy_xdit_patch.engine.placing": [adapt_placing],

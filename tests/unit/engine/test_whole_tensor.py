@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from comfy_xdit_patch.engine.sharded_sequence import stream_counts
 from comfy_xdit_patch.engine.whole_tensor import scales_on_weights, stream_of
+from comfy_xdit_patch.planning.plan import ParallelPlan
 
 STREAMS = {
     "img_in": "image",
@@ -72,3 +74,12 @@ def test_scales_are_back_after_an_exception():
         raise KeyError
     assert layer.scale_weight is before
     assert layer.weight_function == []
+
+
+def test_the_whole_has_all_rows_however_they_are_dealt():
+    shares = ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1)).sequence_shares(
+        0, num_text_tokens=8, num_image_tokens=24, num_reference_tokens=8, num_heads=4
+    )
+    counts = stream_counts(shares, 1, rows=2, num_rows=3)
+    assert counts["whole"] == {"text": 24, "image": 96, "joint": 120, None: 3}
+    assert counts["local"] == {"text": 4, "image": 16, "joint": 20, None: 2}

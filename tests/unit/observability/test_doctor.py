@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from rig import recorded_topologies as recorded
 
 from comfy_xdit_patch.__main__ import main
 from comfy_xdit_patch.observability import doctor
@@ -107,6 +108,39 @@ def test_a_budget_is_planned_with_its_arithmetic(installed, monkeypatch):
     assert "budget: 24.0 GiB on each card" in report
     assert "weights sharded over the ranks: 14.9 of 24.0 GiB on rank 0" in report
     assert is_well
+
+
+def test_links_of_gpus_are_printed_as_nvidia_smi_has_them(installed, monkeypatch):
+    for name, text in (
+        ("listing", recorded.listing(4)),
+        ("links", recorded.L40S_4),
+        ("peers", recorded.L40S_4.replace("SYS ", "CNS ").replace("NODE", "OK")),
+    ):
+        (installed / name).write_text(text)
+    program = installed / "nvidia-smi"
+    program.write_text(
+        f'#!/bin/sh\ncase "$2" in -m) f=links;; -p2p) f=peers;; *) f=listing;; esac\n'
+        f'while IFS= read -r line; do echo "$line"; done < {installed}/$f\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(installed))
+    monkeypatch.setenv("XDIT_GPUS", ",".join(recorded.uuid_of(i) for i in range(4)))
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert "rank 2: PCI 0000:12:00.0, NUMA node 1" in report
+    assert "link host bridges, peer-to-peer: ranks 0-1, 2-3" in report
+    assert "link other socket, no peer-to-peer: ranks 0-2, 0-3, 1-2, 1-3" in report
+    assert "not found out" not in report
+    assert is_well
+
+
+def test_links_that_nobody_knows_are_said_to_be_unknown(installed, monkeypatch):
+    monkeypatch.setenv("PATH", str(installed))
+    monkeypatch.setenv("XDIT_GPUS", "GPU-1111,GPU-2222")
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    assert "rank 0: PCI unknown, NUMA node unknown" in report
+    assert "link unknown, peer-to-peer unknown: ranks 0-1" in report
+    assert "not found out: nvidia-smi topo: it is not installed, or not on PATH" in report
+    assert is_well, "unknown is not wrong"
 
 
 def test_switched_off_is_not_wrong(installed, monkeypatch):

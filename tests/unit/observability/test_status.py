@@ -76,6 +76,7 @@ def test_totals_are_json_with_these_keys(has_run):
         "residency",
         "last_loss_unix_s",
         "last_step_s",
+        "balance",
         "last_run",
         "last_error",
     }

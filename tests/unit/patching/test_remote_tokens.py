@@ -24,7 +24,7 @@ class Ranks:
         kind, number = self.fetched[-1][:2]
         return (self.parts[number] if kind == "kept" else self.whole).clone()
 
-    def tokens(self, number, stream):
+    def tokens(self, number, stream, weights=()):
         return RemoteTokens.make(
             stream,
             shape=self.parts[number].shape,
@@ -32,6 +32,7 @@ class Ranks:
             recipe=("kept", Kept(number, self.forgotten.append)),
             counts=COUNTS,
             fetch=self.fetch,
+            weights=weights,
         )
 
 
@@ -68,6 +69,25 @@ def test_a_part_taken_before_a_block_sees_what_the_block_did(ranks):
     part = joint[:, 3:]
     joint.move(("kept", Kept(3, ranks.forgotten.append)), COUNTS, ranks.fetch)
     assert torch.equal(part.numbers(), ranks.whole[:, 3:])
+
+
+@torch.inference_mode()
+def test_tokens_that_the_ranks_share_otherwise_are_not_joined_there(ranks):
+    text, image = ranks.tokens(1, "text", (2, 1)), ranks.tokens(2, "image", (3, 1))
+    assert torch.equal(torch.cat((text, image), 1), ranks.whole)
+    assert ranks.fetched == [["kept", 1], ["kept", 2]]
+    same = torch.cat((ranks.tokens(1, "text", (3, 1)), ranks.tokens(2, "image", (3, 1))), 1)
+    assert same.weights == (3, 1)
+    assert len(ranks.fetched) == 2
+
+
+@torch.inference_mode()
+def test_a_part_is_shared_as_the_whole_is_now(ranks):
+    joint = ranks.tokens(1, "joint", (2, 1))
+    part = joint[:, 3:]
+    assert part.weights == (2, 1)
+    joint.move(("kept", Kept(3, ranks.forgotten.append)), COUNTS, ranks.fetch, (3, 1))
+    assert part.weights == (3, 1)
 
 
 @torch.inference_mode()

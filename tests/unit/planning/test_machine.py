@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from comfy_xdit_patch.errors import PlanError, SettingsError
-from comfy_xdit_patch.planning.known_machines import CARDS, MAX_GPUS, PCIE_BYTES_PER_S, machine_of
+from comfy_xdit_patch.planning.known_machines import (
+    CARDS,
+    MAX_GPUS,
+    PCIE_BYTES_PER_S,
+    card_of,
+    machine_of,
+)
 from comfy_xdit_patch.planning.machine import SOCKET_BYTES_PER_S, Machine, pcie_contention
 
 PAIR = [(0, 1)]
@@ -132,3 +138,22 @@ def test_peer_to_peer_between_sockets_shares_one_way_through():
 def test_other_links_do_not_go_through_the_sockets_peer_to_peer(gpus, link):
     one, two = (machine_of(gpus, link=link, num_sockets=n) for n in (1, 2))
     assert one.all_to_all_s(FOUR, 1e9) == two.all_to_all_s(FOUR, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA RTX 2000 Ada Generation", "rtx2000ada"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3060", None),
+        ("cpu", None),
+    ],
+)
+def test_a_card_is_known_by_the_drivers_name(name, card):
+    found = card_of(name)
+    assert (found.name if found else None) == card

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from comfy_xdit_patch.errors import PlanError
@@ -157,3 +159,41 @@ def test_ranks_of_a_tensor_group_share_heads_and_have_the_same_tokens():
     assert [plan.sequence_index(rank) for rank in range(6)] == [0, 0, 0, 1, 1, 1]
     assert [plan.local_heads(rank, 4) for rank in range(6)] == [2, 1, 1, 2, 1, 1]
     assert [ParallelPlan(2, 1, 2).local_heads(rank, 4) for rank in range(2)] == [4, 4]
+
+
+def shares_of(plan, rank, **sizes):
+    sizes = {"num_text_tokens": 96, "num_image_tokens": 384, "num_heads": 12} | sizes
+    return plan.sequence_shares(rank, **sizes)
+
+
+def test_equal_weights_are_no_weights():
+    for plan in (ParallelPlan(6, 1, 3, 2), ParallelPlan(4, 2, 2), ParallelPlan(3, 1, 3)):
+        weighted = dataclasses.replace(plan, weights=(7,) * plan.world_size)
+        for rank in range(plan.world_size):
+            assert shares_of(weighted, rank, num_heads=7) == shares_of(plan, rank, num_heads=7)
+            assert weighted.batch_rows(rank, 5) == plan.batch_rows(rank, 5)
+
+
+def test_each_group_shares_its_rows_by_its_own_weights():
+    plan = ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1))
+    assert shares_of(plan, 1).joint == (360, 120)
+    assert shares_of(plan, 1).heads == (9, 3)
+    assert shares_of(plan, 2).joint == (240, 240)
+    assert [plan.batch_rows(rank, 6) for rank in range(4)] == [(0, 4), (0, 4), (4, 6), (4, 6)]
+
+
+def test_in_a_ring_tokens_follow_all_weights_and_heads_those_of_every_neighbourhood():
+    plan = ParallelPlan(4, 1, 2, 2, weights=(2, 1, 4, 2))
+    shares = shares_of(plan, 3, num_image_tokens=354)
+    assert shares.joint == (100, 50, 200, 100)
+    assert shares.heads == (8, 4)
+    # The faster of one neighbourhood is the slower of the other: halves.
+    assert shares_of(ParallelPlan(4, 1, 2, 2, weights=(2, 1, 1, 2)), 0).heads == (6, 6)
+    assert shares_of(ParallelPlan(2, 1, 1, 2, weights=(2, 1)), 0).heads == (12,)
+
+
+def test_ranks_that_have_the_same_tokens_count_as_their_slowest():
+    of_columns = ParallelPlan(4, 1, 2, tensor_degree=2, weights=(9, 3, 1, 5))
+    assert [of_columns.place_weights(0), shares_of(of_columns, 3).joint] == [(3, 1), (360, 120)]
+    of_stages = ParallelPlan(4, 1, 2, pipefusion_degree=2, weights=(9, 1, 3, 5))
+    assert [of_stages.place_weights(0), shares_of(of_stages, 0).joint] == [(3, 1), (360, 120)]

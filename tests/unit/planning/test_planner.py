@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -122,13 +123,66 @@ def test_every_strategy_that_is_called_legal_is(world_size):
 
 
 @pytest.mark.parametrize("strategy", ["batch", "batch=2,ulysses=2", "batch=4"])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_rows_that_a_named_plan_cannot_share_equally_are_refused(strategy, batch_size):
-    workload = dataclasses.replace(IMAGE_1024, batch_size=batch_size)
-    refusal = plan_call(workload, world_size=4, strategy=parse_strategy(strategy))
+def test_fewer_rows_than_a_named_plan_has_parts_are_refused(strategy):
+    strategy = parse_strategy(strategy)
+    workload = dataclasses.replace(IMAGE_1024, batch_size=1)
+    refusal = plan_call(workload, world_size=4, strategy=strategy)
     assert isinstance(refusal, Refusal)
     assert refusal.scope is Scope.STEP
-    assert "equal parts" in refusal.reason
+    assert re.search(r"in [24] parts, and this one has fewer rows", refusal.reason)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "batch_size", "weights", "expected"),
+    [
+        ("batch", 5, (), (2, 1, 1, 1)),
+        ("batch", 9, (3, 1, 2, 2), (4, 1, 2, 2)),
+        ("batch", 4, (9, 1, 1, 1), (1, 1, 1, 1)),
+        ("batch=2,ulysses=2", 3, (), (2, 2, 1, 1)),
+        ("batch=2,ulysses=2", 8, (1, 2, 4, 5), (2, 2, 6, 6)),
+    ],
+)
+def test_rows_of_a_named_plan_are_dealt_by_weight_and_every_part_has_one(
+    strategy, batch_size, weights, expected
+):
+    workload = dataclasses.replace(IMAGE_1024, batch_size=batch_size)
+    plan = plan_call(workload, world_size=4, strategy=parse_strategy(strategy), weights=weights)
+    rows = [plan.batch_rows(rank, batch_size) for rank in range(4)]
+    assert tuple(end - first for first, end in rows) == expected
+    assert rows[0][0] == 0
+    assert rows[-1][1] == batch_size
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "weights", "expected"),
+    [
+        (2, 2, (1000, 970), "batch=2"),
+        (2, 2, (2, 1), "ulysses=2"),  # a row each would keep the first waiting for half a step
+        (4, 2, (3, 1), "batch=2"),  # three rows and one
+        (2, 4, (2, 1, 2, 1), "batch=2,ulysses=2"),
+        (2, 4, (2, 2, 1, 1), "ulysses=4"),
+        (4, 4, (2, 2, 1, 1), "ulysses=4"),
+        (6, 4, (2, 2, 1, 1), "batch=2,ulysses=2"),  # four rows for the faster pair
+    ],
+)
+def test_auto_shares_rows_only_where_they_suit_the_speeds(
+    batch_size, world_size, weights, expected
+):
+    workload = dataclasses.replace(IMAGE_1024, batch_size=batch_size)
+    plan = plan_call(workload, world_size=world_size, weights=weights)
+    assert (plan.name, plan.weights) == (expected, weights)
+
+
+def test_weights_that_leave_a_rank_without_a_reference_give_way_to_even_shares():
+    workload = dataclasses.replace(IMAGE_1024, num_reference_tokens=4)
+    plan = plan_call(workload, world_size=3, weights=(9, 9, 1), needs_references=True)
+    assert plan.weights == ()
+    assert plan_call(workload, world_size=3, weights=(9, 9, 1)).weights == (9, 9, 1)
+
+
+def test_the_reason_of_a_refusal_is_that_of_even_shares():
+    workload = dataclasses.replace(IMAGE_1024, num_text_tokens=2)
+    assert "fewer tokens" in plan_call(workload, world_size=3, weights=(9, 9, 1)).reason
 
 
 def test_a_named_batch_is_refused_where_something_belongs_to_all_rows():

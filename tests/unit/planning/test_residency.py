@@ -164,3 +164,14 @@ def test_who_asks_for_shards_gets_them_where_copies_fit_too():
     assert plan_residency(MODEL, LOAD, cards=roomy).mode == "full"
     assert plan_residency(MODEL, LOAD, cards=roomy, first="sharded").mode == "sharded"
     assert plan_residency(MODEL, LOAD, cards=cards(1 << 40, 1), first="sharded").mode == "full"
+
+
+def test_the_largest_share_of_unequal_ranks_is_what_has_to_fit():
+    two = cards(48 * GIB, 2)
+    even, unequal = (
+        need_of("full", MODEL, dataclasses.replace(LOAD, local_tokens=tokens), cards=two)
+        for tokens in (None, 3264)
+    )
+    share = next(c for c in unequal.costs if c.what.startswith("activations"))
+    assert share.what == "activations, 3264 of 4352 tokens"
+    assert unequal.num_bytes > even.num_bytes

@@ -1,4 +1,4 @@
-"""Shares of unequal ranks: exact sums, minimums, the even case, and ranks whose speed is learned.
+"""Shares of unequal ranks: exact sums, minimums, the even case.
 
 Properties are checked on many random cases; a failure shows the numbers of its case.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from rig.unequal import SPEEDS, UnequalRanks
 
 from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares, shard_sizes
 from comfy_xdit_patch.planning.shares import (
     DAMPING,
     SMALLEST_PART,
-    TOLERANCE,
-    adapted_weights,
+    moved_weights,
     proportional,
     weighted_shares,
 )
@@ -147,58 +145,24 @@ def test_too_few_items_for_the_minimum_is_an_error():
         proportional(3, (1, 1), minimum=2)
 
 
-@pytest.mark.parametrize("speeds", SPEEDS)
-def test_adapting_reaches_nine_tenths_of_the_ideal_in_four_steps(speeds):
-    ranks = UnequalRanks(*speeds)
-    assert ranks.efficiency(ranks.adapted(4)) >= 0.9
-
-
-def test_an_even_split_of_a_half_speed_pair_reaches_two_thirds():
-    """The figure beside the one above: what adapting is worth."""
-    ranks = UnequalRanks(1, 0.5)
-    assert ranks.efficiency((1, 1)) == pytest.approx(2 / 3, abs=0.01)
-    assert ranks.efficiency(ranks.adapted(4)) == pytest.approx(1, abs=0.03)
-
-
-def test_adapting_stays_within_noise_of_the_ideal():
-    ranks = UnequalRanks(1, 0.5, noise=0.05)
-    weights = ranks.adapted(50)
-    assert weights[0] == pytest.approx(2 / 3, abs=0.04)
-
-
-def test_a_cost_that_no_share_changes_does_not_throw_the_balance_over():
-    ranks = UnequalRanks(1, 0.5, overhead_s=0.2)
-    seconds = ranks.seconds(ranks.adapted(10))
-    assert max(seconds) / min(seconds) < 1.05
-
-
-def test_a_rank_that_recovers_gets_its_share_back():
-    slow = UnequalRanks(1, 0.1).adapted(10)
-    recovered = UnequalRanks(1, 1)
-    weights = slow
-    for _ in range(10):
-        weights = adapted_weights(weights, recovered.seconds(weights))
-    assert weights[0] == pytest.approx(0.5, abs=0.02)
-
-
 def test_even_the_slowest_rank_keeps_enough_to_be_measured():
-    weights = UnequalRanks(1, 1e-6).adapted(20)
-    assert weights[1] == pytest.approx(SMALLEST_PART / 2, rel=0.1)
+    moved = moved_weights((1, 1), (1, 1e-6), damping=1)
+    assert moved[1] == pytest.approx(SMALLEST_PART / 2, rel=0.1)
 
 
-def test_ranks_that_are_as_fast_as_each_other_keep_their_shares():
-    kept = adapted_weights((3, 1), (1.0, 1.0 + TOLERANCE / 2))
-    assert kept == (0.75, 0.25)
-
-
-def test_one_correction_goes_the_damped_part_of_the_way():
-    moved = adapted_weights((1, 1), (1.0, 4.0))
+def test_a_move_goes_the_damped_part_of_the_way():
+    moved = moved_weights((1, 1), (4, 1))
     assert moved[0] / moved[1] == pytest.approx(4**DAMPING)
 
 
-@pytest.mark.parametrize(
-    ("weights", "seconds"), [((1, 1), (1,)), ((), ()), ((1, 1), (1, 0)), ((0, 1), (1, 1))]
-)
-def test_numbers_that_make_no_sense_are_an_error(weights, seconds):
-    with pytest.raises(PlanError, match=r"^Cannot adapt weights"):
-        adapted_weights(weights, seconds)
+def test_moving_all_the_way_gives_the_speeds_and_not_at_all_the_weights():
+    assert moved_weights((1, 1), (3, 1), damping=1) == pytest.approx((0.75, 0.25))
+    assert moved_weights((3, 1), (1, 1), damping=0) == pytest.approx((0.75, 0.25))
+    assert min(moved_weights((1, 1), (1e9, 1), damping=1)) == pytest.approx(SMALLEST_PART / 2, 0.1)
+
+
+@pytest.mark.parametrize("ring_degree", [1, 2, 3, 6])
+def test_equal_weights_share_heads_in_a_ring_as_the_even_split_does(ring_degree):
+    sizes = {"num_text_tokens": 77, "num_image_tokens": 500, "num_heads": 7}
+    even = SequenceShares.even(**sizes, num_shards=6, ring_degree=ring_degree)
+    assert weighted_shares(**sizes, weights=(0.3,) * 6, ring_degree=ring_degree) == even

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
-from comfy_xdit_patch.planning.topology import Device, choose_devices, visible_gpus
+from comfy_xdit_patch.planning.topology import (
+    Device,
+    choose_devices,
+    pci_ids,
+    peer_access,
+    visible_gpus,
+)
 from comfy_xdit_patch.settings import parse_gpus
 
 
@@ -94,3 +100,28 @@ def test_gpus_that_are_not_there_are_an_error_with_the_numbers(machine, value):
 def test_another_platform_is_a_refusal_that_names_it(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     assert choose_devices(parse_gpus("cpu:2")) == Refusal("xDiT needs Linux; this is win32")
+
+
+def test_a_torch_that_knows_pci_ids_is_asked_for_them(machine, monkeypatch):
+    machine(1)
+    assert pci_ids() == {}
+    properties = types.SimpleNamespace(
+        name="Card", uuid="1", total_memory=1, pci_domain_id=0, pci_bus_id=193, pci_device_id=0
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert pci_ids() == {"GPU-1": "0000:c1:00.0"}
+
+
+def test_a_pair_that_the_driver_does_not_answer_for_is_left_out(machine, monkeypatch):
+    machine(3)
+
+    def can_access(a, b):
+        if 2 in (a, b):
+            raise RuntimeError("invalid device ordinal")
+        return True
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", can_access)
+    assert peer_access() == {
+        ("GPU-0000-0", "GPU-0000-1"): True,
+        ("GPU-0000-1", "GPU-0000-0"): True,
+    }

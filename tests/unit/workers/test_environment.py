@@ -15,6 +15,7 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.workers.environment import (
     capture_host_state,
+    is_peer_to_peer_off,
     restore_host_state,
     worker_variables,
 )
@@ -43,6 +44,20 @@ def test_a_cpu_worker_has_the_threads_it_was_given(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     variables = worker_variables(CPU, cpu_threads=3)
     assert (variables["OMP_NUM_THREADS"], variables["MKL_NUM_THREADS"]) == ("3", "3")
+
+
+def test_a_worker_does_without_peer_to_peer_where_it_is_told_to(monkeypatch):
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert "NCCL_P2P_DISABLE" not in worker_variables(GPU, cpu_threads=1)
+    without = worker_variables(GPU, cpu_threads=1, peer_to_peer=False)
+    assert without["NCCL_P2P_DISABLE"] == "1"
+
+
+@pytest.mark.parametrize(("value", "is_off"), [("1", True), ("0", False), ("", False)])
+def test_a_user_who_switched_peer_to_peer_off_is_heard(monkeypatch, value, is_off):
+    monkeypatch.setenv("NCCL_P2P_DISABLE", value)
+    assert is_peer_to_peer_off() == is_off
+    assert worker_variables(GPU, cpu_threads=1)["NCCL_P2P_DISABLE"] == value
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])

@@ -10,11 +10,12 @@ import time
 
 import pytest
 
-from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.errors import ExchangeError, WorkerError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel, frame_of
 from comfy_xdit_patch.transport.messages import Unload
-from comfy_xdit_patch.transport.replies import Failed
+from comfy_xdit_patch.transport.replies import Failed, Joining
+from comfy_xdit_patch.workers import starting
 from comfy_xdit_patch.workers.exchange import Exchange
 from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import _join_all
@@ -66,3 +67,48 @@ def test_a_death_in_the_start_is_noticed_though_somebody_holds_the_channel_open(
     with pytest.raises(WorkerError, match="was killed by signal 9 during its start"):
         _join_all([made], time.monotonic() + 60, 60.0)
     assert time.monotonic() - start < 1
+
+
+def test_a_rank_that_hangs_in_the_first_exchange_is_told_from_one_that_does_not_join(
+    worker, monkeypatch
+):
+    made, theirs = worker
+    monkeypatch.setattr(starting, "FIRST_EXCHANGE_S", 0.3)
+    with pytest.raises(WorkerError, match="did not join within XDIT_START_TIMEOUT=1 s") as caught:
+        _join_all([made], time.monotonic() + 0.5, 1.0)
+    assert not isinstance(caught.value, ExchangeError)
+    theirs.sendall(frame_of(Joining(0)))
+    with pytest.raises(ExchangeError, match=r"Rank 0 .* did not exchange data within 0 s"):
+        _join_all([made], time.monotonic() + 60, 60.0)
+
+
+def test_half_of_the_time_left_is_kept_for_another_start(worker):
+    made, theirs = worker
+    theirs.sendall(frame_of(Joining(0)))
+    start = time.monotonic()
+    with pytest.raises(ExchangeError):
+        _join_all([made], start + 2, 2.0, is_last=False)
+    assert 0.9 < time.monotonic() - start < 1.9
+
+
+@pytest.mark.parametrize("has_met", [False, True])
+def test_a_failure_in_the_first_exchange_is_one_of_the_exchange(worker, has_met):
+    made, theirs = worker
+    if has_met:
+        theirs.sendall(frame_of(Joining(0)))
+    theirs.sendall(frame_of(Failed(0, "x", "RuntimeError: NCCL error", "")))
+    with pytest.raises(WorkerError, match="NCCL error") as caught:
+        _join_all([made], time.monotonic() + 60, 60.0)
+    assert isinstance(caught.value, ExchangeError) == has_met
+
+
+@pytest.mark.parametrize("has_met", [False, True])
+def test_a_death_in_the_first_exchange_is_one_of_the_exchange(worker, has_met):
+    made, theirs = worker
+    if has_met:
+        theirs.sendall(frame_of(Joining(0)))
+    made.process.kill()
+    when = "in the first exchange between ranks" if has_met else "during its start"
+    with pytest.raises(WorkerError, match=f"was killed by signal 9 {when}") as caught:
+        _join_all([made], time.monotonic() + 60, 60.0)
+    assert isinstance(caught.value, ExchangeError) == has_met

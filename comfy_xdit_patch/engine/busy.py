@@ -1,0 +1,106 @@
+"""How long this rank computes in a call, without what it waits for others in exchanges.
+
+Runs in: worker process.
+
+    CPU     seconds outside of exchanges. A core that another program takes part of counts: the rank
+            is as slow as that.
+    CUDA    a pair of events around every exchange, on the stream that computes: their distance is
+            how long the stream stood still. They are read when the result has been copied out,
+            which the host waits for anyway, or with a later call where nothing is copied out.
+
+Only one call runs at a time, so there is one clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+
+Event = torch.cuda.Event
+
+
+@dataclass(slots=True)
+class _Call:
+    """The events of one call: its ends, and those of every wait in it."""
+
+    first: Event
+    last: Event
+    waits: list[tuple[Event, Event]] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.last.query())  # type: ignore[no-untyped-call]
+
+    @property
+    def busy_s(self) -> float:
+        waited_ms = sum(first.elapsed_time(last) for first, last in self.waits)
+        return max(0.0, float(self.first.elapsed_time(self.last) - waited_ms) / 1e3)
+
+
+class BusyClock:
+    """One rank's clock; ``collectives.py`` tells it when the rank waits."""
+
+    def __init__(self) -> None:
+        self._start_s = 0.0
+        self._waited_s = 0.0
+        self._call: _Call | None = None
+        self._ended: deque[_Call] = deque()
+        self._spare: list[Event] = []
+
+    def start(self, device: torch.device) -> None:
+        """Begin a call that computes on this device. A call that failed is forgotten."""
+        self._waited_s = 0.0
+        self._start_s = time.perf_counter()
+        self._call = None
+        if device.type == "cuda":
+            self._call = _Call(self._recorded(), self._event())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Take what is done in here for a wait."""
+        start_s = time.perf_counter()
+        first = None if self._call is None else self._recorded()
+        yield
+        self._waited_s += time.perf_counter() - start_s
+        if self._call is not None and first is not None:
+            self._call.waits.append((first, self._recorded()))
+
+    def stop(self, *, is_copied_out: bool) -> float:
+        """End the call; return its busy seconds.
+
+        Args:
+            is_copied_out: the result was, by a rank of this group at least, so that a CUDA device
+                is done or about to be. Otherwise what is returned is that of the calls which are
+                done by now, and the rest comes with a later one.
+        """
+        call, self._call = self._call, None
+        if call is None:
+            return max(0.0, time.perf_counter() - self._start_s - self._waited_s)
+        call.last.record()
+        self._ended.append(call)
+        if is_copied_out:
+            call.last.synchronize()
+        busy_s = 0.0
+        while self._ended and self._ended[0].is_done:
+            ended = self._ended.popleft()
+            if ended is call or not is_copied_out:
+                busy_s += ended.busy_s
+            # Making events takes longer than recording them.
+            self._spare += [ended.first, ended.last, *chain(*ended.waits)]
+        return busy_s
+
+    def _recorded(self) -> Event:
+        event = self._event()
+        event.record()
+        return event
+
+    def _event(self) -> Event:
+        if self._spare:
+            return self._spare.pop()
+        return Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,0 +1,151 @@
+"""Workers that cannot exchange data at first are started again without peer-to-peer, once.
+
+Real CPU workers, which have no peer-to-peer: the fault is planted where NCCL's would be, and what
+is tested is everything around it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inside.client import SHIM, Inside
+from rig.faults import Fault, Orders, is_running
+from rig.trees import Tree
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.settings import read_settings
+from comfy_xdit_patch.workers import starting
+from comfy_xdit_patch.workers.environment import HostState
+from comfy_xdit_patch.workers.pool import Pool, PoolState
+
+pytestmark = [pytest.mark.usefixtures("newest_only"), pytest.mark.group("2")]
+
+DEADLINE_S = 180.0
+HANG_S = 2.0
+
+
+@pytest.fixture
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
+    """Faults of the workers that this process starts."""
+    path = tmp_path / "orders"
+    path.mkdir()
+    monkeypatch.setenv("RIG_FAULTS", str(path))
+    monkeypatch.setenv("PYTHONPATH", str(SHIM))
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    return Orders(path)
+
+
+@pytest.fixture
+def pool(tree: Tree, close_inside: Callable[[], None], orders: Orders) -> Iterator[Pool]:
+    """Two CPU workers that this process, which is no ComfyUI, has started when they are asked."""
+    close_inside()
+    host_state = HostState(
+        comfyui_root=str(tree.path),
+        sys_path=[str(tree.path), *sys.path],
+        argv=["main.py", "--cpu"],
+        parses_arguments=True,
+        arguments={},
+    )
+    settings = read_settings({"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": str(DEADLINE_S)})
+    made = Pool(devices=[Device("cpu")] * 2, host_state=host_state, settings=settings)
+    yield made
+    made.stop()
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    items = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(item.split("=", 1) for item in items if item)
+
+
+def give_in_turn(orders: Orders, *faults: Fault) -> threading.Thread:
+    """Order each fault when the one before it has happened."""
+
+    def give() -> None:
+        for fault in faults:
+            end = time.monotonic() + DEADLINE_S
+            while orders.open() and time.monotonic() < end:
+                time.sleep(0.02)
+            orders.give(fault)
+
+    thread = threading.Thread(target=give)
+    thread.start()
+    return thread
+
+
+def test_a_hang_in_the_first_exchange_is_ended_and_the_next_start_does_without_peer_to_peer(
+    pool: Pool,
+    orders: Orders,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
+) -> None:
+    monkeypatch.setattr(starting, "FIRST_EXCHANGE_S", HANG_S)
+    caplog.set_level(logging.INFO)
+    orders.give(Fault("exchange", "hang", 1))
+    seen: set[int] = set()
+    pool.wait_until_ready(lambda: seen.update(worker.process.pid for worker in pool.workers))
+    assert not orders.open(), "the fault never happened"
+    assert pool.state is PoolState.READY
+    for worker in pool.workers:
+        assert environment_of(worker.process.pid)["NCCL_P2P_DISABLE"] == "1"
+    reason = pool.no_peer_to_peer or ""
+    assert f"did not exchange data within {HANG_S:.0f} s" in reason
+    assert "first_exchange.py" in reason, "where the ranks are is not said"
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "started again without peer-to-peer (NCCL_P2P_DISABLE=1)" in warning
+    assert reason in warning
+    assert [r for r in caplog.records if r.levelno > logging.WARNING] == []
+    record_property("seconds of both starts", pool.start_seconds)
+
+    # Workers that are lost later are not tried with it again.
+    pool.workers[0].process.kill()
+    end = time.monotonic() + DEADLINE_S
+    while pool.generation < 2 or pool.state is not PoolState.READY:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert environment_of(pool.workers[0].process.pid)["NCCL_P2P_DISABLE"] == "1"
+    assert pool.no_peer_to_peer == reason
+
+
+def test_where_both_starts_fail_the_failure_has_both_reasons(pool: Pool, orders: Orders) -> None:
+    faults = Fault("exchange", "other data", 1), Fault("exchange", "kill", 0)
+    thread = give_in_turn(orders, *faults)
+    with pytest.raises(WorkerError, match=r"^The workers did not start\. Rank 0 ") as caught:
+        pool.wait_until_ready(lambda: None)
+    thread.join(DEADLINE_S)
+    assert not orders.open(), "a fault never happened"
+    text = str(caught.value)
+    assert "was killed by signal 9 in the first exchange between ranks" in text
+    assert "That was without peer-to-peer, because of this before: Rank 1 (cpu) failed in" in text
+    assert "of 256 numbers from rank 1 arrived as others than were sent" in text
+    assert pool.state is PoolState.BROKEN
+    assert pool.no_peer_to_peer is None
+    assert not pool.workers
+
+
+def test_comfyui_goes_on_alone_where_no_start_succeeds(
+    tree: Tree,
+    inside: Callable[..., Inside],
+    flux_dev: Callable[..., str],
+    orders: Orders,
+    tmp_path: Path,
+) -> None:
+    ranks: Inside = inside(tree, XDIT_GPUS="cpu:2", RIG_FAULTS=str(orders.path))
+    faults = Fault("exchange", "exception", 1), Fault("exchange", "segv", 1)
+    thread = give_in_turn(orders, *faults)
+    case: dict[str, Any] = {"height": 16, "width": 12, "batch": 1, "text_tokens": 24}
+    status = ranks.call("forwards:forward", path=flux_dev(hidden=256), out=f"{tmp_path}/x", **case)
+    thread.join(DEADLINE_S)
+    assert not orders.open(), "a fault never happened"
+    assert status["fall_back_reasons"] == {"the workers did not start": 1}
+    assert "was killed by signal 11 in the first exchange" in status["reason"]
+    assert "because of this before: Rank 1 (cpu) failed in the first exchange" in status["reason"]
+    assert not [rank for rank in status["ranks"] if rank["pid"] and is_running(rank["pid"])]
