@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-AXES = ("batch", "pipefusion", "ulysses", "ring")
-NAMES = ("auto", "ulysses", "ring", "usp", "batch", "fsdp", "pipefusion", "off")
+AXES = ("batch", "pipefusion", "ulysses", "ring", "tensor")
+NAMES = ("auto", "ulysses", "ring", "usp", "batch", "tensor", "fsdp", "pipefusion", "off")
 ALIASES = {"cfg": "batch"}
 LEGAL = (
-    "auto, ulysses, ring, usp, batch (or cfg), fsdp, pipefusion (approximate), off, or a plan "
-    "such as batch=2,ulysses=2,ring=2 or ulysses=4,fsdp=4"
+    "auto, ulysses, ring, usp, batch (or cfg), tensor, fsdp, pipefusion (approximate), off, or a "
+    "plan such as batch=2,ulysses=2,tensor=2 or ulysses=4,fsdp=4"
 )
 PLAN = "plan"
 
@@ -30,6 +30,7 @@ class Strategy:
     ulysses: int = 1
     ring: int = 1
     pipefusion: int = 1
+    tensor: int = 1
     fsdp: int = 0
 
     @property

@@ -44,14 +44,15 @@ VARIABLES = (
         "model and size are measured on all ranks and in ComfyUI alone, the faster of the two is "
         "taken from then on, and `comfy-xdit verdicts` shows and clears what is remembered. "
         "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
-        "`ring` tokens by passing keys and values round, `usp` tokens by both. `fsdp` shares as "
-        "`auto` does, unmeasured, and shards the weights over all ranks, which `auto` does only "
-        "where they do not fit. A plan gives the degree of each axis, in any order; their product "
-        "is the number of ranks, and so is `fsdp` in it. All of these are exact. `pipefusion` is "
-        "an approximation, used only by name or in a plan such as `pipefusion=2,ulysses=2`: blocks "
-        "in stages, tokens in patches that stream through them, keys and values of the step before "
-        "for the patches to come. A call that the named strategy cannot share runs on one GPU, and "
-        "the log says why. "
+        "`ring` tokens by passing keys and values round, `usp` tokens by both, `tensor` the heads "
+        "and columns of every block, with their weights: each card holds a part of the blocks, and "
+        "sends more than with `ulysses`. `fsdp` shares as `auto` does, unmeasured, and shards the "
+        "weights over all ranks, which `auto` does only where they do not fit. A plan gives the "
+        "degree of each axis, in any order; their product is the number of ranks, and so is `fsdp` "
+        "in it. All of these are exact. `pipefusion` is an approximation, used only by name or in "
+        "a plan such as `pipefusion=2,ulysses=2`: blocks in stages, tokens in patches that stream "
+        "through them, keys and values of the step before for the patches to come. A call that the "
+        "named strategy cannot share runs on one GPU, and the log says why. "
         "`off` leaves stock ComfyUI: nothing is wrapped, nothing is imported.",
     ),
     Variable(

@@ -91,6 +91,12 @@ def receive_async(out: torch.Tensor, *, source: int, group: dist.ProcessGroup) -
     return work
 
 
+def all_reduce_sum(data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    """Make ``data`` the sum of that of all ranks of the group."""
+    _count()
+    dist.all_reduce(data, op=dist.ReduceOp.SUM, group=group)
+
+
 def all_reduce_max(value: torch.Tensor) -> None:
     """Make ``value`` the largest that any rank of the world has."""
     _count()

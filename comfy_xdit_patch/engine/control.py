@@ -61,7 +61,7 @@ def control_share(
         groups.rank,
         num_text_tokens=mine["context"].shape[1],
         num_image_tokens=num_tokens(net, mine["x"]),
-        num_heads=net.num_heads,
+        num_heads=plan.local_heads(groups.rank, net.num_heads),
     )
     with ExitStack() as stack:
         bytes_sent: list[int] = []

@@ -110,9 +110,8 @@ class Engine:
         # A shard is gathered by all ranks at once, and stages run different blocks.
         assert resident.blocks is None or plan.pipefusion_degree == 1
         with torch.inference_mode():
-            gathered = 0
+            sent = resident.begin(plan, self._groups)
             if resident.blocks is not None:
-                gathered = resident.blocks.bytes_gathered
                 resident.blocks.prefetch_first()
             rows, bytes_sent = forward_share(
                 resident.flux,
@@ -121,19 +120,17 @@ class Engine:
                 groups=self._groups,
                 # A shard's layers get their scales only when their block begins; where a scale goes
                 # is a matter of rounding.
-                scaled={} if resident.blocks is not None else resident.scaled,
+                scaled=resident.scaled if resident.is_whole else {},
                 residuals=self._residuals,
                 patches=patches,
                 streams=self._streams,
                 pipeline=message.pipeline,
             )
-            if resident.blocks is not None:
-                bytes_sent += resident.blocks.bytes_gathered - gathered
+            bytes_sent += resident.bytes_moved - sent
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
             bytes_written = 0
-            is_last_stage = plan.stage_index(rank) + 1 == plan.pipefusion_degree
-            if is_last_stage and plan.sequence_index(rank) == 0:
+            if plan.writes_rows(rank):
                 first, end = plan.batch_rows(rank, batch)
                 self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
                 bytes_written = rows.nbytes
@@ -160,9 +157,11 @@ class Engine:
         plan = self._plan(message)
         arguments = self._slots.fetch(message.arguments)
         with torch.inference_mode():
+            sent = resident.begin(plan, self._groups)
             layout, residuals, bytes_sent = control_share(
                 resident.flux, arguments, plan=plan, groups=self._groups
             )
+            bytes_sent += resident.bytes_moved - sent
         self._residuals.keep(message.call, residuals)
         num_rows, features = arguments["x"].shape[0], residuals.tensors[0].shape[-1]
         return Controlled(
@@ -192,7 +191,7 @@ class Engine:
         resident = self._resident(message.model)
         plan = self._plan(message)
         with torch.inference_mode():
-            gathered = 0 if resident.blocks is None else resident.blocks.bytes_gathered
+            sent = resident.begin(plan, self._groups)
             _, bytes_sent = self._driven.run(
                 resident.flux.get_submodule(message.block),
                 self._slots.fetch(message.arguments),
@@ -200,14 +199,13 @@ class Engine:
                 shares=self._shares(resident, message.counts, plan),
                 scaled={
                     name: layer
-                    for name, layer in ({} if resident.blocks else resident.scaled).items()
+                    for name, layer in (resident.scaled if resident.is_whole else {}).items()
                     if name.startswith(f"{message.block}.")
                 },
                 patches=self._patches(message.patches),
                 keep=message.keep,
             )
-            if resident.blocks is not None:
-                bytes_sent += resident.blocks.bytes_gathered - gathered
+            bytes_sent += resident.bytes_moved - sent
         self._num_forwards += message.is_first
         busy_s = collectives.clock.stop(is_copied_out=False)
         seconds = time.perf_counter() - start

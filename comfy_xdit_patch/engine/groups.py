@@ -24,13 +24,14 @@ class PlanGroups:
     """The groups of one rank under one plan. None where an axis has one rank.
 
     ``sequence`` shares the tokens of a row; ``ulysses`` and ``ring`` are the axes of its own grid.
-    ``pipeline`` has one rank of each stage.
+    ``pipeline`` has one rank of each stage. ``tensor`` shares heads and columns of the same tokens.
     """
 
     sequence: dist.ProcessGroup | None
     ulysses: dist.ProcessGroup | None
     ring: dist.ProcessGroup | None
     pipeline: dist.ProcessGroup | None = None
+    tensor: dist.ProcessGroup | None = None
 
 
 class Groups:
@@ -108,7 +109,7 @@ class Groups:
             refuse_strangers()
 
     def _make(self, plan: ParallelPlan) -> PlanGroups:
-        if plan.sequence_degree == plan.pipefusion_degree == 1:
+        if plan.sequence_degree == plan.pipefusion_degree == plan.tensor_degree == 1:
             return PlanGroups(sequence=None, ulysses=None, ring=None)
         from xfuser.core.distributed.utils import RankGenerator
 
@@ -122,6 +123,7 @@ class Groups:
             1,
             "tp-sp-pp-cfg-dp",
         )
+        tensor = [tuple(ranks) for ranks in grid.get_ranks("tp")]
         rows = [tuple(ranks) for ranks in grid.get_ranks("sp")]
         near = [ranks[i : i + ulysses] for ranks in rows for i in range(0, degree, ulysses)]
         far = [ranks[i::ulysses] for ranks in rows for i in range(ulysses)]
@@ -131,6 +133,7 @@ class Groups:
             ulysses=self._group(near) if ulysses > 1 else None,
             ring=self._group(far) if plan.ring_degree > 1 else None,
             pipeline=self._group(stages) if plan.pipefusion_degree > 1 else None,
+            tensor=self._group(tensor) if plan.tensor_degree > 1 else None,
         )
 
     def _group(self, lists: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:

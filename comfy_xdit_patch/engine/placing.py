@@ -5,6 +5,7 @@ Runs in: worker process.
     full      ComfyUI loads and patches the model completely
     offload   ComfyUI loads what fits, and keeps the rest in CPU memory
     sharded   each block's weights are patched whole, one at a time, and then cut
+    tensor    the same; each rank's part is the heads and columns that it computes
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit_patch.engine.weight_sharding import BLOCK_LISTS, ShardedBlocks
+from comfy_xdit_patch.engine.tensor_blocks import TensorBlocks
+from comfy_xdit_patch.engine.weight_sharding import BLOCK_LISTS, Bake, ShardedBlocks
 from comfy_xdit_patch.transport.fingerprint import PREFIX
 from comfy_xdit_patch.transport.tensors import digest_weight
 
@@ -79,6 +81,43 @@ def place_sharded(
     Args:
         digests: filled with a digest of every weight in use, if they are asked for.
     """
+    bake = _place_outside_of_blocks(patcher, digests, progress)
+    return ShardedBlocks(
+        patcher.model.diffusion_model,
+        group=group,
+        index=index,
+        world_size=world_size,
+        device=patcher.load_device,
+        bake=bake,
+    )
+
+
+def place_tensor(
+    patcher: Any,
+    *,
+    index: int,
+    degree: int,
+    digests: dict[str, str] | None,
+    progress: Progress,
+) -> TensorBlocks:
+    """The same, with the blocks cut by heads and columns; at no time is more than one weight whole.
+
+    Args:
+        index: this rank's place among ``degree`` ranks.
+    """
+    return TensorBlocks(
+        patcher.model.diffusion_model,
+        index=index,
+        degree=degree,
+        device=patcher.load_device,
+        bake=_place_outside_of_blocks(patcher, digests, progress),
+    )
+
+
+def _place_outside_of_blocks(
+    patcher: Any, digests: dict[str, str] | None, progress: Progress
+) -> Bake:
+    """Put what is in no block on the device; return what bakes the blocks' weights."""
     import comfy.utils
 
     model, device = patcher.model, patcher.load_device
@@ -102,14 +141,13 @@ def place_sharded(
         if not name.startswith(BLOCK_LISTS):
             moved = comfy.utils.get_attr(flux, name).to(device)
             comfy.utils.set_attr_param(flux, name, bake(name, moved))
+    if digests is not None:  # Chroma marks with empty buffers what its file was made for.
+        digests.update((name, digest_weight(buffer)) for name, buffer in flux.named_buffers())
     if patcher.force_cast_weights:
         for module in flux.modules():
             if hasattr(module, "comfy_cast_weights"):
                 module.prev_comfy_cast_weights = module.comfy_cast_weights
                 module.comfy_cast_weights = module.comfy_force_cast_weights = True
-    blocks = ShardedBlocks(
-        flux, group=group, index=index, world_size=world_size, device=device, bake=bake
-    )
     model.current_weight_patches_uuid = patcher.patches_uuid
     model.device = device
-    return blocks
+    return bake

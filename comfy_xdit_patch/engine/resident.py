@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.overlay import Overlay
 from comfy_xdit_patch.engine.staged_blocks import StagedBlocks
+from comfy_xdit_patch.engine.tensor_blocks import TensorBlocks
 from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import stored_weights
 from comfy_xdit_patch.transport.tensors import flatten
@@ -25,8 +29,9 @@ class Resident:
 
     ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
     patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
-    ``blocks`` are this rank's weight shards, where it has some. ``is_placed`` says that the weights
-    in use are on the device.
+    ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
+    columns, where blocks are cut by those. ``is_placed`` says that the weights in use are on the
+    device.
     """
 
     patcher: Any
@@ -39,6 +44,7 @@ class Resident:
     key: str = ""
     mode: str = "full"
     blocks: ShardedBlocks | None = None
+    tensor: TensorBlocks | None = None
     is_placed: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
@@ -53,6 +59,11 @@ class Resident:
         return self.patcher.model.diffusion_model
 
     @property
+    def is_whole(self) -> bool:
+        """Whether ComfyUI's memory manager has placed it, and may take it off."""
+        return self.blocks is None and self.tensor is None
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of the weights that this rank uses, shards counted as what they are."""
         shards = 0 if self.blocks is None else self.blocks.bytes_held
@@ -65,6 +76,25 @@ class Resident:
                 for part in flatten(weight)[0].values()
             )
         )
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that this rank exchanged so far because its blocks are not whole."""
+        sharded = 0 if self.blocks is None else self.blocks.bytes_gathered
+        return sharded + (0 if self.tensor is None else self.tensor.bytes_sent)
+
+    def begin(self, plan: ParallelPlan, groups: Groups) -> int:
+        """Make it ready for a call; return how many bytes its weights have moved so far.
+
+        Raises:
+            WorkerError: its blocks are cut for another plan.
+        """
+        degree = 1 if self.tensor is None else self.tensor.degree
+        if degree != plan.tensor_degree:
+            raise WorkerError(f"The blocks are cut in {degree} and {plan.name} is asked for.")
+        if self.tensor is not None:
+            self.tensor.begin(groups.of_plan(plan).tensor)
+        return self.bytes_moved
 
     def needs_other_patches(self, state: dict[str, Tree]) -> bool:
         """Whether a state differs in more than what lies over the patched weights."""
@@ -91,6 +121,9 @@ class Resident:
         if self.blocks is not None:
             self.blocks.release(restore=False)
             self.blocks = None
+        if self.tensor is not None:
+            self.tensor.release()
+            self.tensor = None
         self._to_file()
         self.current.detach()
 

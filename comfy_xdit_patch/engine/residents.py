@@ -21,12 +21,13 @@ import torch
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.loading import load_patcher
 from comfy_xdit_patch.engine.overlay import Overlay
-from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_whole
+from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_tensor, place_whole
 from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.staged_blocks import BLOCK_LISTS
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
 from comfy_xdit_patch.planning.pipeline import stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.tensor_residency import tensor_degree
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint
 from comfy_xdit_patch.transport.messages import Load
@@ -64,7 +65,8 @@ class Residents:
             stage = self._stage(message, resident)
             is_same = resident.mode == message.mode and resident.staged.stage == stage
             if not is_same or resident.needs_other_patches(message.state):
-                if "sharded" in (resident.mode, message.mode) or resident.staged.stage != stage:
+                is_cut = {resident.mode, message.mode} - {"full", "offload", "staged"}
+                if is_cut or resident.staged.stage != stage:
                     resident.take_off()
                     resident.keep_stage(stage)
                 resident.overlay.take_off(resident.current, restore=True)
@@ -73,7 +75,7 @@ class Residents:
                 resident.is_placed = False
             if resident.key != message.key:
                 resident.key, resident.state, resident.digests = message.key, message.state, {}
-            if message.verify and not resident.digests and resident.mode == "sharded":
+            if message.verify and not (resident.digests or resident.is_whole):
                 resident.is_placed = False  # Weights are digested before they are cut.
             self._make_room(resident, message.room_bytes)
             self._place(resident, verify=message.verify, progress=progress)
@@ -149,12 +151,21 @@ class Residents:
                 digests=resident.digests if verify else None,
                 progress=progress,
             )
+        elif (degree := tensor_degree(resident.mode)) > 1:
+            resident.take_off()
+            resident.tensor = place_tensor(
+                resident.current,
+                index=self._groups.rank % degree,
+                degree=degree,
+                digests=resident.digests if verify else None,
+                progress=progress,
+            )
         else:
             is_complete = resident.mode in ("full", "staged")
             place_whole(resident.current, is_complete=is_complete, progress=progress)
         resident.is_placed = True
         for other in self._models.values():
-            if other is not resident and other.blocks is None and other.is_placed:
+            if other is not resident and other.is_whole and other.is_placed:
                 other.follow_comfyui()
 
     def _stage(self, message: Load, resident: Resident) -> range | None:

@@ -199,5 +199,5 @@ def shares_of(
         num_text_tokens=values["txt"].shape[SEQUENCE_DIM],
         num_image_tokens=num_image_tokens,
         num_reference_tokens=values["img_ids"].shape[SEQUENCE_DIM] - num_image_tokens,
-        num_heads=flux.num_heads,
+        num_heads=plan.local_heads(rank, flux.num_heads),
     )

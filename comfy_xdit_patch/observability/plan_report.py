@@ -162,6 +162,8 @@ def _cells(option: Option, choice: Choice) -> tuple[str, ...]:
         notes.append("<- taken")
     if not is_built(option.plan):
         notes.append("not in this version")
+    elif option.plan.tensor > 1:
+        notes.append("by name only")
     if not option.plan.is_exact:
         notes.append(f"approximate, by name only, {time.num_patches} patches")
     if time.is_host_bound:

@@ -17,6 +17,7 @@ from comfy_xdit_patch.patching.carried import CarriedPatches
 from comfy_xdit_patch.patching.holding import Holding, Run
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.ring import no_ring
+from comfy_xdit_patch.patching.tensor import no_tensor_call
 from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import plan_call
@@ -83,6 +84,10 @@ class CallPlans:
             other = planned(strategy=better, weights=weights)
             if not isinstance(other, Refusal):
                 plan, planned = other, partial(planned, strategy=better)
+        if plan.tensor_degree > 1:
+            refusal = no_tensor_call(arguments, carried, changes)
+            if refusal is not None:
+                return refusal
         plan = self._holding.fitting(plan, base_model, workload, arguments["x"].dtype)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.

@@ -18,6 +18,7 @@ from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
 from comfy_xdit_patch.patching.streams import Streams
+from comfy_xdit_patch.patching.tensor import no_tensor_weights
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import Strategy
@@ -41,6 +42,8 @@ class Run:
     """What others hung on single modules of them."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
+    tensor: dict[tuple[int, int], Refusal | None] = field(default_factory=dict)
+    """Why their weights cannot be cut into so many parts."""
     needs_residuals: bool = False
     """Steps of this run are computed here in part or in whole, and so need ControlNets here."""
     bypass: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
@@ -107,6 +110,10 @@ class Holding:
             WorkerError: the workers are lost.
         """
         known = run.models.get(id(model)) or self._models.find(model)
+        if plan.tensor_degree > 1:
+            refusal = self._no_tensor(model, run, plan.tensor_degree)
+            if refusal is not None:
+                return refusal
         try:
             self._pool.wait_until_ready(poll)
         except WorkerError as error:
@@ -132,7 +139,10 @@ class Holding:
             return Refusal("hook-scheduled weight patches need the whole model on every card")
         if place.mode == "staged" and state.tree["bypass"] is not None:
             return Refusal("bypass LoRAs need the whole model on every card")
-        if is_guest and (place.mode != "full" or not self._weights.leaves(place.room_bytes)):
+        if state.tree["bypass"] and plan.tensor_degree > 1:
+            return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
+        can_be_guest = place.mode == "full" or plan.tensor_degree > 1
+        if is_guest and not (can_be_guest and self._weights.leaves(place.room_bytes)):
             return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         if not is_guest:
             self._totals.residency = self._residency.arithmetic
@@ -154,6 +164,12 @@ class Holding:
             known = run.models[id(model)] = loaded
             run.compared.add(self._weights.comparison(known, state))
         return known
+
+    def _no_tensor(self, model: Any, run: Run, degree: int) -> Refusal | None:
+        """Why a model's weights cannot be cut. Looked for once a run."""
+        if (id(model), degree) not in run.tensor:
+            run.tensor[id(model), degree] = no_tensor_weights(model, degree)
+        return run.tensor[id(model), degree]
 
     def is_held_back(self, model: Any) -> bool:
         """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""

@@ -23,9 +23,11 @@ from comfy_xdit_patch.planning.residency import (
     Card,
     Mode,
     ModelSizes,
+    ResidencyPlan,
     TokenLoad,
     plan_residency,
 )
+from comfy_xdit_patch.planning.tensor_residency import plan_tensor_residency, tensor_mode
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
 from comfy_xdit_patch.transport.tensors import flatten
@@ -38,10 +40,11 @@ _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 class Placement:
     """Where one model's weights lie, and what other models may take on a card beside them.
 
-    ``room_bytes`` is None where nothing limits it, or where ComfyUI's own manager does.
+    ``mode`` is one of ``planning/residency.py``, or a ``tensor_mode``. ``room_bytes`` is None where
+    nothing limits it, or where ComfyUI's own manager does.
     """
 
-    mode: Mode
+    mode: str
     room_bytes: int | None
     plan: ParallelPlan | None = None
     """Whose stages share the blocks, in the mode ``staged``."""
@@ -75,32 +78,24 @@ class Residency:
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
         is_pipeline = plan.pipefusion_degree > 1
+        cut = tensor_mode(plan.tensor_degree) if plan.tensor_degree > 1 else None
         cards = self._cards()
         if cards is None:
             # CPU ranks: ComfyUI counts no RAM, nor do we.
-            return Placement("staged", None, plan) if is_pipeline else Placement(first, None)
-        if base_model not in self._sizes:
-            self._sizes[base_model] = model_sizes(base_model, dtype)
-        sizes = self._sizes[base_model]
-        if is_pipeline:
-            num_blocks = num_blocks_of(base_model)
-            sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
-        choice = plan_residency(
-            sizes,
-            _load(base_model, workload, plan, dtype),
-            cards=cards,
-            first=first,
-            is_pipeline=is_pipeline,
-        )
+            stages = Placement("staged", None, plan)
+            return stages if is_pipeline else Placement(cut or first, None)
+        choice = self._choice(base_model, workload, plan, dtype, cards, first)
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()
+        need = choice.needs[-1]
+        room = max(0, need.card.free_bytes - need.num_bytes)
+        if cut is not None:
+            return Placement(cut, room)
         order = PIPELINE_MODES if is_pipeline else MODES
         before = self._modes.get(base_model, choice.mode)
         mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
         self._modes[base_model] = mode
-        need = choice.needs[-1]
-        room = max(0, need.card.free_bytes - need.num_bytes)
         return Placement(mode, room, plan if mode == "staged" else None)
 
     def has_room_for_shares(
@@ -110,20 +105,33 @@ class Residency:
         cards = self._cards()
         if cards is None:
             return True
-        if base_model not in self._sizes:
-            self._sizes[base_model] = model_sizes(base_model, dtype)
-        even = replace(plan, weights=())
         as_planned, as_even = (
-            plan_residency(
-                self._sizes[base_model],
-                _load(base_model, workload, shared, dtype),
-                cards=cards,
-            )
-            for shared in (plan, even)
+            self._choice(base_model, workload, shared, dtype, cards)
+            for shared in (plan, replace(plan, weights=()))
         )
         if isinstance(as_planned, Refusal) or isinstance(as_even, Refusal):
             return isinstance(as_even, Refusal)
         return as_planned.mode == as_even.mode
+
+    def _choice(
+        self,
+        base_model: Any,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        cards: tuple[Card, ...],
+        first: Mode = "full",
+    ) -> ResidencyPlan | Refusal:
+        if base_model not in self._sizes:
+            self._sizes[base_model] = model_sizes(base_model, dtype)
+        sizes, load = self._sizes[base_model], _load(base_model, workload, plan, dtype)
+        if plan.tensor_degree > 1:
+            return plan_tensor_residency(sizes, load, plan.tensor_degree, cards=cards)
+        is_pipeline = plan.pipefusion_degree > 1
+        if is_pipeline:
+            num_blocks = num_blocks_of(base_model)
+            sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
+        return plan_residency(sizes, load, cards=cards, first=first, is_pipeline=is_pipeline)
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]

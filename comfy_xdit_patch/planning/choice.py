@@ -137,8 +137,6 @@ def why_not(plan: Candidate, job: Job) -> Refusal | None:
         return Refusal(f"{plan.sequence} shards of a sequence with {fewest} tokens of one kind")
     if plan.ulysses * plan.tensor > workload.num_heads:
         return Refusal(f"ulysses x tensor is more than the model's {workload.num_heads} heads")
-    if workload.num_heads % plan.tensor:
-        return Refusal(f"tensor={plan.tensor} does not divide {workload.num_heads} heads")
     if plan.pipefusion > 1 and job.num_steps < MIN_STEPS:
         return Refusal(f"PipeFusion needs {MIN_STEPS} steps or more")
     if plan.pipefusion > shape.num_blocks:

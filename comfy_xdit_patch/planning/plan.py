@@ -127,6 +127,15 @@ class ParallelPlan:
     def tensor_index(self, rank: int) -> int:
         return rank % self.tensor_degree
 
+    def writes_rows(self, rank: int) -> bool:
+        """Whether a rank is the one of all that end up with the same rows that writes them."""
+        is_last_stage = self.stage_index(rank) + 1 == self.pipefusion_degree
+        return is_last_stage and self.sequence_index(rank) == self.tensor_index(rank) == 0
+
+    def local_heads(self, rank: int, num_heads: int) -> int:
+        """Heads of a model that a rank's tensor group leaves to it, before tokens are shared."""
+        return shard_sizes(num_heads, self.tensor_degree)[self.tensor_index(rank)]
+
     def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
         """First and end row of the batch that this rank computes."""
         rows = shard_sizes(batch_size, self.batch_degree)

@@ -6,6 +6,7 @@ Runs in: host (and the doctor). Pure: numbers in, a plan or a refusal out.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
@@ -71,6 +72,11 @@ def _refusal(
             f"XDIT_STRATEGY wants the batch in {plan.batch_degree} parts, and this one has fewer "
             f"rows",
             Scope.STEP,
+        )
+    if plan.tensor_degree > workload.num_heads:
+        return Refusal(
+            f"XDIT_STRATEGY cuts the heads in {plan.tensor_degree} parts (tensor), and the model "
+            f"has {workload.num_heads}"
         )
     if plan.ring_degree > 1 and no_ring is not None:
         return no_ring
@@ -140,12 +146,17 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
             raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
         if strategy.pipefusion > 1 and strategy.ring > 1:
             raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
+        if strategy.pipefusion > 1 and strategy.tensor > 1:
+            raise PlanError("pipefusion and tensor both share out the blocks' weights.")
+        if strategy.fsdp and strategy.tensor > 1:
+            raise PlanError("fsdp and tensor both share out the blocks' weights.")
         return ParallelPlan(
             world_size,
             strategy.batch,
             strategy.ulysses,
             strategy.ring,
-            pipefusion_degree=strategy.pipefusion,
+            strategy.pipefusion,
+            strategy.tensor,
         )
     if strategy.name == "pipefusion":
         return ParallelPlan(world_size, 1, 1, pipefusion_degree=world_size)
@@ -153,6 +164,8 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
         return ParallelPlan(world_size, world_size, 1)
     if strategy.name == "ulysses":
         return ParallelPlan(world_size, 1, world_size)
+    if strategy.name == "tensor":
+        return ParallelPlan(world_size, 1, 1, tensor_degree=world_size)
     ring_degree = world_size
     if strategy.name == "usp":
         divisors = [n for n in range(2, world_size) if world_size % n == 0]
@@ -183,13 +196,12 @@ def legal_strategies(world_size: int) -> list[str]:
     """Every value of ``XDIT_STRATEGY`` that fits so many ranks."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     plans = [
-        str(Strategy(PLAN, batch, ulysses, rest // ulysses, pipefusion))
-        for pipefusion in divisors
-        for batch in divisors
-        if world_size % (pipefusion * batch) == 0
-        for rest in (world_size // (pipefusion * batch),)
-        for ulysses in divisors
-        if rest % ulysses == 0 and (pipefusion == 1 or ulysses == rest)
+        ParallelPlan(world_size, batch, ulysses, ring, pipefusion, rest // ring).name
+        for pipefusion, batch, ulysses in product(divisors, repeat=3)
+        if world_size % (pipefusion * batch * ulysses) == 0
+        for rest in (world_size // (pipefusion * batch * ulysses),)
+        for ring in reversed(divisors)
+        if rest % ring == 0 and (pipefusion == 1 or rest == 1)
     ]
     is_product = len(divisors) > 2
     names = [name for name in NAMES if name != "usp" or is_product]

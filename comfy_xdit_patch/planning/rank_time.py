@@ -84,7 +84,7 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
         * part.stage
         / gpu.attention_flops,
         modulation_s=shape.num_modulation_weights
-        * part.stage
+        * divided
         * precision.bytes_per_weight
         / gpu.memory_bytes_per_s,
         cast_s=block_weights * cast_bytes / gpu.memory_bytes_per_s,

@@ -46,7 +46,7 @@ one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ra
 NUM_WINDOWS = 2
 """Blocks in whole form at a time: the one that computes, and the one that is gathered or copied."""
 
-Mode = Literal["full", "staged", "sharded", "offload"]
+Mode = Literal["full", "staged", "sharded", "offload", "tensor"]
 MODES: tuple[Mode, ...] = ("full", "sharded", "offload")
 PIPELINE_MODES: tuple[Mode, ...] = ("staged", "offload")
 """A shard is gathered by all ranks at once, and the stages of a pipeline run different blocks."""
@@ -55,6 +55,7 @@ MODE_NAMES = {
     "staged": "each stage's weights on its cards",
     "sharded": "weights sharded over the ranks",
     "offload": "weights in CPU memory",
+    "tensor": "blocks cut by heads and columns",
 }
 
 
@@ -221,7 +222,7 @@ def _costs(
     ]
     if num_ranks > 1:
         # Gathers have a group of their own, for NCCL runs the collectives of one in turn.
-        num_groups = 2 if mode == "sharded" else 1
+        num_groups = 2 if mode in ("sharded", "tensor") else 1
         costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * NCCL_GROUP_BYTES))
     if load.kept_bytes:
         costs.append(Cost("keys and values of the step before", load.kept_bytes))
@@ -231,7 +232,7 @@ def _costs(
 
 
 def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
-    if mode in ("full", "staged"):
+    if mode in ("full", "staged", "tensor"):
         return [Cost("weights", model.total_bytes)]
     blocks = model.total_bytes - model.outside_blocks_bytes
     outside = Cost("weights outside of the blocks", model.outside_blocks_bytes)

@@ -12,9 +12,10 @@ from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate
 from comfy_xdit_patch.planning.residency import Mode
 
 EXACT = frozenset({"batch", "ulysses", "ring"})
-"""Axes of the engine whose image is one GPU's, up to rounding; ``auto`` takes no others."""
-BUILT = EXACT | {"pipefusion"}
-"""The axes that the engine has; plans of the others are predicted only."""
+"""Axes that share rows and tokens, whose image is one GPU's, up to rounding; ``auto`` takes no
+others. Cutting weights (``tensor``) is as exact, and used by name."""
+BUILT = EXACT | {"tensor", "pipefusion"}
+"""The axes that the engine has."""
 STRATEGY_AXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # name: axes that it must have, axes that it may have besides
     "auto": (frozenset(), EXACT),
@@ -54,9 +55,9 @@ class Asked:
 
 
 def is_built(plan: Candidate) -> bool:
-    """Whether the engine can follow a plan. A ring has no place inside of a pipeline stage."""
+    """Whether the engine can follow a plan: in a pipeline stage there is no ring, and no tensor."""
     axes = axes_of(plan)
-    return axes <= BUILT and not ("pipefusion" in axes and "ring" in axes)
+    return axes <= BUILT and not ("pipefusion" in axes and axes & {"ring", "tensor"})
 
 
 def axes_of(plan: Candidate) -> frozenset[str]:

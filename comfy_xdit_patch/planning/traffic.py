@@ -8,6 +8,7 @@ n ranks of the axis, L blocks, S tokens, D features, e bytes for each value, W b
     ring        L 2 (S D e / n) (n - 1)           k and v go round
     both        L (S D e / n) [4 (u - 1) / u + 2 (r - 1)],   n = u r
     tensor      (2 double + single) 2 S D e (n - 1) / n      ring all-reduces
+                (12 double + 3 single) D e (n - 1) / n       modulation, where blocks have their own
     pipefusion  S D e                             each boundary of stages, all patches together
     fsdp        W (n - 1) / n
 
@@ -38,6 +39,11 @@ def tensor_bytes(
 ) -> float:
     """Add the parts of every split product: all-reduce as reduce-scatter and all-gather."""
     return num_gathers * 2 * num_values * value_bytes * (degree - 1) / degree
+
+
+def modulation_bytes(num_values: float, degree: int, value_bytes: int = COMPUTE_BYTES) -> float:
+    """Gather what linears of modulation gave, one row for each image; of all blocks together."""
+    return num_values * value_bytes * (degree - 1) / degree
 
 
 def pipefusion_bytes(num_values: float, value_bytes: int = COMPUTE_BYTES) -> float:

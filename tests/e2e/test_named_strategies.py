@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from rig import feature_controls, feature_family, feature_packs, feature_sampling, graphs
+from rig import (
+    feature_controls,
+    feature_family,
+    feature_packs,
+    feature_sampling,
+    graphs,
+    weight_rows,
+)
 from rig.compare import compare_all
+from rig.environment import RigError
 from rig.feature_models import feature_models
+from rig.feature_rows import FALLS_BACK, PARALLEL
 from rig.feature_run import COMMON_PACKS, run_row
 from rig.pair import STRICT, run, run_pair, run_stock
 from rig.server import Server
@@ -93,3 +102,55 @@ def test_pipefusion_by_name_says_that_it_is_approximate_and_is_close(
     assert run(ranks, few).images[0].shape == expected.images[0].shape
     reason = "PipeFusion needs 5 steps or more"
     assert ranks.status()["last_run"]["fall_back_reasons"] == {reason: 4}
+
+
+@pytest.mark.group("tensor, features")
+@pytest.mark.usefixtures("newest_only")
+def test_cut_blocks_by_name(
+    servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
+) -> None:
+    setup = {"models": feature_models(), "node_packs": COMMON_PACKS}
+    env = {**STRICT, "XDIT_STRICT": "0"}
+    stock = servers(tree, XDIT_STRATEGY="off", **setup)
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="tensor", **env, **setup)
+    for name, (rows, reason) in CUT_ROWS.items():
+        found = run_row(stock, ranks, rows[name])
+        record_property(name, f"{found}, latent {found.latent_error}")
+        assert found.outcome == (FALLS_BACK if reason else PARALLEL), (name, found.reasons)
+        assert all(reason in of_step for of_step in found.reasons), name
+        assert not found.controls_alone
+        assert bool(found.controls_parallel) == name.startswith("ControlNet")
+        if not reason:
+            assert ranks.status()["last_run"]["plan"] == "tensor=2"
+    assert "(tensor=2)" in ranks.log_text()
+
+
+# What runs on parts of the heads, and what would be wrong there.
+CUT_ROWS = {
+    "FLUX.1 dev": (feature_family.ROWS, ""),
+    "FLUX.1 Redux, attention mask": (feature_family.ROWS, ""),
+    "ControlNet, reference latent": (feature_controls.ROWS, ""),
+    "SkipLayerGuidanceDiT": (feature_sampling.ROWS, ""),
+    "NAGuidance": (feature_sampling.ROWS, "a node's patch may look at all of them"),
+    "PuLID_Flux_ll (patches_replace)": (feature_packs.ROWS, "they cannot be run one by one: "),
+}
+
+
+@pytest.mark.slow  # a server of its own
+@pytest.mark.group("tensor")
+@pytest.mark.usefixtures("newest_only")
+def test_weights_are_patched_before_they_are_cut(
+    servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
+) -> None:
+    env = {"XDIT_STRATEGY": "tensor"}
+    for name in ("LoRA, kohya", "fp8_e4m3fn + LoRA", "scaled fp8 + LoRA", "mixed fp8"):
+        graph = weight_rows.ROWS[name].graph(weight_rows.base_graph())
+        pair = run_pair(servers, tree, graph, 2, env=env, **weight_rows.SETUP)
+        verified = pair.after["weights_verified"] - pair.before["weights_verified"]
+        record_property(name, f"{pair.difference}, {pair.latent_error}, {verified} verified")
+        assert pair.run["plan"] == "tensor=2"
+        assert verified > 0
+    ranks = servers(tree, XDIT_GPUS="cpu:2", **STRICT, **env, **weight_rows.SETUP)
+    for name in ("int8", "GGUF Q8_0"):
+        with pytest.raises(RigError, match="these are quantised in groups"):
+            run(ranks, weight_rows.ROWS[name].graph(weight_rows.base_graph()))

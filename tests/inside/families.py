@@ -42,6 +42,15 @@ FAMILIES = {
         "guidance_embed": True,
     },
 }
+# Ovis-Image, on which before 0.33 ComfyUI has no class.
+if "yak_mlp" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
+    FAMILIES["ovis"] = FLUX1 | {
+        "in_channels": 16,
+        "vec_in_dim": None,
+        "guidance_embed": False,
+        "yak_mlp": True,
+        "txt_norm": True,
+    }
 CHROMA = {
     "context_in_dim": 64,
     "mlp_ratio": 4.0,

@@ -154,6 +154,7 @@ def forward(
     replaces_blocks: bool = False,
     chooses_attention: bool = False,
     patches_attention: bool = False,
+    patches_weights: bool = False,
     **sizes: Any,
 ) -> dict[str, Any]:
     """Run one forward and save its output; ``options`` are UNETLoader's model options."""
@@ -163,7 +164,10 @@ def forward(
         patches_attention=patches_attention,
     )
     patcher = patcher_of(path, **(options or {}))
-    comfy.model_management.load_models_gpu([patcher])
+    if patches_weights:
+        patcher = patched(patcher)
+    with torch.inference_mode(patches_weights):  # as ComfyUI patches; float8 cannot be otherwise
+        comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
     base = patcher.model
     arguments = inputs(base, **sizes)
@@ -171,6 +175,22 @@ def forward(
         result = base.apply_model(**arguments, transformer_options=transformer_options)
     torch.save(result, out)
     return status()
+
+
+def patched(patcher: Any) -> Any:
+    """Return a clone with a weight patch on everything in the blocks, as a loader of LoRAs does."""
+    clone = patcher.clone()
+    generator = torch.Generator().manual_seed(3)
+    differences = {
+        f"diffusion_model.{name}": (
+            "diff",
+            (torch.randn(p.shape, generator=generator) * 0.5 * p.shape[-1] ** -0.5,),
+        )
+        for name, p in patcher.model.diffusion_model.named_parameters()
+        if "_blocks." in name and "scale" not in name
+    }
+    clone.add_patches(differences, 0.7)
+    return clone
 
 
 def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ FLUMINA = "flumina"
 DIFFUSERS = "diffusers"
 
 LAUNCHES = "diffusers' launches and kernels, not ComfyUI's, set the pace"
-TENSOR_AT_SGLANG = "SGLang's tensor parallelism of that commit gains 1.2x, ours is not written"
+TENSOR_AT_SGLANG = "SGLang's tensor parallelism of that commit gains 1.2x, ours was not timed"
 
 
 def make_job(

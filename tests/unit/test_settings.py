@@ -110,6 +110,7 @@ def test_a_strategy_can_be_named(name):
         ("ring=4", "ring=4"),
         ("ulysses=1,batch=2", "batch=2"),
         ("ring=1", "ulysses=1"),
+        ("tensor=2,cfg=2", "batch=2,tensor=2"),
         ("fsdp=4,ulysses=4", "ulysses=4,fsdp=4"),
         ("fsdp=2", "ulysses=2,fsdp=2"),
     ],
@@ -123,7 +124,7 @@ def test_a_plan_is_written_in_any_order_and_read_back_in_one(text, expected):
 @pytest.mark.parametrize(
     "text",
     [
-        *("ulises", "ring=0", "ring=-2", "ring=2.0", "ring=", "=2", "ring=2,", "tensor=2", "4"),
+        *("ulises", "ring=0", "ring=-2", "ring=2.0", "ring=", "=2", "ring=2,", "stages=2", "4"),
         *("auto=2", "usp=4", "ring=2,ring=2", "cfg=2,batch=2", "auto,ring=2", "ring=1000"),
     ],
 )

@@ -12,6 +12,7 @@ from comfy_xdit_patch.planning.strategies import (
     STRATEGY_AXES,
     STRATEGY_LEGAL,
     WEIGHT_WORDS,
+    is_built,
     parse_asked,
 )
 
@@ -128,6 +129,14 @@ def test_a_strategy_by_name_allows_its_axes(strategy, allowed, others):
     asked = parse_asked(strategy)
     assert [name for name in allowed if not asked.allows(parse_asked(name).plan)] == []
     assert [name for name in others if asked.allows(parse_asked(name).plan)] == []
+
+
+def test_what_the_engine_cannot_follow_is_a_pipeline_with_a_ring_or_with_cut_blocks():
+    refused = {plan for plan in candidates(8) if not is_built(plan)}
+    assert refused
+    assert refused == {
+        plan for plan in candidates(8) if plan.pipefusion > 1 and (plan.ring > 1 or plan.tensor > 1)
+    }
 
 
 def test_a_plan_by_its_degrees_allows_itself_only():

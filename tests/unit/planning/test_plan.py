@@ -153,6 +153,37 @@ def test_reference_tokens_are_shared_and_every_rank_begins_with_the_image(
     assert sorted(tokens) == list(range(40 + 63 + num_reference)), "each token once"
 
 
+def test_ranks_of_a_tensor_group_share_heads_and_have_the_same_tokens():
+    plan = ParallelPlan(6, 1, 2, tensor_degree=3)
+    assert [plan.tensor_index(rank) for rank in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [plan.sequence_index(rank) for rank in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert [plan.local_heads(rank, 4) for rank in range(6)] == [2, 1, 1, 2, 1, 1]
+    assert [ParallelPlan(2, 1, 2).local_heads(rank, 4) for rank in range(2)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("plan", "writers"),
+    [
+        (ParallelPlan(4, 2, 2), [0, 2]),
+        (ParallelPlan(4, 1, 2, 2), [0]),
+        (ParallelPlan(8, 2, 2, tensor_degree=2), [0, 4]),
+        (ParallelPlan(8, 2, 2, pipefusion_degree=2), [2, 6]),
+        (ParallelPlan(3, 1, 1, pipefusion_degree=3), [2]),
+        (ParallelPlan(3, 1, 1, tensor_degree=3), [0]),
+    ],
+)
+def test_one_rank_of_those_with_the_same_rows_writes_them(plan, writers):
+    assert [rank for rank in range(plan.world_size) if plan.writes_rows(rank)] == writers
+
+
+def test_ranks_that_cut_the_same_blocks_have_the_same_tokens_however_fast_they_are():
+    plan = ParallelPlan(8, 2, 2, tensor_degree=2, weights=(9, 3, 1, 5, 2, 8, 4, 4))
+    for first in range(0, 8, 2):
+        assert shares_of(plan, first) == shares_of(plan, first + 1)
+        assert plan.batch_rows(first, 5) == plan.batch_rows(first + 1, 5)
+    assert [shares_of(plan, rank).joint for rank in (0, 4)] == [(360, 120), (160, 320)]
+
+
 def shares_of(plan, rank, **sizes):
     sizes = {"num_text_tokens": 96, "num_image_tokens": 384, "num_heads": 12} | sizes
     return plan.sequence_shares(rank, **sizes)

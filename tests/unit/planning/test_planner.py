@@ -70,6 +70,8 @@ def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
         ("cfg", 2, "batch=2"),
         ("batch=2,ring=2,ulysses=3", 12, "batch=2,ulysses=3,ring=2"),
         ("ring=2,cfg=2", 4, "batch=2,ring=2"),
+        ("tensor", 3, "tensor=3"),
+        ("tensor=2,ulysses=2,cfg=2", 8, "batch=2,ulysses=2,tensor=2"),
         ("fsdp", 4, "batch=2,ulysses=2"),
         ("fsdp=4", 4, "ulysses=4"),
         ("fsdp=4,ring=4", 4, "ring=4"),
@@ -85,25 +87,28 @@ def test_a_named_strategy_is_followed_and_nothing_else(text, world_size, expecte
     assert plan_call(workload, world_size=world_size, strategy=strategy).name == expected
 
 
-PRIME = "auto; ulysses; ring; batch; fsdp; pipefusion; off"
+PRIME = "auto; ulysses; ring; batch; tensor; fsdp; pipefusion; off"
+THREE = "ring=3; tensor=3; ulysses=3; batch=3; pipefusion=3"
 
 
 @pytest.mark.parametrize(
     ("text", "world_size", "legal"),
     [
-        ("usp", 3, f"{PRIME}; ring=3; ulysses=3; batch=3; pipefusion=3"),
+        ("usp", 3, f"{PRIME}; {THREE}"),
         ("usp", 1, PRIME),
-        ("ulysses=2,ring=2", 2, f"{PRIME}; ring=2; ulysses=2; batch=2; pipefusion=2"),
+        (
+            *("ulysses=2,ring=2", 2),
+            f"{PRIME}; ring=2; tensor=2; ulysses=2; batch=2; pipefusion=2",
+        ),
         (
             *("ring=2", 4),
-            "auto; ulysses; ring; usp; batch; fsdp; pipefusion; off; "
-            "ring=4; ulysses=2,ring=2; ulysses=4; batch=2,ring=2; batch=2,ulysses=2; batch=4; "
+            "auto; ulysses; ring; usp; batch; tensor; fsdp; pipefusion; off; "
+            "ring=4; ring=2,tensor=2; tensor=4; ulysses=2,ring=2; ulysses=2,tensor=2; ulysses=4; "
+            "batch=2,ring=2; batch=2,tensor=2; batch=2,ulysses=2; batch=4; "
             "pipefusion=2,ulysses=2; batch=2,pipefusion=2; pipefusion=4",
         ),
-        (
-            *("ulysses=3,fsdp=2", 3),
-            f"{PRIME}; ring=3; ulysses=3; batch=3; pipefusion=3",
-        ),
+        ("ulysses=3,fsdp=2", 3, f"{PRIME}; {THREE}"),
+        ("tensor=3,fsdp=3", 3, f"{PRIME}; {THREE}"),
     ],
 )
 def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(
@@ -118,6 +123,12 @@ def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(
 def test_a_ring_inside_of_pipefusion_is_refused_and_says_why():
     with pytest.raises(SettingsError, match="A ring inside of pipefusion would pass all keys"):
         check_strategy(parse_strategy("pipefusion=2,ring=2"), world_size=4)
+
+
+def test_cut_blocks_inside_of_pipefusion_are_refused_and_say_why():
+    with pytest.raises(SettingsError, match="both share out the blocks' weights") as caught:
+        check_strategy(parse_strategy("pipefusion=2,tensor=2"), world_size=4)
+    assert not re.search(r"Legal: .*pipefusion=2,tensor=2", str(caught.value))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
@@ -215,6 +226,16 @@ def test_attention_that_cannot_go_round_a_ring_is_refused_for_a_ring_only():
     for strategy in (AUTO, Strategy("ulysses")):
         plan = plan_call(IMAGE_1024, world_size=4, strategy=strategy, no_ring=reason)
         assert plan.name == "ulysses=4"
+
+
+def test_more_parts_than_heads_are_refused_for_the_run():
+    workload = dataclasses.replace(IMAGE_1024, num_heads=3)
+    refusal = plan_call(workload, world_size=4, strategy=Strategy("tensor"))
+    assert isinstance(refusal, Refusal)
+    assert refusal.scope is Scope.RUN
+    assert refusal.reason.endswith("in 4 parts (tensor), and the model has 3")
+    plan = parse_strategy("tensor=2,ulysses=2")
+    assert plan_call(workload, world_size=4, strategy=plan).name == "ulysses=2,tensor=2"
 
 
 def test_tokens_are_counted_for_all_ranks_of_ring_and_ulysses():
