@@ -25,7 +25,7 @@ from rig.trees import Tree
 Servers = Callable[..., Server]
 
 # Of an image of random weights, whose keys move faster than those of a trained model.
-MIN_APPROXIMATE_DB = 20.0
+MIN_APPROXIMATE_DB = 25.0
 # Each of them takes another way to attention.
 ROWS = {
     "FLUX.1 Redux, attention mask": feature_family.ROWS,

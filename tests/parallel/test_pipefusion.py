@@ -100,8 +100,9 @@ def test_exact_calls_and_calls_with_unchanged_inputs_equal_stock(
             assert status["last_run"]["plan"] == "pipefusion=3"
             assert status["last_run"]["is_exact"] is False
             held = [rank["weight_bytes"] for rank in status["ranks"]]
-            size = Path(paths[name]).stat().st_size
-            assert max(held) < 0.9 * size <= sum(held), "a rank has the blocks of its stage"
+            # In float32, which the file is not.
+            whole = 2 * Path(paths[name]).stat().st_size
+            assert max(held) < 0.9 * whole <= sum(held), "a rank has the blocks of its stage"
 
 
 @pytest.mark.group("3")
