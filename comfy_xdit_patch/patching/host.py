@@ -186,7 +186,7 @@ class Host:
         if self.pool.state is not PoolState.READY:
             return
         if required >= EVERYTHING:
-            if self._weights.holds_any:
+            if self._weights.may_hold_any:
                 with self._lock:
                     self._weights.unload()
             return

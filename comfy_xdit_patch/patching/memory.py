@@ -45,7 +45,7 @@ class SharedMemory:
         """Ranks that must give way so that ComfyUI has this many bytes free on its device."""
         import comfy.model_management
 
-        if not self._weights.holds_any or device is None:
+        if not self._weights.may_hold_any or device is None:
             return []
         ranks = self.ranks_on(device)
         if not ranks or comfy.model_management.get_free_memory(device) >= required:

@@ -51,6 +51,8 @@ class RemoteWeights:
         self._verifies = verifies
         self._states = WeightStates(wire.packs)
         self._held: dict[int, tuple[str, str]] = {}
+        self.may_hold_any = False
+        """Whether the workers may hold a model: one was asked for, and nothing unloaded since."""
         self._failed: dict[tuple[int, str], BackOff] = {}
 
     def follow_generation(self) -> None:
@@ -58,6 +60,7 @@ class RemoteWeights:
         if self._wire.follow_generation():
             self._states = WeightStates(self._wire.packs)
             self._held.clear()
+            self.may_hold_any = False
             self._totals.weight_bytes.clear()
 
     def state(self, base_model: Any, bypass: BypassHooks) -> WeightState | Refusal:
@@ -66,11 +69,6 @@ class RemoteWeights:
         state = self._states.of(base_model, bypass)
         self._totals.bytes_weights += self._wire.packs.bytes_written - written
         return state
-
-    @property
-    def holds_any(self) -> bool:
-        """Whether the workers hold any model."""
-        return bool(self._held)
 
     def holds(self, known: KnownModel, place: str, key: str | None = None) -> bool:
         """Whether every rank holds this model in this place, and in the state of this key.
@@ -167,6 +165,7 @@ class RemoteWeights:
             self._totals.bytes_weights += packs.bytes_written - written
         # Unknown until every rank has answered: the user may interrupt the wait.
         self._held.pop(known.number, None)
+        self.may_hold_any = True
         with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
             replies = self._wire.request(
                 lambda number: Load(
@@ -221,6 +220,7 @@ class RemoteWeights:
         self._totals.weight_bytes.clear()
         self._wire.packs.drop_kept()
         self._wire.request(Unload, poll=_no_poll, prepare=self._drop_messages)
+        self.may_hold_any = False
 
     def give_way(self, ranks: Sequence[int]) -> None:
         """Have some ranks free their device; they come back by themselves.

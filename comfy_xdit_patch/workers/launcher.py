@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 TAIL_LINES = 12
 TAIL_BYTES = 20_000
-GRACE_S = 4.0
+GRACE_S = 2.0
 KILL_S = 10.0
 """A process inside a driver that hangs cannot be killed, and must not keep ComfyUI waiting."""
 LOG_PREFIX = "comfy-xdit-patch-"

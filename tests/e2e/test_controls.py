@@ -90,8 +90,7 @@ def test_a_rank_lost_in_mid_run_costs_no_image(
         assert time.monotonic() < end, ranks.status()
         time.sleep(0.2)
     prompt = ranks.post_prompt(graph)
-    while ranks.num_steps_done(prompt) < 2:
-        time.sleep(0.005)
+    ranks.wait_for_steps(prompt, 2, DEADLINE_S)
     os.kill(ranks.status()["ranks"][victim]["pid"], signal.SIGKILL)
     history = ranks.wait(prompt, DEADLINE_S)
     difference = compare_all(expected.images, ranks.images(history))

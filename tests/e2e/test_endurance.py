@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from rig import graphs
 from rig.checkpoints import Sizes, models_directory
+from rig.environment import RigError
 from rig.fault_bench import DEADLINE_S, STEPS, Bench
 from rig.faults import (
     EVERYWHERE,
@@ -41,6 +42,7 @@ Record = Callable[[str, object], None]
 LONG = 40
 """Steps of a prompt that is to be disturbed."""
 GROWTH = 1.05
+MAX_DEAF = 3
 
 
 def how_many(name: str, default: int) -> int:
@@ -66,25 +68,30 @@ def test_a_killed_worker_costs_less_than_a_second(
     bench: Bench, chance: random.Random, record_property: Record
 ) -> None:
     decided, finished = [], []
-    for _ in range(how_many("KILLS", 1)):
+    num_deaf = 0
+    while len(decided) < how_many("KILLS", 1):
         bench.heal()
         expected, graph = bench.image_of(steps=LONG)
         prompt = bench.ranks.post_prompt(graph)
         steps_before = chance.randrange(1, LONG - 5)
-        while bench.ranks.num_steps_done(prompt) < steps_before:
-            time.sleep(0.002)
+        try:
+            bench.ranks.wait_for_steps(prompt, steps_before, DEADLINE_S)
+        except RigError:  # Once in dozens of runs nothing comes through the websocket.
+            num_deaf += 1
+            assert num_deaf <= MAX_DEAF
+            bench.ranks.listen()
+            continue
         time.sleep(chance.random() * 0.1)
         done, start, start_unix = bench.ranks.num_steps_done(prompt), time.monotonic(), time.time()
         os.kill(chance.choice(sorted(bench.pids)), signal.SIGKILL)
-        while bench.ranks.num_steps_done(prompt) <= done:
-            assert time.monotonic() - start < DEADLINE_S
-            time.sleep(0.002)
+        bench.ranks.wait_for_steps(prompt, done + 1, DEADLINE_S)
         finished.append(time.monotonic() - start)
         bench.compare(expected, bench.ranks.wait(prompt, DEADLINE_S))
         status = bench.ranks.status()
         assert status["last_run"]["steps"] == LONG
         assert 0 < status["last_run"]["steps_fell_back"] < LONG
         decided.append(status["last_loss_unix_s"] - start_unix)
+    record_property("runs without progress messages", num_deaf)
     record_property("from a death to the decision to run the step here", spread(decided))
     record_property("from a death to the next finished step", spread(finished))
     assert max(decided) < 1.0

@@ -90,6 +90,25 @@ def test_every_fault_costs_time_and_nothing_else(
     assert not failures, f"{len(failures)} of {len(chosen())} failed:\n" + "\n".join(failures)
 
 
+def test_free_after_a_load_that_was_cancelled_frees_the_workers(
+    bench: Bench, orders: Orders
+) -> None:
+    bench.heal()
+    orders.give(Fault("load", "delay", 0))  # of a run that finds its model held
+    _, graph = bench.graph_of()
+    prompt = bench.ranks.post_prompt(graph)
+    end = time.monotonic() + DEADLINE_S
+    while orders.open():
+        assert time.monotonic() < end, "the point was never come to"
+        time.sleep(0.02)
+    bench.ranks.interrupt()
+    with pytest.raises(InterruptedError):
+        bench.ranks.wait(prompt, DEADLINE_S)
+    assert all(rank["weight_bytes"] for rank in bench.ranks.status()["ranks"])
+    bench.ranks.free_and_wait()
+    bench.heal()
+
+
 def ends_to_test() -> list[tuple[str, int]]:
     everything = [(kind, rank) for rank in (0, 1) for kind in (*EVERYWHERE, "hang")]
     return everything if "FAULTS_ALL" in os.environ else [("stop", 0)]

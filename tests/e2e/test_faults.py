@@ -58,8 +58,7 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
     expected = stock.images(stock.run(graph, DEADLINE_S))
 
     prompt = ranks.post_prompt(graph)
-    while ranks.num_steps_done(prompt) < 2:
-        time.sleep(0.005)
+    ranks.wait_for_steps(prompt, 2, DEADLINE_S)
     pids = [rank["pid"] for rank in ranks.status()["ranks"]]
     killed_at = time.time()
     os.kill(pids[victim], signal.SIGKILL)
@@ -104,8 +103,7 @@ def test_hooks_that_comfyui_did_without_are_made_up_for_when_a_worker_is_lost(
     graph["8"]["inputs"]["seed"] = 116
     expected = stock.images(stock.run(graph, DEADLINE_S))
     prompt = ranks.post_prompt(graph)
-    while ranks.num_steps_done(prompt) < 2:
-        time.sleep(0.005)
+    ranks.wait_for_steps(prompt, 2, DEADLINE_S)
     os.kill(ranks.status()["ranks"][1]["pid"], signal.SIGKILL)
     difference = compare_all(expected, ranks.images(ranks.wait(prompt, DEADLINE_S)))
     assert difference.is_equal, str(difference)
@@ -120,8 +118,7 @@ def test_a_cancelled_prompt_leaves_nobody_stranded(servers: Servers, tree: Tree)
     pids = [rank["pid"] for rank in ranks.status()["ranks"]]
     for seed in range(121, 124):
         prompt = ranks.post_prompt(graph_of(seed, steps=50))
-        while ranks.num_steps_done(prompt) < 2:
-            time.sleep(0.005)
+        ranks.wait_for_steps(prompt, 2, DEADLINE_S)
         ranks.interrupt()
         with pytest.raises(InterruptedError):
             ranks.wait(prompt, 30)
@@ -228,8 +225,7 @@ def test_nothing_is_left_when_the_server_is_killed(servers: Servers, tree: Tree)
     pids = [rank["pid"] for rank in ranks.status()["ranks"]]
     shared_before = set(os.listdir("/dev/shm"))
     prompt = ranks.post_prompt(graph_of(181, steps=50))
-    while ranks.num_steps_done(prompt) < 2:
-        time.sleep(0.005)
+    ranks.wait_for_steps(prompt, 2, DEADLINE_S)
     assert ranks.process is not None
     os.kill(ranks.process.pid, signal.SIGKILL)
     end = time.monotonic() + 2.0

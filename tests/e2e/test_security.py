@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,8 +140,7 @@ def test_prompts_are_in_no_log_and_in_no_environment(running: Running) -> None:
 def test_an_error_in_a_step_tells_no_prompt(running: Running) -> None:
     """A worker dies in mid-step: log tails and tracebacks reach ComfyUI's log."""
     stopped = running.server.post_prompt(graphs.with_values(graph(703), steps=30))
-    while running.server.num_steps_done(stopped) < 1:
-        time.sleep(0.01)
+    running.server.wait_for_steps(stopped, 1, DEADLINE_S)
     os.kill(running.pids[0], 11)
     with contextlib.suppress(Exception):  # strict: the step is an error
         running.server.wait(stopped, DEADLINE_S)

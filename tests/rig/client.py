@@ -21,6 +21,8 @@ from rig.progress import ProgressListener
 REQUEST_DEADLINE_S = 30.0
 FREE_AGAIN_S = 5.0
 POLL_S = 0.05
+STEP_POLL_S = 0.002
+LOOK_S = 0.5
 
 History = dict[str, Any]
 
@@ -77,6 +79,26 @@ class Client(Outputs):
     def num_steps_done(self, prompt_id: str) -> int:
         """Return how many steps of a prompt have been reported so far."""
         return self._progress.num_steps(prompt_id) if self._progress else 0
+
+    def wait_for_steps(self, prompt_id: str, num_steps: int, deadline_s: float) -> None:
+        """Wait until so many steps of a prompt have been reported.
+
+        Raises:
+            RigError: the prompt ended, or time ran out, and fewer were reported.
+        """
+        end = time.monotonic() + deadline_s
+        look = 0.0
+        while self.num_steps_done(prompt_id) < num_steps:
+            now = time.monotonic()
+            if now > look:
+                is_over = self.poll(prompt_id) is not None or now > end
+                if is_over and self.num_steps_done(prompt_id) < num_steps:
+                    raise RigError(
+                        f"{self.num_steps_done(prompt_id)} of {num_steps} steps were reported."
+                        f"\n{tail(self.log_path)}"
+                    )
+                look = now + LOOK_S
+            time.sleep(STEP_POLL_S)
 
     def status(self) -> dict[str, Any]:
         """Return what comfy_xdit_patch says of itself (``GET /xdit/status``)."""

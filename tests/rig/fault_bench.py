@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rig import graphs
+from rig.client import FREE_AGAIN_S
 from rig.compare import compare_all
 from rig.faults import AT_LOAD, AT_START, Fault, Orders
 from rig.graphs import Graph
@@ -109,11 +110,11 @@ class Bench:
         if fault.point == "unload":
             self.ranks.free()
         if fault.point in (*AT_START, "store", "unload"):
-            self._wait_until(lambda: not self.orders.open(), "the point was never come to")
-
-    @staticmethod
-    def _wait_until(is_so: Callable[[], bool], complaint: str) -> None:
-        end = time.monotonic() + DEADLINE_S
-        while not is_so():
-            assert time.monotonic() < end, complaint
-            time.sleep(0.02)
+            again = time.monotonic() + FREE_AGAIN_S
+            end = time.monotonic() + DEADLINE_S
+            while self.orders.open():
+                assert time.monotonic() < end, "the point was never come to"
+                if fault.point == "unload" and time.monotonic() > again:
+                    self.ranks.free()  # ComfyUI may lose it; see ``free_and_wait``.
+                    again = time.monotonic() + FREE_AGAIN_S
+                time.sleep(0.02)
