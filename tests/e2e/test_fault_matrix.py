@@ -97,10 +97,7 @@ def test_free_after_a_load_that_was_cancelled_frees_the_workers(
     orders.give(Fault("load", "delay", 0))  # of a run that finds its model held
     _, graph = bench.graph_of()
     prompt = bench.ranks.post_prompt(graph)
-    end = time.monotonic() + DEADLINE_S
-    while orders.open():
-        assert time.monotonic() < end, "the point was never come to"
-        time.sleep(0.02)
+    bench.wait_for_the_point()
     bench.ranks.interrupt()
     with pytest.raises(InterruptedError):
         bench.ranks.wait(prompt, DEADLINE_S)

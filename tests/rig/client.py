@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,17 +124,25 @@ class Client(Outputs):
         self.request("/free", {"unload_models": True, "free_memory": True})
 
     def free_and_wait(self) -> None:
-        """Free, and wait until ComfyUI has done so.
+        """Free, and wait until ComfyUI has done so."""
+        self.free_until(
+            lambda: not any(rank["weight_bytes"] for rank in self.status()["ranks"]),
+            REQUEST_DEADLINE_S,
+            "Free: the workers still hold weights.",
+        )
+
+    def free_until(self, is_so: Callable[[], bool], deadline_s: float, complaint: str) -> None:
+        """Free, once at least, until something is so.
 
         ComfyUI misses what is asked for while it collects garbage after a prompt (main.py,
         prompt_worker), until something else is asked for: ask again.
         """
         self.free()
-        end = time.monotonic() + REQUEST_DEADLINE_S
+        end = time.monotonic() + deadline_s
         again = time.monotonic() + FREE_AGAIN_S
-        while any(rank["weight_bytes"] for rank in self.status()["ranks"]):
+        while not is_so():
             if time.monotonic() > end:
-                raise RigError(f"Free: the workers still hold weights.\n{tail(self.log_path)}")
+                raise RigError(f"{complaint}\n{tail(self.log_path)}")
             if time.monotonic() > again:
                 self.free()
                 again = time.monotonic() + FREE_AGAIN_S

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from rig import graphs
-from rig.client import FREE_AGAIN_S
 from rig.compare import compare_all
 from rig.faults import AT_LOAD, AT_START, Fault, Orders
 from rig.graphs import Graph
@@ -26,6 +25,7 @@ NUM_SEEDS = 4
 DEADLINE_S = 300.0
 """Of every wait: for a prompt whose fault is found by a timeout, for workers to come back."""
 START_S, STEP_S = 180, 60
+NEVER = "the point was never come to"
 SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
 
 
@@ -108,13 +108,13 @@ class Bench:
         if fault.point in (*AT_START, "store"):
             os.kill(min(self.pids), signal.SIGKILL)
         if fault.point == "unload":
-            self.ranks.free()
-        if fault.point in (*AT_START, "store", "unload"):
-            again = time.monotonic() + FREE_AGAIN_S
-            end = time.monotonic() + DEADLINE_S
-            while self.orders.open():
-                assert time.monotonic() < end, "the point was never come to"
-                if fault.point == "unload" and time.monotonic() > again:
-                    self.ranks.free()  # ComfyUI may lose it; see ``free_and_wait``.
-                    again = time.monotonic() + FREE_AGAIN_S
-                time.sleep(0.02)
+            self.ranks.free_until(lambda: not self.orders.open(), DEADLINE_S, NEVER)
+        if fault.point in (*AT_START, "store"):
+            self.wait_for_the_point()
+
+    def wait_for_the_point(self) -> None:
+        """Wait until the workers have come to where a fault was ordered."""
+        end = time.monotonic() + DEADLINE_S
+        while self.orders.open():
+            assert time.monotonic() < end, NEVER
+            time.sleep(0.02)
