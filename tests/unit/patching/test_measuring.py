@@ -188,10 +188,10 @@ def test_a_rank_that_is_lost_in_it_is_lost_as_in_any_request(world):
 @pytest.mark.parametrize(
     "change",
     [
-        {"together": dict.fromkeys(RATES, 0.0)},
+        {"together": dict.fromkeys(sorted(RATES), 0.0)},
         {"together": {}},
-        {"together": dict.fromkeys(RATES, -1.0)},
-        {"alone": dict.fromkeys(RATES, 1e300)},
+        {"together": dict.fromkeys(sorted(RATES), -1.0)},
+        {"alone": dict.fromkeys(sorted(RATES), 1e300)},
         {"exchanges": {}},
         {"exchanges": {name_of(*m): [] for m in measurements(2)}},
         {"exchanges": {name_of(*m): [[1.0]] for m in measurements(2)}},
