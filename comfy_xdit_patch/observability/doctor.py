@@ -93,7 +93,8 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
             for line in place_lines(survey(devices)):
                 say(line)
     section("Memory")
-    for line in memory_lines(() if isinstance(devices, Refusal) else devices, budget):
+    known = () if isinstance(devices, Refusal) else devices
+    for line in memory_lines(known, budget, strategy):
         say(line)
 
     if comfyui is not None:

@@ -6,29 +6,48 @@ Runs in: the doctor's process.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.errors import PlanError, Refusal
 from comfy_xdit_patch.planning.known_models import FLUX1_DEV
 from comfy_xdit_patch.planning.model_shape import PRECISIONS
+from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.planner import FREE, named_plan
 from comfy_xdit_patch.planning.residency import (
     Card,
+    Mode,
+    ModelSizes,
+    ResidencyPlan,
     TokenLoad,
     gib,
     plan_residency,
 )
+from comfy_xdit_patch.planning.tensor_residency import plan_tensor_residency
 from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.strategy import AUTO, Strategy
 
 DTYPES = ("bf16", "fp8")
 WORLD_SIZES = (2, 4, 8)
 EXAMPLE = TokenLoad(num_image_tokens=4096, num_text_tokens=256, hidden_size=FLUX1_DEV.width)
+WORKLOAD = Workload(
+    batch_size=EXAMPLE.num_rows,
+    num_text_tokens=EXAMPLE.num_text_tokens,
+    num_image_tokens=EXAMPLE.num_image_tokens,
+    num_heads=FLUX1_DEV.num_heads,
+)
 
 
-def memory_lines(devices: Sequence[Device], budget_bytes: int | None) -> list[str]:
+def memory_lines(
+    devices: Sequence[Device], budget_bytes: int | None, strategy: Strategy = AUTO
+) -> list[str]:
     """Say the plans for FLUX.1-dev within the budget in force.
 
     Args:
         devices: one for each rank; empty where the settings give none.
         budget_bytes: ``XDIT_GPU_MEMORY``, or None for what the cards have.
+        strategy: one that fits the devices. Other numbers of cards that it does not fit are left
+            out.
     """
     if budget_bytes is not None:
         world_sizes = sorted({*WORLD_SIZES, len(devices)} - {0})
@@ -42,16 +61,43 @@ def memory_lines(devices: Sequence[Device], budget_bytes: int | None) -> list[st
         pools = [_cards(sizes)]
         lines = [f"budget: what the cards have, {', '.join(gib(size) for size in sizes)} GiB"]
     for cards in pools:
+        try:
+            shared = None if strategy.name in FREE else named_plan(strategy, len(cards))
+        except PlanError:
+            continue
         for dtype in DTYPES:
             model = FLUX1_DEV.sizes(PRECISIONS[dtype])
             lines.append(
                 f"FLUX.1-dev {dtype} ({gib(model.total_bytes)} GiB), 1024 x 1024 px, "
                 f"{len(cards)} cards:"
             )
-            plan = plan_residency(model, EXAMPLE, cards=cards)
+            plan = _residency(model, cards, strategy, shared)
             text = [f"refused: {plan.reason}"] if isinstance(plan, Refusal) else plan.lines()
             lines += [f"  {line}" for line in text]
     return lines
+
+
+def _residency(
+    model: ModelSizes, cards: tuple[Card, ...], strategy: Strategy, plan: ParallelPlan | None
+) -> ResidencyPlan | Refusal:
+    if plan is not None and plan.tensor_degree > 1:
+        return plan_tensor_residency(model, EXAMPLE, plan.tensor_degree, cards=cards)
+    if plan is not None and plan.pipefusion_degree > 1:
+        num_blocks = FLUX1_DEV.num_blocks
+        load = replace(
+            EXAMPLE,
+            num_shards=plan.world_size // plan.pipefusion_degree,
+            kept_bytes=kept_bytes(
+                plan,
+                WORKLOAD,
+                num_blocks=num_blocks,
+                token_bytes=EXAMPLE.hidden_size * EXAMPLE.bytes_per_value,
+            ),
+        )
+        stage = model.part(most_blocks(plan, num_blocks), num_blocks)
+        return plan_residency(stage, load, cards=cards, is_pipeline=True)
+    first: Mode = "sharded" if strategy.shards_weights else "full"
+    return plan_residency(model, EXAMPLE, cards=cards, first=first)
 
 
 def _cards(sizes: list[int]) -> tuple[Card, ...]:

@@ -20,16 +20,17 @@ def need(plan: Candidate, job: Job, machine: Machine) -> Need:
     if plan.pipefusion > 1:
         blocks = -(-shape.num_blocks // plan.pipefusion)
         values = 2 * workload.batch_size * job.num_tokens * shape.width
-        kept = blocks * values * value_bytes // (plan.batch * plan.sequence * plan.tensor)
+        kept = blocks * values * value_bytes // (plan.batch * plan.sequence)
     load = TokenLoad(
         num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
         num_text_tokens=workload.num_text_tokens,
         hidden_size=shape.width,
         # Rows are shared like tokens: a rank has 1/N of all, whichever axis gives it to the rank.
+        # Ranks that cut the blocks hold all tokens of their part of the sequence.
         num_rows=workload.batch_size,
         bytes_per_value=value_bytes,
         kept_bytes=kept,
-        num_shards=plan.batch * plan.sequence * plan.tensor,
+        num_shards=plan.batch * plan.sequence,
     )
     cards = tuple(
         Card(gpu.memory_bytes, gpu.memory_bytes, has_host=plan.world_size > 1 and rank == 0)

@@ -148,8 +148,9 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
             raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
         if strategy.pipefusion > 1 and strategy.tensor > 1:
             raise PlanError("pipefusion and tensor both share out the blocks' weights.")
-        if strategy.fsdp and strategy.tensor > 1:
-            raise PlanError("fsdp and tensor both share out the blocks' weights.")
+        for axis in ("tensor", "pipefusion"):
+            if strategy.fsdp and getattr(strategy, axis) > 1:
+                raise PlanError(f"fsdp and {axis} both share out the blocks' weights.")
         return ParallelPlan(
             world_size,
             strategy.batch,

@@ -6,6 +6,7 @@ import pytest
 
 from comfy_xdit_patch.observability.residency_report import memory_lines
 from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.strategy import parse_strategy
 
 CPU_RANKS = (Device("cpu"), Device("cpu"), Device("cpu"))
 
@@ -55,3 +56,23 @@ def test_a_card_too_small_for_anything_is_refused_with_figures():
     text = "\n".join(memory_lines((), 1 << 30))
     assert text.count("refused: the model does not fit on") == 6
     assert "of 1.0 GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where", "num_plans"),
+    [
+        ("auto", "weights sharded over the ranks: 9.2 of 24.0 GiB", 6),
+        ("fsdp", "weights sharded over the ranks: 9.2 of 24.0 GiB", 6),
+        ("ulysses=4,fsdp=4", "weights sharded over the ranks: 9.2 of 24.0 GiB", 2),
+        ("tensor", "blocks cut by heads and columns: ", 6),
+        ("pipefusion", "each stage's weights on its cards: ", 6),
+        ("pipefusion=2,ulysses=2", "each stage's weights on its cards: ", 2),
+    ],
+)
+def test_weights_lie_as_the_strategy_wants_them(strategy, where, num_plans):
+    four = (Device("cpu"),) * 4
+    lines = memory_lines(four, 24 << 30, parse_strategy(strategy))
+    headings = [line for line in lines if line.startswith("FLUX.1-dev")]
+    assert len(headings) == num_plans
+    start = next(n for n, line in enumerate(lines) if "bf16" in line and "4 cards" in line)
+    assert lines[start + 1].strip().startswith(where)

@@ -67,3 +67,9 @@ def test_workers_that_offload_stream_all_blocks():
     plan = Candidate(ulysses=2, weights="offload")
     assert streamed_bytes(plan, make_job(), machine_of("2x4090")) == BLOCKS
     assert streamed_bytes(Candidate(ulysses=2), make_job(), machine_of("2xl20")) == 0
+
+
+def test_cut_blocks_hold_all_tokens_that_they_compute():
+    both = [costs(plan) for plan in (Candidate(ulysses=2), Candidate(ulysses=2, tensor=2))]
+    assert both[0].pop("weights") > both[1].pop("weights")
+    assert both[0] == both[1]

@@ -109,6 +109,7 @@ THREE = "ring=3; tensor=3; ulysses=3; batch=3; pipefusion=3"
         ),
         ("ulysses=3,fsdp=2", 3, f"{PRIME}; {THREE}"),
         ("tensor=3,fsdp=3", 3, f"{PRIME}; {THREE}"),
+        ("pipefusion=3,fsdp=3", 3, f"{PRIME}; {THREE}"),
     ],
 )
 def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(
