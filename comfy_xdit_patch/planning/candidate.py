@@ -14,6 +14,7 @@ from itertools import product
 from math import prod
 
 from comfy_xdit_patch.planning.residency import Mode
+from comfy_xdit_patch.strategy import AXES as AS_WRITTEN
 
 AXES = ("batch", "pipefusion", "ring", "ulysses", "tensor")
 """Slowest first."""
@@ -51,8 +52,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """As users write and read it, e.g. ``batch=2,ulysses=2``; ``single`` for one GPU."""
-        order = ("batch", "pipefusion", "ulysses", "ring", "tensor")
-        parts = [f"{axis}={self.degrees[axis]}" for axis in order if self.degrees[axis] > 1]
+        parts = [f"{axis}={self.degrees[axis]}" for axis in AS_WRITTEN if self.degrees[axis] > 1]
         if self.weights == "sharded":
             parts.append(f"fsdp={self.world_size}")
         if self.weights == "offload":

@@ -5,11 +5,10 @@ Runs in: host and the command line's process.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate
-from comfy_xdit_patch.planning.residency import Mode
+from comfy_xdit_patch.strategy import PLAN, parse_strategy
 
 EXACT = frozenset({"batch", "ulysses", "ring"})
 """Axes that share rows and tokens, whose image is one GPU's, up to rounding; ``auto`` takes no
@@ -27,9 +26,6 @@ STRATEGY_AXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "pipefusion": (frozenset({"pipefusion"}), frozenset()),
     "fsdp": (frozenset(), frozenset({"batch", "ulysses", "ring"})),
 }
-ALIASES = {"cfg": "batch"}
-WEIGHT_WORDS: dict[str, Mode] = {"fsdp": "sharded", "offload": "offload"}
-
 STRATEGY_LEGAL = (
     f"single, {', '.join(STRATEGY_AXES)}, or a plan such as batch=2,ulysses=2: degrees of "
     f"{', '.join(AXES)}, and fsdp=N or offload=N for the weights of all N ranks"
@@ -66,38 +62,28 @@ def axes_of(plan: Candidate) -> frozenset[str]:
 
 
 def parse_asked(text: str) -> Asked:
-    """Read a strategy or a plan; ``cfg`` is another word for ``batch``.
+    """Read what ``XDIT_STRATEGY`` takes, and besides ``single`` and ``offload=N``.
 
     Raises:
         ValueError: it is neither; ``STRATEGY_LEGAL`` says what is.
     """
     word = text.lower().replace(" ", "")
-    word = ALIASES.get(word, word)
     if word == "single":
         return Asked(word, SINGLE)
-    if word in STRATEGY_AXES:
-        return Asked(word)
-    plan = _parse_degrees(word)
-    if plan is None:
+    try:
+        # Both say where the weights of all ranks lie, and a plan has one of them.
+        strategy = parse_strategy(word.replace("offload=", "fsdp="))
+    except ValueError:
+        raise ValueError(text) from None
+    if strategy.name in STRATEGY_AXES:
+        return Asked(strategy.name)
+    plan = Candidate(
+        **{axis: getattr(strategy, axis) for axis in AXES},
+        weights="full" if not strategy.fsdp else "offload" if "offload=" in word else "sharded",
+    )
+    is_split_already = plan.pipefusion > 1 or plan.tensor > 1
+    if strategy.name != PLAN or (
+        strategy.fsdp and (strategy.fsdp != plan.world_size or is_split_already)
+    ):
         raise ValueError(text)
     return Asked(plan.name, plan)
-
-
-def _parse_degrees(text: str) -> Candidate | None:
-    degrees: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"([a-z]+)=([1-9]\d?)", part)
-        name = ALIASES.get(match[1], match[1]) if match else ""
-        if match is None or name in degrees or name not in {*AXES, *WEIGHT_WORDS}:
-            return None
-        degrees[name] = int(match[2])
-    words = [word for word in WEIGHT_WORDS if word in degrees]
-    sizes = [degrees.pop(word) for word in words]
-    if not words:
-        return Candidate(weights="full", **degrees)
-    # ``fsdp=4`` alone is four ranks that share the sequence.
-    plan = Candidate(**(degrees or {"ulysses": sizes[0]}), weights=WEIGHT_WORDS[words[0]])
-    is_sound = (
-        len(words) == 1 and sizes[0] == plan.world_size and plan.pipefusion == plan.tensor == 1
-    )
-    return plan if is_sound else None

@@ -11,7 +11,6 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.strategies import (
     STRATEGY_AXES,
     STRATEGY_LEGAL,
-    WEIGHT_WORDS,
     is_built,
     parse_asked,
 )
@@ -99,7 +98,7 @@ def test_a_plan_is_read_as_a_user_writes_it(text, name):
     [
         *("", "ulises", "ulysses=", "ulysses=0", "ulysses=2,ulysses=2", "cfg=2,batch=2"),
         *("ulysses=2;ring=2", "ulysses=2,fsdp=4", "fsdp=2,offload=2", "tensor=2,fsdp=2"),
-        *("pipefusion=2,offload=2", "steps=2"),
+        *("pipefusion=2,offload=2", "steps=2", "off"),
     ],
 )
 def test_what_is_no_plan_is_refused(text):
@@ -108,7 +107,7 @@ def test_what_is_no_plan_is_refused(text):
 
 
 def test_the_text_of_legal_strategies_names_them_all():
-    assert all(name in STRATEGY_LEGAL for name in (*STRATEGY_AXES, *AXES, *WEIGHT_WORDS))
+    assert all(name in STRATEGY_LEGAL for name in (*STRATEGY_AXES, *AXES, "fsdp", "offload"))
 
 
 @pytest.mark.parametrize(
