@@ -16,6 +16,9 @@ from rig.trees import Tree
 from comfy_xdit_patch.patching.measuring import RATES
 from comfy_xdit_patch.planning.link_timing import measurements, name_of
 
+# One after the other, whatever their number of ranks: all were started at once.
+pytestmark = pytest.mark.group("2")
+
 Record = Callable[[str, object], None]
 
 DEADLINE_S = 240.0
@@ -65,7 +68,6 @@ def test_a_number_that_arrives_as_another_is_found(
     )
 
 
-@pytest.mark.group("2")
 @pytest.mark.usefixtures("newest_only")
 def test_the_machine_is_measured_in_comfyui_and_its_predictions_are_near(
     tree: Tree,
