@@ -5,6 +5,7 @@ Runs in: a ComfyUI process of ``process.py``; torch and ComfyUI are imported the
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,21 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-_patchers: dict[str, Any] = {}
+MOST_MODELS = 2
+"""Of every one there is a copy in each process. A test uses one after the other, two at most."""
+_patchers: dict[str, Any] = {}  # the latest one last
 _balances: dict[str, Any] = {}
 
 
 def patcher_of(path: str, **model_options: Any) -> Any:
     """Load a diffusion model once, as UNETLoader does."""
     key = f"{path} {sorted(model_options)}"
-    if key not in _patchers:
+    if key in _patchers:
+        _patchers[key] = _patchers.pop(key)
+    else:
+        while len(_patchers) >= MOST_MODELS:
+            del _patchers[next(iter(_patchers))]
+        gc.collect()
         options = {
             name: getattr(torch, value) if name == "dtype" else value
             for name, value in model_options.items()
