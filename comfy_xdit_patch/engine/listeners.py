@@ -16,6 +16,7 @@ import ctypes
 import logging
 import os
 import socket
+import stat
 import struct
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,13 @@ def refuse_strangers() -> None:
     """Drop what is sent to any internet socket on which this process listens."""
     program = ctypes.create_string_buffer(_RETURN_NOTHING, len(_RETURN_NOTHING))
     packet_filter = struct.pack("HP", 1, ctypes.addressof(program))
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in map(int, os.listdir("/proc/self/fd")):
         try:
-            connection = socket.socket(fileno=os.dup(int(fd)))
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            connection = socket.socket(fileno=os.dup(fd))
         except OSError:
-            continue  # No socket, or the descriptor of the listing above.
+            continue  # The descriptor of the listing above, or a thread has just closed it.
         with connection:
             if _listens(connection):
                 try:
