@@ -75,9 +75,9 @@ def test_what_is_measured_is_what_is_taken(tree: Tree, tmp_path: Path) -> None:
         second = last_run(ranks)
         if "the ranks are faster for this model and size" in ranks.log_text():
             assert first["steps_parallel"] == NUM_MEASURED + rest
-            # Where something else takes the cores meanwhile, they are measured again.
-            is_again = second["steps_measured"] > 0
-            assert second["steps_parallel"] == STEPS or is_again
+            if second["steps_measured"]:
+                return  # Something else took the cores meanwhile, and they are measured again.
+            assert second["steps_parallel"] == STEPS
             assert second["speedup"] > 0
             assert "x of ComfyUI alone as measured here" in ranks.log_text()
         else:
