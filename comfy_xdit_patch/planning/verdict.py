@@ -3,9 +3,11 @@
 Runs in: host (and the command line). Pure: seconds in, the next thing to do out.
 
     several, several, several | one, one, one | the faster of the two, from then on
+                                              | several, several: in doubt, where one was faster
 
 The first step of each three warms up (weights, kernels, groups) and does not count. A run that
-ends in between is continued by the next one.
+ends in between is continued by the next one. What took the machine from the first three may be over
+by then, and a wrong verdict against them would never be seen again; one for them is watched.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Trial:
         """How the next step is to be computed."""
         if self.verdict is not None:
             return Way.SEVERAL if self.verdict.is_several else Way.NOT_SEVERAL
-        return Way.SEVERAL if len(self.several) <= NUM_TIMED else Way.ONE
+        is_ones_turn = len(self.several) > NUM_TIMED and len(self.one) <= NUM_TIMED
+        return Way.ONE if is_ones_turn else Way.SEVERAL
 
     def took(self, seconds: float, *, is_several: bool) -> Verdict | None:
         """Note a step that took so long. Returns a verdict when it is reached."""
@@ -79,7 +82,9 @@ class Trial:
         (self.several if is_several else self.one).append(seconds)
         if min(len(self.several), len(self.one)) <= NUM_TIMED:
             return None
-        self.verdict = Verdict(self.plan, min(self.several[1:]), min(self.one[1:]))
+        verdict = Verdict(self.plan, min(self.several[1:]), min(self.one[1:]))
+        if verdict.is_several or len(self.several) > 2 * NUM_TIMED:
+            self.verdict = verdict
         return self.verdict
 
     def _watch(self, seconds: float, verdict: Verdict) -> None:

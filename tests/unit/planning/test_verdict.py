@@ -33,9 +33,24 @@ def test_both_are_timed_and_the_first_step_of_each_does_not_count():
     assert trial.way() is Way.SEVERAL
 
 
+def in_doubt(several: list[float]) -> Trial:
+    """One was faster at first; these are the ranks' further steps."""
+    trial = tried([9.0, 2.0, 2.0], [9.0, 2.0, 2.0])
+    for seconds in several:
+        assert trial.verdict is None
+        assert trial.way() is Way.SEVERAL
+        trial.took(seconds, is_several=True)
+    return trial
+
+
 @pytest.mark.parametrize(("several", "way"), [(1.9, Way.SEVERAL), (2.0, Way.NOT_SEVERAL)])
 def test_the_faster_is_taken_and_of_equals_one(several, way):
-    assert tried([9.0, several, several], [9.0, 2.0, 2.0]).way() is way
+    assert in_doubt([3.0, several]).way() is way
+
+
+def test_a_disturbance_of_the_first_steps_does_not_decide():
+    assert in_doubt([1.5]).verdict == Verdict("ulysses=2", 1.5, 2.0)
+    assert in_doubt([2.5, 2.2]).verdict == Verdict("ulysses=2", 2.0, 2.0)
 
 
 def test_there_is_no_verdict_before_both_were_timed():
@@ -53,7 +68,9 @@ def test_it_is_measured_again_when_the_ranks_become_slower_than_one_was():
     trial.took(2.1, is_several=True)
     assert trial.way() is Way.ONE
     for seconds in (9.0, 2.0, 2.0):
-        verdict = trial.took(seconds, is_several=False)
+        assert trial.took(seconds, is_several=False) is None
+    assert trial.took(2.5, is_several=True) is None
+    verdict = trial.took(2.5, is_several=True)
     assert verdict == Verdict("ulysses=2", 2.1, 2.0)
     assert trial.way() is Way.NOT_SEVERAL
 
