@@ -33,6 +33,10 @@ FEW_CALLS, MANY_CALLS, MOST_CALLS = 3, 5, 40
 NUM_ERRORS = 2.0
 """How many standard errors of the slowest rank's speed a gain must promise beyond its least."""
 
+ERROR_PER_DEVIATION = 1.4826 * 1.2533
+"""Of normal noise: from the median deviation to the standard one, and from the error of a mean to
+that of a median."""
+
 EVEN_RATIO = 1.05
 """Weights closer to each other than this are even."""
 
@@ -224,7 +228,14 @@ def _longest(work: Sequence[float], speeds: Sequence[float]) -> float:
 
 
 def _relative_error(values: Sequence[float]) -> float:
-    """Standard error of a mean, over that mean. (``statistics.stdev`` takes far longer.)"""
+    """Standard error of a median, over that median: a few disturbed calls do not count.
+
+    Of few values it is the mean's: two may agree by chance. (``statistics.stdev`` takes longer.)
+    """
+    if len(values) >= MANY_CALLS:
+        middle = median(values)
+        deviation = median(abs(value - middle) for value in values)
+        return ERROR_PER_DEVIATION * deviation / sqrt(len(values)) / middle
     mean = fmean(values)
     squares = sum((value - mean) ** 2 for value in values)
     return sqrt(squares / (len(values) - 1) / len(values)) / mean

@@ -93,6 +93,18 @@ def test_a_single_disturbed_call_changes_nothing():
     assert ranks.balance.num_changes == 0
 
 
+def test_disturbed_calls_do_not_hide_a_gain_for_long():
+    ranks = Ranks(Balance("adaptive", 2), 1, 0.34, noise=0.02).run(6)
+    assert ranks.balance.num_changes == 1
+    for speed in (0.15, 1.2, 0.2, 0.9):  # what else the machine does
+        ranks.speeds[1] = speed
+        ranks.run(1)
+    ranks.speeds[1] = 0.46
+    ranks.run(12)
+    assert ranks.balance.num_changes == 2
+    assert ranks.efficiency >= 0.95
+
+
 def test_a_rank_that_recovers_gets_even_shares_back():
     ranks = Ranks(Balance("adaptive", 2), 1, 0.5).run(10)
     assert ranks.balance.weights
