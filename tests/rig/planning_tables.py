@@ -15,6 +15,7 @@ from comfy_xdit_patch.planning.choice import Choice, choose
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.known_machines import CARDS, machine_of
 from comfy_xdit_patch.planning.machine import Machine
+from comfy_xdit_patch.planning.strategies import is_built
 from rig.published import ROWS, make_job, median_error
 from rig.unequal import SPEEDS, Ranks
 
@@ -135,7 +136,8 @@ def unequal() -> list[str]:
 
 
 def _approximate(choice: Choice) -> str:
-    found = [option for option in choice.options if not option.plan.is_exact]
+    plans = [option for option in choice.options if is_built(option.plan)]
+    found = [option for option in plans if not option.plan.is_exact]
     if not found:
         return "- | -"
     return f"{found[0].plan.name} | {found[0].time.total_s * 1e3:.0f}"
