@@ -22,7 +22,7 @@ from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
 from rig.environment import RigError
-from rig.fault_bench import DEADLINE_S, SIZE, START_S, STEPS, Bench
+from rig.fault_bench import DEADLINE_S, LARGER, SIZE, START_S, STEPS, Bench
 from rig.faults import (
     AT_START,
     EVERYWHERE,
@@ -66,7 +66,7 @@ def test_every_fault_costs_time_and_nothing_else(
         before = bench.pids
         try:
             bench.cause(fault)
-            run, seconds = bench.run()
+            run, seconds = bench.run(size=LARGER if fault.point == "slot" else SIZE)
             assert not orders.open(), "the fault never happened"
             fell_back = run["steps"] - run["steps_parallel"]
             assert set(run["fall_back_reasons"]) <= set(fault.reasons), run

@@ -21,6 +21,8 @@ from rig.trees import Tree
 
 STEPS = 3
 SIZE = (128, 128)
+LARGER = (320, 256)
+"""For which no slot that is there is large enough."""
 NUM_SEEDS = 4
 DEADLINE_S = 300.0
 """Of every wait: for a prompt whose fault is found by a timeout, for workers to come back."""
@@ -102,7 +104,7 @@ class Bench:
             pid = self.ranks.status()["ranks"][int(fault.rank)]["pid"]
             os.kill(pid, SIGNALS[fault.kind])
             return
-        if fault.point in (*AT_LOAD, "slot"):
+        if fault.point in AT_LOAD:
             self.ranks.free_and_wait()
         self.orders.give(fault)
         if fault.point in (*AT_START, "store"):
