@@ -11,25 +11,23 @@ from dataclasses import replace
 from comfy_xdit_patch.errors import PlanError, Refusal
 from comfy_xdit_patch.planning.known_models import FLUX1_DEV
 from comfy_xdit_patch.planning.model_shape import PRECISIONS
-from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
+from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.plan_residency import residency_of
 from comfy_xdit_patch.planning.planner import FREE, named_plan
 from comfy_xdit_patch.planning.residency import (
     Card,
-    Mode,
-    ModelSizes,
-    ResidencyPlan,
     TokenLoad,
     gib,
-    plan_residency,
 )
-from comfy_xdit_patch.planning.tensor_residency import plan_tensor_residency
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.strategy import AUTO, Strategy
 
 DTYPES = ("bf16", "fp8")
 WORLD_SIZES = (2, 4, 8)
 EXAMPLE = TokenLoad(num_image_tokens=4096, num_text_tokens=256, hidden_size=FLUX1_DEV.width)
+AS_A_SEQUENCE = Strategy("ulysses")
+"""Weights lie alike whichever way a free strategy shares rows and tokens."""
 WORKLOAD = Workload(
     batch_size=EXAMPLE.num_rows,
     num_text_tokens=EXAMPLE.num_text_tokens,
@@ -62,7 +60,7 @@ def memory_lines(
         lines = [f"budget: what the cards have, {', '.join(gib(size) for size in sizes)} GiB"]
     for cards in pools:
         try:
-            shared = None if strategy.name in FREE else named_plan(strategy, len(cards))
+            plan = named_plan(AS_A_SEQUENCE if strategy.name in FREE else strategy, len(cards))
         except PlanError:
             continue
         for dtype in DTYPES:
@@ -71,33 +69,31 @@ def memory_lines(
                 f"FLUX.1-dev {dtype} ({gib(model.total_bytes)} GiB), 1024 x 1024 px, "
                 f"{len(cards)} cards:"
             )
-            plan = _residency(model, cards, strategy, shared)
-            text = [f"refused: {plan.reason}"] if isinstance(plan, Refusal) else plan.lines()
+            found = residency_of(
+                plan,
+                model,
+                _load(plan),
+                num_blocks=FLUX1_DEV.num_blocks,
+                cards=cards,
+                first="sharded" if strategy.shards_weights else "full",
+            )
+            text = [f"refused: {found.reason}"] if isinstance(found, Refusal) else found.lines()
             lines += [f"  {line}" for line in text]
     return lines
 
 
-def _residency(
-    model: ModelSizes, cards: tuple[Card, ...], strategy: Strategy, plan: ParallelPlan | None
-) -> ResidencyPlan | Refusal:
-    if plan is not None and plan.tensor_degree > 1:
-        return plan_tensor_residency(model, EXAMPLE, plan.tensor_degree, cards=cards)
-    if plan is not None and plan.pipefusion_degree > 1:
-        num_blocks = FLUX1_DEV.num_blocks
-        load = replace(
-            EXAMPLE,
-            num_shards=plan.world_size // plan.pipefusion_degree,
-            kept_bytes=kept_bytes(
-                plan,
-                WORKLOAD,
-                num_blocks=num_blocks,
-                token_bytes=EXAMPLE.hidden_size * EXAMPLE.bytes_per_value,
-            ),
-        )
-        stage = model.part(most_blocks(plan, num_blocks), num_blocks)
-        return plan_residency(stage, load, cards=cards, is_pipeline=True)
-    first: Mode = "sharded" if strategy.shards_weights else "full"
-    return plan_residency(model, EXAMPLE, cards=cards, first=first)
+def _load(plan: ParallelPlan) -> TokenLoad:
+    """The example's tokens; what a pipeline's stages keep is counted besides."""
+    if plan.pipefusion_degree == 1:
+        return EXAMPLE
+    kept = kept_bytes(
+        plan,
+        WORKLOAD,
+        num_blocks=FLUX1_DEV.num_blocks,
+        token_bytes=EXAMPLE.hidden_size * EXAMPLE.bytes_per_value,
+    )
+    num_shards = plan.world_size // plan.pipefusion_degree
+    return replace(EXAMPLE, num_shards=num_shards, kept_bytes=kept)
 
 
 def _cards(sizes: list[int]) -> tuple[Card, ...]:

@@ -14,8 +14,9 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
+from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.plan_residency import residency_of
 from comfy_xdit_patch.planning.residency import (
     MODES,
     PIPELINE_MODES,
@@ -25,9 +26,8 @@ from comfy_xdit_patch.planning.residency import (
     ModelSizes,
     ResidencyPlan,
     TokenLoad,
-    plan_residency,
 )
-from comfy_xdit_patch.planning.tensor_residency import plan_tensor_residency, tensor_mode
+from comfy_xdit_patch.planning.tensor_residency import tensor_mode
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
 from comfy_xdit_patch.transport.tensors import flatten
@@ -125,13 +125,8 @@ class Residency:
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
         sizes, load = self._sizes[base_model], _load(base_model, workload, plan, dtype)
-        if plan.tensor_degree > 1:
-            return plan_tensor_residency(sizes, load, plan.tensor_degree, cards=cards)
-        is_pipeline = plan.pipefusion_degree > 1
-        if is_pipeline:
-            num_blocks = num_blocks_of(base_model)
-            sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
-        return plan_residency(sizes, load, cards=cards, first=first, is_pipeline=is_pipeline)
+        num_blocks = num_blocks_of(base_model)
+        return residency_of(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]

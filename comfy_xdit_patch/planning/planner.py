@@ -146,11 +146,14 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
             raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
         if strategy.pipefusion > 1 and strategy.ring > 1:
             raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
-        if strategy.pipefusion > 1 and strategy.tensor > 1:
-            raise PlanError("pipefusion and tensor both share out the blocks' weights.")
-        for axis in ("tensor", "pipefusion"):
-            if strategy.fsdp and getattr(strategy, axis) > 1:
-                raise PlanError(f"fsdp and {axis} both share out the blocks' weights.")
+        sharers = {
+            "fsdp": strategy.fsdp > 0,
+            "pipefusion": strategy.pipefusion > 1,
+            "tensor": strategy.tensor > 1,
+        }
+        used = [name for name, is_used in sharers.items() if is_used]
+        if len(used) > 1:
+            raise PlanError(f"{used[0]} and {used[1]} both share out the blocks' weights.")
         return ParallelPlan(
             world_size,
             strategy.batch,
