@@ -7,7 +7,8 @@ Runs in: ComfyUI's own Python, also when ComfyUI-Manager starts it (standard lib
     python install.py --check      say what would happen; change nothing
     python install.py --uninstall  remove every trace from this Python
     python install.py demo ...     the same image on stock ComfyUI and on several ranks
-    python install.py test ...     the test suite; further arguments go to pytest
+    python install.py test ...     the tests, one of each mechanism; --all runs everything, and
+                                   further arguments go to pytest
 
 Installing never replaces what ComfyUI brought along: its packages are held at their versions, so
 pip fails with a reason where it would have to change one.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from inside.client import Inside
+from rig.breadth import WHOLE, is_whole
 from rig.checkpoints import Sizes, models_directory
+from rig.environment import RIG_CACHE, cache_root
 from rig.trees import Tree, trees_for_tests
 
 TIERS = ("unit", "contract", "parallel", "e2e")
@@ -37,24 +41,64 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def newest_only(tree: Tree) -> None:
-    """Skip on all but the newest ComfyUI: for what does not differ and costs half a minute."""
-    if tree != trees_for_tests()[-1]:
-        pytest.skip("runs on the newest ComfyUI only: nothing here differs between versions")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="everything, on every ComfyUI found")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give every process of the tests a cache that is not the user's, and say what runs."""
+    if config.getoption("--all"):
+        os.environ[WHOLE] = "1"
+    if hasattr(config, "workerinput"):
+        return  # A process of pytest-xdist: it has the variables of the one that started it.
+    os.environ[RIG_CACHE] = str(cache_root())
+    folder = tempfile.mkdtemp(prefix="xdit-tests-cache-")
+    os.environ["XDG_CACHE_HOME"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_report_header() -> str:
+    if is_whole():
+        return "everything, on every ComfyUI found"
+    return "one of each mechanism on the newest ComfyUI; --all runs everything"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that asks for ``tree`` on every ComfyUI found."""
+    """Run a test that asks for ``tree`` on the newest ComfyUI; if it is marked so, on others too.
+
+    ``every_version`` is for what stands for all: the oldest ComfyUI must run it always.
+    ``newest_only`` is for what does not differ between versions.
+    """
     if "tree" in metafunc.fixturenames:
-        trees = trees_for_tests()
+        marks = {mark.name for mark in metafunc.definition.iter_markers()}
+        is_everywhere = "newest_only" not in marks and (is_whole() or "every_version" in marks)
+        trees = trees_for_tests()[0 if is_everywhere else -1 :]
         metafunc.parametrize("tree", trees, ids=[t.version for t in trees], scope="session")
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick tests first; then those side by side that share servers, for a start costs a minute."""
+    if not is_whole():
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        _skip_what_is_not_there(item)
     items.sort(key=_place)
+
+
+def _skip_what_is_not_there(item: pytest.Item) -> None:
+    """Skip a test marked ``needs(file, text)`` where the ComfyUI has no such file with that text.
+
+    A version that nobody knows yet may lack what all known ones have: it skips, it does not fail.
+    """
+    tree = getattr(getattr(item, "callspec", None), "params", {}).get("tree")
+    for mark in item.iter_markers("needs"):
+        if tree is not None and not tree.has(mark.args):
+            why = f"ComfyUI {tree.version} has no {mark.args[1]!r} in {mark.args[0]}"
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rig.own_tests import outcomes
 from rig.trees import Tree
 
@@ -37,6 +38,7 @@ def start(tree: Tree, report: Path, **env: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.thorough
 def test_comfyuis_own_unit_tests_give_the_same_result(tree: Tree, tmp_path: Path) -> None:
     reports = {name: tmp_path / f"{name}.xml" for name in ("stock", "active")}
     running = {

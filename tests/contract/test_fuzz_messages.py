@@ -19,7 +19,7 @@ from comfy_xdit_patch.transport.messages import Message, decode
 def test_the_decoder_makes_a_message_of_the_right_types_or_a_message_error() -> None:
     num_messages = num_errors = 0
     with nothing_is_left():
-        for seed in seeds(20_000):
+        for seed in seeds(2000):
             chance = random.Random(seed)
             data = broken_body(chance.choice(MESSAGES), chance)
             with named(seed, data):
@@ -33,8 +33,8 @@ def test_the_decoder_makes_a_message_of_the_right_types_or_a_message_error() -> 
                     assert check(getattr(found, name)), name
                 num_messages += 1
     # Both happen often, or this tries nothing.
-    assert num_messages > 2000 * TIMES
-    assert num_errors > 2000 * TIMES
+    assert num_messages > 200 * TIMES
+    assert num_errors > 200 * TIMES
 
 
 def test_a_channel_gives_messages_or_an_error_of_ours_and_never_waits_past_its_deadline() -> None:
@@ -42,7 +42,7 @@ def test_a_channel_gives_messages_or_an_error_of_ours_and_never_waits_past_its_d
         (ChannelClosedError, DeadlineExceededError, MessageError), 0
     )
     with nothing_is_left():
-        for seed in seeds(3000):
+        for seed in seeds(300):
             chance = random.Random(seed)
             ours, theirs = socket.socketpair()
             channel = Channel(ours, takes_fds=chance.random() < 0.5)
@@ -56,7 +56,7 @@ def test_a_channel_gives_messages_or_an_error_of_ours_and_never_waits_past_its_d
                 ended[type(found)] += 1
             channel.close()
             theirs.close()
-    assert min(ended.values()) > 100 * TIMES, ended
+    assert min(ended.values()) > 10 * TIMES, ended
 
 
 def write_broken_frames(end: socket.socket, chance: random.Random) -> bytes:

@@ -128,7 +128,7 @@ def test_a_broken_answer_is_a_result_of_the_right_shape_or_loses_the_workers(
 ) -> None:
     num_lost = 0
     with nothing_is_left():
-        for seed in seeds(2500):
+        for seed in seeds(250):
             chance = random.Random(seed)
             broken = broken_frame(reply, chance)
             frames = [frame_of(reply) for _ in range(NUM_RANKS)]
@@ -148,7 +148,7 @@ def test_a_broken_answer_is_a_result_of_the_right_shape_or_loses_the_workers(
                 is_lost = isinstance(found, WorkerError)
                 assert world.pool.state is (PoolState.BROKEN if is_lost else PoolState.READY)
             world.close()
-    assert num_lost > 1000 * TIMES, "most of them are noticed"
+    assert num_lost > 100 * TIMES, "most of them are noticed"
 
 
 def assert_is_right(found: Any) -> None:

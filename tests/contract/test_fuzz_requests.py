@@ -48,7 +48,7 @@ def test_a_broken_request_ends_the_worker_with_a_report(monkeypatch: pytest.Monk
     samples = [m for m in MESSAGES if not isinstance(m, messages.Start)]
     num_reports = 0
     with nothing_is_left():
-        for seed in seeds(3000):
+        for seed in seeds(300):
             chance = random.Random(seed)
             first = broken_frame(start, chance) if chance.random() < 0.2 else frame_of(start)
             second = broken_frame(chance.choice(samples), chance)
@@ -58,7 +58,7 @@ def test_a_broken_request_ends_the_worker_with_a_report(monkeypatch: pytest.Monk
                 if code == 1:
                     assert isinstance(last, replies.Failed)
                     num_reports += 1
-    assert num_reports > 1000 * TIMES
+    assert num_reports > 100 * TIMES
 
 
 def served(*frames: bytes) -> tuple[int | None, Message | None]:

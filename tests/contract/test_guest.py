@@ -164,7 +164,7 @@ IMPORT_ORDERS = (
 )
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 @pytest.mark.parametrize("order", IMPORT_ORDERS)
 def test_the_patch_is_active_in_every_import_order(tree: Tree, order: str) -> None:
     code = (

@@ -52,7 +52,7 @@ def bytes_per_step(server: Server, graph: Graph) -> tuple[float, dict[str, int]]
 
 
 @pytest.mark.group("not strict, features")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_no_residual_crosses(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -66,7 +66,7 @@ def test_no_residual_crosses(
 
 
 @pytest.mark.group("not strict, features")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 @pytest.mark.parametrize(
     ("section", "name", "victim"),
     [

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from rig import corpus, templates
+from rig.breadth import is_whole
 from rig.compare import compare_all
 from rig.corpus_models import corpus_models_directory
 from rig.environment import RigError
@@ -61,6 +62,8 @@ def is_selected(tree: Tree, num_ranks: int, name: str) -> bool:
     """Return whether a test runs where not everything does."""
     if EVERYTHING:
         return True
+    if not is_whole():
+        return name in SELECTION
     is_newest = tree == trees_for_tests()[-1]
     if is_newest and num_ranks == 2:
         return name not in corpus.LARGE
@@ -75,7 +78,8 @@ def test_the_table_names_every_template_of_the_family(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-@pytest.mark.parametrize("num_ranks", [2, 3])  # the outer loop: one start of each server
+# The outer loop: one start of each server.
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_template_equals_stock(
     servers: Servers, tree: Tree, num_ranks: int, name: str, record_property: Record
 ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from rig import graphs
+from rig.breadth import how_many
 from rig.checkpoints import Sizes, models_directory
 from rig.environment import RigError
 from rig.fault_bench import DEADLINE_S, STEPS, Bench
@@ -35,7 +36,7 @@ from rig.memory import own_memory
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-pytestmark = [pytest.mark.group("faults"), pytest.mark.usefixtures("newest_only")]
+pytestmark = [pytest.mark.group("faults"), pytest.mark.newest_only]
 
 Record = Callable[[str, object], None]
 
@@ -45,13 +46,13 @@ GROWTH = 1.05
 MAX_DEAF = 3
 
 
-def how_many(name: str, default: int) -> int:
-    return int(os.environ.get(f"ENDURANCE_{name}", str(default)))
+def times(name: str, default: int, *, whole: int | None = None) -> int:
+    return how_many(default, whole=whole or default, variable=f"ENDURANCE_{name}")
 
 
 @pytest.fixture
 def chance() -> random.Random:
-    return random.Random(how_many("SEED", 1))
+    return random.Random(times("SEED", 1))
 
 
 def spread(seconds: list[float]) -> str:
@@ -69,7 +70,7 @@ def test_a_killed_worker_costs_less_than_a_second(
 ) -> None:
     decided, finished = [], []
     num_deaf = 0
-    while len(decided) < how_many("KILLS", 1):
+    while len(decided) < times("KILLS", 1):
         bench.heal()
         expected, graph = bench.image_of(steps=LONG)
         prompt = bench.ranks.post_prompt(graph)
@@ -105,7 +106,7 @@ def test_cancels_at_any_moment_strand_nobody(
     bench.heal()
     pids = bench.pids
     seconds, outcomes = [], Counter[str]()
-    for _ in range(how_many("CANCELS", 10)):
+    for _ in range(times("CANCELS", 3, whole=10)):
         _, graph = bench.graph_of(steps=LONG)
         prompt = bench.ranks.post_prompt(graph)
         time.sleep(chance.random() * 2.0)
@@ -133,7 +134,7 @@ def test_nothing_outlives_a_host_that_is_killed(
 ) -> None:
     models = models_directory(Sizes(hidden=512))
     moments = []
-    for number in range(how_many("HOST_KILLS", 1)):
+    for number in range(times("HOST_KILLS", 1)):
         shared = set(os.listdir("/dev/shm"))
         with base_directory(tmp_path / str(number), models) as base:
             server = Server(tree, base, env={"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"})
@@ -172,7 +173,7 @@ def test_a_long_run_with_faults_cancels_and_sizes_leaves_no_trace(
             chance.shuffle(kinds)
             yield from kinds
 
-    num_prompts = how_many("PROMPTS", 20)
+    num_prompts = times("PROMPTS", 6, whole=20)
     for number, event in zip(range(num_prompts), events_in_turn(), strict=False):
         events[event] += 1
         if event == "free":

@@ -12,7 +12,7 @@ import pytest
 from rig import graphs
 from rig.pair import run_pair
 from rig.server import Server
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
 
 Servers = Callable[..., Server]
 
@@ -42,7 +42,8 @@ ODD: dict[str, dict[str, object]] = {
 CALLS = {"heun": 7}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.every_version
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflow_equals_stock(
     servers: Servers,
@@ -51,8 +52,6 @@ def test_workflow_equals_stock(
     name: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    if num_ranks > 2 and tree != trees_for_tests()[-1]:
-        pytest.skip("3 ranks on the newest; tests/parallel has 2, 3 and 5 on both")
     graph = graphs.with_values(
         graphs.load(name), seed=11, size=(256, 192), steps=4, save_latent=True
     )
@@ -61,7 +60,7 @@ def test_workflow_equals_stock(
     assert pair.run["steps"] == 4, "one model call for each step of euler"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_odd_cases_equal_stock(
     servers: Servers,
     tree: Tree,
@@ -71,10 +70,6 @@ def test_odd_cases_equal_stock(
     base = graphs.with_values(
         graphs.load("ksampler_dev"), seed=12, size=(128, 128), steps=4, save_latent=True
     )
-    # The oldest ComfyUI on 2 ranks, the newest on 3: the forward itself is held to 1e-5 on both
-    # with 2, 3 and 5 ranks in tests/parallel.
-    if num_ranks != (2 if tree == trees_for_tests()[0] else 3):
-        pytest.skip("the other number of ranks runs on the other ComfyUI")
     for name, values in ODD.items():
         graph = graphs.with_values(base, **values)  # type: ignore[arg-type]
         pair = run_pair(servers, tree, graph, num_ranks)

@@ -37,7 +37,7 @@ from rig.faults import (
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-pytestmark = [pytest.mark.group("faults"), pytest.mark.usefixtures("newest_only")]
+pytestmark = [pytest.mark.group("faults"), pytest.mark.newest_only]
 
 Record = Callable[[str, object], None]
 

@@ -45,7 +45,7 @@ def wait_for_state(server: Server, state: str, deadline_s: float) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_worker_killed_in_mid_step_costs_no_image(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -84,7 +84,7 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
     assert ranks.status()["last_run"]["steps_parallel"] == 6, "the next image is parallel again"
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_hooks_that_comfyui_did_without_are_made_up_for_when_a_worker_is_lost(
     servers: Servers, tree: Tree
 ) -> None:
@@ -151,7 +151,7 @@ def _resident_bytes(pid: int) -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
     servers: Servers, tree: Tree, tmp_path: Path
 ) -> None:
@@ -178,7 +178,7 @@ def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, tree: Tree) -> None:
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="1")
     assert_equal_to_stock(servers, tree, ranks, seed=150)
@@ -186,7 +186,7 @@ def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, t
     assert "rank 0, rank 1 did not join within XDIT_START_TIMEOUT=1 s" in reason
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
@@ -218,7 +218,7 @@ def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) ->
         ranks.run(graph, DEADLINE_S)
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_nothing_is_left_when_the_server_is_killed(servers: Servers, tree: Tree) -> None:
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400", XDIT_STEP_TIMEOUT="599")
     assert_equal_to_stock(servers, tree, ranks, seed=180)

@@ -3,11 +3,11 @@
 The rows stand in ``rig.feature_table``. Rows that run in parallel do so in
 strict mode; the others run without it, and their reason is asserted.
 
-The newest ComfyUI runs every other row on 2 ranks, and fewer on 3; older ones run a part.
-``FEATURES_ALL=1`` runs all of them everywhere, and so does ``FEATURES_RESULTS=FILE``, which keeps
-what was found: docs/compatibility.md is made of it. ``FEATURES_ROWS`` is a pattern that picks rows
-by name. ``FEATURES_SLOW=1`` runs those too that take minutes (a compiler is in them).
-``FEATURES_LENIENT=1`` leaves strict mode off, which shows why a row falls back that should not.
+Every fifth row runs, and one for each reason to fall back. All of them run with ``--all``, and with
+``FEATURES_RESULTS=FILE``, which keeps what was found: docs/compatibility.md is made of it.
+``FEATURES_ROWS`` is a pattern that picks rows by name. ``FEATURES_SLOW=1`` runs those too that take
+minutes (a compiler is in them). ``FEATURES_LENIENT=1`` leaves strict mode off, which shows why a
+row falls back that should not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rig.breadth import is_whole, one_of_each
 from rig.compare import compare_all
 from rig.environment import RigError
 from rig.feature_models import feature_models
@@ -28,14 +29,14 @@ from rig.feature_run import ABSENT, COMMON_PACKS, Found, refusal, run_row, write
 from rig.feature_table import CONTROLS, SECTIONS
 from rig.pair import STRICT, Result, run_stock
 from rig.server import Server
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
 
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
 COMPLAINTS = ("unet missing", "unet unexpected", "lora key not loaded", "missing controlnet keys")
 MARK_OF_RADIANCE = "unexpected: ['__x0__']"  # a tensor without numbers, read by its name
-EVERYTHING = "FEATURES_ALL" in os.environ or "FEATURES_RESULTS" in os.environ
+EVERYTHING = is_whole() or "FEATURES_RESULTS" in os.environ
 VISIBLE = 8  # of 255
 SHARED = (PARALLEL, GATHERED)
 LENIENT = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
@@ -69,13 +70,12 @@ def test_every_row_shows_in_stock_images(
         return str(difference)
 
     # What a row shows in stock's image changes with ComfyUI and the row alone.
-    every = 1 if EVERYTHING else 6
-    check_rows(tree, rows_of(section, every=every), check, record_property)
+    check_rows(tree, rows_of(section, every=12), check, record_property)
 
 
 # All sections of the one, then of the other: strict mode is another server, and a start is dear.
 @pytest.mark.parametrize("section", SECTIONS)
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_parallel_rows_are_parallel(
     servers: Servers, tree: Tree, num_ranks: int, section: str, record_property: Record
 ) -> None:
@@ -83,7 +83,7 @@ def test_parallel_rows_are_parallel(
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_other_rows_become_what_is_written(
     servers: Servers, tree: Tree, num_ranks: int, section: str, record_property: Record
 ) -> None:
@@ -94,8 +94,6 @@ def check_ranks(
     servers: Servers, tree: Tree, num_ranks: int, section: str, record: Record, is_strict: bool
 ) -> None:
     """Every row becomes what is written; those that are parallel, in strict mode."""
-    if num_ranks > 2 and tree != trees_for_tests()[-1]:
-        pytest.skip("unequal shares: on the newest ComfyUI only")
     mode = STRICT if is_strict and "FEATURES_LENIENT" not in os.environ else LENIENT
 
     def check(row: Row) -> str:
@@ -113,7 +111,7 @@ def check_ranks(
         assert section != CONTROLS or alone or found.controls_parallel, "no ControlNet was counted"
         return str(found)
 
-    rows = rows_of(section, every=how_many(tree, num_ranks))
+    rows = rows_of(section, every=5)
     rows = {name: row for name, row in rows.items() if (row.outcome in SHARED) == is_strict}
     for row in rows.values():
         if not row.runs_on(tree):
@@ -121,21 +119,22 @@ def check_ranks(
     check_rows(tree, rows, check, record)
 
 
-def how_many(tree: Tree, num_ranks: int) -> int:
-    """Every how many-th row runs: most where most differs, a part elsewhere. All take an hour."""
-    if EVERYTHING:
-        return 1
-    is_newest = tree == trees_for_tests()[-1]
-    return 2 if is_newest and num_ranks == 2 else 6
+def rows_of(section: str, *, every: int) -> dict[str, Row]:
+    """Return the rows of a section that were asked for; those that share a server side by side.
 
-
-def rows_of(section: str, every: int = 1) -> dict[str, Row]:
-    """Return the rows of a section that were asked for; those that share a server side by side."""
-    chosen = os.environ.get("FEATURES_ROWS", "")
-    rows = [(name, row) for name, row in SECTIONS[section].items() if re.search(chosen, name)][
-        ::every
-    ]
-    return dict(sorted(rows, key=lambda item: item[1].pack or ""))
+    Without a choice: every how many-th row, and one for each reason to fall back in ComfyUI's
+    common process. All rows take an hour.
+    """
+    rows = SECTIONS[section]
+    if chosen := os.environ.get("FEATURES_ROWS", ""):
+        rows = {name: row for name, row in rows.items() if re.search(chosen, name)}
+    elif not EVERYTHING:
+        kinds = one_of_each(
+            {name: row for name, row in rows.items() if row.pack is None},
+            lambda row: (row.outcome, row.reason, row.control_alone),
+        )
+        rows = {**dict(list(rows.items())[::every]), **kinds}
+    return dict(sorted(rows.items(), key=lambda item: item[1].pack or ""))
 
 
 def server_for(servers: Servers, tree: Tree, row: Row, **env: str) -> Server:
@@ -153,7 +152,6 @@ def check_rows(
             record(name, "not run without FEATURES_SLOW=1")
             continue
         if not row.runs_on(tree):
-            assert tree != trees_for_tests()[-1], f"no ComfyUI has what {name} needs: {row.needs}"
             record(name, f"ComfyUI {tree.version} has no such thing")
             continue
         try:

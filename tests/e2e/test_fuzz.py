@@ -1,7 +1,8 @@
 """Graphs drawn by chance from everything that runs in parallel: each image is stock's.
 
-``FUZZ_GRAPHS`` is the number of graphs for each ComfyUI and number of ranks (3 if it is not set),
-``FUZZ_FIRST`` the first seed; a failure names its seed and what the graph contains.
+``FUZZ_GRAPHS`` is the number of graphs for each ComfyUI and number of ranks (2 if it is not set, 3
+with ``--all``), ``FUZZ_FIRST`` the first seed; a failure names its seed and what the graph
+contains.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+from rig.breadth import how_many
 from rig.environment import RigError
 from rig.feature_models import feature_models
 from rig.feature_rows import PARALLEL
@@ -17,22 +19,20 @@ from rig.feature_run import COMMON_PACKS, Found, found, write_inputs
 from rig.pair import STRICT, run, run_stock
 from rig.random_graphs import Drawn, draw
 from rig.server import Server
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
 
 Servers = Callable[..., Server]
 Record = Callable[[str, object], None]
 
-NUM_GRAPHS = int(os.environ.get("FUZZ_GRAPHS", "3"))
+NUM_GRAPHS = how_many(2, whole=3, variable="FUZZ_GRAPHS")
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 SETUP = {"node_packs": COMMON_PACKS}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_random_graphs_equal_stock(
     servers: Servers, tree: Tree, num_ranks: int, record_property: Record
 ) -> None:
-    if num_ranks > 2 and tree != trees_for_tests()[-1]:
-        pytest.skip("unequal shares: on the newest ComfyUI only")
     setup = {**SETUP, "models": feature_models()}
     # Other seeds on three ranks: other graphs are worth more than the same ones again.
     first = FIRST + (0 if num_ranks == 2 else 100_000)

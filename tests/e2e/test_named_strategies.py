@@ -38,7 +38,7 @@ ROWS = {
 
 @pytest.mark.slow  # a server of its own
 @pytest.mark.group("ring, features")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_ring_by_name(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -46,6 +46,8 @@ def test_a_ring_by_name(
     stock = servers(tree, XDIT_STRATEGY="off", **setup)
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="ring", **STRICT, **setup)
     for name, rows in ROWS.items():
+        if not rows[name].runs_on(tree):
+            continue
         found = run_row(stock, ranks, rows[name])
         record_property(name, str(found))
         assert found.outcome == rows[name].outcome, name
@@ -58,7 +60,7 @@ def test_a_ring_by_name(
 
 @pytest.mark.slow  # a server of its own
 @pytest.mark.group("plan")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: Tree) -> None:
     env = {"XDIT_STRATEGY": "ring=1,cfg=2", "XDIT_STRICT": "0"}
     base = graphs.with_values(
@@ -79,7 +81,7 @@ def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: T
 
 @pytest.mark.slow  # a server of its own
 @pytest.mark.group("pipefusion")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_pipefusion_by_name_says_that_it_is_approximate_and_is_close(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -105,7 +107,7 @@ def test_pipefusion_by_name_says_that_it_is_approximate_and_is_close(
 
 
 @pytest.mark.group("tensor, features")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_cut_blocks_by_name(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -114,6 +116,8 @@ def test_cut_blocks_by_name(
     stock = servers(tree, XDIT_STRATEGY="off", **setup)
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="tensor", **env, **setup)
     for name, (rows, reason) in CUT_ROWS.items():
+        if not rows[name].runs_on(tree):
+            continue
         found = run_row(stock, ranks, rows[name])
         record_property(name, f"{found}, latent {found.latent_error}")
         assert found.outcome == (FALLS_BACK if reason else PARALLEL), (name, found.reasons)
@@ -138,7 +142,7 @@ CUT_ROWS = {
 
 @pytest.mark.slow  # a server of its own
 @pytest.mark.group("tensor")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_weights_are_patched_before_they_are_cut(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -152,5 +156,7 @@ def test_weights_are_patched_before_they_are_cut(
         assert verified > 0
     ranks = servers(tree, XDIT_GPUS="cpu:2", **STRICT, **env, **weight_rows.SETUP)
     for name in ("int8", "GGUF Q8_0"):
+        if not weight_rows.ROWS[name].runs_on(tree):
+            continue
         with pytest.raises(RigError, match="these are quantised in groups"):
             run(ranks, weight_rows.ROWS[name].graph(weight_rows.base_graph()))

@@ -127,7 +127,7 @@ def test_neighbours_in_the_process_change_nothing(
         assert "a fault of comfy-xdit-patch" not in name
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_prompts_of_several_clients_at_once_are_all_right(
     servers: Servers, tree: Tree, crowded: Server
 ) -> None:
@@ -160,7 +160,7 @@ def test_comfyuis_own_multigpu_node_on_the_same_graph(
     assert_parallel(crowded)
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_dead_worker_is_noticed_while_forked_children_hold_its_channel(
     servers: Servers, tree: Tree, crowded: Server
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_dead_worker_is_noticed_while_forked_children_hold_its_channel(
     wait_until(lambda: all(state_of(pid) == "" for pid in old), 2, "no zombie is left")
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_two_comfyuis_do_not_know_of_each_other(
     servers: Servers, tree: Tree, crowded: Server, lone: LoneServer
 ) -> None:
@@ -205,7 +205,7 @@ def test_two_comfyuis_do_not_know_of_each_other(
     assert second.status()["last_run"]["steps_fell_back"] > 0
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_restart_in_the_same_process_leaves_nothing_behind(
     servers: Servers, tree: Tree, lone: LoneServer
 ) -> None:

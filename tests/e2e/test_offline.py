@@ -21,7 +21,7 @@ DEADLINE_S = 600.0
 Servers = Callable[..., Server]
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_workers_sockets_are_on_loopback_while_a_run_goes_on(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
@@ -72,7 +72,7 @@ with base_directory(Path(sys.argv[3]), models) as base, Server(tree, base, env=e
 """
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 @pytest.mark.slow  # a server and a pool of its own, for no other can be inside
 def test_everything_runs_where_only_loopback_exists(tree: Tree, tmp_path: Path) -> None:
     unshare = [shutil.which("unshare") or "unshare", "--user", "--map-root-user", "--net"]

@@ -14,7 +14,7 @@ from rig import graphs
 from rig.lone import LoneServer, listing
 from rig.sockets import internet_sockets
 
-pytestmark = [pytest.mark.group("neighbours"), pytest.mark.usefixtures("newest_only")]
+pytestmark = [pytest.mark.group("neighbours"), pytest.mark.newest_only]
 
 DEADLINE_S = 600.0
 WORD = "quokkaharbour"

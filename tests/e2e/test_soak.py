@@ -53,7 +53,8 @@ def graph_of(number: int) -> graphs.Graph:
 
 
 @pytest.mark.slow  # two dozen images
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.thorough
+@pytest.mark.newest_only
 def test_many_prompts_leave_no_trace(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:

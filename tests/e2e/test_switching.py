@@ -55,7 +55,8 @@ def two_models(seed: int) -> graphs.Graph:
     return graph
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
+@pytest.mark.needs("comfy_extras/nodes_custom_sampler.py", "class DualModelGuider")
 def test_two_models_in_one_step_equal_stock_and_stay_loaded(servers: Servers, tree: Tree) -> None:
     first = run_pair(servers, tree, two_models(seed=410))
     assert first["last_run"]["steps"] >= 4, "two models, two steps"

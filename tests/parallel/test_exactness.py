@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from exactness import BOUND, STRICT, compare
 from inside.client import Inside
-from rig.trees import Tree, trees_for_tests
+from rig.trees import Tree
 
 CASES = {
     "square": {"height": 16, "width": 16, "batch": 1, "text_tokens": 256},
@@ -65,7 +65,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("num_ranks", [5, 3])
+@pytest.mark.every_version
+@pytest.mark.parametrize("num_ranks", [pytest.param(5, marks=pytest.mark.thorough), 3])
 def test_forward_equals_stock_in_every_shape(
     tree: Tree,
     inside: Callable[..., Inside],
@@ -74,9 +75,6 @@ def test_forward_equals_stock_in_every_shape(
     num_ranks: int,
     record_property: Callable[[str, object], None],
 ) -> None:
-    oldest = tree == trees_for_tests()[0]
-    if num_ranks == (3 if oldest else 5) and len(trees_for_tests()) > 1:
-        pytest.skip("5 ranks on the oldest, 3 on the newest, and 7 in test_family; 2 in tests/e2e")
     # hidden 768 is 6 heads: equal on 2 and 3 ranks, unequal on 5.
     path = flux_dev(hidden=768, double=1, single=1)
     stock = inside(tree, XDIT_STRATEGY="off")

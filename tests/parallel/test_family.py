@@ -61,7 +61,7 @@ def test_the_planner_counts_the_weights_of_a_model(
     assert found["planned"] == pytest.approx(found["counted"], rel=0.01)
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 @pytest.mark.group("native")
 @pytest.mark.slow  # a model of FLUX.1's own width, and up to 7 processes that hold it
 def test_24_heads_on_7_ranks_at_native_width_in_fp8(
@@ -109,7 +109,7 @@ def test_every_weight_dtype_of_unetloader_equals_stock(
 
 
 @pytest.mark.group("peak")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_each_ranks_peak_of_activations_is_about_its_share(
     tree: Tree,
     inside: Callable[..., Inside],

@@ -25,7 +25,7 @@ from comfy_xdit_patch.workers import starting
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.pool import Pool, PoolState
 
-pytestmark = [pytest.mark.usefixtures("newest_only"), pytest.mark.group("2")]
+pytestmark = [pytest.mark.newest_only, pytest.mark.group("2")]
 
 DEADLINE_S = 180.0
 HANG_S = 2.0

@@ -68,7 +68,7 @@ def test_a_number_that_arrives_as_another_is_found(
     )
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_the_machine_is_measured_in_comfyui_and_its_predictions_are_near(
     tree: Tree,
     inside: Callable[..., Inside],

@@ -24,7 +24,7 @@ WAY = (
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_model_is_right_in_each_mode_whichever_it_was_in_before(
     tree: Tree,
     inside: Callable[..., Inside],

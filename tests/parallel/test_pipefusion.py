@@ -15,6 +15,7 @@ import pytest
 import torch
 from exactness import BOUND, MALLOC, STRICT
 from inside.client import Inside
+from rig.feature_packs import ATTENTION_PATCHES
 from rig.trees import Tree
 from test_strategies import EVEN, FLOAT32, ODD, following
 
@@ -106,7 +107,7 @@ def test_exact_calls_and_calls_with_unchanged_inputs_equal_stock(
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_stream_begins_anew_when_anything_but_the_latent_and_sigma_changes(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -122,7 +123,7 @@ def test_a_stream_begins_anew_when_anything_but_the_latent_and_sigma_changes(
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_the_error_falls_with_the_difference_of_inputs_that_follow_each_other(
     tree: Tree,
     inside: Callable[..., Inside],
@@ -148,7 +149,7 @@ def test_the_error_falls_with_the_difference_of_inputs_that_follow_each_other(
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_run_that_cannot_be_pipelined_is_refused_with_its_reason(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -169,6 +170,8 @@ def test_a_run_that_cannot_be_pipelined_is_refused_with_its_reason(
         ("where a run begins and ends", path, ODD),
         ("needs 5 steps or more", path, ODD | {"sigmas": 5}),
     ]
+    if not tree.has(ATTENTION_PATCHES):
+        cases = [case for case in cases if "patches_attention" not in case[2]]
     with following(ranks, "pipefusion"):
         for reason, of_model, case in cases:
             with pytest.raises(RuntimeError, match=reason):
@@ -176,7 +179,7 @@ def test_a_run_that_cannot_be_pipelined_is_refused_with_its_reason(
 
 
 @pytest.mark.group("peak")  # whose 4 ranks it takes over
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_formulas(
     tree: Tree,
     inside: Callable[..., Inside],

@@ -77,7 +77,7 @@ def test_a_ring_equals_stock_in_every_shape(
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_an_attention_function_of_a_nodes_is_never_left_out_for_a_ring(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -98,7 +98,7 @@ def test_an_attention_function_of_a_nodes_is_never_left_out_for_a_ring(
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_shards_of_weights_by_name(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -116,7 +116,7 @@ def test_shards_of_weights_by_name(
 
 
 @pytest.mark.group("peak")  # whose 4 ranks it takes over
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
     tree: Tree,
     inside: Callable[..., Inside],

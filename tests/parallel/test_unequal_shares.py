@@ -78,7 +78,7 @@ def models(stock: Inside, flux_dev: Callable[..., str], folder: Path) -> dict[st
 
 
 @pytest.mark.group("3")
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_weights_of_three_ranks(
     tree: Tree,
     inside: Callable[..., Inside],
@@ -92,7 +92,7 @@ def test_weights_of_three_ranks(
 
 
 @pytest.mark.group("peak")  # whose 4 ranks it takes over
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_weights_of_four_ranks_in_two_axes(
     tree: Tree,
     inside: Callable[..., Inside],
@@ -131,7 +131,7 @@ def check(
         follow(ranks, "auto", [])
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_two_ranks_by_weight_with_a_controlnet_and_one_that_is_slowed(
     tree: Tree,
     inside: Callable[..., Inside],

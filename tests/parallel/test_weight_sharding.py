@@ -86,7 +86,7 @@ def test_sharded_equals_whole_bit_for_bit(
             assert "torch.float8_e4m3fn" in results[0]["dtypes"]
 
 
-@pytest.mark.usefixtures("newest_only")
+@pytest.mark.newest_only
 def test_a_rank_of_four_holds_its_share_and_gathers_the_rest(
     processes: list[Inside],
     flux_dev: Callable[..., str],

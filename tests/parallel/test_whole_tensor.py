@@ -11,7 +11,8 @@ from rig.trees import Tree
 NUM_RANKS = 3
 
 
-@pytest.mark.usefixtures("newest_only")  # nvfp4 came after the oldest
+@pytest.mark.newest_only
+@pytest.mark.needs("comfy/quant_ops.py", "TensorCoreNVFP4Layout")
 def test_nvfp4_scales_its_input_as_on_one_rank(tree: Tree, tmp_path: Path) -> None:
     processes = [Inside(tree, {"XDIT_STRATEGY": "off"}) for _ in range(NUM_RANKS)]
     try:

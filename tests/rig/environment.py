@@ -23,6 +23,8 @@ from pathlib import Path
 LOCK_FILE = Path(__file__).with_name("requirements.lock")
 PYTHON_VERSIONS = ((3, 11), (3, 12), (3, 13), (3, 14))
 PIP_DEADLINE_S = 3600
+RIG_CACHE = "RIG_CACHE"
+"""Where the rig's cache is, in processes of tests: XDG_CACHE_HOME is an empty one for them."""
 TAIL_LINES = 40
 
 
@@ -33,7 +35,7 @@ class RigError(RuntimeError):
 def cache_root() -> Path:
     """Return the cache directory of the rig, made if it is missing."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    root = Path(base) / "comfy-xdit-patch"
+    root = Path(os.environ.get(RIG_CACHE) or Path(base) / "comfy-xdit-patch")
     root.mkdir(parents=True, exist_ok=True)
     return root
 

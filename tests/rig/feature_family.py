@@ -14,6 +14,7 @@ from collections.abc import Callable
 from rig import weight_graphs
 from rig.feature_graphs import SEED, VAE, Draft
 from rig.feature_rows import GATHERED, PARALLEL, Row, plain
+from rig.trees import Need
 
 T5, OVIS, LONGCAT = 128, 2048, 3584  # widths of the text
 NEWER_FLUX = ("comfy/ldm/flux/model.py", "yak_mlp")
@@ -73,7 +74,7 @@ def member(
     *more: Change,
     width: int = T5,
     cfg: float = 1.0,
-    needs: tuple[str, str] | None = None,
+    needs: Need | None = None,
     outcome: str = PARALLEL,
     reason: str = "",
     why: str = "",

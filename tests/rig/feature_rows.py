@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rig.feature_graphs import STEPS, Draft
 from rig.graphs import Graph
-from rig.trees import Tree
+from rig.trees import Need, Tree
 
 PARALLEL, GATHERED, FALLS_BACK = "parallel", "parallel with gather", "falls back"
 UNSEEN = "not seen"  # the model ran, and none of its calls reached us
@@ -45,7 +45,7 @@ class Row:
     reason: str = ""
     why: str = ""
     control_alone: str = ""
-    needs: tuple[str, str] | None = None
+    needs: Need | None = None
     same_as_plain: str = ""
     is_rounded: bool = False
     is_slow: bool = False
@@ -61,10 +61,7 @@ class Row:
 
     def runs_on(self, tree: Tree) -> bool:
         """Whether this version of ComfyUI has what the row is about."""
-        if self.needs is None:
-            return True
-        path = tree.path / self.needs[0]
-        return path.exists() and self.needs[1] in path.read_text()
+        return tree.has(self.needs)
 
 
 def plain(_: Draft) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from rig.feature_graphs import SEED, Draft
 from rig.feature_rows import REFUSED, Row
+from rig.trees import Need
 
 SAME_UNREAD = "FLUX does not read what the node sets"
 
 
-def extra(name: str) -> tuple[str, str]:
+def extra(name: str) -> Need:
     """Return where a version of ComfyUI shows that it has a node of its ``comfy_extras``."""
     files = {
         "DualModelGuider": "nodes_custom_sampler.py",
@@ -100,7 +101,7 @@ def windows(
     length: int,
     overlap: int,
     schedule: str,
-    needs: tuple[str, str] | None = None,
+    needs: Need | None = None,
     why: str = "",
 ) -> Row:
     def change(draft: Draft) -> None:

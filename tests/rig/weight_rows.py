@@ -13,7 +13,7 @@ from typing import Any
 
 from rig import graphs, weight_graphs
 from rig.graphs import Graph
-from rig.trees import Tree
+from rig.trees import Need, Tree
 
 SIZE = (128, 128)
 STEPS = 2
@@ -46,7 +46,7 @@ class Row:
 
     graph: Callable[[Graph], Graph]
     close_to: str | None = None
-    needs: tuple[str, str] | None = None
+    needs: Need | None = None
 
     @property
     def noisy(self) -> bool:
@@ -55,7 +55,7 @@ class Row:
 
     def runs_on(self, tree: Tree) -> bool:
         """Whether stock ComfyUI of this version can load it."""
-        return self.needs is None or self.needs[1] in (tree.path / self.needs[0]).read_text()
+        return tree.has(self.needs)
 
 
 def base_graph() -> Graph:
@@ -69,7 +69,7 @@ def _loras(*loras: tuple[str, float]) -> Row:
 
 
 def _rows(
-    name: str, load: Callable[[Graph], Graph], needs: tuple[str, str] | None, lora: bool
+    name: str, load: Callable[[Graph], Graph], needs: Need | None, lora: bool
 ) -> dict[str, Row]:
     """Return a row whose weights differ from plain in precision only, and one with a LoRA on it."""
 
@@ -84,7 +84,7 @@ def _unet(
     name: str,
     suffix: str,
     weight_dtype: str = "default",
-    needs: tuple[str, str] | None = None,
+    needs: Need | None = None,
     lora: bool = False,
 ) -> dict[str, Row]:
     file = f"flux1-dev{suffix}.safetensors"
@@ -92,9 +92,7 @@ def _unet(
     return _rows(name, load, needs, lora)
 
 
-def _checkpoint(
-    suffix: str, needs: tuple[str, str] | None = None, lora: bool = False
-) -> dict[str, Row]:
+def _checkpoint(suffix: str, needs: Need | None = None, lora: bool = False) -> dict[str, Row]:
     file = f"flux1-dev-{suffix}.safetensors"
     load = partial(weight_graphs.with_checkpoint, name=file)
     return _rows(f"checkpoint, {suffix}", load, needs, lora)

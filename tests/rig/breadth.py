@@ -1,0 +1,40 @@
+"""How much of the tests runs: one of each mechanism, or everything (``--all``).
+
+Runs in: the tests (standard library only).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+WHOLE = "RIG_ALL"
+"""Set by ``tests/conftest.py`` for all of its processes where ``--all`` was given."""
+
+
+def is_whole() -> bool:
+    """Whether everything runs."""
+    return WHOLE in os.environ
+
+
+def how_many(default: int, *, whole: int, variable: str = "") -> int:
+    """Return how many inputs a test takes; a variable of the environment decides first."""
+    return int(os.environ.get(variable, whole if is_whole() else default))
+
+
+def one_of_each(rows: Mapping[str, T], kind: Any) -> dict[str, T]:
+    """Return the first row of each kind, in the table's order.
+
+    Args:
+        kind: tells a row's kind, something hashable.
+    """
+    seen: set[Hashable] = set()
+    found = {}
+    for name, row in rows.items():
+        if kind(row) not in seen:
+            seen.add(kind(row))
+            found[name] = row
+    return found
