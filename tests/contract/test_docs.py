@@ -131,26 +131,31 @@ def test_texts_are_found_in_every_part_of_the_package():
     assert parts >= {"engine", "patching", "planning", "settings.py", "transport", "workers"}
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda t: t.template.replace(VALUE, "*")[:60])
-def test_every_text_has_an_entry(text):
-    assert any(text.explains(row[0]) for row in rows()), (
-        f"{text.place} can say {text.template.replace(VALUE, '<...>')!r}; "
-        f"docs/troubleshooting.md does not explain it"
-    )
+def test_every_text_has_an_entry():
+    unexplained = [
+        f"{text.place} can say {text.template.replace(VALUE, '<...>')!r}"
+        for text in TEXTS
+        if not any(text.explains(row[0]) for row in rows())
+    ]
+    assert unexplained == [], "docs/troubleshooting.md does not explain them"
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0][:60])
-def test_every_entry_is_a_text_of_the_package_with_a_cause_and_a_remedy(row):
-    entry, *cells = row
-    assert any(text.explains(entry) for text in TEXTS), "no text of the package is like this"
-    assert len(cells) >= 2
-    assert all(len(cell) > 3 for cell in cells[-2:])
+def test_every_entry_is_a_text_of_the_package_with_a_cause_and_a_remedy():
+    assert len(rows()) >= 60
+    unknown = [row[0] for row in rows() if not any(text.explains(row[0]) for text in TEXTS)]
+    assert unknown == [], "no text of the package is like these"
+    bare = [row[0] for row in rows() if len(row) < 3 or any(len(cell) <= 3 for cell in row[-2:])]
+    assert bare == [], "entries without a cause or a remedy"
 
 
-@pytest.mark.parametrize("row", [row for row in rows() if len(row) == 4], ids=lambda row: row[0])
-def test_an_entry_says_how_long_a_refusal_lasts(row):
-    lasts = {text.lasts for text in TEXTS if text.is_refusal and text.explains(row[0])}
-    assert lasts == {row[1]}
+def test_an_entry_says_how_long_a_refusal_lasts():
+    refusals = [row for row in rows() if len(row) == 4]
+    lasts = {
+        row[0]: {text.lasts for text in TEXTS if text.is_refusal and text.explains(row[0])}
+        for row in refusals
+    }
+    assert lasts == {row[0]: {row[1]} for row in refusals}
+    assert len(refusals) >= 30
 
 
 def links() -> list[tuple[str, str]]:
