@@ -17,6 +17,7 @@ from typing import Any
 
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.planning.topology import Device, visible_gpus
+from comfy_xdit_patch.transport.fingerprint import is_dynamic
 
 EVERYTHING = 1e29
 """``unload_all_models`` asks for 1e30 bytes."""
@@ -74,8 +75,7 @@ class SharedMemory:
         """Whether ComfyUI's own copy of a model stays off the GPU, because a worker has one."""
         if patcher.model in self._alone or not self.shares_gpu(patcher.load_device):
             return False
-        is_dynamic = getattr(patcher, "is_dynamic", None)
-        if is_dynamic is not None and is_dynamic():
+        if is_dynamic(patcher):
             return False
         # A control LoRA reshapes img_in, and ComfyUI reads that shape before the forward.
         return not any(key.startswith("diffusion_model.img_in.") for key in patcher.patches)
