@@ -18,6 +18,7 @@ from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.plan_residency import residency_of
 from comfy_xdit_patch.planning.residency import (
+    CUDA_CONTEXT_BYTES,
     MODES,
     PIPELINE_MODES,
     RESERVED_BYTES,
@@ -47,6 +48,8 @@ class Placement:
     room_bytes: int | None
     plan: ParallelPlan | None = None
     """Whose stages share the blocks, in the mode ``staged``."""
+    needed_bytes: int | None = None
+    """What a rank takes on its card beside the contexts, which are there already."""
 
     @property
     def name(self) -> str:
@@ -89,13 +92,14 @@ class Residency:
         self.arithmetic = choice.lines()
         need = choice.needs[-1]
         room = max(0, need.card.free_bytes - need.num_bytes)
+        needed = need.num_bytes - CUDA_CONTEXT_BYTES * (2 if need.card.has_host else 1)
         if cut is not None:
-            return Placement(cut, room)
+            return Placement(cut, room, needed_bytes=needed)
         order = PIPELINE_MODES if is_pipeline else MODES
         before = self._modes.get(base_model, choice.mode)
         mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
         self._modes[base_model] = mode
-        return Placement(mode, room, plan if mode == "staged" else None)
+        return Placement(mode, room, plan if mode == "staged" else None, needed)
 
     def has_room_for_shares(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
