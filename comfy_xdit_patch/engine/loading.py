@@ -38,16 +38,33 @@ def load_patcher(source: ModelSource) -> Any:
     }
     with mapped_weights():
         if source.loader == "load_diffusion_model":
-            return comfy.sd.load_diffusion_model(source.path, model_options=options)
-        if source.loader == "load_controlnet":
-            return _controlnet(source.path, options)
-        return comfy.sd.load_checkpoint_guess_config(
-            source.path,
-            output_vae=False,
-            output_clip=False,
-            output_clipvision=False,
-            model_options=options,
-        )[0]
+            patcher = comfy.sd.load_diffusion_model(source.path, model_options=options)
+        elif source.loader == "load_controlnet":
+            patcher = _controlnet(source.path, options)
+        else:
+            patcher = comfy.sd.load_checkpoint_guess_config(
+                source.path,
+                output_vae=False,
+                output_clip=False,
+                output_clipvision=False,
+                model_options=options,
+            )[0]
+    _check_places(source.path, patcher.model)
+    return patcher
+
+
+def _check_places(path: str, model: torch.nn.Module) -> None:
+    """See that nothing is on a device yet: a worker could never give it back.
+
+    Raises:
+        WorkerError: a weight is.
+    """
+    for name, weight in model.named_parameters():
+        if weight.device.type not in WITHOUT_DEVICE_MEMORY:
+            raise WorkerError(f"{path}: ComfyUI loaded {name} onto {weight.device} by itself.")
+
+
+WITHOUT_DEVICE_MEMORY = ("cpu", "meta")
 
 
 class _Holder(torch.nn.Module):
@@ -73,7 +90,15 @@ def _controlnet(path: str, options: dict[str, Any]) -> Any:
 
 @contextmanager
 def mapped_weights() -> Iterator[None]:
-    """While this lasts, modules take the tensors that they are given instead of copying them."""
+    """While this lasts, modules take the tensors that they are given, where these are.
+
+    They are not copied into the module's own. And ComfyUI, which loads a checkpoint's model onto
+    the device at once if that has more free memory than the machine, finds CPU memory better.
+    """
+    import comfy.model_management as management
+
+    names = ("unet_inital_load_device", "unet_offload_device")
+    choices = {name: getattr(management, name) for name in names}
     copying = torch.nn.Module.load_state_dict
 
     def load_state_dict(
@@ -87,8 +112,15 @@ def mapped_weights() -> Iterator[None]:
         }
         return copying(module, fitting, strict=strict, assign=True)
 
+    def cpu(*_: Any, **__: Any) -> torch.device:
+        return torch.device("cpu")
+
     torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign,assignment]
+    for name in names:
+        setattr(management, name, cpu)
     try:
         yield
     finally:
+        for name in names:
+            setattr(management, name, choices[name])
         torch.nn.Module.load_state_dict = copying  # type: ignore[method-assign]

@@ -20,7 +20,6 @@ from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import stored_weights
-from comfy_xdit_patch.transport.tensors import flatten
 
 
 @dataclass(slots=True)
@@ -70,11 +69,7 @@ class Resident:
         return (
             shards
             + self.overlay.bytes_held(self.current)
-            + sum(
-                part.nbytes
-                for _, weight in stored_weights(self.flux)
-                for part in flatten(weight)[0].values()
-            )
+            + sum(weight.num_bytes for weight in stored_weights(self.flux))
         )
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.transport.fingerprint import digests, fingerprint, unpatched
+from comfy_xdit_patch.transport.fingerprint import digests, fingerprint, is_dynamic
 
 
 def expected_fingerprint(base_model: Any) -> str:
@@ -25,15 +25,14 @@ def expected_fingerprint(base_model: Any) -> str:
     return fingerprint(
         flux_of(base_model),
         manual_cast_dtype=patcher.object_patches_backup.get(cast, getattr(base_model, cast)),
-        backup=unpatched(patcher),
+        patcher=patcher,
     )
 
 
 def is_patched_here(patcher: Any) -> bool:
     """Whether ComfyUI has applied all patches to the weights that this process holds."""
-    is_dynamic = getattr(patcher, "is_dynamic", None)
     return (
-        not (is_dynamic is not None and is_dynamic())
+        not is_dynamic(patcher)
         and not patcher.model.model_lowvram
         and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
     )

@@ -5,6 +5,7 @@ Runs in: host process.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,8 @@ class Run:
     num_calls: int = 0
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
+    in_use: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """The model that is sampled, and those that the workers run for it."""
     models: dict[int, KnownModel] = field(default_factory=dict)
     """Models of this run as the workers know them, by the identity of their BaseModel."""
     changes: dict[int, list[Refusal]] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class Holding:
         Raises:
             WorkerError: the workers are lost.
         """
+        run.in_use.add(model)
         known = run.models.get(id(model)) or self._models.find(model)
         if plan.tensor_degree > 1:
             refusal = self._no_tensor(model, run, plan.tensor_degree)
@@ -155,7 +159,7 @@ class Holding:
         is_compared = is_compared and self._weights.holds(known, place.name)
         if not (is_compared and is_held):
             if not (is_compared or is_held):
-                self._memory.make_room_for_workers(model)
+                self._memory.make_room_for_workers(model, place.needed_bytes, run.in_use)
             loaded = self._weights.load(
                 model, known, state, place, is_compared=is_compared, poll=poll
             )

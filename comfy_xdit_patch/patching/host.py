@@ -105,7 +105,10 @@ class Host:
 
     def begin_run(self, patcher: Any = None) -> Run:
         """Make the books of a sampling run of a ModelPatcher."""
-        return Run(is_flux=self.is_flux(patcher))
+        run = Run(is_flux=self.is_flux(patcher))
+        if run.is_flux:
+            run.in_use.add(patcher.model)
+        return run
 
     def is_flux(self, patcher: Any) -> bool:
         """Whether a ModelPatcher's model is one for the workers."""

@@ -12,11 +12,12 @@ Runs in: host process.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.planning.topology import Device, visible_gpus
+from comfy_xdit_patch.transport.fingerprint import is_dynamic
 
 EVERYTHING = 1e29
 """``unload_all_models`` asks for 1e30 bytes."""
@@ -52,16 +53,32 @@ class SharedMemory:
             return []
         return ranks
 
-    def make_room_for_workers(self, base_model: Any) -> None:
-        """Have ComfyUI's other models leave a GPU on which a worker is about to load this one."""
-        import comfy.model_management
+    def make_room_for_workers(
+        self, base_model: Any, needed_bytes: int | None, in_use: Container[Any] = ()
+    ) -> None:
+        """Have ComfyUI's other models leave a GPU on which a worker is about to load this one.
+
+        ComfyUI takes those first that have most in CPU memory: without ``keep_loaded`` the very
+        model that is being sampled, whose object patches would be taken back.
+
+        Args:
+            needed_bytes: what the worker takes; None if the whole model and a call of it.
+            in_use: ``BaseModel`` of the run, which stay as well.
+        """
+        import comfy.model_management as management
 
         patcher = base_model.current_patcher
-        if self.shares_gpu(patcher.load_device):
-            comfy.model_management.free_memory(
-                patcher.model_size() + comfy.model_management.minimum_inference_memory(),
-                patcher.load_device,
-            )
+        if not self.shares_gpu(patcher.load_device):
+            return
+        if needed_bytes is None:
+            needed_bytes = patcher.model_size() + management.minimum_inference_memory()
+        kept = [
+            loaded
+            for loaded in management.current_loaded_models
+            if loaded.model is not None
+            and (loaded.model.is_clone(patcher) or loaded.model.model in in_use)
+        ]
+        management.free_memory(needed_bytes, patcher.load_device, keep_loaded=kept)
 
     def ran(self, base_model: Any, *, is_parallel: bool) -> None:
         """Note whether a model's last step was parallel: if not, ComfyUI needs its own copy."""
@@ -74,8 +91,7 @@ class SharedMemory:
         """Whether ComfyUI's own copy of a model stays off the GPU, because a worker has one."""
         if patcher.model in self._alone or not self.shares_gpu(patcher.load_device):
             return False
-        is_dynamic = getattr(patcher, "is_dynamic", None)
-        if is_dynamic is not None and is_dynamic():
+        if is_dynamic(patcher):
             return False
         # A control LoRA reshapes img_in, and ComfyUI reads that shape before the forward.
         return not any(key.startswith("diffusion_model.img_in.") for key in patcher.patches)

@@ -18,6 +18,7 @@ from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.plan_residency import residency_of
 from comfy_xdit_patch.planning.residency import (
+    CUDA_CONTEXT_BYTES,
     MODES,
     PIPELINE_MODES,
     RESERVED_BYTES,
@@ -29,8 +30,7 @@ from comfy_xdit_patch.planning.residency import (
 )
 from comfy_xdit_patch.planning.tensor_residency import tensor_mode
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
-from comfy_xdit_patch.transport.tensors import flatten
+from comfy_xdit_patch.transport.fingerprint import stored_weights
 from comfy_xdit_patch.workers.pool import Pool
 
 _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
@@ -48,6 +48,8 @@ class Placement:
     room_bytes: int | None
     plan: ParallelPlan | None = None
     """Whose stages share the blocks, in the mode ``staged``."""
+    needed_bytes: int | None = None
+    """What a rank takes on its card beside the contexts, which are there already."""
 
     @property
     def name(self) -> str:
@@ -90,13 +92,14 @@ class Residency:
         self.arithmetic = choice.lines()
         need = choice.needs[-1]
         room = max(0, need.card.free_bytes - need.num_bytes)
+        needed = need.num_bytes - CUDA_CONTEXT_BYTES * (2 if need.card.has_host else 1)
         if cut is not None:
-            return Placement(cut, room)
+            return Placement(cut, room, needed_bytes=needed)
         order = PIPELINE_MODES if is_pipeline else MODES
         before = self._modes.get(base_model, choice.mode)
         mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
         self._modes[base_model] = mode
-        return Placement(mode, room, plan if mode == "staged" else None)
+        return Placement(mode, room, plan if mode == "staged" else None, needed)
 
     def has_room_for_shares(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
@@ -186,23 +189,24 @@ def num_blocks_of(base_model: Any) -> int:
 
 
 def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
-    """Count a model's weights as they are stored.
+    """Count a model's weights as they are stored, in the dtype that ComfyUI computes with.
 
     Args:
         dtype: that the model computes in.
     """
     blocks: dict[str, int] = {}
     outside = cast = 0
-    for name, weight in stored_weights(flux_of(base_model), unpatched(base_model.current_patcher)):
-        parts, _ = flatten(weight)
-        num_bytes = sum(part.nbytes for part in parts.values())
-        block = _BLOCK.match(name)
+    for weight in stored_weights(flux_of(base_model), base_model.current_patcher):
+        num_bytes = weight.num_bytes
+        block = _BLOCK.match(weight.name)
         if block is None:
             outside += num_bytes
         else:
             blocks[block[1]] = blocks.get(block[1], 0) + num_bytes
-        if num_bytes < weight.shape.numel() * dtype.itemsize:
-            cast = max(cast, weight.shape.numel() * dtype.itemsize)
+        # A quantised weight's shape is that of the matrix that it stands for.
+        as_computed = weight.tensor.shape.numel() * dtype.itemsize
+        if num_bytes < as_computed:
+            cast = max(cast, as_computed)
     return ModelSizes(
         total_bytes=outside + sum(blocks.values()),
         largest_block_bytes=max(blocks.values(), default=0),

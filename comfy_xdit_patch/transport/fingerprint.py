@@ -14,12 +14,17 @@ A hook's patches lie over a LoRA's, so where both have patched a weight, the LoR
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
-from comfy_xdit_patch.transport.tensors import digest_weight, flatten
+from comfy_xdit_patch.transport.tensors import (
+    PLAIN_CLASSES,
+    class_name,
+    digest_weight,
+    flatten,
+)
 
 SAMPLE_ELEMENTS = 16
 COMPILED = "._orig_mod"
@@ -34,50 +39,101 @@ def unpatched(patcher: Any) -> dict[str, torch.Tensor]:
     return before_hooks | {key: kept.weight for key, kept in patcher.backup.items()}
 
 
-def stored_weights(
-    flux: Any, backup: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name, as they were before ComfyUI patched them.
+def is_dynamic(patcher: Any) -> bool:
+    """Whether ComfyUI brings this ModelPatcher's weights to the device on first use (0.33)."""
+    asked = getattr(patcher, "is_dynamic", None)
+    return asked is not None and bool(asked())
+
+
+class StoredWeight(NamedTuple):
+    """A weight as it was stored, and the dtype in which ComfyUI computes with it."""
+
+    name: str
+    tensor: torch.Tensor
+    dtype: torch.dtype
+    """The tensor's own, unless it is plain and ComfyUI casts it on its way to the device."""
+
+    @property
+    def parts(self) -> tuple[dict[str, torch.Tensor], str]:
+        """The plain tensors inside, as stored, and a text of the rest (see ``flatten``).
+
+        Raises:
+            ForeignTensorError: it is of a tensor class that cannot be taken apart.
+        """
+        return flatten(self.tensor)
+
+    def cast(self, part: torch.Tensor) -> torch.Tensor:
+        """Give one of the parts, or some of its elements, the dtype that is computed with."""
+        return part.to(self.dtype) if self.is_cast else part
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether it is stored in another dtype than the one that is computed with."""
+        return self.dtype != self.tensor.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight as ComfyUI computes with it."""
+        if self.is_cast:
+            return self.tensor.numel() * self.dtype.itemsize
+        return sum(part.nbytes for part in self.parts[0].values())
+
+
+def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
+    """What ComfyUI computes with before any patch: parameters and buffers, sorted by name.
+
+    Sorted because a dynamic host's modules register their weights in the order of the file. Its
+    weights have the file's dtype, and ``<weight>_comfy_model_dtype`` names the one that it computes
+    with. Other hosts have cast them, and what a node put there since is meant.
 
     Args:
-        backup: from ``unpatched``; without it the weights are those in use.
+        patcher: the ModelPatcher whose patches do not count; without it the weights are those in
+            use.
     """
-    for compiled_name, tensor in (*flux.named_parameters(), *flux.named_buffers()):
+    backup = {} if patcher is None else unpatched(patcher)
+    modules = dict(flux.named_modules(remove_duplicate=False)) if is_dynamic(patcher) else {}
+    found = {}
+    for compiled_name, used in (*flux.named_parameters(), *flux.named_buffers()):
         name = compiled_name.replace(COMPILED, "")
-        yield name, tensor if backup is None else backup.get(PREFIX + name, tensor)
+        tensor = backup.get(PREFIX + name, used)
+        owner, _, attribute = compiled_name.rpartition(".")
+        wanted = getattr(modules.get(owner), f"{attribute}_comfy_model_dtype", None)
+        is_plain = type(tensor) in PLAIN_CLASSES
+        found[name] = StoredWeight(
+            name, tensor, wanted if is_plain and wanted is not None else tensor.dtype
+        )
+    yield from (found[name] for name in sorted(found))
 
 
-def fingerprint(
-    flux: Any,
-    *,
-    manual_cast_dtype: torch.dtype | None,
-    backup: Mapping[str, torch.Tensor] | None = None,
-) -> str:
+def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: Any = None) -> str:
     """Return the fingerprint of a diffusion model.
 
     Args:
         manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
-        backup: from ``unpatched``, if weights are patched.
+        patcher: the ModelPatcher that may have patched its weights.
 
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
     total = hashlib.sha256()
     total.update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
-    for compiled_name, module in flux.named_modules():
-        name = compiled_name.replace(COMPILED, "")
-        if hasattr(module, "_orig_mod"):
-            continue  # a compiled module stands in for this one
-        total.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
-    for name, weight in stored_weights(flux, backup):
-        inner, rest = flatten(weight)
-        total.update(f"{name} {rest}\n".encode())
+    classes = {
+        compiled_name.replace(COMPILED, ""): type(module)
+        for compiled_name, module in flux.named_modules()
+        if not hasattr(module, "_orig_mod")  # a compiled module stands in for this one
+    }
+    for name, cls in sorted(classes.items()):
+        total.update(f"{name} {class_name(cls)}\n".encode())
+    for weight in stored_weights(flux, patcher):
+        inner, rest = weight.parts
+        total.update(f"{weight.name} {rest}\n".encode())
         for part in sorted(inner):
-            tensor = inner[part]
-            total.update(f"{part} {tuple(tensor.size())} {tensor.dtype}\n".encode())
-            flat = tensor.reshape(-1)
+            flat = inner[part].reshape(-1)
+            dtype = weight.dtype if weight.is_cast else flat.dtype
+            total.update(f"{part} {tuple(inner[part].size())} {dtype}\n".encode())
             for sample in (flat[:SAMPLE_ELEMENTS], flat[-SAMPLE_ELEMENTS:]):
-                total.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                plain = weight.cast(sample).cpu().contiguous()
+                total.update(plain.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -87,4 +143,4 @@ def digests(flux: Any) -> dict[str, str]:
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
-    return {name: digest_weight(weight) for name, weight in stored_weights(flux)}
+    return {weight.name: digest_weight(weight.tensor) for weight in stored_weights(flux)}

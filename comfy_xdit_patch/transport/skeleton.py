@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.fingerprint import stored_weights, unpatched
+from comfy_xdit_patch.transport.fingerprint import stored_weights
 from comfy_xdit_patch.transport.packs import PackTable
-from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES, flatten, own_attributes
+from comfy_xdit_patch.transport.tensors import PLAIN_CLASSES, own_attributes
 from comfy_xdit_patch.transport.values import (
     PLAIN,
     decode_class,
@@ -43,15 +43,15 @@ def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
     config, patcher = base_model.model_config, base_model.current_patcher
     parts: list[torch.Tensor] = []
     weights: dict[str, Tree] = {}
-    for name, tensor in stored_weights(flux, unpatched(patcher)):
-        inner, _ = flatten(tensor)
-        weights[name] = {"kind": _kind(tensor), "parts": {}}
-        for part, plain in inner.items():
-            weights[name]["parts"][part] = len(parts)
-            parts.append(plain)
+    for weight in stored_weights(flux, patcher):
+        places_of_parts: dict[str, Tree] = {}
+        weights[weight.name] = {"kind": _kind(weight.tensor), "parts": places_of_parts}
+        for part, plain in weight.parts[0].items():
+            places_of_parts[part] = len(parts)
+            parts.append(weight.cast(plain))
     places = packs.place(parts, owner=base_model)
-    for weight in weights.values():
-        weight["parts"] = {part: places[index] for part, index in weight["parts"].items()}
+    for tree in weights.values():
+        tree["parts"] = {part: places[index] for part, index in tree["parts"].items()}
     operations = config.custom_operations
     return {
         "config": encode_class(type(config)),

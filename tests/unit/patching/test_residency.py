@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from comfy_xdit_patch.patching.residency import Residency, _load
+from comfy_xdit_patch.patching.residency import Residency, _load, model_sizes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import GIB, MIB, ModelSizes
 from comfy_xdit_patch.settings import read_settings
@@ -61,3 +61,19 @@ def test_the_load_is_that_of_the_rank_that_has_most(plan, rows, tokens, num_rows
     workload = Workload(rows, IMAGE.num_text_tokens, IMAGE.num_image_tokens, IMAGE.num_heads)
     load = _load(Model(), workload, plan, DTYPE)
     assert (load.local_tokens, load.num_rows) == (tokens, num_rows)
+
+
+def test_weights_are_counted_in_the_dtype_that_a_dynamic_host_computes_with():
+    """ComfyUI's weight_dtype=fp8 on a bf16 file: half of what lies in the host's memory."""
+    flux = torch.nn.Module()
+    flux.double_blocks = torch.nn.ModuleList([torch.nn.Linear(8, 4, dtype=torch.bfloat16)])
+    flux.img_in = torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    for layer in (flux.double_blocks[0], flux.img_in):
+        layer.weight_comfy_model_dtype = layer.bias_comfy_model_dtype = torch.float8_e4m3fn
+    patcher = types.SimpleNamespace(is_dynamic=lambda: True, backup={})
+    sizes = model_sizes(
+        types.SimpleNamespace(diffusion_model=flux, current_patcher=patcher), torch.bfloat16
+    )
+    assert sizes == ModelSizes(
+        total_bytes=40, largest_block_bytes=36, outside_blocks_bytes=4, cast_bytes=64
+    )

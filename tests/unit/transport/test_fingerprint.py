@@ -154,3 +154,61 @@ def test_what_lies_under_a_lora_and_under_a_hook_is_the_stored_weight():
     )
     assert module.unpatched(patcher) == {"both": stored, "hook": stored}
     assert module.unpatched(SimpleNamespace(backup={})) == {}
+
+
+def on_a_dynamic_host(m, **dtypes):
+    """Have a model's own weights stored in other dtypes than those that it computes with."""
+    inner = m.diffusion_model.inner
+    for name, dtype in dtypes.items():
+        tensor = getattr(inner, name).detach()
+        setattr(inner, f"{name}_comfy_model_dtype", tensor.dtype)
+        setattr(inner, name, torch.nn.Parameter(tensor.to(dtype), requires_grad=False))
+    return SimpleNamespace(is_dynamic=lambda: True, backup={})
+
+
+def test_the_order_in_which_weights_and_modules_were_registered_does_not_matter():
+    changed = model()
+    flux = changed.diffusion_model
+    inner, scale = flux.inner, flux.scale
+    weight, bias = inner.weight, inner.bias
+    del inner.weight, inner.bias, flux.inner, flux.scale
+    inner.bias, inner.weight = bias, weight
+    flux.scale, flux.last, flux.inner = scale, torch.nn.Identity(), inner
+    plain = model()
+    plain.diffusion_model.last = torch.nn.Identity()
+    assert [name for name, _ in flux.named_parameters()] != [
+        name for name, _ in plain.diffusion_model.named_parameters()
+    ]
+    assert fingerprint(changed) == fingerprint(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_dynamic_hosts_weights_count_in_the_dtype_that_it_computes_with(dtype):
+    host = model()
+    patcher = on_a_dynamic_host(host, weight=dtype, bias=dtype)
+    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    assert found == fingerprint(model())
+    by_name = {w.name: w for w in module.stored_weights(host.diffusion_model, patcher)}
+    assert list(by_name) == sorted(by_name)
+    weight = by_name["inner.weight"]
+    assert weight.dtype == torch.float32
+    assert weight.num_bytes == 4 * 200
+    assert weight.cast(weight.parts[0][""]).equal(model().diffusion_model.inner.weight)
+
+
+def test_on_other_hosts_the_tensors_that_a_node_put_there_count_as_they_are():
+    host = model()
+    patcher = on_a_dynamic_host(host, weight=torch.float64)
+    patcher.is_dynamic = lambda: False
+    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    assert found != fingerprint(model())
+
+
+def test_what_was_patched_on_a_dynamic_host_counts_as_it_was_stored():
+    host = model()
+    patcher = on_a_dynamic_host(host, weight=torch.float64)
+    inner = host.diffusion_model.inner
+    patcher.backup = {"diffusion_model.inner.weight": SimpleNamespace(weight=inner.weight)}
+    inner.weight = torch.nn.Parameter(torch.zeros(5, 40))
+    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    assert found == fingerprint(model())
