@@ -1,15 +1,15 @@
-"""Process groups of a plan, made by xfuser.
+"""Process groups of a plan, made by torch.distributed.
 
-Runs in: worker process. One of two files that import xfuser.
+Runs in: worker process.
 
-Groups are made once for each grid shape and kept: ComfyUI changes the batch from call to call, and
-xfuser's own ``initialize_model_parallel`` holds one grid at a time and costs 0.2 s to change.
+Groups are made once for each grid shape and kept: ComfyUI changes the batch from call to call.
+xfuser's coordinators are not used: each makes a gloo group beside NCCL's, no group of theirs has
+our timeout, and to import them costs a rank seconds.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,18 @@ class PlanGroups:
 class Groups:
     """This rank's membership in the world, and in the groups of every plan used so far."""
 
-    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        step_timeout: datetime.timedelta,
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self._step_timeout = step_timeout
         self._by_grid: dict[tuple[int, ...], PlanGroups] = {}
         self._by_ranks: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self._weights: dist.ProcessGroup | None = None
@@ -75,18 +83,16 @@ class Groups:
         """
         store = dist.FileStore(f"/proc/self/fd/{store_fd}", world_size)  # type: ignore[attr-defined]
         store.set_timeout(datetime.timedelta(seconds=join_timeout_s))
+        step_timeout = datetime.timedelta(seconds=step_timeout_s)
         dist.init_process_group(
             _backend(device),
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=step_timeout_s),
+            timeout=step_timeout,
         )
-        groups = cls(rank=rank, world_size=world_size, device=device)
-        groups.of_plan(ParallelPlan(world_size, 1, world_size))
-        groups._weights = dist.new_group(
-            timeout=datetime.timedelta(seconds=step_timeout_s), backend=_backend(device)
-        )
+        groups = cls(rank=rank, world_size=world_size, device=device, step_timeout=step_timeout)
+        groups._weights = groups._new_group(groups._all_ranks)
         groups._close_the_door()
         return groups
 
@@ -108,50 +114,39 @@ class Groups:
         if self.device.type == "cpu":
             refuse_strangers()
 
+    @property
+    def _all_ranks(self) -> tuple[int, ...]:
+        return tuple(range(self.world_size))
+
     def _make(self, plan: ParallelPlan) -> PlanGroups:
-        if plan.sequence_degree == plan.pipefusion_degree == plan.tensor_degree == 1:
-            return PlanGroups(sequence=None, ulysses=None, ring=None)
-        from xfuser.core.distributed.utils import RankGenerator
-
-        degree, ulysses = plan.sequence_degree, plan.ulysses_degree
-        grid = RankGenerator(
-            plan.tensor_degree,
-            degree,
-            plan.pipefusion_degree,
-            1,
-            plan.batch_degree,
-            1,
-            "tp-sp-pp-cfg-dp",
-        )
-        tensor = [tuple(ranks) for ranks in grid.get_ranks("tp")]
-        rows = [tuple(ranks) for ranks in grid.get_ranks("sp")]
-        near = [ranks[i : i + ulysses] for ranks in rows for i in range(0, degree, ulysses)]
-        far = [ranks[i::ulysses] for ranks in rows for i in range(ulysses)]
-        stages = [tuple(ranks) for ranks in grid.get_ranks("pp")]
         return PlanGroups(
-            sequence=self._group(rows) if degree > 1 else None,
-            ulysses=self._group(near) if ulysses > 1 else None,
-            ring=self._group(far) if plan.ring_degree > 1 else None,
-            pipeline=self._group(stages) if plan.pipefusion_degree > 1 else None,
-            tensor=self._group(tensor) if plan.tensor_degree > 1 else None,
+            sequence=self._group(plan.groups("ring", "ulysses")),
+            ulysses=self._group(plan.groups("ulysses")),
+            ring=self._group(plan.groups("ring")),
+            pipeline=self._group(plan.groups("pipefusion")),
+            tensor=self._group(plan.groups("tensor")),
         )
 
-    def _group(self, lists: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
-        """Return this rank's group among those lists of ranks."""
+    def _group(self, lists: list[tuple[int, ...]]) -> dist.ProcessGroup | None:
+        """Return this rank's group among those lists of ranks; None where each has one rank."""
+        if len(lists) == self.world_size:
+            return None
         key = tuple(lists)
+        if key == (self._all_ranks,):
+            return dist.group.WORLD  # It is there: one communicator less.
         if key not in self._by_ranks:
-            from xfuser.core.distributed.parallel_state import init_model_parallel_group
-
-            # "data" is xfuser's plain coordinator. Its "sequence" one wants Ulysses and ring groups
-            # of yunchang, which is a process-wide global: one grid only.
-            coordinator = init_model_parallel_group(
-                group_ranks=[list(ranks) for ranks in lists],
-                local_rank=self.device.index or 0,
-                backend=_backend(self.device),
-                parallel_mode="data",
+            # Every rank makes all of them in this order, its own or not: that is torch's rule.
+            made = [self._new_group(ranks) for ranks in lists]
+            self._by_ranks[key] = next(
+                group for group, ranks in zip(made, lists, strict=True) if self.rank in ranks
             )
-            self._by_ranks[key] = coordinator.device_group
         return self._by_ranks[key]
+
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=self._step_timeout, backend=_backend(self.device)
+        )
+        return group
 
 
 def _backend(device: torch.device) -> str:

@@ -2,8 +2,8 @@
 
 Runs in: host, worker and the command line's process.
 
-One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``. In the grid of ranks
-tensor varies fastest, then ulysses, ring, pipefusion, batch: what talks most sits closest.
+One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``; ``grid.py`` says
+which ranks share an axis.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from comfy_xdit_patch.planning.grid import AXES, ranks_along
 from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.strategy import AXES as AS_WRITTEN
-
-AXES = ("batch", "pipefusion", "ring", "ulysses", "tensor")
-"""Slowest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +59,7 @@ class Candidate:
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """Ranks that differ in one axis only, one tuple for each collective that runs at once."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank, place in enumerate(self.places()):
-            others = tuple(i for name, i in zip(AXES, place, strict=True) if name != axis)
-            found.setdefault(others, []).append(rank)
-        return [tuple(ranks) for ranks in found.values()]
+        return ranks_along(tuple(self.degrees.values()), axis)
 
     def places(self) -> Iterator[tuple[int, ...]]:
         """Each rank's index in every one of ``AXES``."""

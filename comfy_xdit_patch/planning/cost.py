@@ -19,7 +19,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from comfy_xdit_patch.planning.candidate import AXES, Candidate
+from comfy_xdit_patch.planning.candidate import Candidate
+from comfy_xdit_patch.planning.grid import AXES
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
 from comfy_xdit_patch.planning.model_shape import COMPUTE_BYTES

@@ -4,8 +4,8 @@ Runs in: host and worker. No torch, no ComfyUI: the same arithmetic on both side
 milliseconds.
 
 One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``. Ranks form a grid in
-which tensor varies fastest, then ulysses, ring, pipefusion, batch (xfuser's rank order
-"tp-sp-pp-cfg-dp"): what talks most sits closest.
+which tensor varies fastest, then ulysses, ring, pipefusion, batch (``grid.py``): what talks most
+sits closest.
 
     world_size 8, batch_degree 2, ulysses_degree 2, ring_degree 2
         rank 0..3   rows of the first half of the batch, its tokens in four shards
@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from math import prod
 
 from comfy_xdit_patch.errors import PlanError
+from comfy_xdit_patch.planning.grid import AXES, ranks_along
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
 from comfy_xdit_patch.planning.shares import proportional, weighted_shares
 
-AXES = ("batch", "pipefusion", "ring", "ulysses", "tensor")
-"""Slowest first."""
 NAMED = ("batch", "pipefusion", "ulysses", "ring", "tensor")
 """In the order in which a plan's name has them."""
 
@@ -89,6 +88,10 @@ class ParallelPlan:
             self.ulysses_degree,
             self.tensor_degree,
         )
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """Ranks that differ in these axes only; every rank is in one of the tuples."""
+        return ranks_along(self.grid, *axes)
 
     @property
     def name(self) -> str:

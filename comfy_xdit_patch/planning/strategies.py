@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate
+from comfy_xdit_patch.planning.candidate import SINGLE, Candidate
+from comfy_xdit_patch.planning.grid import AXES
 from comfy_xdit_patch.strategy import PLAN, parse_strategy
 
 EXACT = frozenset({"batch", "ulysses", "ring"})

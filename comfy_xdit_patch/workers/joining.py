@@ -51,14 +51,12 @@ def join(start: Start, *, rank: int, channel: Channel, entering: Callable[[str],
     from comfy_xdit_patch.workers.environment import restore_host_state
 
     restore_host_state(start)
-    phase_done("comfyui", "import of xfuser")
-    import xfuser.core.distributed  # noqa: F401
-
-    phase_done("xfuser", "joining the other ranks")
+    phase_done("comfyui", "import of the engine")
     import comfy_xdit_patch.engine.engine  # noqa: F401 - here, where the collector is off
     from comfy_xdit_patch.engine import first_exchange
     from comfy_xdit_patch.engine.groups import Groups
 
+    phase_done("engine", "joining the other ranks")
     device = torch.device("cpu" if start.num_threads is not None else "cuda:0")
     groups = Groups.join(
         rank=rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import random
 import socket
 from typing import Any, NoReturn
@@ -33,7 +34,8 @@ class JoinedWorker(process.Worker):
 
     def _join(self, start: messages.Start) -> Any:
         slots = SlotMap(torch.device("cpu"))
-        groups = Groups(rank=0, world_size=1, device=torch.device("cpu"))
+        timeout = datetime.timedelta(seconds=60)
+        groups = Groups(rank=0, world_size=1, device=torch.device("cpu"), step_timeout=timeout)
         # Never started: what it would say in between is not what is looked at here.
         return Engine(groups=groups, slots=slots), slots, groups, Heartbeat(self._channel, int)
 

@@ -1,8 +1,9 @@
 """Who may import what. Not tidiness: each row keeps a process working.
 
 The bootstrap runs in every Python process. torch imported before ComfyUI makes ComfyUI warn and
-lose its allocator choice. xfuser is slow to import and belongs to workers. A worker that imported
-``patching`` would patch the ComfyUI that it computes with.
+lose its allocator choice. xfuser and diffusers take seconds to import, in every rank, and nothing
+of theirs is needed. A worker that imported ``patching`` would patch the ComfyUI that it computes
+with.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ IMPORTERS = {
         "transport/skeleton.py",
         "workers/environment.py",
     },
-    "xfuser": {"engine/groups.py", "workers/joining.py"},
+    "xfuser": set(),
+    "diffusers": set(),
+    "transformers": set(),
     "yunchang": set(),
     "torch.distributed": {
         "engine/collectives.py",
@@ -134,7 +137,6 @@ IMPORTERS = {
 # Of those, the files that may do so inside functions only.
 ONLY_IN_FUNCTIONS = {
     "comfy": IMPORTERS["comfy"],
-    "xfuser": IMPORTERS["xfuser"],
     "torch": {
         "patching/wrappers.py",
         "planning/eligibility.py",

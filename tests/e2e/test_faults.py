@@ -155,21 +155,16 @@ def _resident_bytes(pid: int) -> int:
 def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
     servers: Servers, tree: Tree, tmp_path: Path
 ) -> None:
-    # A broken xfuser that every worker meets first on its path, and nobody else imports.
-    broken = tmp_path / "xfuser"
-    broken.mkdir()
-    (broken / "__init__.py").write_text("raise ImportError('planted: this xfuser is broken')\n")
-    shim = Path(graphs.__file__).with_name("shim")
-    ranks = servers(
-        tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400", PYTHONPATH=f"{shim}:{tmp_path}"
-    )
+    for rank in range(2):
+        (tmp_path / f"import.{rank}").write_text("exception")
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400", RIG_FAULTS=str(tmp_path))
     started = time.monotonic()
     assert_equal_to_stock(servers, tree, ranks, seed=140)
     assert time.monotonic() - started < 400
     status = ranks.status()
     assert status["state"] == "broken"
     assert status["last_run"]["fall_back_reasons"] == {"the workers did not start": 6}
-    for text in ("Rank ", "import of xfuser", "planted: this xfuser is broken"):
+    for text in ("Rank ", "failed in import of the engine", "RuntimeError: planted"):
         assert text in status["reason"]
         assert text in ranks.log_text()
     # A second image does not wait for a second attempt.

@@ -70,6 +70,9 @@ def obey(kind: str | None) -> None:
         time.sleep(DELAY_S)
     elif kind == "dead link":
         cut_links()
+    elif kind == "tell modules":
+        with open(f"{ORDERS}/modules.{RANK}", "w") as file:
+            file.write("\n".join(sys.modules))
     elif kind is not None:
         raise ValueError(f"the order {kind!r}")
 
@@ -231,10 +234,9 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
         return {"comfy_xdit_patch.workers.back_off": [adapt_back_off]}
     obey(taken("start"))
     return {
-        "xfuser.core.distributed": [lambda _: obey(taken("import"))],
+        "comfy_xdit_patch.engine.engine": [lambda _: obey(taken("import")), adapt_engine],
         "comfy_xdit_patch.engine.groups": [adapt_groups],
         "comfy_xdit_patch.engine.first_exchange": [adapt_first_exchange],
-        "comfy_xdit_patch.engine.engine": [adapt_engine],
         "comfy_xdit_patch.engine.residents": [adapt_residents],
         "comfy_xdit_patch.engine.placing": [adapt_placing],
         "comfy_xdit_patch.engine.collectives": [adapt_collectives],

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from comfy_xdit_patch.planning.candidate import AXES, SINGLE, Candidate, candidates
+from comfy_xdit_patch.planning.candidate import SINGLE, Candidate, candidates
+from comfy_xdit_patch.planning.grid import AXES
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.strategies import (
     STRATEGY_AXES,
