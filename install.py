@@ -143,7 +143,9 @@ def unneeded(folders: list[str] | None = None) -> list[str]:
     found.pop(PACKAGE, None)
     left = BROUGHT & found.keys()
     while True:
-        needed = {_requirement(line) for name in found.keys() - left for line in _needs(found[name])}
+        needed = {
+            _requirement(line) for name in found.keys() - left for line in _needs(found[name])
+        }
         if not left & needed:
             return sorted(left)
         left -= needed

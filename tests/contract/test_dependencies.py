@@ -78,7 +78,16 @@ def without_ours() -> dict[str, metadata.Distribution]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [*PIP, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(REPO)]
+    command = [
+        *PIP,
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(REPO),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE_S)
     return next(folder.glob("*.whl"))
 
