@@ -31,7 +31,17 @@ PACKAGE = "comfy-xdit-patch"
 START_FILES = ("comfy_xdit_patch.pth", "comfy_xdit_patch.start")
 # What this package may bring, and raise where it is too old; everything else stays as it is.
 BROUGHT = frozenset(
-    "xfuser yunchang distvae diffusers peft accelerate wrapt beautifulsoup4 soupsieve".split()
+    {
+        "xfuser",
+        "yunchang",
+        "distvae",
+        "diffusers",
+        "peft",
+        "accelerate",
+        "wrapt",
+        "beautifulsoup4",
+        "soupsieve",
+    }
 )
 NOT_HELD = BROUGHT | {PACKAGE, "pip", "setuptools", "wheel"}
 NODE_FILE = HERE / "__init__.py"

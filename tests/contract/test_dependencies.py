@@ -1,7 +1,7 @@
 """Installing as the README says changes no package of ComfyUI, and hides no module of a user.
 
-pip resolves against the package index without installing: a bare environment gets the metadata of what
-a user of ComfyUI has (torch too, so nothing large is fetched), and pip reports what it would do.
+pip resolves against the package index without installing: a bare environment gets the metadata of
+what a user of ComfyUI has (torch too: nothing large is fetched), and pip says what it would do.
 """
 
 from __future__ import annotations
