@@ -5,13 +5,13 @@ Runs in: ComfyUI's own Python, also when ComfyUI-Manager starts it (standard lib
 
     python install.py              install and enable the patch for this Python
     python install.py --check      say what would happen; change nothing
-    python install.py --uninstall  remove every trace from this Python
+    python install.py --uninstall  remove the patch from this Python, and say what it leaves
     python install.py demo ...     the same image on stock ComfyUI and on several ranks
     python install.py test ...     the tests, one of each mechanism; --all runs everything, and
                                    further arguments go to pytest
 
-Installing never replaces what ComfyUI brought along: its packages are held at their versions, so
-pip fails with a reason where it would have to change one.
+Installing never replaces what ComfyUI brought along: packages are held at their versions, so pip
+fails with a reason where it would have to change one (docs/adr/0019-packages-are-held.md).
 """
 
 from __future__ import annotations
@@ -30,13 +30,21 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PACKAGE = "comfy-xdit-patch"
 START_FILES = ("comfy_xdit_patch.pth", "comfy_xdit_patch.start")
-# What ComfyUI and its GPU stack stand on; diffusers and the like may be added or raised.
-HELD = re.compile(
-    r"(torch|torchvision|torchaudio|torchsde|triton|pytorch-triton.*|nvidia-.*|cuda-.*|xformers"
-    r"|flash-attn|sageattention|numpy|scipy|pillow|transformers|tokenizers|safetensors"
-    r"|huggingface-hub|accelerate|einops|kornia|spandrel|sentencepiece|aiohttp|yarl|av|pyyaml"
-    r"|psutil|pydantic|pydantic-core|pydantic-settings|sqlalchemy|alembic|comfyui-.*|comfy-.*)"
+# What this package may bring, and raise where it is too old; everything else stays as it is.
+BROUGHT = frozenset(
+    {
+        "xfuser",
+        "yunchang",
+        "distvae",
+        "diffusers",
+        "peft",
+        "accelerate",
+        "wrapt",
+        "beautifulsoup4",
+        "soupsieve",
+    }
 )
+NOT_HELD = BROUGHT | {PACKAGE, "pip", "setuptools", "wheel"}
 NODE_FILE = HERE / "__init__.py"
 NODE_TEXT = f'''"""Written by {PACKAGE}'s install.py: ComfyUI loads every folder in custom_nodes.
 
@@ -58,7 +66,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
-    parser.add_argument("--uninstall", action="store_true", help="remove every trace")
+    parser.add_argument("--uninstall", action="store_true", help="remove the patch")
     options = parser.parse_args(arguments)
     if options.uninstall:
         return _uninstall(check=options.check)
@@ -77,6 +85,9 @@ def _install() -> int:
         print(f"{', '.join(map(str, _site_folders()))}. Not enabled.", file=sys.stderr)
         return 1
     _mark_node_folder()
+    for path in shadowing():
+        path.unlink()
+        print(f"removed {path}: an empty file of xfuser that hides others' modules of that name")
     print(f"{PACKAGE} {_version(PACKAGE)} is enabled by {place}")
     print("Restart ComfyUI, then queue any FLUX workflow as it is. XDIT_GPUS chooses the GPUs.")
     print(f"What was found and planned: {sys.executable} -m comfy_xdit_patch doctor")
@@ -88,7 +99,7 @@ def _check() -> int:
     for name in ("torch", "xfuser", PACKAGE):
         print(f"{name:10} {_version(name) or 'not installed'}")
     print(f"enabled    {_start_file() or 'no'}")
-    print(f"would hold {', '.join(_held()) or 'nothing: no package of ComfyUI is installed here'}")
+    print(f"would hold {', '.join(held()) or 'nothing: no package of ComfyUI is installed here'}")
     if _version("torch") is None:
         print("torch is not installed here: is this the Python that runs ComfyUI?")
     code, output = _pip_install("--dry-run")
@@ -105,6 +116,7 @@ def _uninstall(*, check: bool) -> int:
     if check:
         print(f"would uninstall {PACKAGE} {installed or '(not installed)'} and remove what is left")
         print("of: " + " ".join(str(path) for path in files if path.exists()))
+        print(_what_stays())
         return 0
     if installed:
         command = [sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE]
@@ -115,26 +127,91 @@ def _uninstall(*, check: bool) -> int:
     for path in files:
         path.unlink(missing_ok=True)
     print(f"{PACKAGE} is removed from {sys.executable}. Restart ComfyUI.")
+    print(_what_stays())
     return 0
 
 
 def _pip_install(*options: str) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("".join(f"{pin}\n" for pin in _held()))
+        constraints.write_text("".join(f"{pin}\n" for pin in held()))
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
         command += ["--no-input", "--progress-bar", "off", *options, "-c", str(constraints)]
         done = subprocess.run([*command, str(HERE)], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
-def _held() -> list[str]:
-    pins = set()
-    for distribution in metadata.distributions():
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        if name != PACKAGE and HELD.fullmatch(name):
-            pins.add(f"{name}=={distribution.version}")
-    return sorted(pins)
+def held(folders: list[str] | None = None) -> list[str]:
+    """Return a constraint for each installed package that must stay as it is."""
+    found = _installed(folders)
+    return sorted(f"{name}=={each.version}" for name, each in found.items() if name not in NOT_HELD)
+
+
+def unneeded(folders: list[str] | None = None) -> list[str]:
+    """Return which packages of ``BROUGHT`` no other installed package requires."""
+    found = _installed(folders)
+    found.pop(PACKAGE, None)
+    left = BROUGHT & found.keys()
+    while True:
+        needed = {
+            _requirement(line) for name in found.keys() - left for line in _needs(found[name])
+        }
+        if not left & needed:
+            return sorted(left)
+        left -= needed
+
+
+def shadowing(folders: list[str] | None = None) -> list[Path]:
+    """Return the empty ``entrypoints/__init__.py`` of xfuser, where no other package has it too.
+
+    A package with that file is found before a module ``entrypoints.py`` and before folders of
+    that name without one, wherever they lie. xfuser itself never imports it.
+    """
+    found = _installed(folders)
+    owners = [
+        (name, Path(str(file.locate())))
+        for name, each in found.items()
+        for file in each.files or ()
+        if file.as_posix() == "entrypoints/__init__.py"
+    ]
+    if [name for name, _ in owners] != ["xfuser"]:
+        return []
+    path = owners[0][1]
+    return [path] if path.is_file() and not path.read_bytes().strip() else []
+
+
+def _what_stays() -> str:
+    names = " ".join(unneeded())
+    if not names:
+        return "Of what it brought, nothing is left that no other package requires."
+    return (
+        f"Left, for node packs may import them: {names}\n"
+        f"No installed package requires them. To remove them: "
+        f"{sys.executable} -m pip uninstall {names}"
+    )
+
+
+def _installed(folders: list[str] | None) -> dict[str, metadata.Distribution]:
+    paths = sys.path if folders is None else folders
+    found: dict[str, metadata.Distribution] = {}
+    for distribution in metadata.distributions(path=paths):
+        name = _canonical(distribution.metadata["Name"] or "")
+        if name:
+            found.setdefault(name, distribution)
+    return found
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _needs(distribution: metadata.Distribution) -> list[str]:
+    return [line for line in distribution.requires or () if "extra ==" not in line]
+
+
+def _requirement(line: str) -> str:
+    named = re.match(r"[A-Za-z0-9._-]+", line)
+    return _canonical(named.group()) if named else ""
 
 
 def _version(name: str) -> str | None:
