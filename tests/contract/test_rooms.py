@@ -9,6 +9,8 @@ import pytest
 from inside.client import Inside
 from rig.trees import Tree
 
+pytestmark = pytest.mark.every_version
+
 NODES, OWN = "the node's", "ComfyUI's own"
 KEPT, TAKEN = [True, NODES], [False, OWN]
 MANY = 1 << 40

@@ -6,8 +6,8 @@ Runs in: the tests (standard library only).
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -25,12 +25,8 @@ def how_many(default: int, *, whole: int, variable: str = "") -> int:
     return int(os.environ.get(variable, whole if is_whole() else default))
 
 
-def one_of_each(rows: Mapping[str, T], kind: Any) -> dict[str, T]:
-    """Return the first row of each kind, in the table's order.
-
-    Args:
-        kind: tells a row's kind, something hashable.
-    """
+def one_of_each(rows: Mapping[str, T], kind: Callable[[T], Hashable]) -> dict[str, T]:
+    """Return the first row of each kind, in the table's order."""
     seen: set[Hashable] = set()
     found = {}
     for name, row in rows.items():
