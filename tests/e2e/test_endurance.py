@@ -173,7 +173,7 @@ def test_a_long_run_with_faults_cancels_and_sizes_leaves_no_trace(
             chance.shuffle(kinds)
             yield from kinds
 
-    num_prompts = times("PROMPTS", 6, whole=20)
+    num_prompts = times("PROMPTS", 20)
     for number, event in zip(range(num_prompts), events_in_turn(), strict=False):
         events[event] += 1
         if event == "free":
