@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.workers.environment import worker_variables
+from comfy_xdit_patch.workers.nursing import Nursery, RankProcess
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Worker:
 
     rank: int
     device: Device
-    process: subprocess.Popen[bytes]
+    process: RankProcess
     channel: Channel
     log_path: Path
 
@@ -99,32 +99,17 @@ def launch_worker(
     store_fd: int,
     cpu_threads: int,
     log_dir: Path,
+    nursery: Nursery,
+    end: float,
     peer_to_peer: bool = True,
 ) -> Worker:
-    """Start a worker.
-
-    Not ``multiprocessing`` spawn, which would run ComfyUI's main.py again, and not fork, which is
-    illegal after CUDA has started.
-    """
+    """Have the nursery fork a worker."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     log_path = log_dir / f"worker-{rank}.log"
-    command = [
-        sys.executable,
-        "-m",
-        "comfy_xdit_patch.workers.process",
-        f"--rank={rank}",
-        f"--channel-fd={theirs.fileno()}",
-        f"--host-pid={os.getpid()}",
-    ]
+    variables = worker_variables(device, cpu_threads=cpu_threads, peer_to_peer=peer_to_peer)
     with theirs, open(log_path, "wb", opener=_private) as log_file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=worker_variables(device, cpu_threads=cpu_threads, peer_to_peer=peer_to_peer),
-            pass_fds=(theirs.fileno(), store_fd),
-        )
+        fds = [theirs.fileno(), store_fd, log_file.fileno()]
+        process = nursery.fork(rank, variables, fds, end=end)
     _mark_of(log_path, process.pid).touch(0o600)
     return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)
 

@@ -1,6 +1,6 @@
 """One worker: join the other ranks, serve the host, leave.
 
-Runs in: worker process, as ``python -m comfy_xdit_patch.workers.process``.
+Runs in: worker process, forked by ``nursery.py``.
 
 A worker ends with its host, whatever ends the host: the kernel kills it when the host's process
 ends (PR_SET_PDEATHSIG), and its channel reports end of file.
@@ -8,7 +8,6 @@ ends (PR_SET_PDEATHSIG), and its channel reports end of file.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import faulthandler
 import logging
@@ -18,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 class Worker:
     """The serve loop of one rank."""
 
-    def __init__(self, *, rank: int, channel: Channel) -> None:
+    def __init__(self, *, rank: int, channel: Channel, store_fd: int) -> None:
+        self._store_fd = store_fd
         self._rank = rank
         self._channel = channel
         self._phase = "start"
@@ -65,6 +66,7 @@ class Worker:
         try:
             start = self._channel.receive(deadline_s=IDLE_WAIT_S)
             assert isinstance(start, Start)
+            start = replace(start, store_fd=self._store_fd)
             engine, slots, groups, heartbeat = self._join(start)
             while True:
                 message = self._next_message()
@@ -176,38 +178,25 @@ def _leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel end this process when the thread that started it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # It ended before the call above.
         _leave_at_once(1)
 
 
-def main() -> None:
-    """Entry point; all arguments come from ``pool.py``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--channel-fd", type=int, required=True)
-    parser.add_argument("--host-pid", type=int, required=True)
-    options = parser.parse_args()
-    _die_with(options.host_pid)
-    faulthandler.enable()
+def serve(rank: int, channel_fd: int, store_fd: int, host_pid: int) -> NoReturn:
+    """Be a rank, from the fork to the end of the process."""
     # The host asks a rank that hangs where it is; the answer is the end of its log.
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    # Ctrl+C in the terminal reaches the whole process group; the host decides, not the signal.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(
         level=logging.INFO,
-        format=f"%(asctime)s [rank {options.rank}] %(levelname)s %(name)s: %(message)s",
+        format=f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s",
     )
     try:
-        channel = Channel.from_fd(options.channel_fd, peer_pid=options.host_pid)
+        channel = Channel.from_fd(channel_fd, peer_pid=host_pid)
     except (ChannelClosedError, OSError) as error:
         log.error("not started by its host: %s", error)
         _leave_at_once(1)
-    Worker(rank=options.rank, channel=channel).run()
+    Worker(rank=rank, channel=channel, store_fd=store_fd).run()
     _leave_at_once(0)
-
-
-if __name__ == "__main__":
-    main()
