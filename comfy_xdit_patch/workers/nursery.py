@@ -19,7 +19,6 @@ import select
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 from comfy_xdit_patch.transport.messages import Start, decode
@@ -126,7 +125,3 @@ def _become_rank(
 def _tell(host: socket.socket, message: dict[str, int]) -> None:
     with contextlib.suppress(OSError):  # The host is gone, and this process will see it.
         host.send(json.dumps(message).encode())
-
-
-def log_path_in(log_dir: Path) -> Path:
-    return log_dir / "nursery.log"

@@ -38,8 +38,9 @@ from comfy_xdit_patch.workers.back_off import AFTER_LOSS_S, AFTER_START_S, BackO
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll
 from comfy_xdit_patch.workers.launcher import Worker, end_workers, make_log_dir
+from comfy_xdit_patch.workers.nursing import Nursery
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text
-from comfy_xdit_patch.workers.team import start_team
+from comfy_xdit_patch.workers.team import start_nursery, start_team
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Pool:
         self._calls = threading.RLock()
         self._keeper: threading.Thread | None = None
         self._log_dir: Path | None = None
+        self._nursery: Nursery | None = None
         self._back_off = BackOff()
 
     @property
@@ -174,6 +176,9 @@ class Pool:
             with contextlib.suppress(ChannelClosedError, DeadlineExceededError):
                 worker.channel.send(Stop(), deadline_s=1.0)
         end_workers(workers)
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
 
     # -- the keeper's thread ---------------------------------------------------------------
 
@@ -207,11 +212,19 @@ class Pool:
     def _start_all(self) -> None:
         try:
             self._log_dir = self._log_dir or make_log_dir()
+            if self._nursery is None or not self._nursery.is_alive:
+                self._nursery = start_nursery(
+                    self.devices[0],
+                    host_state=self._host_state,
+                    settings=self._settings,
+                    log_dir=self._log_dir,
+                )
             team = start_team(
                 self.devices,
                 host_state=self._host_state,
                 settings=self._settings,
                 log_dir=self._log_dir,
+                nursery=self._nursery,
                 no_peer_to_peer=self.no_peer_to_peer,
             )
         except WorkerError as error:

@@ -22,6 +22,7 @@ from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.transport.replies import Failed, Joined, Joining, short
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.launcher import Worker, end_workers, launch_worker
+from comfy_xdit_patch.workers.nursing import Nursery
 
 SEND_DEADLINE_S = 10.0
 POLL_S = 0.02
@@ -57,6 +58,7 @@ def start_workers(
     host_state: HostState,
     settings: Settings,
     log_dir: Path,
+    nursery: Nursery,
     end: float,
     peer_to_peer: bool,
     is_last: bool,
@@ -87,22 +89,13 @@ def start_workers(
                     store_fd=store_fd,
                     cpu_threads=settings.cpu_threads,
                     log_dir=log_dir,
+                    nursery=nursery,
+                    end=end,
                     peer_to_peer=peer_to_peer,
                 )
             )
         for worker in workers:
-            start = Start(
-                comfyui_root=host_state.comfyui_root,
-                sys_path=host_state.sys_path,
-                argv=host_state.argv,
-                parses_arguments=host_state.parses_arguments,
-                arguments=host_state.arguments,
-                num_threads=settings.cpu_threads if worker.device.is_cpu else None,
-                world_size=len(devices),
-                store_fd=store_fd,
-                join_timeout_s=settings.start_timeout_s,
-                step_timeout_s=settings.step_timeout_s,
-            )
+            start = start_message(host_state, settings, worker.device, len(devices))
             worker.channel.send(start, deadline_s=SEND_DEADLINE_S)
         joined = _join_all(workers, end, settings.start_timeout_s, is_last=is_last)
     except BaseException:
@@ -111,6 +104,24 @@ def start_workers(
     finally:
         os.close(store_fd)
     return Team(tuple(workers), joined, time.monotonic() - begin)
+
+
+def start_message(
+    host_state: HostState, settings: Settings, device: Device, world_size: int
+) -> Start:
+    """What a rank of that device is told first, and what the nursery imports by."""
+    return Start(
+        comfyui_root=host_state.comfyui_root,
+        sys_path=host_state.sys_path,
+        argv=host_state.argv,
+        parses_arguments=host_state.parses_arguments,
+        arguments=host_state.arguments,
+        num_threads=settings.cpu_threads if device.is_cpu else None,
+        world_size=world_size,
+        store_fd=0,  # A forked rank has the store under a number of its own.
+        join_timeout_s=settings.start_timeout_s,
+        step_timeout_s=settings.step_timeout_s,
+    )
 
 
 def _join_all(

@@ -19,10 +19,22 @@ from pathlib import Path
 from comfy_xdit_patch.errors import ExchangeError, WorkerError, XditError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.workers.environment import HostState, is_peer_to_peer_off
-from comfy_xdit_patch.workers.starting import Team, start_workers
+from comfy_xdit_patch.workers.environment import HostState, is_peer_to_peer_off, worker_variables
+from comfy_xdit_patch.workers.nursing import Nursery
+from comfy_xdit_patch.workers.starting import Team, start_message, start_workers
 
 log = logging.getLogger(__name__)
+
+
+def start_nursery(
+    device: Device, *, host_state: HostState, settings: Settings, log_dir: Path
+) -> Nursery:
+    """Start the process that ranks are forked from; it ends with the thread that calls this."""
+    return Nursery(
+        log_path=log_dir / "nursery.log",
+        environment=worker_variables(device, cpu_threads=1),
+        warm_up=start_message(host_state, settings, device, 1),
+    )
 
 
 def start_team(
@@ -31,6 +43,7 @@ def start_team(
     host_state: HostState,
     settings: Settings,
     log_dir: Path,
+    nursery: Nursery,
     no_peer_to_peer: str | None,
 ) -> Team:
     """Start all ranks, twice at most, under one deadline.
@@ -48,6 +61,7 @@ def start_team(
         host_state=host_state,
         settings=settings,
         log_dir=log_dir,
+        nursery=nursery,
         end=begin + settings.start_timeout_s,
     )
     reason = no_peer_to_peer
