@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from comfy_xdit_patch.transport.messages import Start, decode
@@ -57,7 +58,7 @@ def serve(host: socket.socket, host_pid: int) -> None:
             if not data:
                 return
             if fds:
-                pidfd, pid = _fork(json.loads(data), fds, host, host_pid)
+                pidfd, pid = _fork(json.loads(data), fds, host, host_pid, children)
                 children[pidfd] = pid
             else:
                 start = decode(data)
@@ -83,7 +84,11 @@ def warm_up(start: Start) -> None:
 
 
 def _fork(
-    order: dict[str, Any], fds: list[int], host: socket.socket, host_pid: int
+    order: dict[str, Any],
+    fds: list[int],
+    host: socket.socket,
+    host_pid: int,
+    siblings: Iterable[int],
 ) -> tuple[int, int]:
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: a fork would lose all but one"
@@ -92,6 +97,8 @@ def _fork(
     nursery_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
+        for sibling in siblings:
+            os.close(sibling)
         _become_rank(order, fds, host, host_pid, nursery_pid)
     pidfd = os.pidfd_open(pid)
     for fd in fds:

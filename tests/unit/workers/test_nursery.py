@@ -1,0 +1,136 @@
+"""The nursery and the ranks that it forks, as real processes; nothing of ComfyUI is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.workers.nursing import Nursery
+
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def nursery(tmp_path):
+    made = Nursery(log_path=tmp_path / "nursery.log", environment=dict(os.environ), warm_up=None)
+    yield made
+    made.close()
+
+
+def fork(nursery, tmp_path, rank=0, **environment):
+    """Return a rank that waits for its first message, and the host's end of its channel."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs, open(tmp_path / f"rank-{rank}.log", "wb") as log_file:
+        store_fd = os.memfd_create("store")
+        fds = [theirs.fileno(), store_fd, log_file.fileno()]
+        end = time.monotonic() + DEADLINE_S
+        process = nursery.fork(rank, {**os.environ, **environment}, fds, end=end)
+        os.close(store_fd)
+    return process, ours
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pid):
+    end = time.monotonic() + DEADLINE_S
+    while is_running(pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_rank_is_a_child_of_the_nursery_and_lives_until_its_channel_closes(nursery, tmp_path):
+    rank, channel = fork(nursery, tmp_path, rank=3)
+    assert parent_of(rank.pid) == nursery.process.pid
+    assert rank.poll() is None
+    channel.close()
+    assert rank.wait(DEADLINE_S) == 0
+    log = (tmp_path / "rank-3.log").read_text()
+    assert "[rank 3]" in log
+    assert "the host is gone" in log
+
+
+def test_a_rank_that_is_killed_is_told_by_its_signal_and_the_others_live(nursery, tmp_path):
+    (first, _a), (second, _b) = (fork(nursery, tmp_path, rank=rank) for rank in range(2))
+    first.kill()
+    assert first.wait(DEADLINE_S) == -signal.SIGKILL
+    assert second.poll() is None
+    first.kill()  # It is gone, and that is no error.
+    third, _c = fork(nursery, tmp_path, rank=2)
+    assert third.poll() is None
+
+
+def test_waiting_for_a_rank_that_lives_has_an_end(nursery, tmp_path):
+    rank, _channel = fork(nursery, tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(0.05)
+
+
+def test_a_rank_shares_no_descriptor_of_another_one(nursery, tmp_path):
+    ranks = [fork(nursery, tmp_path, rank=rank) for rank in range(3)]
+    for process, _channel in ranks:
+        end = time.monotonic() + DEADLINE_S
+        kinds = []
+        while kinds != ["memfd", "socket"]:  # It closes the nursery's own a moment after the fork.
+            assert time.monotonic() < end, kinds
+            names = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
+            kinds = sorted(
+                kind
+                for name in names
+                for kind in ("socket", "memfd", "pidfd")
+                if name.startswith((kind, f"/{kind}", f"anon_inode:[{kind}"))
+            )
+
+
+def test_ranks_end_with_their_nursery_and_it_makes_no_more(nursery, tmp_path):
+    rank, _channel = fork(nursery, tmp_path)
+    nursery.process.kill()
+    assert rank.wait(DEADLINE_S) == -signal.SIGKILL
+    wait_until_gone(nursery.process.pid)
+    assert not nursery.is_alive
+    with pytest.raises(WorkerError, match="nursery"):
+        fork(nursery, tmp_path, rank=1)
+
+
+def test_a_host_that_is_killed_leaves_nothing(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2]); "
+        "import os, time; from pathlib import Path; import test_nursery as t; "
+        "folder = Path(sys.argv[1]); "
+        "made = t.Nursery(log_path=folder / 'n.log', environment=dict(os.environ), warm_up=None); "
+        "rank, channel = t.fork(made, folder); "
+        "print(made.process.pid, rank.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
+        pids = [int(word) for word in host.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(is_running(pid) for pid in pids)
+        host.kill()
+    for pid in pids:
+        wait_until_gone(pid)
+
+
+def test_nothing_is_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    made = Nursery(log_path=tmp_path / "nursery.log", environment=dict(os.environ), warm_up=None)
+    rank, _channel = fork(made, tmp_path)
+    assert rank.poll() is None
+    made.close()
