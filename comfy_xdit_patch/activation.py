@@ -111,6 +111,10 @@ class Activation:
     def _around_add_routes(
         self, wrapped: Callable[..., Any], server: Any, args: Any, kwargs: Any
     ) -> Any:
+        host = self.host
+        if host is not None and host.settings.starts_early and host.pool.world_size > 1:
+            with our_faults_stay_ours("an early start"):
+                server.loop.call_soon(host.pool.get_ready)  # The loop runs when the server does.
         with our_faults_stay_ours("adding the status route"):
             from aiohttp import web
 

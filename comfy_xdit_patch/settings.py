@@ -48,6 +48,7 @@ class Settings:
     gpu_memory_bytes: int | None
     """None is ``auto``."""
     strict: bool
+    starts_early: bool
     start_timeout_s: float
     step_timeout_s: float
     cpu_threads: int
@@ -89,6 +90,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         balance=parsed("XDIT_BALANCE", _balancing),
         gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _gib_or_auto),
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
+        starts_early=parsed("XDIT_START", _one_of(("early", "first"))) == "early",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),

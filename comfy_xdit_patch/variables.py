@@ -88,6 +88,15 @@ VARIABLES = (
         "1 turns every fall-back to one GPU into an error. For tests and benchmarks.",
     ),
     Variable(
+        "XDIT_START",
+        "early",
+        "early or first",
+        "When the workers' imports begin. `early`: as soon as ComfyUI's server is up, in the "
+        "background, in one process that every rank is then made from; it holds about 300 MB of "
+        "memory, and nothing of any GPU. `first`: when the first FLUX model is loaded, which makes "
+        "the first image wait for them. The ranks themselves start with the first FLUX model.",
+    ),
+    Variable(
         "XDIT_START_TIMEOUT",
         "180",
         "seconds, a number above 0",

@@ -71,7 +71,6 @@ class Start:
     arguments: dict[str, Any]
     num_threads: int | None
     world_size: int
-    store_fd: int
     join_timeout_s: float
     step_timeout_s: float
 

@@ -24,10 +24,13 @@ REPLY_DEADLINE_S = 30.0
 log = logging.getLogger(__name__)
 
 
-def join(start: Start, *, rank: int, channel: Channel, entering: Callable[[str], None]) -> Groups:
+def join(
+    start: Start, *, rank: int, channel: Channel, store_fd: int, entering: Callable[[str], None]
+) -> Groups:
     """Join the other ranks, and tell the host so.
 
     Args:
+        store_fd: a file without a name that all ranks share.
         entering: called with the name of each phase as it begins.
     """
     # Nothing that an import makes is garbage: without this the collector takes a third of the
@@ -62,7 +65,7 @@ def join(start: Start, *, rank: int, channel: Channel, entering: Callable[[str],
         rank=rank,
         world_size=start.world_size,
         device=device,
-        store_fd=start.store_fd,
+        store_fd=store_fd,
         join_timeout_s=start.join_timeout_s,
         step_timeout_s=start.step_timeout_s,
     )

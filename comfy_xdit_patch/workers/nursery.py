@@ -1,10 +1,13 @@
-"""Import torch, ComfyUI and the engine once, and fork every rank from that.
+"""Import what ranks need once, and fork every rank from that.
 
 Runs in: nursery process.
 
-Forking is sound here and only here: this process has one thread, and has not started CUDA. Both are
-checked before each fork. ComfyUI itself starts CUDA when it is imported for GPUs, so GPU ranks find
-torch here and import ComfyUI themselves.
+A fork is sound here and only here: this process has one thread, and nothing in it has opened a
+GPU. Both are looked at before each fork. Where an import broke that, the process executes itself
+anew with nothing imported, and each rank imports for itself.
+
+ComfyUI starts CUDA when it is imported for GPUs. So GPU ranks find here what ComfyUI imports of
+others, and import ComfyUI's own modules themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import json
 import logging
 import os
@@ -25,41 +29,55 @@ from typing import Any, NoReturn
 from comfy_xdit_patch.transport.messages import Start, decode
 from comfy_xdit_patch.workers import process
 
-MAX_BYTES = 1 << 20
+BOOTSTRAP = (
+    "import sys; sys.path[:1] = [] if sys.path[:1] == [''] else sys.path[:1]; "
+    "from comfy_xdit_patch.workers.nursery import main; main()"
+)
+"""Not ``-m``, which would look for modules in the working directory first."""
+MAX_BYTES = 1 << 16
 FDS_OF_A_RANK = 3
+BEFORE_CUDA = ("torch", "torch._dynamo", "transformers", "einops", "safetensors.torch")
+"""What takes long of ComfyUI's imports, and leaves the GPUs alone."""
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Entry point; the host passes the socket, its own number and whether ranks are CPU ranks."""
+    """Entry point. Arguments: the socket, the host's number, ``warm`` or ``cold``, its ranks."""
     fd, host_pid = map(int, sys.argv[1:3])
     process.die_with(host_pid)
+    process.be_called("xdit-nursery")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [nursery] %(message)s")
-    serve(socket.socket(fileno=fd), host_pid)
+    ranks = {os.pidfd_open(int(pid)): int(pid) for pid in sys.argv[4:]}
+    serve(socket.socket(fileno=fd), host_pid, ranks, is_cold=sys.argv[3] == "cold")
 
 
-def serve(host: socket.socket, host_pid: int) -> None:
-    """Fork ranks until the host closes its end."""
-    children: dict[int, int] = {}
+def serve(host: socket.socket, host_pid: int, ranks: dict[int, int], *, is_cold: bool) -> None:
+    """Fork ranks until the host closes its end.
+
+    Args:
+        ranks: those that live already: the number of each by a descriptor of it.
+        is_cold: nothing was imported here, because that made forking unsound.
+    """
     while True:
         poller = select.poll()
-        for fd in (host.fileno(), *children):
+        for fd in (host.fileno(), *ranks):
             poller.register(fd, select.POLLIN)
         for fd, _ in poller.poll():
-            if fd in children:
-                pid = children.pop(fd)
-                os.close(fd)
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                _tell(host, {"ended": pid, "code": code})
+            if fd in ranks:
+                _reap(fd, ranks.pop(fd), host)
                 continue
+            unsound = None if is_cold else why_no_fork()
+            if unsound is not None:
+                log.warning("ranks import for themselves: %s", unsound)
+                _start_cold(host, host_pid, ranks.values())
             data, fds, _, _ = socket.recv_fds(host, MAX_BYTES, FDS_OF_A_RANK)
             if not data:
                 return
             if fds:
-                pidfd, pid = _fork(json.loads(data), fds, host, host_pid, children)
-                children[pidfd] = pid
+                pidfd, pid = _fork(json.loads(data), fds, host, host_pid, ranks)
+                ranks[pidfd] = pid
             else:
                 start = decode(data)
                 assert isinstance(start, Start)
@@ -70,17 +88,49 @@ def warm_up(start: Start) -> None:
     """Import what ranks need. What fails here fails in each rank too, and is reported there."""
     gc.disable()
     try:
-        import torch
+        if start.num_threads is None:
+            for name in BEFORE_CUDA:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+        else:
+            import torch
 
-        if start.num_threads is not None:
             torch.set_num_threads(1)
             from comfy_xdit_patch.workers.environment import restore_host_state
 
             restore_host_state(start)
-            import comfy_xdit_patch.engine.engine  # noqa: F401
+            import comfy_xdit_patch.engine.engine
+            import comfy_xdit_patch.engine.first_exchange  # noqa: F401
     except Exception:
         log.exception("could not import everything that ranks need")
     gc.freeze()
+
+
+def why_no_fork() -> str | None:
+    """Why a fork of this process would not be sound."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        return f"an import left {threads} threads, and a fork has only one of them"
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # The descriptor of the listing itself.
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia"):
+                return "an import has opened a GPU, which does not survive a fork"
+    return None
+
+
+def _start_cold(host: socket.socket, host_pid: int, ranks: Iterable[int]) -> NoReturn:
+    """Execute this program anew. The process keeps its number, its host and its ranks."""
+    host.set_inheritable(True)
+    arguments = [str(host.fileno()), str(host_pid), "cold", *map(str, ranks)]
+    command = sys.orig_argv[: sys.orig_argv.index(BOOTSTRAP) + 1]
+    os.execv(sys.executable, [*command, *arguments])
+
+
+def _reap(pidfd: int, pid: int, host: socket.socket) -> None:
+    os.close(pidfd)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(OSError):  # The host is gone, and this process will see it.
+        host.send(json.dumps({"ended": pid, "code": code}).encode())
 
 
 def _fork(
@@ -90,10 +140,6 @@ def _fork(
     host_pid: int,
     siblings: Iterable[int],
 ) -> tuple[int, int]:
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"{len(threads)} threads: a fork would lose all but one"
-    torch = sys.modules.get("torch")
-    assert torch is None or not torch.cuda.is_initialized(), "CUDA does not survive a fork"
     nursery_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -103,8 +149,8 @@ def _fork(
     pidfd = os.pidfd_open(pid)
     for fd in fds:
         os.close(fd)
-    answer = json.dumps({"pid": pid}).encode()
-    socket.send_fds(host, [answer], [pidfd])
+    with contextlib.suppress(OSError):
+        socket.send_fds(host, [json.dumps({"pid": pid}).encode()], [pidfd])
     return pidfd, pid
 
 
@@ -118,8 +164,8 @@ def _become_rank(
         for standard in (1, 2):
             os.dup2(log_fd, standard)
         os.close(log_fd)
-        os.environ.clear()
-        os.environ.update(order["environment"])
+        for name, value in order["variables"].items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         faulthandler.enable()
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
@@ -127,8 +173,3 @@ def _become_rank(
     except BaseException:
         log.exception("a rank failed outside of its loop")
     os._exit(1)
-
-
-def _tell(host: socket.socket, message: dict[str, int]) -> None:
-    with contextlib.suppress(OSError):  # The host is gone, and this process will see it.
-        host.send(json.dumps(message).encode())

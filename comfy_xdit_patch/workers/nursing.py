@@ -19,15 +19,11 @@ from pathlib import Path
 
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.transport.messages import Start, encode
+from comfy_xdit_patch.workers.log_files import mark_of, private, tail_of
+from comfy_xdit_patch.workers.nursery import BOOTSTRAP, MAX_BYTES
 
-# Not ``-m``: that would look for modules in the working directory first.
-BOOTSTRAP = (
-    "import sys; sys.path[:1] = [] if sys.path[:1] == [''] else sys.path[:1]; "
-    "from comfy_xdit_patch.workers.nursery import main; main()"
-)
-MAX_BYTES = 1 << 16
 KILLED = -signal.SIGKILL
-CODE_S = 1.0
+CODE_S = 5.0
 
 
 class RankProcess:
@@ -65,93 +61,131 @@ class RankProcess:
         self.send_signal(signal.SIGKILL)
 
     def _has_ended(self, timeout_s: float) -> bool:
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        return bool(poller.poll(timeout_s * 1000))
+        return _is_readable(self._pidfd, timeout_s)
 
     def __del__(self) -> None:
         os.close(self._pidfd)
 
 
 class Nursery:
-    """One nursery process."""
+    """One nursery process. It ends with the thread that made it."""
 
     def __init__(
         self, *, log_path: Path, environment: dict[str, str], warm_up: Start | None
     ) -> None:
-        """Start it, and have it import what ``warm_up`` says meanwhile."""
+        """Start it, and have it import what ``warm_up`` says meanwhile.
+
+        Raises:
+            OSError: the system has no process, memory or descriptor for it.
+        """
+        self._environment = environment
         self._lock = threading.Lock()
         self._codes: dict[int, int] = {}
         self._born: list[tuple[int, int]] = []
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        command = [sys.executable, *flags, "-c", BOOTSTRAP, str(theirs.fileno()), str(os.getpid())]
-        with theirs, open(log_path, "wb", opener=_private) as log_file:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(theirs.fileno(),),
-            )
+        fd = theirs.fileno()
+        command = [sys.executable, *flags, "-c", BOOTSTRAP, str(fd), str(os.getpid()), "warm"]
+        with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(ours)
+            with theirs, open(log_path, "wb", opener=private) as log_file:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                    # Threads that OpenBLAS starts when NumPy is imported would not survive a fork.
+                    env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+                    pass_fds=(fd,),
+                )
+            on_failure.pop_all()
+        self._socket = ours
+        self._log_path = log_path
+        mark_of(log_path, self.process.pid).touch(0o600)
         if warm_up is not None:
-            self._socket.send(encode(warm_up))
+            with contextlib.suppress(OSError):  # It has ended: the first fork says so.
+                self._socket.send(encode(warm_up))
 
     @property
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def fork(
-        self, rank: int, environment: dict[str, str], fds: list[int], *, end: float
-    ) -> RankProcess:
+    def fork(self, rank: int, variables: dict[str, str], fds: list[int], end: float) -> RankProcess:
         """Have a rank forked, once everything is imported.
 
+        Args:
+            variables: the whole environment of the rank.
+            fds: of its channel, of the store, of its log.
+            end: the deadline, on the monotonic clock.
+
         Raises:
-            WorkerError: the nursery ended, or the deadline came.
+            WorkerError: the nursery ended, or the deadline came, and then it was ended.
         """
-        order = json.dumps({"rank": rank, "environment": environment}).encode()
-        try:
+        names = self._environment.keys() | variables.keys()
+        changed = {
+            n: variables.get(n) for n in names if variables.get(n) != self._environment.get(n)
+        }
+        order = json.dumps({"rank": rank, "variables": changed}).encode()
+        with contextlib.suppress(OSError):  # It has ended, which is seen below.
             socket.send_fds(self._socket, [order], fds)
-        except OSError as error:
-            raise WorkerError(f"The nursery of the ranks is gone ({error}).") from None
-        while not self._born:
-            if time.monotonic() > end or not self.is_alive:
-                raise WorkerError(f"The nursery of the ranks made no rank {rank}.")
-            self._read(0.1)
-        return RankProcess(*self._born.pop(0), self)
+        while time.monotonic() < end:
+            with self._lock:
+                self._read(0.1)
+                if self._born:
+                    return RankProcess(*self._born.pop(), self)
+            if not self.is_alive:
+                break
+        self.close()  # A rank that it forked too late would be nobody's.
+        raise WorkerError(
+            f"The process that ranks are forked from made no rank {rank}. Last lines of "
+            f"{self._log_path}:\n{tail_of(self._log_path)}"
+        )
 
     def code_of(self, pid: int) -> int:
         """The exit code of a rank that has ended."""
         end = time.monotonic() + CODE_S
-        while pid not in self._codes and time.monotonic() < end and self.is_alive:
-            self._read(0.02)
-        return self._codes.get(pid, KILLED)  # The kernel kills the ranks of a nursery that died.
+        while pid not in self._codes and time.monotonic() < end:
+            is_alive = self.is_alive
+            with self._lock:
+                self._read(0.02)
+            if not is_alive:
+                break
+        # The kernel kills the ranks of a nursery that ended. Where this is the first process of a
+        # container, they are its children then.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        return self._codes.get(pid, KILLED)
 
     def close(self) -> None:
         """End it, and with it all ranks that are left."""
-        self._socket.close()
         self.process.kill()
         self.process.wait()
+        mark_of(self._log_path, self.process.pid).unlink(missing_ok=True)
+        with self._lock:
+            self._read(0.0)
+            for _, pidfd in self._born:
+                os.close(pidfd)
+            self._born.clear()
+            self._socket.close()
 
     def _read(self, timeout_s: float) -> None:
-        with self._lock:
-            poller = select.poll()
-            poller.register(self._socket, select.POLLIN)
-            while poller.poll(timeout_s * 1000):
-                try:
-                    data, fds, _, _ = socket.recv_fds(self._socket, MAX_BYTES, 1)
-                except OSError:
-                    return
-                if not data:
-                    return
-                message = json.loads(data)
-                if fds:
-                    self._born.append((message["pid"], fds[0]))
-                else:
-                    self._codes[message["ended"]] = message["code"]
-                timeout_s = 0.0
+        """Read what it says, with the lock held. Returns at the first word, or the timeout."""
+        while self._socket.fileno() >= 0 and _is_readable(self._socket.fileno(), timeout_s):
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_BYTES, 1)
+            except ConnectionResetError:  # It ended with something unread.
+                return
+            if not data:
+                return
+            message = json.loads(data)
+            if fds:
+                self._born.append((message["pid"], fds[0]))
+            else:
+                self._codes[message["ended"]] = message["code"]
+            timeout_s = 0.0
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _is_readable(fd: int, timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))

@@ -9,9 +9,8 @@ Runs in: host process.
                           broken <------------------+
 
 Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths while nothing
-is asked for; it lives as long as the process, because a worker dies with the *thread* that started
-it (PR_SET_PDEATHSIG). The sampling thread makes requests. ``_calls`` serialises requests;
-``_changed`` guards the state.
+is asked for; it lives as long as the process, because the nursery dies with the *thread* that
+started it (PR_SET_PDEATHSIG). The sampling thread makes requests. ``_calls`` serialises them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from comfy_xdit_patch.errors import (
     ChannelClosedError,
@@ -37,10 +35,9 @@ from comfy_xdit_patch.transport.replies import Joined, Reply
 from comfy_xdit_patch.workers.back_off import AFTER_LOSS_S, AFTER_START_S, BackOff
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll
-from comfy_xdit_patch.workers.launcher import Worker, end_workers, make_log_dir
-from comfy_xdit_patch.workers.nursing import Nursery
+from comfy_xdit_patch.workers.launcher import Worker, end_workers
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text
-from comfy_xdit_patch.workers.team import start_nursery, start_team
+from comfy_xdit_patch.workers.team import Starter
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +65,12 @@ class Pool:
         self.error: str | None = None
         self.generation = 0
         self.start_seconds = 0.0
-        self.no_peer_to_peer: str | None = None
-        self._host_state = host_state
         self._settings = settings
         self._exchange: Exchange | None = None
         self._changed = threading.Condition()
         self._calls = threading.RLock()
         self._keeper: threading.Thread | None = None
-        self._log_dir: Path | None = None
-        self._nursery: Nursery | None = None
+        self._starter = Starter(self.devices, host_state=host_state, settings=settings)
         self._back_off = BackOff()
 
     @property
@@ -93,16 +87,24 @@ class Pool:
         """Bytes of messages sent to the workers that live now."""
         return self._exchange.bytes_sent if self._exchange else 0
 
+    @property
+    def no_peer_to_peer(self) -> str | None:
+        """Why these devices exchange data through CPU memory; None where they need not."""
+        return self._starter.no_peer_to_peer
+
+    def get_ready(self) -> None:
+        """Have everything imported, in the background, that a start needs."""
+        with self._changed:
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep, name="xdit-keeper", daemon=True)
+                self._keeper.start()
+
     def start(self) -> None:
         """Have the workers started, in the background. No effect when they live or back off."""
         with self._changed:
             if self.state in (PoolState.IDLE, PoolState.BROKEN) and self._back_off.is_over:
                 self._set_state(PoolState.STARTING)
-                if self._keeper is None:
-                    self._keeper = threading.Thread(
-                        target=self._keep, name="xdit-keeper", daemon=True
-                    )
-                    self._keeper.start()
+                self.get_ready()
 
     def wait_until_ready(self, poll: Poll) -> None:
         """Wait for a start in progress.
@@ -176,13 +178,13 @@ class Pool:
             with contextlib.suppress(ChannelClosedError, DeadlineExceededError):
                 worker.channel.send(Stop(), deadline_s=1.0)
         end_workers(workers)
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
+        self._starter.close()
 
     # -- the keeper's thread ---------------------------------------------------------------
 
     def _keep(self) -> None:
+        with contextlib.suppress(OSError):  # A start tries again, and reports it.
+            self._starter.get_ready()
         while True:
             try:
                 self._keep_once()
@@ -211,29 +213,15 @@ class Pool:
 
     def _start_all(self) -> None:
         try:
-            self._log_dir = self._log_dir or make_log_dir()
-            if self._nursery is None or not self._nursery.is_alive:
-                self._nursery = start_nursery(
-                    self.devices[0],
-                    host_state=self._host_state,
-                    settings=self._settings,
-                    log_dir=self._log_dir,
-                )
-            team = start_team(
-                self.devices,
-                host_state=self._host_state,
-                settings=self._settings,
-                log_dir=self._log_dir,
-                nursery=self._nursery,
-                no_peer_to_peer=self.no_peer_to_peer,
-            )
+            team = self._starter.start()
         except WorkerError as error:
             with self._changed:
-                self._fail(str(error), AFTER_START_S)
+                if self.state is PoolState.STARTING:  # And was not stopped meanwhile.
+                    self._fail(str(error), AFTER_START_S)
             return
         with self._changed:
             self.workers, self.joined = team.workers, team.joined
-            self.start_seconds, self.no_peer_to_peer = team.seconds, team.no_peer_to_peer
+            self.start_seconds = team.seconds
             self._exchange = Exchange(team.workers, step_timeout_s=self._settings.step_timeout_s)
             self.generation += 1
             self.error = None

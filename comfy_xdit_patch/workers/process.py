@@ -17,7 +17,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 IDLE_WAIT_S = 3600.0
 PROGRESS_S = 0.25
 
@@ -66,7 +66,6 @@ class Worker:
         try:
             start = self._channel.receive(deadline_s=IDLE_WAIT_S)
             assert isinstance(start, Start)
-            start = replace(start, store_fd=self._store_fd)
             engine, slots, groups, heartbeat = self._join(start)
             while True:
                 message = self._next_message()
@@ -88,7 +87,13 @@ class Worker:
             _leave_at_once(1)
 
     def _join(self, start: Start) -> tuple[Engine, SlotMap, Groups, Heartbeat]:
-        groups = join(start, rank=self._rank, channel=self._channel, entering=self._enter_phase)
+        groups = join(
+            start,
+            rank=self._rank,
+            channel=self._channel,
+            store_fd=self._store_fd,
+            entering=self._enter_phase,
+        )
         from comfy_xdit_patch.engine import collectives
         from comfy_xdit_patch.engine.engine import Engine
         from comfy_xdit_patch.transport.slots import SlotMap
@@ -185,8 +190,14 @@ def die_with(parent: int) -> None:
         _leave_at_once(1)
 
 
+def be_called(name: str) -> None:
+    """Name this process for people: ``ps`` and ``top`` show it."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
+
+
 def serve(rank: int, channel_fd: int, store_fd: int, host_pid: int) -> NoReturn:
     """Be a rank, from the fork to the end of the process."""
+    be_called(f"xdit-rank-{rank}")
     # The host asks a rank that hangs where it is; the answer is the end of its log.
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     logging.basicConfig(

@@ -48,8 +48,6 @@ class Team:
     workers: tuple[Worker, ...]
     joined: dict[int, Joined]
     seconds: float
-    no_peer_to_peer: str | None = None
-    """Why NCCL does without it; None where it may use it."""
 
 
 def start_workers(
@@ -118,7 +116,6 @@ def start_message(
         arguments=host_state.arguments,
         num_threads=settings.cpu_threads if device.is_cpu else None,
         world_size=world_size,
-        store_fd=0,  # A forked rank has the store under a number of its own.
         join_timeout_s=settings.start_timeout_s,
         step_timeout_s=settings.step_timeout_s,
     )

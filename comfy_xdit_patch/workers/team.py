@@ -13,77 +13,99 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from comfy_xdit_patch.errors import ExchangeError, WorkerError, XditError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.workers.environment import HostState, is_peer_to_peer_off, worker_variables
+from comfy_xdit_patch.workers.log_files import make_log_dir
 from comfy_xdit_patch.workers.nursing import Nursery
 from comfy_xdit_patch.workers.starting import Team, start_message, start_workers
 
 log = logging.getLogger(__name__)
 
 
-def start_nursery(
-    device: Device, *, host_state: HostState, settings: Settings, log_dir: Path
-) -> Nursery:
-    """Start the process that ranks are forked from; it ends with the thread that calls this."""
-    return Nursery(
-        log_path=log_dir / "nursery.log",
-        environment=worker_variables(device, cpu_threads=1),
-        warm_up=start_message(host_state, settings, device, 1),
-    )
+class Starter:
+    """Starts the ranks of this host, again and again, from one nursery."""
 
+    def __init__(
+        self, devices: Sequence[Device], *, host_state: HostState, settings: Settings
+    ) -> None:
+        self.no_peer_to_peer: str | None = None
+        """Why these devices do without, once a start found that they must."""
+        self._devices = devices
+        self._host_state = host_state
+        self._settings = settings
+        self._log_dir: Path | None = None
+        self._nursery: Nursery | None = None
 
-def start_team(
-    devices: Sequence[Device],
-    *,
-    host_state: HostState,
-    settings: Settings,
-    log_dir: Path,
-    nursery: Nursery,
-    no_peer_to_peer: str | None,
-) -> Team:
-    """Start all ranks, twice at most, under one deadline.
+    def get_ready(self) -> Nursery:
+        """Have a nursery import what ranks need. It ends with the thread that calls this.
 
-    Args:
-        no_peer_to_peer: why these devices do without, if an earlier start found that they must.
+        Raises:
+            OSError: the system has no process, memory or descriptor for it.
+        """
+        if self._nursery is None or not self._nursery.is_alive:
+            self.close()
+            self._log_dir = self._log_dir or make_log_dir()
+            device = self._devices[0]
+            self._nursery = Nursery(
+                log_path=self._log_dir / "nursery.log",
+                environment=worker_variables(device, cpu_threads=1),
+                warm_up=start_message(self._host_state, self._settings, device, 1),
+            )
+        return self._nursery
 
-    Raises:
-        WorkerError: they did not start; none is left running. The text has every cause.
-    """
-    begin = time.monotonic()
-    start = partial(
-        start_workers,
-        devices,
-        host_state=host_state,
-        settings=settings,
-        log_dir=log_dir,
-        nursery=nursery,
-        end=begin + settings.start_timeout_s,
-    )
-    reason = no_peer_to_peer
-    try:
-        if reason is None:
-            try:
-                return start(peer_to_peer=True, is_last=is_peer_to_peer_off())
-            except ExchangeError as error:
-                if is_peer_to_peer_off():
-                    raise
-                reason = str(error)
-                log.warning(
-                    "xDiT: the workers cannot exchange data and are started again without "
-                    "peer-to-peer (NCCL_P2P_DISABLE=1). %s",
-                    error,
-                )
-        team = start(peer_to_peer=False, is_last=True)
-    except (XditError, OSError) as error:
-        if reason is None:
-            raise WorkerError(f"The workers did not start. {error}") from None
-        raise WorkerError(
-            f"The workers did not start. {error}\n"
-            f"That was without peer-to-peer, because of this before: {reason}"
-        ) from None
-    return replace(team, seconds=time.monotonic() - begin, no_peer_to_peer=reason)
+    def start(self) -> Team:
+        """Start all ranks, twice at most, under one deadline.
+
+        Raises:
+            WorkerError: they did not start; none is left running. The text has every cause.
+        """
+        begin = time.monotonic()
+        reason = self.no_peer_to_peer
+        end = begin + self._settings.start_timeout_s
+        try:
+            if reason is None:
+                try:
+                    return self._start(end, peer_to_peer=True, is_last=is_peer_to_peer_off())
+                except ExchangeError as error:
+                    if is_peer_to_peer_off():
+                        raise
+                    reason = str(error)
+                    log.warning(
+                        "xDiT: the workers cannot exchange data and are started again without "
+                        "peer-to-peer (NCCL_P2P_DISABLE=1). %s",
+                        error,
+                    )
+            team = self._start(end, peer_to_peer=False, is_last=True)
+        except (XditError, OSError) as error:
+            if reason is None:
+                raise WorkerError(f"The workers did not start. {error}") from None
+            raise WorkerError(
+                f"The workers did not start. {error}\n"
+                f"That was without peer-to-peer, because of this before: {reason}"
+            ) from None
+        self.no_peer_to_peer = reason
+        return replace(team, seconds=time.monotonic() - begin)
+
+    def close(self) -> None:
+        """End the nursery, and with it all ranks that are left."""
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
+
+    def _start(self, end: float, *, peer_to_peer: bool, is_last: bool) -> Team:
+        nursery = self.get_ready()
+        assert self._log_dir is not None, "made by get_ready"
+        return start_workers(
+            self._devices,
+            host_state=self._host_state,
+            settings=self._settings,
+            log_dir=self._log_dir,
+            nursery=nursery,
+            end=end,
+            peer_to_peer=peer_to_peer,
+            is_last=is_last,
+        )

@@ -71,7 +71,7 @@ def served(*frames: bytes) -> tuple[int | None, Message | None]:
         for frame in frames:
             socket.send_fds(ours, [frame], [ours.fileno()])
     ours.shutdown(socket.SHUT_WR)
-    worker = JoinedWorker(rank=0, channel=Channel(theirs))
+    worker = JoinedWorker(rank=0, channel=Channel(theirs), store_fd=-1)
     code = None
     try:
         worker.run()

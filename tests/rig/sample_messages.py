@@ -29,7 +29,6 @@ MESSAGES = [
         arguments={"cpu": True, "reserve_vram": None, "fast": [], "listen": "127.0.0.1"},
         num_threads=None,
         world_size=8,
-        store_fd=5,
         join_timeout_s=180.0,
         step_timeout_s=600.0,
     ),

@@ -2,8 +2,9 @@
 
 Runs in: host and worker of a rig server whose environment has ``RIG_FAULTS``, a directory.
 
-A test writes an order, the file ``<point>.<rank>`` (``<point>.host``) whose text is a kind of
-fault. The first process of that rank to come to that point takes the file away and obeys.
+A test writes an order, the file ``<point>.<who>`` whose text is a kind of fault; who is a rank's
+number, ``host`` or ``nursery``. The first such process to come to that point takes the file away
+and obeys.
 """
 
 from __future__ import annotations
@@ -18,27 +19,26 @@ if TYPE_CHECKING:
     from typing import Any
 
 ORDERS = os.environ.get("RIG_FAULTS")
-WORKER = "comfy_xdit_patch.workers.process"
 WITHIN = 3
 """Which exchange of a request is the one in whose middle something happens."""
 DELAY_S = 2.0
 FOREVER_S = 3600.0
 
 
-def rank_here() -> str:
-    """Who this process is: a rank as a number, ``host``, or another program."""
-    if WORKER in sys.orig_argv:
-        return next(a.split("=")[1] for a in sys.orig_argv if a.startswith("--rank="))
+def who_is_here() -> str:
+    """Who this process is at its start: the host, the nursery of its ranks, or another program."""
+    if any("comfy_xdit_patch.workers.nursery" in word for word in sys.orig_argv):
+        return "nursery"
     return "host" if "main.py" in sys.orig_argv else "other"
 
 
-RANK = rank_here()
+who = who_is_here()
 
 
 def taken(point: str) -> str | None:
     """Take the order for this point, if there is one."""
     assert ORDERS is not None
-    order, mine = f"{ORDERS}/{point}.{RANK}", f"{ORDERS}/taken-{os.getpid()}"
+    order, mine = f"{ORDERS}/{point}.{who}", f"{ORDERS}/taken-{os.getpid()}"
     try:
         os.rename(order, mine)
     except OSError:
@@ -71,8 +71,11 @@ def obey(kind: str | None) -> None:
     elif kind == "dead link":
         cut_links()
     elif kind == "tell modules":
-        with open(f"{ORDERS}/modules.{RANK}", "w") as file:
+        with open(f"{ORDERS}/modules.{who}", "w") as file:
             file.write("\n".join(sys.modules))
+    elif kind == "tell variables":
+        with open(f"{ORDERS}/variables.{who}", "w") as file:
+            file.writelines(f"{name}={value}\n" for name, value in os.environ.items())
     elif kind is not None:
         raise ValueError(f"the order {kind!r}")
 
@@ -106,6 +109,28 @@ def around(owner: Any, name: str, point: str, after: str | None = None) -> None:
         return out
 
     setattr(owner, name, classmethod(wrapped) if function is not original else wrapped)
+
+
+def adapt_nursery(nursery: Any) -> None:
+    """A rank is who it is from its fork on."""
+    around(nursery, "warm_up", "warming", "warm")
+    become = nursery._become_rank
+
+    def become_rank(order: dict[str, Any], *args: Any) -> None:
+        global who
+        who = str(order["rank"])
+        become(order, *args)
+
+    nursery._become_rank = become_rank
+    around(nursery, "_fork", "fork", "forked")
+
+
+def adapt_process(process: Any) -> None:
+    around(process, "serve", "start")
+
+
+def adapt_joining(joining: Any) -> None:
+    around(joining, "join", "import")
 
 
 def adapt_groups(groups: Any) -> None:
@@ -227,14 +252,16 @@ def refuse_memory() -> None:
 
 def adaptations() -> dict[str, list[Callable[[Any], None]]]:
     """What to do after which module was executed; in no environment but a test's, nothing."""
-    if ORDERS is None or RANK == "other":
+    if ORDERS is None or who == "other":
         return {}
-    if RANK == "host":
+    if who == "host":
         refuse_memory()
         return {"comfy_xdit_patch.workers.back_off": [adapt_back_off]}
-    obey(taken("start"))
     return {
-        "comfy_xdit_patch.engine.engine": [lambda _: obey(taken("import")), adapt_engine],
+        "comfy_xdit_patch.workers.nursery": [adapt_nursery],
+        "comfy_xdit_patch.workers.process": [adapt_process],
+        "comfy_xdit_patch.workers.joining": [adapt_joining],
+        "comfy_xdit_patch.engine.engine": [adapt_engine],
         "comfy_xdit_patch.engine.groups": [adapt_groups],
         "comfy_xdit_patch.engine.first_exchange": [adapt_first_exchange],
         "comfy_xdit_patch.engine.residents": [adapt_residents],

@@ -139,7 +139,6 @@ def start(**changes):
         "arguments": {"bf16_unet": True},
         "num_threads": 1,
         "world_size": 2,
-        "store_fd": 3,
         "join_timeout_s": 1.0,
         "step_timeout_s": 1.0,
     }

@@ -1,4 +1,4 @@
-"""Worker processes and their logs, with real processes where one is needed."""
+"""Worker processes, with real processes where one is needed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,79 +17,12 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import Stop
 from comfy_xdit_patch.transport.replies import Failed
-from comfy_xdit_patch.workers.launcher import (
-    LOG_PREFIX,
-    TAIL_LINES,
-    Worker,
-    end_workers,
-    launch_worker,
-    make_log_dir,
-)
+from comfy_xdit_patch.workers.environment import worker_variables
+from comfy_xdit_patch.workers.launcher import Worker, end_workers, launch_worker
+from comfy_xdit_patch.workers.log_files import TAIL_LINES
+from comfy_xdit_patch.workers.nursing import Nursery
 
 CPU = Device(name="cpu")
-NO_PROCESS = "4194305"  # above the largest process number that Linux gives
-
-
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """Return the directory that ``tempfile`` takes for the system's."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-def mode(path):
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def test_logs_lie_in_a_private_directory_of_their_own(temporary):
-    first, second = make_log_dir(), make_log_dir()
-    assert first != second
-    for log_dir in (first, second):
-        assert log_dir.parent == temporary
-        assert log_dir.name.startswith(f"{LOG_PREFIX}{os.getpid()}-")
-        assert mode(log_dir) == 0o700
-
-
-def test_a_link_in_place_of_a_directory_is_not_followed(temporary, tmp_path):
-    victim = tmp_path / "private"
-    victim.mkdir()
-    (victim / "letter").touch()
-    (temporary / f"{LOG_PREFIX}{NO_PROCESS}-x").symlink_to(victim)
-    make_log_dir()
-    assert (victim / "letter").exists()
-
-
-def test_logs_of_hosts_that_ended_are_cleared_and_those_of_others_are_kept(temporary):
-    for name in (NO_PROCESS, "1", "notes"):
-        (temporary / f"{LOG_PREFIX}{name}-x").mkdir()
-        (temporary / f"{LOG_PREFIX}{name}-x" / "worker-0.log").touch()
-    log_dir = make_log_dir()
-    left = {path.name for path in temporary.iterdir()}
-    assert left == {f"{LOG_PREFIX}1-x", f"{LOG_PREFIX}notes-x", log_dir.name}
-
-
-def test_a_program_that_replaced_a_host_in_its_process_clears_away_after_it(temporary):
-    """As after ComfyUI-Manager's restart by ``execv``."""
-    before = temporary / f"{LOG_PREFIX}{os.getpid()}-before"
-    before.mkdir()
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    (before / "worker-0.log").touch()
-    for name in (str(child), NO_PROCESS, "1", "no number"):
-        (before / f"{name}.pid").touch()
-    deadline = time.monotonic() + 10
-    while " Z " not in Path(f"/proc/{child}/stat").read_text():
-        assert time.monotonic() < deadline
-    log_dir = make_log_dir()
-    assert list(temporary.iterdir()) == [log_dir]
-    assert not os.path.exists(f"/proc/{child}"), "nobody had waited for it"
-
-
-def test_leavings_that_cannot_be_cleared_are_no_obstacle(temporary):
-    (temporary / f"{LOG_PREFIX}{NO_PROCESS}-x").touch()
-    (temporary / f"{LOG_PREFIX}{NO_PROCESS}-y" / "folder").mkdir(parents=True)
-    assert make_log_dir().is_dir()
 
 
 @pytest.fixture
@@ -207,11 +138,22 @@ def test_a_process_that_cannot_be_killed_is_left_behind_and_named(worker, monkey
 @pytest.fixture
 def launched(tmp_path):
     """Return a real worker process that waits for its first message."""
+    environment = worker_variables(CPU, cpu_threads=1)
+    nursery = Nursery(log_path=tmp_path / "nursery.log", environment=environment, warm_up=None)
     store_fd = os.memfd_create("store")
-    started = launch_worker(rank=3, device=CPU, store_fd=store_fd, cpu_threads=1, log_dir=tmp_path)
+    started = launch_worker(
+        rank=3,
+        device=CPU,
+        store_fd=store_fd,
+        cpu_threads=1,
+        log_dir=tmp_path,
+        nursery=nursery,
+        end=time.monotonic() + 20,
+    )
     os.close(store_fd)
     yield started
     end_workers([started], grace_s=0)
+    nursery.close()
 
 
 def test_a_worker_ends_when_its_host_closes_the_channel(launched):
@@ -263,7 +205,9 @@ def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, 
         if os.geteuid() != 0:
             pytest.skip("only root can take on another user's number")
         script += "os.seteuid(65534); a, b = socket.socketpair(); os.seteuid(0); "
-    worker = [sys.executable, "-m", "comfy_xdit_patch.workers.process", "--rank=3"]
+    serve = "import sys; from comfy_xdit_patch.workers.process import serve; "
+    serve += "serve(3, int(sys.argv[1]), -1, int(sys.argv[2]))"
+    worker = [sys.executable, "-c", serve]
     script += (
         "import subprocess, sys; from comfy_xdit_patch.transport.channel import Channel; "
         "from comfy_xdit_patch.transport.messages import Stop; "
@@ -276,8 +220,8 @@ def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, 
             "pid = os.fork(); os._exit(os.waitstatus_to_exitcode(os.wait()[1])) if pid else 0; "
         )
     script += (
-        f"done = subprocess.run([*{worker!r}, f'--channel-fd={{b.fileno()}}', "
-        "f'--host-pid={os.getpid()}'], pass_fds=[b.fileno()], capture_output=True, text=True); "
+        f"done = subprocess.run([*{worker!r}, str(b.fileno()), "
+        "str(os.getpid())], pass_fds=[b.fileno()], capture_output=True, text=True); "
         "print(done.stderr, end='', flush=True); os._exit(done.returncode)"
     )
     done = subprocess.run(
@@ -293,12 +237,4 @@ def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, 
 
 def test_a_workers_log_is_its_own_and_cannot_be_read_by_others(launched, tmp_path):
     assert launched.log_path == tmp_path / "worker-3.log"
-    assert mode(launched.log_path) == 0o600
-
-
-def test_beside_the_log_stands_the_workers_number_while_it_lives(launched, tmp_path):
-    number = tmp_path / f"{launched.process.pid}.pid"
-    assert mode(number) == 0o600
-    end_workers([launched], grace_s=0)
-    assert not number.exists()
-    assert launched.rank == 3
+    assert stat.S_IMODE(launched.log_path.stat().st_mode) == 0o600
