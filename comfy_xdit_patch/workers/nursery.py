@@ -24,7 +24,8 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 from comfy_xdit_patch.transport.messages import Start, decode
 from comfy_xdit_patch.workers import process
@@ -50,15 +51,34 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [nursery] %(message)s")
     ranks = {os.pidfd_open(int(pid)): int(pid) for pid in sys.argv[4:]}
-    serve(socket.socket(fileno=fd), host_pid, ranks, is_cold=sys.argv[3] == "cold")
+    nursery_pid = os.getpid()
+    born = serve(socket.socket(fileno=fd), host_pid, ranks, is_cold=sys.argv[3] == "cold")
+    if born is not None:
+        _become_rank(born, host_pid, nursery_pid)
 
 
-def serve(host: socket.socket, host_pid: int, ranks: dict[int, int], *, is_cold: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Born:
+    """What a rank is told by its fork."""
+
+    rank: int
+    variables: dict[str, str | None]
+    """What is other in its environment; None is taken out."""
+    fds: list[int]
+    """Of its channel, of the store, of its log."""
+
+
+def serve(
+    host: socket.socket, host_pid: int, ranks: dict[int, int], *, is_cold: bool
+) -> Born | None:
     """Fork ranks until the host closes its end.
 
     Args:
         ranks: those that live already: the number of each by a descriptor of it.
         is_cold: nothing was imported here, because that made forking unsound.
+
+    Returns:
+        In each rank: itself. So the frames of this process are not in its tracebacks.
     """
     while True:
         poller = select.poll()
@@ -74,10 +94,11 @@ def serve(host: socket.socket, host_pid: int, ranks: dict[int, int], *, is_cold:
                 _start_cold(host, host_pid, ranks.values())
             data, fds, _, _ = socket.recv_fds(host, MAX_BYTES, FDS_OF_A_RANK)
             if not data:
-                return
+                return None
             if fds:
-                pidfd, pid = _fork(json.loads(data), fds, host, host_pid, ranks)
-                ranks[pidfd] = pid
+                born = Born(**json.loads(data), fds=fds)
+                if not _fork(born, host, ranks):
+                    return born
             else:
                 start = decode(data)
                 assert isinstance(start, Start)
@@ -112,7 +133,7 @@ def why_no_fork() -> str | None:
     if threads != 1:
         return f"an import left {threads} threads, and a fork has only one of them"
     for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # The descriptor of the listing itself.
+        with contextlib.suppress(OSError):  # That of the listing itself.
             if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia"):
                 return "an import has opened a GPU, which does not survive a fork"
     return None
@@ -129,47 +150,39 @@ def _start_cold(host: socket.socket, host_pid: int, ranks: Iterable[int]) -> NoR
 def _reap(pidfd: int, pid: int, host: socket.socket) -> None:
     os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with contextlib.suppress(OSError):  # The host is gone, and this process will see it.
+    with contextlib.suppress(OSError):  # As below.
         host.send(json.dumps({"ended": pid, "code": code}).encode())
 
 
-def _fork(
-    order: dict[str, Any],
-    fds: list[int],
-    host: socket.socket,
-    host_pid: int,
-    siblings: Iterable[int],
-) -> tuple[int, int]:
-    nursery_pid = os.getpid()
+def _fork(born: Born, host: socket.socket, ranks: dict[int, int]) -> bool:
+    """Fork a rank. Returns whether this is still the nursery."""
     pid = os.fork()
     if pid == 0:
-        for sibling in siblings:
-            os.close(sibling)
-        _become_rank(order, fds, host, host_pid, nursery_pid)
+        for fd in (host.detach(), *ranks):
+            os.close(fd)
+        return False
     pidfd = os.pidfd_open(pid)
-    for fd in fds:
+    ranks[pidfd] = pid
+    for fd in born.fds:
         os.close(fd)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # The host is gone, and this process will see it.
         socket.send_fds(host, [json.dumps({"pid": pid}).encode()], [pidfd])
-    return pidfd, pid
+    return True
 
 
-def _become_rank(
-    order: dict[str, Any], fds: list[int], host: socket.socket, host_pid: int, nursery_pid: int
-) -> NoReturn:
+def _become_rank(born: Born, host_pid: int, nursery_pid: int) -> NoReturn:
     try:
         process.die_with(nursery_pid)
-        channel_fd, store_fd, log_fd = fds
-        host.close()
+        channel_fd, store_fd, log_fd = born.fds
         for standard in (1, 2):
             os.dup2(log_fd, standard)
         os.close(log_fd)
-        for name, value in order["variables"].items():
+        for name, value in born.variables.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         faulthandler.enable()
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
-        process.serve(order["rank"], channel_fd, store_fd, host_pid)
+        process.serve(born.rank, channel_fd, store_fd, host_pid)
     except BaseException:
         log.exception("a rank failed outside of its loop")
     os._exit(1)

@@ -34,7 +34,7 @@ TEXT_FUNCTIONS = (
     "failure_text",
     "hang_text",
     "exit_text",
-    "log_tail",
+    "tail_of",
     "misfit",
 )
 VALUE = "\0"

@@ -132,6 +132,7 @@ IMPORTERS = {
         "transport/tensors.py",
         "transport/values.py",
         "workers/joining.py",
+        "workers/nursery.py",
     },
 }
 # Of those, the files that may do so inside functions only.
@@ -169,6 +170,7 @@ READS_ENVIRONMENT = {
     "observability/doctor.py",  # shows the variables as the user set them
     "settings.py",
     "workers/environment.py",
+    "workers/nursery.py",  # becomes a rank: takes over its variables
 }
 
 # Which parts of the package a part may import, wherever in its files. "root" is every module that

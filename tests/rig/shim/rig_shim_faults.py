@@ -116,13 +116,22 @@ def adapt_nursery(nursery: Any) -> None:
     around(nursery, "warm_up", "warming", "warm")
     become = nursery._become_rank
 
-    def become_rank(order: dict[str, Any], *args: Any) -> None:
+    def become_rank(born: Any, *args: Any) -> None:
         global who
-        who = str(order["rank"])
-        become(order, *args)
+        who = str(born.rank)
+        become(born, *args)
 
     nursery._become_rank = become_rank
-    around(nursery, "_fork", "fork", "forked")
+    fork = nursery._fork
+
+    def fork_with_points(*args: Any) -> bool:
+        obey(taken("fork"))
+        is_nursery = fork(*args)
+        if is_nursery:
+            obey(taken("forked"))
+        return bool(is_nursery)
+
+    nursery._fork = fork_with_points
 
 
 def adapt_process(process: Any) -> None:
