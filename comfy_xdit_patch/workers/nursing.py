@@ -150,6 +150,8 @@ class Nursery:
                 self._read(0.02)
             if not is_alive:
                 break
+        else:
+            self.process.kill()  # It is stopped. The ranks are lost with the one that ended.
         # The kernel kills the ranks of a nursery that ended. Where this is the first process of a
         # container, they are its children then.
         with contextlib.suppress(ChildProcessError):

@@ -35,6 +35,7 @@ TEXT_FUNCTIONS = (
     "hang_text",
     "exit_text",
     "tail_of",
+    "why_no_fork",
     "misfit",
 )
 VALUE = "\0"

@@ -27,7 +27,7 @@ from rig.faults import (
     IN_A_STEP,
     Fault,
     Orders,
-    children,
+    descendants,
     is_running,
     num_fds,
     num_threads,
@@ -143,7 +143,7 @@ def test_nothing_outlives_a_host_that_is_killed(
                 server.post_prompt(graph_to_kill())
                 moment = chance.random() * 20.0  # its workers start, join, load, compute
                 time.sleep(moment)
-                workers = [p for p in children(server.process.pid) if is_running(p)]
+                workers = [p for p in descendants(server.process.pid) if is_running(p)]
                 os.kill(server.process.pid, signal.SIGKILL)
                 end = time.monotonic() + 2.0
                 while any(is_running(pid) for pid in workers):
@@ -199,7 +199,7 @@ def test_a_long_run_with_faults_cancels_and_sizes_leaves_no_trace(
                     "memory of the host": own_memory(host),
                     "file descriptors": num_fds(host),
                     "threads": num_threads(host),
-                    "children": len(children(host)),
+                    "processes": len(descendants(host)),
                     "/dev/shm": len(os.listdir("/dev/shm")),
                     **{
                         f"memory of rank {rank}": own_memory(pid)

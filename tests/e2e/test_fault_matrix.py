@@ -22,15 +22,14 @@ from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
 from rig.environment import RigError
-from rig.fault_bench import DEADLINE_S, LARGER, SIZE, START_S, STEPS, Bench
+from rig.fault_bench import BEFORE_A_STEP, DEADLINE_S, LARGER, SIZE, START_S, STEPS, Bench
 from rig.faults import (
-    AT_START,
     EVERYWHERE,
     SOME_FAULTS,
     Fault,
     Orders,
     all_faults,
-    children,
+    descendants,
     is_running,
     num_fds,
 )
@@ -70,12 +69,12 @@ def test_every_fault_costs_time_and_nothing_else(
             assert not orders.open(), "the fault never happened"
             fell_back = run["steps"] - run["steps_parallel"]
             assert set(run["fall_back_reasons"]) <= set(fault.reasons), run
-            if fault.point not in (*AT_START, "store", "idle"):  # There it may be over by then.
+            if fault.point not in (*BEFORE_A_STEP, "idle"):  # There it may be over by then.
                 assert bool(fell_back) == bool(fault.reasons), run
             bench.heal()
             left = [pid for pid in before - bench.pids if is_running(pid)]
             assert not left, "half a world is left"
-            assert children(bench.host_pid) == bench.pids, "processes are left"
+            assert descendants(bench.host_pid) == {bench.nursery_pid, *bench.pids}, "what is left"
             assert set(os.listdir("/dev/shm")) <= shared
             # Those of shared memory that one prompt more has taken, not one for every fault.
             assert num_fds(bench.host_pid) <= fds + 4

@@ -13,7 +13,7 @@ from typing import Any
 
 from rig import graphs
 from rig.compare import compare_all
-from rig.faults import AT_LOAD, AT_START, Fault, Orders
+from rig.faults import AT_FORK, AT_LOAD, AT_START, AT_WARM_UP, Fault, Orders, children
 from rig.graphs import Graph
 from rig.outputs import Pixels
 from rig.server import Server
@@ -27,6 +27,7 @@ NUM_SEEDS = 4
 DEADLINE_S = 300.0
 """Of every wait: for a prompt whose fault is found by a timeout, for workers to come back."""
 START_S, STEP_S = 180, 60
+BEFORE_A_STEP = (*AT_WARM_UP, *AT_FORK, *AT_START, "store")
 NEVER = "the point was never come to"
 SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
 
@@ -54,6 +55,11 @@ class Bench:
     def host_pid(self) -> int:
         assert self.ranks.process is not None
         return self.ranks.process.pid
+
+    @property
+    def nursery_pid(self) -> int:
+        (pid,) = children(self.host_pid)
+        return pid
 
     def graph_of(self, *, steps: int = STEPS, size: tuple[int, int] = SIZE) -> tuple[int, Graph]:
         """A graph that ComfyUI has not just made, and its seed."""
@@ -101,17 +107,21 @@ class Bench:
     def cause(self, fault: Fault) -> None:
         """Bring about that the point of a fault is come to; a step comes with the next image."""
         if fault.point == "idle":
-            pid = self.ranks.status()["ranks"][int(fault.rank)]["pid"]
+            ranks = self.ranks.status()["ranks"]
+            is_nursery = fault.rank == "nursery"
+            pid = self.nursery_pid if is_nursery else ranks[int(fault.rank)]["pid"]
             os.kill(pid, SIGNALS[fault.kind])
             return
         if fault.point in AT_LOAD:
             self.ranks.free_and_wait()
         self.orders.give(fault)
-        if fault.point in (*AT_START, "store"):
+        if fault.point in AT_WARM_UP:
+            os.kill(self.nursery_pid, signal.SIGKILL)
+        elif fault.point in BEFORE_A_STEP:
             os.kill(min(self.pids), signal.SIGKILL)
         if fault.point == "unload":
             self.ranks.free_until(lambda: not self.orders.open(), DEADLINE_S, NEVER)
-        if fault.point in (*AT_START, "store"):
+        if fault.point in BEFORE_A_STEP:
             self.wait_for_the_point()
 
     def wait_for_the_point(self) -> None:

@@ -16,6 +16,8 @@ NOT_FINITE = "the workers' result has NaN or infinity in it"
 OUR_FAULT = "a fault of comfy-xdit-patch, which is in the log"
 
 AT_START = ("start", "import", "join", "joined", "exchange")
+AT_WARM_UP = ("warming", "warm")
+AT_FORK = ("fork", "forked")
 AT_LOAD = ("load", "patch")
 IN_A_STEP = ("before", "within", "after", "reply")
 EVERYWHERE = ("kill", "segv", "stop", "exception", "oom")
@@ -63,6 +65,12 @@ def all_faults(num_ranks: int) -> list[Fault]:
         ]
         faults += [Fault("after", "nan", rank, (NOT_FINITE,))]
         faults += [Fault("reply", kind, rank) for kind in ("torn", "half", "garbage", "too long")]
+    faults += [
+        Fault(point, kind, "nursery", (NOT_STARTED, LOST))
+        for point in (*AT_WARM_UP, *AT_FORK)
+        for kind in ("kill", "segv", "stop", "exception")
+    ]
+    faults += [Fault("idle", kind, "nursery", (LOST,)) for kind in ("kill", "segv")]
     faults += [Fault("slot", "no space", "host", (OUR_FAULT,))]
     faults += [Fault("store", "no space", "host", (NOT_STARTED,))]
     return faults
@@ -79,6 +87,10 @@ SOME_FAULTS = (
     Fault("load", "oom", 1, (NOT_LOADED,)),
     Fault("join", "exception", 0, (NOT_STARTED, LOST)),
     Fault("exchange", "other data", 1, (NOT_STARTED, LOST)),
+    Fault("start", "kill", 0, (NOT_STARTED, LOST)),
+    Fault("warming", "kill", "nursery", (NOT_STARTED, LOST)),
+    Fault("forked", "segv", "nursery", (NOT_STARTED, LOST)),
+    Fault("idle", "kill", "nursery", (LOST,)),
     Fault("slot", "no space", "host", (OUR_FAULT,)),
 )
 
@@ -128,6 +140,12 @@ def children(pid: int) -> set[int]:
             if int(parent) == pid:
                 found.add(int(name))
     return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Children, and theirs."""
+    found = children(pid)
+    return found.union(*(descendants(child) for child in found))
 
 
 def num_fds(pid: int) -> int:

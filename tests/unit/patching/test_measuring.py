@@ -160,7 +160,7 @@ def test_a_card_of_the_table_has_its_fp8_in_proportion(world, monkeypatch, tmp_p
 def test_without_peer_to_peer_all_links_are_through_cpu_memory(world, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     made = world(probed(0), probed(1), device=Device("NVIDIA H100", "GPU-1", 80 << 30))
-    made.pool.no_peer_to_peer = "Rank 1 hangs"
+    made.pool._starter.no_peer_to_peer = "Rank 1 hangs"
     assert made.measure().links[0][1].kind == "host"
     assert made.measuring.status()["peer_to_peer_disabled"] == "Rank 1 hangs"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.workers.nursing import Nursery
 
 DEADLINE_S = 20.0
@@ -23,6 +25,24 @@ def nursery(tmp_path):
     made = Nursery(log_path=tmp_path / "nursery.log", environment=dict(os.environ), warm_up=None)
     yield made
     made.close()
+
+
+@pytest.fixture
+def gpu_nursery(tmp_path):
+    """``gpu_nursery(source)``: one for GPU ranks, on a machine whose einops has that source."""
+    made = []
+
+    def make(source):
+        (tmp_path / "einops.py").write_text(source)
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        start = Start("", [], [], False, {}, None, 1, 1.0, 1.0)
+        log_path = tmp_path / "nursery.log"
+        made.append(Nursery(log_path=log_path, environment=environment, warm_up=start))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 def fork(nursery, tmp_path, rank=0, **environment):
@@ -86,16 +106,18 @@ def test_a_rank_shares_no_descriptor_of_another_one(nursery, tmp_path):
     ranks = [fork(nursery, tmp_path, rank=rank) for rank in range(3)]
     for process, _channel in ranks:
         end = time.monotonic() + DEADLINE_S
-        kinds = []
-        while kinds != ["memfd", "socket"]:  # It closes the nursery's own a moment after the fork.
-            assert time.monotonic() < end, kinds
-            names = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
-            kinds = sorted(
-                kind
-                for name in names
-                for kind in ("socket", "memfd", "pidfd")
-                if name.startswith((kind, f"/{kind}", f"anon_inode:[{kind}"))
-            )
+        while kinds_of_descriptors(process.pid) != ["memfd", "socket"]:
+            assert time.monotonic() < end, kinds_of_descriptors(process.pid)
+
+
+def kinds_of_descriptors(pid):
+    """Which of those that must not be shared a process has. It closes some after its fork."""
+    kinds = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            name = os.readlink(fd).removeprefix("/").removeprefix("anon_inode:[")
+            kinds += [kind for kind in ("socket", "memfd", "pidfd") if name.startswith(kind)]
+    return sorted(kinds)
 
 
 def test_ranks_end_with_their_nursery_and_it_makes_no_more(nursery, tmp_path):
@@ -134,3 +156,71 @@ def test_nothing_is_imported_from_the_working_directory(tmp_path, monkeypatch):
     rank, _channel = fork(made, tmp_path)
     assert rank.poll() is None
     made.close()
+
+
+def has_torch(pid):
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_gpu_ranks_find_torch_imported_and_no_gpu_opened(gpu_nursery, tmp_path):
+    made = gpu_nursery("")
+    rank, _channel = fork(made, tmp_path)
+    assert has_torch(rank.pid)
+    assert len(os.listdir(f"/proc/{made.process.pid}/task")) == 1
+    opened = [os.readlink(fd) for fd in Path(f"/proc/{made.process.pid}/fd").iterdir()]
+    assert not [name for name in opened if name.startswith("/dev/nvidia")]
+    assert (tmp_path / "nursery.log").read_text() == ""
+
+
+def test_where_an_import_leaves_a_thread_ranks_import_for_themselves(gpu_nursery, tmp_path):
+    made = gpu_nursery(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()"
+    )
+    first, _a = fork(made, tmp_path, rank=0)
+    second, _b = fork(made, tmp_path, rank=1)
+    for rank in (first, second):
+        assert parent_of(rank.pid) == made.process.pid
+        assert not has_torch(rank.pid)
+    assert "an import left 2 threads" in (tmp_path / "nursery.log").read_text()
+    first.kill()
+    assert first.wait(DEADLINE_S) == -signal.SIGKILL
+    assert second.poll() is None
+
+
+def test_a_thread_that_comes_later_costs_no_rank_that_lives(gpu_nursery, tmp_path):
+    made = gpu_nursery(
+        "import os, signal, threading, time\n"
+        "start = lambda *_: threading.Thread(target=time.sleep, args=(99,), daemon=True).start()\n"
+        "signal.signal(signal.SIGUSR2, start)"
+    )
+    first, _a = fork(made, tmp_path, rank=0)
+    made.process.send_signal(signal.SIGUSR2)
+    end = time.monotonic() + DEADLINE_S
+    while len(os.listdir(f"/proc/{made.process.pid}/task")) == 1:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    second, channel = fork(made, tmp_path, rank=1)
+    assert has_torch(first.pid)
+    assert not has_torch(second.pid)
+    assert first.poll() is None
+    first.kill()
+    assert first.wait(DEADLINE_S) == -signal.SIGKILL, "who reaps it has not forgotten it"
+    channel.close()
+    assert second.wait(DEADLINE_S) == 0
+
+
+def test_a_nursery_that_ends_while_it_imports_is_told_with_its_log(gpu_nursery, tmp_path):
+    made = gpu_nursery("import os; os.write(2, b'not today'); os._exit(7)")
+    with pytest.raises(WorkerError, match=r"made no rank 0.*\n.*not today"):
+        fork(made, tmp_path)
+
+
+def test_a_nursery_that_does_not_answer_is_ended_at_the_deadline(nursery, tmp_path, monkeypatch):
+    first, _channel = fork(nursery, tmp_path)
+    nursery.process.send_signal(signal.SIGSTOP)
+    monkeypatch.setitem(globals(), "DEADLINE_S", 0.5)
+    with pytest.raises(WorkerError, match="made no rank 1"):
+        fork(nursery, tmp_path, rank=1)
+    assert not nursery.is_alive
+    assert first.wait(5) == -signal.SIGKILL
