@@ -41,6 +41,7 @@ class Activation:
         self.sampling: PatchSet | None = None
         self.controls: PatchSet | None = None
         self.server: PatchSet | None = None
+        self._wrappers: Wrappers | None = None
         self._ready: set[frozenset[str]] = set()
 
     def modules_ready(self, names: frozenset[str], root: str) -> None:
@@ -63,13 +64,28 @@ class Activation:
         shown = {name: repr(getattr(settings, name)) for name in Settings.__slots__}
         return {**body, "settings": shown, **self.host.status()}
 
+    def change(self, settings: Settings) -> None:
+        """Go on under other settings; the workers end, and new ones start with the next run.
+
+        To be called between runs, in a process that is active.
+
+        Raises:
+            SettingsError: they do not fit this machine, or leave nothing active.
+        """
+        assert self.host is not None, "active"
+        assert self._wrappers is not None, "made with the host"
+        devices = _devices_of(settings)
+        if isinstance(devices, Refusal):
+            raise SettingsError(f"These settings leave nothing active: {devices.reason}.")
+        self.host.hooks.make_up()
+        self.host.pool.change(devices, settings)
+        self.host = self.host.successor(settings)
+        self._wrappers.serve(self.host)
+
     def _activate_sampling(self, root: str) -> None:
         try:
             settings = read_settings()
-            devices = Refusal(SWITCHED_OFF) if settings.is_off else choose_devices(settings.gpus)
-            if not isinstance(devices, Refusal):
-                _check_device_kind(devices)
-                check_strategy(settings.strategy, world_size=len(devices))
+            devices = _devices_of(settings)
         except SettingsError as error:
             self.refused = str(error)
             log.error("xDiT: %s ComfyUI goes on alone.", error)
@@ -80,7 +96,8 @@ class Activation:
             return
         pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
         host = Host(settings=settings, pool=pool, pristine=Pristine(sys.modules))
-        patch_set = PatchSet(sampling_points(Wrappers(host)))
+        self._wrappers = Wrappers(host)
+        patch_set = PatchSet(sampling_points(self._wrappers))
         misfit = patch_set.install()
         if misfit is not None:
             self.refused = f"this ComfyUI does not fit: {misfit}"
@@ -97,7 +114,8 @@ class Activation:
 
     def _activate_controls(self, host: Host) -> None:
         host.remember_controls(sys.modules)
-        self.controls = PatchSet(control_points(Wrappers(host)))
+        assert self._wrappers is not None, "made with the host"
+        self.controls = PatchSet(control_points(self._wrappers))
         misfit = self.controls.install()
         if misfit is not None:
             log.warning("xDiT: ControlNets run on one GPU: %s", misfit)
@@ -129,6 +147,14 @@ def stop_unless_forked(pool: Pool, owner_pid: int) -> None:
     """End the workers with this process, but not with one that somebody forked from it."""
     if os.getpid() == owner_pid:
         pool.stop()
+
+
+def _devices_of(settings: Settings) -> tuple[Device, ...] | Refusal:
+    devices = Refusal(SWITCHED_OFF) if settings.is_off else choose_devices(settings.gpus)
+    if not isinstance(devices, Refusal):
+        _check_device_kind(devices)
+        check_strategy(settings.strategy, world_size=len(devices))
+    return devices
 
 
 def _check_device_kind(devices: tuple[Device, ...]) -> None:

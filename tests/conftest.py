@@ -15,6 +15,7 @@ from inside.client import Inside
 from rig.breadth import WHOLE, is_whole
 from rig.checkpoints import Sizes, models_directory
 from rig.environment import RIG_CACHE, cache_root
+from rig.server import door_key
 from rig.trees import Tree, trees_for_tests
 
 TIERS = ("unit", "contract", "parallel", "e2e")
@@ -150,6 +151,7 @@ def flux_dev() -> Callable[..., str]:
 
 
 _inside: dict[tuple[str, tuple[tuple[str, str], ...]], Inside] = {}
+"""By ComfyUI and what ``door_key`` leaves of the environment."""
 
 
 @pytest.fixture(scope="session")
@@ -165,18 +167,20 @@ def close_inside() -> Callable[[], None]:
 
 @pytest.fixture(scope="session")
 def inside(close_inside: Callable[[], None]) -> Iterator[Callable[..., Inside]]:
-    """Long-lived ComfyUI processes: ``inside(tree, XDIT_GPUS="cpu:2")``, one for each setting."""
+    """Long-lived ComfyUI processes: ``inside(tree, XDIT_GPUS="cpu:2")``."""
     started = _inside
 
     def process(tree: Tree, **env: str) -> Inside:
-        key = (tree.version, tuple(sorted(env.items())))
+        rest = door_key(env)
+        key = (tree.version, tuple(sorted(rest.items())))
         if key not in started:
             # One pool of workers at a time: two cores, 24 GiB.
             for other, running in list(started.items()):
-                if "XDIT_GPUS" in dict(other[1]) and "XDIT_GPUS" in env:
+                if "ranks" in dict(other[1]) and "ranks" in rest:
                     running.close()
                     del started[other]
             started[key] = Inside(tree, env)
+        started[key].have(env)
         return started[key]
 
     yield process

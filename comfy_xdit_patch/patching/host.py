@@ -40,7 +40,8 @@ from comfy_xdit_patch.planning.eligibility import (
     check_forward,
 )
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.workers.pool import Pool, PoolState
+from comfy_xdit_patch.workers.pool import Pool
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 log = logging.getLogger("comfy_xdit_patch")
 
@@ -48,12 +49,15 @@ log = logging.getLogger("comfy_xdit_patch")
 class Host:
     """Everything of ours in ComfyUI's process."""
 
-    def __init__(self, *, settings: Settings, pool: Pool, pristine: Pristine) -> None:
+    def __init__(
+        self, *, settings: Settings, pool: Pool, pristine: Pristine, before: Host | None = None
+    ) -> None:
+        """Make it; ``before`` is the one whose place it takes, with what that knows of models."""
         self.settings = settings
         self.pool = pool
         self.totals = Totals()
-        self.models = ModelRegistry()
-        self.hooks = LeftOutHooks()
+        self.models: ModelRegistry = before.models if before else ModelRegistry()
+        self.hooks: LeftOutHooks = before.hooks if before else LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
         self._pristine = pristine
@@ -94,6 +98,10 @@ class Host:
             totals=self.totals,
         )
         self._lock = threading.RLock()
+
+    def successor(self, settings: Settings) -> Host:
+        """Return one for other settings, whose workers are new and hold nothing."""
+        return Host(settings=settings, pool=self.pool, pristine=self._pristine, before=self)
 
     def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
         """Note which file a model of ours came from."""

@@ -21,7 +21,7 @@ from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.pipeline import MIN_STEPS, NUM_WARM_UP_CALLS, num_patches
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.transport.calls import Free, Tree
-from comfy_xdit_patch.workers.pool import PoolState
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 CONDITIONING = ("context", "y", "ref_latents", "ref_latents_method", "attention_mask")
 """Arguments that are the same in all calls of a stream. ``guidance`` may move like sigma."""

@@ -23,10 +23,14 @@ class Wrappers:
     """One method for each patch point, all on one host."""
 
     def __init__(self, host: Host) -> None:
-        self._host = host
-        self._strict = host.settings.strict
+        self.serve(host)
         self._signatures: dict[Any, inspect.Signature] = {}
         self._attempt_step: Call = self._attempt
+
+    def serve(self, host: Host) -> None:
+        """Have all calls go to this host from now on."""
+        self._host = host
+        self._strict = host.settings.strict
 
     def flux_forward(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         """Compute ``Flux._forward`` on the workers if this call can be parallel."""

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
+from comfy_xdit_patch.transport.messages import Stop
 from comfy_xdit_patch.workers.environment import worker_variables
 from comfy_xdit_patch.workers.log_files import private, tail_of
 from comfy_xdit_patch.workers.nursing import Nursery, RankProcess
@@ -49,6 +51,14 @@ class Worker:
     def log_tail(self) -> str:
         """The last lines of the worker's log."""
         return tail_of(self.log_path)
+
+
+def dismiss_workers(workers: Sequence[Worker]) -> None:
+    """Tell all of them to leave, and see to it that they do."""
+    for worker in workers:
+        with contextlib.suppress(ChannelClosedError, DeadlineExceededError):
+            worker.channel.send(Stop(), deadline_s=1.0)
+    end_workers(workers)
 
 
 def end_workers(workers: Sequence[Worker], *, grace_s: float = GRACE_S) -> None:

@@ -48,6 +48,8 @@ def main() -> None:
     fd, host_pid = map(int, sys.argv[1:3])
     process.die_with(host_pid)
     process.be_called("xdit-nursery")
+    # Before any import: what others put in its place for their own crashes would come first.
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [nursery] %(message)s")
     ranks = {os.pidfd_open(int(pid)): int(pid) for pid in sys.argv[4:]}
@@ -179,7 +181,6 @@ def _become_rank(born: Born, host_pid: int, nursery_pid: int) -> NoReturn:
         os.close(log_fd)
         for name, value in born.variables.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        faulthandler.enable()
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
         process.serve(born.rank, channel_fd, store_fd, host_pid)

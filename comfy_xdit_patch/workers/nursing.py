@@ -144,14 +144,13 @@ class Nursery:
     def code_of(self, pid: int) -> int:
         """The exit code of a rank that has ended."""
         end = time.monotonic() + CODE_S
-        while pid not in self._codes and time.monotonic() < end:
+        is_alive = True
+        while is_alive and pid not in self._codes:
             is_alive = self.is_alive
             with self._lock:
                 self._read(0.02)
-            if not is_alive:
-                break
-        else:
-            self.process.kill()  # It is stopped. The ranks are lost with the one that ended.
+            if time.monotonic() > end:
+                self.process.kill()  # It is stopped. The ranks are lost with the one that ended.
         # The kernel kills the ranks of a nursery that ended. Where this is the first process of a
         # container, they are its children then.
         with contextlib.suppress(ChildProcessError):

@@ -8,47 +8,35 @@ Runs in: host process.
                            |  v deadline            v
                           broken <------------------+
 
-Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths while nothing
-is asked for; it lives as long as the process, because the nursery dies with the *thread* that
-started it (PR_SET_PDEATHSIG). The sampling thread makes requests. ``_calls`` serialises them.
+Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths; it lives as
+long as the process, because the nursery dies with the *thread* that started it (PR_SET_PDEATHSIG).
+The sampling thread makes requests. ``_calls`` serialises them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-from comfy_xdit_patch.errors import (
-    ChannelClosedError,
-    DeadlineExceededError,
-    WorkerError,
-    XditError,
-)
+from comfy_xdit_patch.errors import WorkerError, XditError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.transport.messages import Message, Stop
+from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Joined, Reply
 from comfy_xdit_patch.workers.back_off import AFTER_LOSS_S, AFTER_START_S, BackOff
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange, Poll
-from comfy_xdit_patch.workers.launcher import Worker, end_workers
+from comfy_xdit_patch.workers.launcher import Worker, dismiss_workers, end_workers
+from comfy_xdit_patch.workers.pool_state import PoolState
 from comfy_xdit_patch.workers.starting import POLL_S, SEND_DEADLINE_S, death_text
 from comfy_xdit_patch.workers.team import Starter
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.1
-
-
-class PoolState(enum.Enum):
-    IDLE = "idle"
-    STARTING = "starting"
-    READY = "ready"
-    BROKEN = "broken"
 
 
 class Pool:
@@ -93,7 +81,7 @@ class Pool:
         return self._starter.no_peer_to_peer
 
     def get_ready(self) -> None:
-        """Have everything imported, in the background, that a start needs."""
+        """Have imported, in the background, what a start needs."""
         with self._changed:
             if self._keeper is None:
                 self._keeper = threading.Thread(target=self._keep, name="xdit-keeper", daemon=True)
@@ -169,16 +157,23 @@ class Pool:
         """A whole run went well: the losses before it do not count any more."""
         self._back_off.succeeded()
 
+    def change(self, devices: Sequence[Device], settings: Settings) -> None:
+        """End all workers; those that start next are others. The nursery stays."""
+        self._stop_workers()
+        self.devices, self._settings = tuple(devices), settings
+        self.joined, self.error, self._back_off = {}, None, BackOff()
+        self._starter.change(self.devices, settings)
+
     def stop(self) -> None:
-        """End all workers and stay idle."""
+        """End all workers and the nursery, and stay idle."""
+        self._stop_workers()
+        self._starter.close()
+
+    def _stop_workers(self) -> None:
         with self._changed:
             workers, self.workers = self.workers, ()
             self._set_state(PoolState.IDLE)
-        for worker in workers:
-            with contextlib.suppress(ChannelClosedError, DeadlineExceededError):
-                worker.channel.send(Stop(), deadline_s=1.0)
-        end_workers(workers)
-        self._starter.close()
+        dismiss_workers(workers)
 
     # -- the keeper's thread ---------------------------------------------------------------
 
@@ -220,6 +215,8 @@ class Pool:
                     self._fail(str(error), AFTER_START_S)
             return
         with self._changed:
+            if self.state is not PoolState.STARTING:
+                return dismiss_workers(team.workers)
             self.workers, self.joined = team.workers, team.joined
             self.start_seconds = team.seconds
             self._exchange = Exchange(team.workers, step_timeout_s=self._settings.step_timeout_s)

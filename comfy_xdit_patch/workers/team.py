@@ -40,13 +40,17 @@ class Starter:
         self._log_dir: Path | None = None
         self._nursery: Nursery | None = None
 
+    @property
+    def _has_nursery(self) -> bool:
+        return self._nursery is not None and self._nursery.is_alive
+
     def get_ready(self) -> Nursery:
         """Have a nursery import what ranks need. It ends with the thread that calls this.
 
         Raises:
             OSError: the system has no process, memory or descriptor for it.
         """
-        if self._nursery is None or not self._nursery.is_alive:
+        if self._nursery is None or not self._has_nursery:
             self.close()
             self._log_dir = self._log_dir or make_log_dir()
             device = self._devices[0]
@@ -71,8 +75,8 @@ class Starter:
                 try:
                     return self._start(end, peer_to_peer=True, is_last=is_peer_to_peer_off())
                 except ExchangeError as error:
-                    if is_peer_to_peer_off():
-                        raise
+                    if is_peer_to_peer_off() or not self._has_nursery:
+                        raise  # What ended the nursery ended the ranks: no fault of the exchange.
                     reason = str(error)
                     log.warning(
                         "xDiT: the workers cannot exchange data and are started again without "
@@ -89,6 +93,11 @@ class Starter:
             ) from None
         self.no_peer_to_peer = reason
         return replace(team, seconds=time.monotonic() - begin)
+
+    def change(self, devices: Sequence[Device], settings: Settings) -> None:
+        """What is started next is other devices, of the same kind, or under other settings."""
+        self._devices, self._settings = devices, settings
+        self.no_peer_to_peer = None
 
     def close(self) -> None:
         """End the nursery, and with it all ranks that are left."""

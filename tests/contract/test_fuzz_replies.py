@@ -28,7 +28,8 @@ from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange
 from comfy_xdit_patch.workers.launcher import Worker
-from comfy_xdit_patch.workers.pool import Pool, PoolState
+from comfy_xdit_patch.workers.pool import Pool
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 NUM_RANKS = 2
 PLAN = ParallelPlan(NUM_RANKS, 1, NUM_RANKS)

@@ -12,7 +12,7 @@ from rig.checkpoints import Sizes, models_directory
 from rig.fault_bench import Bench
 from rig.faults import Orders
 from rig.lone import LoneServer
-from rig.server import Server, base_directory
+from rig.server import Server, base_directory, door_key
 from rig.trees import Tree, trees_for_tests
 
 import comfy_xdit_patch
@@ -38,6 +38,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     all alone and so share one stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
+    has: dict[tuple[str, tuple[tuple[str, str], ...]], dict[str, str]] = {}
+
+    def has_any(rest: dict[str, str]) -> bool:
+        return bool({"ranks", "XDIT_GPUS"} & rest.keys())
 
     def server(
         tree: Tree,
@@ -50,13 +54,17 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         **env: str,
     ) -> Server:
         kind = ("models", f"{hidden} {variants} {node_packs} {models} {extra_args}")
-        key = (tree.version, (kind, *sorted(env.items())))
+        rest = door_key(env)
+        key = (tree.version, (kind, *sorted(rest.items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
             running[key] = running.pop(key)  # used last
+            if has.setdefault(key, env) != env:
+                running[key][0].change_settings(env)
+                has[key] = env
             return running[key][0]
         # One server with ranks at a time, and a few stock ones: 24 GiB.
-        has_ranks = "XDIT_GPUS" in env
-        alike = [k for k in running if ("XDIT_GPUS" in dict(k[1])) == has_ranks]
+        has_ranks = has_any(rest)
+        alike = [k for k in running if has_any(dict(k[1])) == has_ranks]
         for other in alike if has_ranks else alike[: 1 - MAX_STOCK_SERVERS or None]:
             running.pop(other)[1].close()
         stack = ExitStack()
@@ -65,6 +73,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         base = stack.enter_context(base_directory(path, models))
         started = Server(tree, base, env=env, node_packs=node_packs, extra_args=extra_args)
         running[key] = (stack.enter_context(started), stack)
+        has[key] = env
         return started
 
     yield server

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rig import graphs, weight_graphs
 from rig.compare import compare_all
-from rig.faults import is_running
+from rig.faults import Fault, Orders, is_running
 from rig.server import Server
 from rig.trees import Tree
 from rig.weight_rows import KOHYA
@@ -153,32 +153,39 @@ def _resident_bytes(pid: int) -> int:
 
 @pytest.mark.newest_only
 def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
-    servers: Servers, tree: Tree, tmp_path: Path
+    servers: Servers, tree: Tree, orders: Orders
 ) -> None:
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="399", RIG_FAULTS=str(orders.path))
     for rank in range(2):
-        (tmp_path / f"import.{rank}").write_text("exception")
-    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400", RIG_FAULTS=str(tmp_path))
+        (orders.path / f"import.{rank}").write_text("exception")
     started = time.monotonic()
     assert_equal_to_stock(servers, tree, ranks, seed=140)
     assert time.monotonic() - started < 400
     status = ranks.status()
     assert status["state"] == "broken"
     assert status["last_run"]["fall_back_reasons"] == {"the workers did not start": 6}
-    for text in ("Rank ", "failed in import of the engine", "RuntimeError: planted"):
+    for text in ("Rank ", "failed in import of ComfyUI", "RuntimeError: planted"):
         assert text in status["reason"]
         assert text in ranks.log_text()
     # A second image does not wait for a second attempt.
     started = time.monotonic()
     assert_equal_to_stock(servers, tree, ranks, seed=141)
     assert time.monotonic() - started < 30
+    orders.withdraw()
 
 
 @pytest.mark.newest_only
-def test_a_start_that_takes_too_long_names_the_missing_ranks(servers: Servers, tree: Tree) -> None:
-    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="1")
+def test_a_start_that_takes_too_long_names_the_missing_ranks(
+    servers: Servers, tree: Tree, orders: Orders
+) -> None:
+    setup = {"XDIT_GPUS": "cpu:2", "RIG_FAULTS": str(orders.path)}
+    ranks = servers(tree, **setup, XDIT_START_TIMEOUT="398")
+    assert_equal_to_stock(servers, tree, ranks, seed=149)  # All is imported now.
+    orders.give(Fault("join", "hang", 0))
+    ranks = servers(tree, **setup, XDIT_START_TIMEOUT="2")
     assert_equal_to_stock(servers, tree, ranks, seed=150)
     reason = ranks.status()["reason"]
-    assert "rank 0, rank 1 did not join within XDIT_START_TIMEOUT=1 s" in reason
+    assert "rank 0, rank 1 did not join within XDIT_START_TIMEOUT=2 s" in reason
 
 
 @pytest.mark.newest_only

@@ -23,7 +23,8 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import read_settings
 from comfy_xdit_patch.workers import starting
 from comfy_xdit_patch.workers.environment import HostState
-from comfy_xdit_patch.workers.pool import Pool, PoolState
+from comfy_xdit_patch.workers.pool import Pool
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 pytestmark = [pytest.mark.newest_only, pytest.mark.group("2")]
 

@@ -131,6 +131,10 @@ class Server(Client):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(STOP_DEADLINE_S)
 
+    def change_settings(self, env: Mapping[str, str]) -> None:
+        """Go on as if started with these XDIT_* variables; its ranks are new ones."""
+        self.request("/rig/settings", settings_of(env))
+
     def start_again(self) -> None:
         """Wait until ComfyUI answers again that replaced itself in its process."""
         self._await_ready()
@@ -189,6 +193,13 @@ def settings_of(env: Mapping[str, str]) -> dict[str, str]:
     """XDIT_* variables of a test, which wants the ranks where it does not ask for ``auto``."""
     is_measured = "XDIT_GPUS" in env and env.get("XDIT_STRICT", "0") == "0"
     return {**SHARES, **({"XDIT_STRATEGY": "ulysses"} if is_measured else {}), **env}
+
+
+def door_key(env: Mapping[str, str]) -> dict[str, str]:
+    """What tells processes apart: those with ranks can have their XDIT_* variables changed."""
+    if not env.get("XDIT_GPUS", "").startswith("cpu:") or env.get("XDIT_STRATEGY") == "off":
+        return dict(env)
+    return {"ranks": "any", **{k: v for k, v in env.items() if not k.startswith("XDIT_")}}
 
 
 def _environment(settings: Mapping[str, str], threads: int | None, cache: Path) -> dict[str, str]:

@@ -138,8 +138,8 @@ def adapt_process(process: Any) -> None:
     around(process, "serve", "start")
 
 
-def adapt_joining(joining: Any) -> None:
-    around(joining, "join", "import")
+def adapt_environment(environment: Any) -> None:
+    around(environment, "restore_host_state", "import")
 
 
 def adapt_groups(groups: Any) -> None:
@@ -269,7 +269,7 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
     return {
         "comfy_xdit_patch.workers.nursery": [adapt_nursery],
         "comfy_xdit_patch.workers.process": [adapt_process],
-        "comfy_xdit_patch.workers.joining": [adapt_joining],
+        "comfy_xdit_patch.workers.environment": [adapt_environment],
         "comfy_xdit_patch.engine.engine": [adapt_engine],
         "comfy_xdit_patch.engine.groups": [adapt_groups],
         "comfy_xdit_patch.engine.first_exchange": [adapt_first_exchange],

@@ -16,6 +16,7 @@ import os
 import sys
 
 import rig_shim_corpus
+import rig_shim_door
 import rig_shim_faults
 import rig_shim_nodes
 
@@ -159,6 +160,7 @@ _adaptations: Mapping[str, list[Callable[[Any], None]]] = {
         rig_shim_corpus.adapt_text_encoder_kinds,
         rig_shim_corpus.adapt_vae,
     ],
+    "server": [rig_shim_door.adapt_server],
     "nodes": [rig_shim_nodes.adapt_node_loader],
     "comfy.supported_models": [rig_shim_corpus.adapt_lotus, rig_shim_corpus.adapt_longcat],
     "comfy.text_encoders.qwen_vl": [rig_shim_corpus.adapt_qwen_vision],

@@ -25,7 +25,8 @@ from comfy_xdit_patch.transport.replies import Failed, Joined
 from comfy_xdit_patch.workers.environment import HostState
 from comfy_xdit_patch.workers.exchange import Exchange
 from comfy_xdit_patch.workers.launcher import Worker
-from comfy_xdit_patch.workers.pool import Pool, PoolState
+from comfy_xdit_patch.workers.pool import Pool
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 SETTINGS = read_settings({"XDIT_GPUS": "cpu:2", "XDIT_STEP_TIMEOUT": "5"})
 SIZES = (1 << 14, 1 << 18, 1 << 21)

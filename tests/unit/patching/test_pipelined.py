@@ -13,7 +13,7 @@ from comfy_xdit_patch.patching.carried import CarriedPatches
 from comfy_xdit_patch.patching.holding import Run
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.workers.pool import PoolState
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 PLAN = ParallelPlan(2, 1, 1, pipefusion_degree=2)
 WORKLOAD = Workload(batch_size=1, num_text_tokens=77, num_image_tokens=64, num_heads=4)
