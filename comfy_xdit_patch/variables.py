@@ -91,10 +91,12 @@ VARIABLES = (
         "XDIT_START",
         "early",
         "early or first",
-        "When the workers' imports begin. `early`: as soon as ComfyUI's server is up, in the "
-        "background, in one process that every rank is then made from; it holds about 300 MB of "
-        "memory, and nothing of any GPU. `first`: when the first FLUX model is loaded, which makes "
-        "the first image wait for them. The ranks themselves start with the first FLUX model.",
+        "How the workers start. `early`: their imports begin as soon as ComfyUI's server is up, in "
+        "the background, in one process that ranks are then made from; it holds about 300 MB of "
+        "memory, and nothing of any GPU. The ranks start with the first FLUX model, and until they "
+        "are ready, ComfyUI computes alone where its own copy of the model is at hand; then the "
+        "image goes on in parallel. `first`: all begins with the first FLUX model, and its image "
+        "waits for it.",
     ),
     Variable(
         "XDIT_START_TIMEOUT",

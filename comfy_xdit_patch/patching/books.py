@@ -11,7 +11,7 @@ from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
-from comfy_xdit_patch.patching.holding import LOST, Run
+from comfy_xdit_patch.patching.holding import LOST, STARTING, Run
 from comfy_xdit_patch.patching.steps import Step
 from comfy_xdit_patch.workers.pool import Pool
 
@@ -35,7 +35,8 @@ class Books:
         """
         if refusal.scope is Scope.RUN:
             run.refusal = refusal
-        run.needs_residuals = True
+        # Whoever waits for workers has them in a moment, and ControlNets on them.
+        run.needs_residuals = run.needs_residuals or refusal is not STARTING
         run.counts.fall_backs[refusal.reason] += 1
         self._totals.fall_backs[refusal.reason] += 1
         if self._is_strict:

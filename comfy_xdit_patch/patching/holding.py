@@ -13,6 +13,7 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.patching import page
 from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
@@ -25,8 +26,10 @@ from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import Strategy
 from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
+from comfy_xdit_patch.workers.pool_state import PoolState
 
 LOST = Refusal("a worker was lost")
+STARTING = Refusal("the workers are still starting", Scope.STEP)
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class Holding:
         models: ModelRegistry,
         strategy: Strategy,
         balance: PoolBalance,
+        waits: bool,
     ) -> None:
         self._pool = pool
         self._weights = weights
@@ -88,6 +92,28 @@ class Holding:
         self.world_size = pool.world_size
         self.strategy = strategy
         self.balance = balance
+        self._waits = waits
+        """For workers that start, although ComfyUI could compute alone meanwhile."""
+
+    def come_up(self, model: Any, poll: Poll) -> Refusal | None:
+        """Have the workers ready; while they start, ComfyUI computes alone if that is quicker.
+
+        It is not where ComfyUI's own copy of the model stays off the GPU that a worker is to have.
+        """
+        pool = self._pool
+        pool.start()
+        if pool.state is PoolState.STARTING:
+            text = f"starting {pool.world_size} {pool.device_word}"
+            if not (self._waits or self.is_held_back(model)):
+                page.tell(f"{text}, ComfyUI computes alone meanwhile")
+                return STARTING
+            page.tell(f"{text}...")
+        try:
+            pool.wait_until_ready(poll)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            return Refusal("the workers did not start")
+        return None
 
     def hold(
         self,
@@ -118,11 +144,9 @@ class Holding:
             refusal = self._no_tensor(model, run, plan.tensor_degree)
             if refusal is not None:
                 return refusal
-        try:
-            self._pool.wait_until_ready(poll)
-        except WorkerError as error:
-            self._totals.last_error = str(error)
-            return Refusal("the workers did not start")
+        refusal = self.come_up(model, poll)
+        if refusal is not None:
+            return refusal
         self._weights.follow_generation()
         if id(model) not in run.bypass:
             run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))

@@ -75,6 +75,7 @@ class Host:
             models=self.models,
             strategy=settings.strategy,
             balance=PoolBalance(settings.balance, pool, self.totals),
+            waits=settings.strict or not settings.starts_early,
         )
         self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         auto = Auto(settings, pool, self.measuring)

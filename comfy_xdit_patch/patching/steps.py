@@ -125,6 +125,9 @@ class ParallelSteps:
         refusal = blocking(changes)
         if refusal is not None:
             return refusal
+        refusal = self._holding.come_up(base_model, poll)
+        if refusal is not None:
+            return refusal
         call = self._plans.of_call(
             flux, arguments, base_model, run, changes=changes, carried=carried, poll=poll
         )

@@ -207,6 +207,7 @@ class Pool:
             self.start()  # It worked once on this machine: bring it back for the next run.
 
     def _start_all(self) -> None:
+        log.info("xDiT: starting %d %s...", self.world_size, self.device_word)
         try:
             team = self._starter.start()
         except WorkerError as error:

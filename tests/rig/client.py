@@ -77,6 +77,11 @@ class Client(Outputs):
         """Return the seconds between successive progress messages of a prompt."""
         return self._progress.step_times(prompt_id) if self._progress else []
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """What nodes have said in the page: the node, and the text."""
+        return self._progress.texts if self._progress else []
+
     def num_steps_done(self, prompt_id: str) -> int:
         """Return how many steps of a prompt have been reported so far."""
         return self._progress.num_steps(prompt_id) if self._progress else 0

@@ -6,6 +6,7 @@ Runs in: the rig's environment, in a thread beside the caller.
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 from collections import defaultdict
@@ -15,12 +16,16 @@ import websocket
 
 CONNECT_DEADLINE_S = 10.0
 POLL_S = 0.2
+TEXT = 3
+"""ComfyUI's number for a text among its binary messages (server.py, BinaryEventTypes)."""
 
 
 class ProgressListener:
     """Record the time of every ``progress`` message, per prompt."""
 
     def __init__(self, url: str, client_id: str) -> None:
+        self.texts: list[tuple[str, str]] = []
+        """What nodes said: the node, and the text in the page."""
         self._stamps: dict[str, list[tuple[str, int, float]]] = defaultdict(list)
         self._socket = websocket.create_connection(
             f"{url}/ws?clientId={client_id}", timeout=CONNECT_DEADLINE_S
@@ -59,6 +64,14 @@ class ProgressListener:
                 return
             if isinstance(text, str) and text:
                 self._record(json.loads(text))
+            elif isinstance(text, bytes):
+                self._read_text(text)
+
+    def _read_text(self, message: bytes) -> None:
+        """Keep what a node says of itself; pictures come as bytes too."""
+        kind, length = struct.unpack_from(">II", message)
+        if kind == TEXT:
+            self.texts.append((message[8 : 8 + length].decode(), message[8 + length :].decode()))
 
     def _record(self, message: dict[str, object]) -> None:
         data = message.get("data")

@@ -1,0 +1,77 @@
+"""Workers that start meanwhile: no image waits for them that ComfyUI can begin alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rig import graphs
+from rig.checkpoints import Sizes, models_directory
+from rig.compare import compare_all
+from rig.faults import Fault, Orders, children
+from rig.server import Server, base_directory
+from rig.trees import Tree
+
+pytestmark = [pytest.mark.group("faults"), pytest.mark.newest_only]
+
+DEADLINE_S = 300.0
+STEPS = 40
+SIZE = (192, 192)
+ALONE = "the workers are still starting"
+GRAPH = graphs.with_values(
+    graphs.load("ksampler_dev"), seed=900, size=SIZE, steps=STEPS, save_latent=True
+)
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "pipefusion"])
+def test_comfyui_computes_alone_until_the_workers_are_ready_then_all_do(
+    servers: Callable[..., Server], tree: Tree, orders: Orders, strategy: str
+) -> None:
+    stock = servers(tree, XDIT_STRATEGY="off")
+    expected = stock.images(stock.run(GRAPH, DEADLINE_S))
+    ranks = servers(
+        tree,
+        XDIT_GPUS="cpu:2",
+        XDIT_STRATEGY=strategy,
+        XDIT_START="early",
+        XDIT_START_TIMEOUT="180",
+        XDIT_STEP_TIMEOUT="60",
+        RIG_FAULTS=str(orders.path),
+    )
+    orders.give(Fault("join", "delay", 0))
+    num_texts = len(ranks.texts)
+    history = ranks.run(GRAPH, DEADLINE_S)
+    run = ranks.status()["last_run"]
+    assert not orders.open(), "nothing was delayed"
+    assert run["fall_back_reasons"].keys() == {ALONE}
+    assert 0 < run["steps_parallel"] < run["steps"] == STEPS, run
+    assert run["is_exact"] == (strategy != "pipefusion")
+    difference = compare_all(expected, ranks.images(history))
+    assert difference.is_equal or strategy == "pipefusion", str(difference)
+    sampler = next(n for n, node in GRAPH.items() if node["class_type"].startswith("KSampler"))
+    said = (sampler, "xDiT: starting 2 CPU ranks, ComfyUI computes alone meanwhile")
+    assert said in ranks.texts[num_texts:]
+    assert "xDiT: starting 2 CPU ranks..." in ranks.log_text()
+    # What follows is parallel from its first step on.
+    history = ranks.run(graphs.with_values(GRAPH, seed=901, steps=3), DEADLINE_S)
+    assert ranks.status()["last_run"]["steps_parallel"] == 3
+
+
+@pytest.mark.parametrize("start", ["early", "first"])
+def test_imports_begin_when_the_server_runs_unless_they_are_to_wait(
+    tree: Tree, tmp_path: Path, start: str
+) -> None:
+    env = {"XDIT_GPUS": "cpu:2", "XDIT_START": start}
+    models = models_directory(Sizes(hidden=256))
+    with base_directory(tmp_path, models) as base, Server(tree, base, env=env) as server:
+        assert server.process is not None
+        end = time.monotonic() + (DEADLINE_S if start == "early" else 2.0)
+        names: list[str] = []
+        while not names and time.monotonic() < end:
+            pids = children(server.process.pid)
+            names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids]
+            time.sleep(0.1)
+        assert server.status()["state"] == "idle"
+    assert len(names) == (start == "early")
