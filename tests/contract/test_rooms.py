@@ -51,15 +51,3 @@ def test_a_weight_that_is_on_a_device_too_early_is_named(
 ) -> None:
     error = inside(tree, XDIT_STRATEGY="off").call("rooms:misplaced")
     assert error == "a file: ComfyUI loaded img_in.weight onto cuda:0 by itself."
-
-
-def test_a_worker_leaves_weights_uncast_that_the_host_has_not_cast(
-    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str]
-) -> None:
-    """ComfyUI with dynamic VRAM does not cast the scales of norms to ``weight_dtype``."""
-    scale = "double_blocks.0.img_attn.norm.query_norm.scale"
-    names = [scale, scale.replace("scale", "weight")]  # as ComfyUI 0.3.75 and 0.33 have it
-    stock = inside(tree, XDIT_STRATEGY="off")
-    got = stock.call("rooms:uncast_by_a_worker", path=flux_dev(hidden=512), uncast=names)
-    assert {name for name, dtype in got.items() if dtype == "torch.bfloat16"} == {*names} & {*got}
-    assert len({*names} & {*got}) == 1

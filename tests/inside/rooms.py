@@ -5,7 +5,6 @@ Runs in: a ComfyUI process of ``process.py``; device memory is a figure, for the
 
 from __future__ import annotations
 
-import os
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -106,21 +105,6 @@ def loaded_by_a_worker(path: str, loader: str) -> dict[str, Any]:
         "loads": len(loads),
         "put back": is_put_back,
     }
-
-
-def uncast_by_a_worker(path: str, uncast: list[str]) -> dict[str, str]:
-    """Load a file in fp8 as a worker does; return the dtype of every weight."""
-    from comfy_xdit_patch.engine.loading import load_patcher
-    from comfy_xdit_patch.transport.messages import ModelSource
-
-    stat, options = os.stat(path), {"dtype": "torch.float8_e4m3fn"}
-    patcher = load_patcher(
-        ModelSource(
-            "load_diffusion_model", path, options, stat.st_size, stat.st_mtime_ns, uncast=uncast
-        )
-    )
-    weights = patcher.model.diffusion_model.named_parameters()
-    return {name: str(weight.dtype) for name, weight in weights}
 
 
 def misplaced() -> str:
