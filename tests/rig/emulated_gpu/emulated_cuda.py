@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import emulated_aimdo
+import emulated_modes
 import emulated_tensors as tensors
 import torch
 import torch.distributed as dist
@@ -200,13 +202,14 @@ def _put_into_threads() -> None:
     run = threading.Thread.run
 
     def under_modes(thread: threading.Thread) -> None:
-        tensors.enter()
+        emulated_modes.enter()
         run(thread)
 
     threading.Thread.run = under_modes  # type: ignore[method-assign]
-    tensors.enter()
+    emulated_modes.enter()
 
 
 _put_into_torch()
 _put_into_groups()
 _put_into_threads()
+emulated_aimdo.install()

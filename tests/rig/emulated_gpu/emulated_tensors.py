@@ -3,12 +3,9 @@
 Runs in: every process of a rig server with emulated cards.
 
 A tensor of a card counts against the card's memory and may not meet a tensor of the CPU or of
-another card. Two modes see to that: one of functions, for what torch would do with CUDA before it
-dispatches, and one of ATen calls, for the rest. Facts that shaped it:
+another card. Every ATen call with one comes here (``emulated_modes.py``). Facts that shaped it:
 
 - C++ has to see a meta tensor that claims CUDA's keys, or indexing sets a guard for a real device;
-- modules get new parameters where they would assign ``.data``;
-- modes belong to a thread, so each thread enters them;
 - what an in-place call returns is the very argument that it wrote to.
 """
 
@@ -20,8 +17,6 @@ from typing import Any
 
 import torch
 import torch.utils
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 aten = torch.ops.aten
@@ -94,17 +89,29 @@ def _count(inner: torch.Tensor, index: int) -> None:
     key, size = storage._cdata, storage.nbytes()
     if key in _counted:
         return
-    if alive.get(index, 0) + size > TOTAL_BYTES:
+    if not take(index, size):
         raise torch.cuda.OutOfMemoryError(f"CUDA out of memory: {size} bytes on an emulated card.")
     _counted.add(key)
-    alive[index] = alive.get(index, 0) + size
-    peak[index] = max(peak.get(index, 0), alive[index])
 
     def gone() -> None:
         _counted.discard(key)
-        alive[index] -= size
+        give_back(index, size)
 
     weakref.finalize(storage, gone)
+
+
+def take(index: int, size: int) -> bool:
+    """Count this much more memory of a card, if it has that."""
+    used = alive.get(index, 0) + size
+    if used > TOTAL_BYTES:
+        return False
+    alive[index], peak[index] = used, max(peak.get(index, 0), used)
+    return True
+
+
+def give_back(index: int, size: int) -> None:
+    """Count this much less."""
+    alive[index] = alive.get(index, 0) - size
 
 
 def real(value: Any) -> Any:
@@ -182,66 +189,3 @@ def _written_by(schema: Any, result: Any) -> tuple[int, str] | None:
         if alias is not None and alias.is_write and alias.before_set & result.alias_info.before_set:
             return place, argument.name
     return None
-
-
-class Dispatch(TorchDispatchMode):
-    """Sees every ATen call, factories too."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for item in tree_flatten((args, kwargs))[0]:
-            if isinstance(item, Emulated) or (
-                isinstance(item, torch.device) and item.type == "cuda"
-            ):
-                return call(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-class Functions(TorchFunctionMode):
-    """Sees what would look for CUDA before it dispatches."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor, torch.asarray):
-            device = kwargs.get("device")
-            if device is not None and torch.device(device).type == "cuda":
-                return func(*args, **{**kwargs, "device": None}).to(device)
-        elif func is torch.nn.functional.scaled_dot_product_attention:
-            where = [t.where for t in tree_flatten((args, kwargs))[0] if isinstance(t, Emulated)]
-            if where:
-                return Emulated(func(*tree_map(real, args), **tree_map(real, kwargs)), where[0])
-        elif func == torch.Tensor.data.__set__ and isinstance(args[1], Emulated):
-            new = args[1].detach()
-            if isinstance(args[0], torch.nn.Parameter):
-                new = torch.nn.Parameter(new, requires_grad=args[0].requires_grad)
-            torch.utils.swap_tensors(args[0], new)
-            return None
-        elif args and isinstance(args[0], Emulated):
-            return _of_a_card(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-def _of_a_card(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call a method of a card's tensor."""
-    tensor = args[0]
-    if func is torch.Tensor.new_tensor:
-        return torch.tensor(args[1], dtype=kwargs.get("dtype", tensor.dtype)).to(tensor.device)
-    if func == torch.Tensor.data.__get__:
-        return tensor.detach()
-    if func is torch.Tensor.data_ptr:
-        return tensor.inner.data_ptr()
-    if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-
-        def index(item: Any) -> Any:
-            is_list = isinstance(item, (list, range))
-            return torch.tensor(list(item)).to(tensor.device) if is_list else item
-
-        key = tuple(map(index, args[1])) if isinstance(args[1], tuple) else index(args[1])
-        return func(tensor, key, *args[2:])
-    return func(*args, **kwargs)
-
-
-def enter() -> None:
-    """Have this thread compute under both modes."""
-    Functions().__enter__()
-    Dispatch().__enter__()
