@@ -35,8 +35,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
     ``variants`` adds the model files of ``rig.checkpoints``; ``models`` is a directory instead of
     these; ``node_packs`` are custom nodes, ``extra_args`` ComfyUI's own options, ``device`` one of
-    ``Server``'s. Most tests leave
-    all alone and so share one stock server and one with ranks.
+    ``Server``'s. Most tests leave all alone and so share one stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
 

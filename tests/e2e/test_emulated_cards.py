@@ -30,9 +30,9 @@ pytestmark = [
 EXTRA_ARGS = ("--fp32-vae", "--fp32-text-enc")
 # Ranks compute with other numbers of rows than stock does, and matrices in bf16 are rounded
 # differently then. Stock against stock with another of ComfyUI's attention functions (0.33.0,
-# these cases) differs by up to 3/255, 53.8 dB and 5.4e-3 of the latent; stock in bf16 against stock
-# in fp32 by 140/255, 17.3 dB and 0.35.
-BF16 = Bound(max_pixel=3, min_psnr_db=53.5, max_latent_error=5.5e-3)
+# these cases) differs by up to 3/255, 52.7 dB and 5.8e-3 of the latent; stock in bf16 against stock
+# in fp32 by 215/255, 12.7 dB and 0.36.
+BF16 = Bound(max_pixel=3, min_psnr_db=52.5, max_latent_error=6e-3)
 BOUNDS = {None: BF16, "fp32": EQUAL}  # by what a node asks for; such cards compute in bf16
 
 
@@ -72,7 +72,7 @@ CASES = {
 def test_every_step_is_parallel_with_dynamic_vram(
     servers: Servers, tree: Tree, case: str, record_property: Callable[[str, object], None]
 ) -> None:
-    setup = {"device": "emulated", "extra_args": EXTRA_ARGS, "node_packs": ()}
+    setup = {"device": "emulated", "hidden": 256, "extra_args": EXTRA_ARGS, "node_packs": ()}
     stock = servers(tree, XDIT_STRATEGY="off", EMULATED_GPUS="1", **setup)
     ranks = servers(
         tree, XDIT_GPUS="0,1", XDIT_STRATEGY="ulysses", EMULATED_GPUS="2", **STRICT, **setup
