@@ -22,6 +22,7 @@ TIERS = ("unit", "contract", "parallel", "e2e")
 # Which servers the tests of a file share, where these are not the usual ones.
 SERVERS = {
     "test_corpus": "corpus",
+    "test_emulated_cards": "emulated",
     "test_endurance": "faults",
     "test_fault_matrix": "faults",
     "test_faults": "not strict",

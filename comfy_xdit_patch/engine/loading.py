@@ -11,7 +11,7 @@ that are cast or patched are memory of a rank's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,7 @@ def load_patcher(source: ModelSource) -> Any:
         name: getattr(torch, value.removeprefix("torch.")) if name == "dtype" else value
         for name, value in source.options.items()
     }
-    with mapped_weights():
+    with mapped_weights(source.uncast):
         if source.loader == "load_diffusion_model":
             patcher = comfy.sd.load_diffusion_model(source.path, model_options=options)
         elif source.loader == "load_controlnet":
@@ -89,11 +89,12 @@ def _controlnet(path: str, options: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def mapped_weights() -> Iterator[None]:
+def mapped_weights(uncast: Collection[str] = ()) -> Iterator[None]:
     """While this lasts, modules take the tensors that they are given, where these are.
 
-    They are not copied into the module's own. And ComfyUI, which loads a checkpoint's model onto
-    the device at once if that has more free memory than the machine, finds CPU memory better.
+    They are not copied into the module's own, and those in ``uncast`` keep their dtype. And
+    ComfyUI, which loads a checkpoint's model onto the device at once if that has more free memory
+    than the machine, finds CPU memory better.
     """
     import comfy.model_management as management
 
@@ -105,9 +106,10 @@ def mapped_weights() -> Iterator[None]:
         module: torch.nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = True
     ) -> Any:
         wanted = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        cast = wanted.keys() - set(uncast)
         fitting = {
             # What copying would do: the module's dtype is the user's choice, the file's is not.
-            name: tensor.to(wanted[name].dtype) if name in wanted else tensor
+            name: tensor.to(wanted[name].dtype) if name in cast else tensor
             for name, tensor in state.items()
         }
         return copying(module, fitting, strict=strict, assign=True)

@@ -64,6 +64,44 @@ def calls_counted(patcher: Any, method: str, total: int, progress: Progress) -> 
         delattr(patcher, method)
 
 
+@contextmanager
+def patches_computed_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """While this lasts, weights are patched as by a host with dynamic VRAM.
+
+    ComfyUI with dynamic VRAM patches a weight when its layer first needs it, in the layer's dtype
+    and with the layer's name as the seed (comfy/ops.py, ``resolve_cast_module_with_vbar``). Where
+    it places a whole model, it patches in a dtype of the device, and the weight's name is the seed.
+
+    Args:
+        dtype: the layers'; None leaves ComfyUI's own.
+    """
+    if dtype is None:
+        yield
+        return
+    import comfy.lora
+    import comfy.model_management
+    import comfy.utils
+
+    calculate, seed_of = comfy.lora.calculate_weight, comfy.utils.string_to_seed
+
+    def calculate_weight(patches: Any, weight: Any, key: str, **options: Any) -> Any:
+        return calculate(patches, weight, key, **{"intermediate_dtype": dtype, **options})
+
+    replaced = [
+        (comfy.lora, "calculate_weight", calculate_weight),
+        (comfy.model_management, "lora_compute_dtype", lambda device: dtype),
+        (comfy.utils, "string_to_seed", lambda key: seed_of(key.rpartition(".")[0])),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    try:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
 def place_sharded(
     patcher: Any,
     *,

@@ -93,7 +93,7 @@ class Resident:
 
     def needs_other_patches(self, state: dict[str, Tree]) -> bool:
         """Whether a state differs in more than what lies over the patched weights."""
-        names = ("patches", "manual_cast_dtype", "force_cast_weights")
+        names = ("patches", "manual_cast_dtype", "weight_patch_dtype", "force_cast_weights")
         return any(self.state.get(name) != state[name] for name in names) or not self.state
 
     def lay_over(

@@ -21,7 +21,13 @@ import torch
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.loading import load_patcher
 from comfy_xdit_patch.engine.overlay import Overlay
-from comfy_xdit_patch.engine.placing import Progress, place_sharded, place_tensor, place_whole
+from comfy_xdit_patch.engine.placing import (
+    Progress,
+    patches_computed_in,
+    place_sharded,
+    place_tensor,
+    place_whole,
+)
 from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.staged_blocks import BLOCK_LISTS
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
@@ -135,7 +141,9 @@ class Residents:
         number = next(n for n, other in self._models.items() if other is resident)
         self._models[number] = self._models.pop(number)  # used last
         if not resident.is_placed:
-            self._place_patched(resident, verify=verify, progress=progress)
+            dtype = resident.state.get("weight_patch_dtype")
+            with patches_computed_in(None if dtype is None else _dtype(dtype)):
+                self._place_patched(resident, verify=verify, progress=progress)
         resident.lay_over(self._packs.tensor, progress)
         if verify and not resident.digests:
             resident.digests = digests(resident.flux)

@@ -11,7 +11,12 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.transport.fingerprint import digests, fingerprint, is_dynamic
+from comfy_xdit_patch.transport.fingerprint import (
+    digests,
+    fingerprint,
+    is_dynamic,
+    stored_weights,
+)
 
 
 def expected_fingerprint(base_model: Any) -> str:
@@ -27,6 +32,12 @@ def expected_fingerprint(base_model: Any) -> str:
         manual_cast_dtype=patcher.object_patches_backup.get(cast, getattr(base_model, cast)),
         patcher=patcher,
     )
+
+
+def uncast(base_model: Any) -> list[str]:
+    """Name the weights that workers must leave in the dtype of the file, as ComfyUI does here."""
+    weights = stored_weights(flux_of(base_model), base_model.current_patcher)
+    return [weight.name for weight in weights if weight.is_left_uncast]
 
 
 def is_patched_here(patcher: Any) -> bool:

@@ -8,6 +8,7 @@ loaders are wrapped. A model that came any other way has no file; its tensors ar
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import weakref
@@ -61,6 +62,18 @@ class ModelRegistry:
     def find(self, base_model: Any) -> KnownModel:
         """Return a model's number and source."""
         return self._known.get(base_model) or self._number(base_model, None)
+
+    def find_loaded(self, base_model: Any, uncast: list[str]) -> KnownModel:
+        """The same, for a load; a model that keeps other weights uncast now has a new number.
+
+        Args:
+            uncast: see ``ModelSource``.
+        """
+        known = self.find(base_model)
+        if known.source is None or known.source.uncast == uncast:
+            return known
+        self._gone.append(known.number)
+        return self._number(base_model, dataclasses.replace(known.source, uncast=uncast))
 
     def renumber_without_file(self, base_model: Any) -> KnownModel:
         """Give a model that is not what its file holds, or not what it was, a new number."""

@@ -12,7 +12,12 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.progress import load_bar
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.comparing import expected_fingerprint, is_patched_here, verify
+from comfy_xdit_patch.patching.comparing import (
+    expected_fingerprint,
+    is_patched_here,
+    uncast,
+    verify,
+)
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.residency import Placement
 from comfy_xdit_patch.patching.weights import BypassHooks, WeightState, WeightStates
@@ -108,8 +113,9 @@ class RemoteWeights:
             is_compared: it was checked already; a hook's patches come and go in every step.
 
         Returns:
-            The model as the workers know it now: a model that is not what its file holds, because
-            a node has changed it in memory, is carried instead and has a new number.
+            The model as the workers know it now. Its number is new where the file has to be loaded
+            with other weights uncast, and where the model is carried, because a node has changed in
+            memory what the file holds.
 
         Raises:
             WorkerError: the workers are lost.
@@ -120,6 +126,7 @@ class RemoteWeights:
                 if not isinstance(replies, Refusal):
                     self._held[known.number] = state.key, placement.name
                 return replies if isinstance(replies, Refusal) else known
+            known = self._models.find_loaded(base_model, uncast(base_model))
             expected = expected_fingerprint(base_model)
             verifies = self._verifies and is_patched_here(base_model.current_patcher)
             replies = self._ask(base_model, known, state, placement, verifies, poll)

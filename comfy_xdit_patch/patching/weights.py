@@ -20,6 +20,7 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.transport.calls import Tree
+from comfy_xdit_patch.transport.fingerprint import is_dynamic
 from comfy_xdit_patch.transport.packs import NoRoomError, PackTable
 from comfy_xdit_patch.transport.patches import PatchEncoder, UncarriedPatchError, is_quantised
 
@@ -97,12 +98,23 @@ class WeightStates:
         tree = {
             "patches": plain.encode(patcher.patches, self._packs.place),
             "manual_cast_dtype": None if dtype is None else str(dtype),
+            "weight_patch_dtype": _weight_patch_dtype(patcher),
             "force_cast_weights": bool(patcher.force_cast_weights),
             "hooks": _named(laid_over.encode(combined, self._packs.place)),
             "bypass": _named(beside.encode_bypass(bypass, self._packs.place)),
         }
         made = [*plain.made, *laid_over.made]
         return WeightState(tree, _digest(tree), is_hooked=bool(combined), made=made)
+
+
+def _weight_patch_dtype(patcher: Any) -> str | None:
+    """In what a dynamic host computes a weight's patches: in its layer's dtype, at first use.
+
+    None on other hosts, and where nothing is patched.
+    """
+    if not patcher.patches or not is_dynamic(patcher):
+        return None
+    return str(patcher.model.get_dtype_inference())
 
 
 def _scheduled(patcher: Any) -> tuple[Any, ...]:

@@ -52,6 +52,8 @@ class StoredWeight(NamedTuple):
     tensor: torch.Tensor
     dtype: torch.dtype
     """The tensor's own, unless it is plain and ComfyUI casts it on its way to the device."""
+    is_left_uncast: bool = False
+    """Whether ComfyUI computes with it as it is, though its module names another dtype."""
 
     @property
     def parts(self) -> tuple[dict[str, torch.Tensor], str]:
@@ -84,7 +86,9 @@ def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
 
     Sorted because a dynamic host's modules register their weights in the order of the file. Its
     weights have the file's dtype, and ``<weight>_comfy_model_dtype`` names the one that it computes
-    with. Other hosts have cast them, and what a node put there since is meant.
+    with; small ones, such as the scales of norms, it brings to the device at once and does not cast
+    (``ModelPatcherDynamic.load``), so there the dtype of the weight in use counts. Other hosts have
+    cast them, and what a node put there since is meant.
 
     Args:
         patcher: the ModelPatcher whose patches do not count; without it the weights are those in
@@ -97,11 +101,11 @@ def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
         name = compiled_name.replace(COMPILED, "")
         tensor = backup.get(PREFIX + name, used)
         owner, _, attribute = compiled_name.rpartition(".")
-        wanted = getattr(modules.get(owner), f"{attribute}_comfy_model_dtype", None)
-        is_plain = type(tensor) in PLAIN_CLASSES
-        found[name] = StoredWeight(
-            name, tensor, wanted if is_plain and wanted is not None else tensor.dtype
-        )
+        named = getattr(modules.get(owner), f"{attribute}_comfy_model_dtype", None)
+        if named is None or type(tensor) not in PLAIN_CLASSES:
+            named = tensor.dtype
+        dtype = used.dtype if modules and PREFIX + name in backup else named
+        found[name] = StoredWeight(name, tensor, dtype, is_left_uncast=dtype != named)
     yield from (found[name] for name in sorted(found))
 
 

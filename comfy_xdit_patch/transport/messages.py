@@ -50,7 +50,8 @@ class ModelSource:
     """Where a model's weights come from: which of ComfyUI's loaders, on which file.
 
     ``options`` are the loader's ``model_options`` in plain values (dtypes by name).
-    ``size_bytes`` and ``mtime_ns`` tell a file that was changed after ComfyUI read it.
+    ``size_bytes`` and ``mtime_ns`` tell a file that was changed after ComfyUI read it. ``uncast``
+    names weights of the diffusion model that keep the file's dtype, whatever their module has.
     """
 
     loader: str
@@ -58,6 +59,7 @@ class ModelSource:
     options: dict[str, Any]
     size_bytes: int
     mtime_ns: int
+    uncast: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """``servers(tree, XDIT_GPUS="cpu:2")``; every other keyword is an XDIT_* variable.
 
     ``variants`` adds the model files of ``rig.checkpoints``; ``models`` is a directory instead of
-    these; ``node_packs`` are custom nodes, ``extra_args`` ComfyUI's own options. Most tests leave
-    all alone and so share one stock server and one with ranks.
+    these; ``node_packs`` are custom nodes, ``extra_args`` ComfyUI's own options, ``device`` one of
+    ``Server``'s. Most tests leave all alone and so share one stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
     has: dict[tuple[str, tuple[tuple[str, str], ...]], dict[str, str]] = {}
@@ -51,9 +51,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         node_packs: tuple[Path, ...] = (GGUF_PACK,),
         models: Path | None = None,
         extra_args: tuple[str, ...] = (),
+        device: str = "cpu",
         **env: str,
     ) -> Server:
-        kind = ("models", f"{hidden} {variants} {node_packs} {models} {extra_args}")
+        kind = ("models", f"{hidden} {variants} {node_packs} {models} {extra_args} {device}")
         rest = door_key(env)
         key = (tree.version, (kind, *sorted(rest.items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
@@ -71,7 +72,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         path = Path(tmp_path_factory.mktemp("comfyui"))
         models = models or models_directory(Sizes(hidden=hidden, variants=variants))
         base = stack.enter_context(base_directory(path, models))
-        started = Server(tree, base, env=env, node_packs=node_packs, extra_args=extra_args)
+        started = Server(
+            tree, base, env=env, node_packs=node_packs, extra_args=extra_args, device=device
+        )
         running[key] = (stack.enter_context(started), stack)
         has[key] = env
         return started

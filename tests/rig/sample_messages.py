@@ -14,6 +14,7 @@ SOURCE = ModelSource(
     options={"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True},
     size_bytes=23_802_932_552,
     mtime_ns=1_700_000_000_123_456_789,
+    uncast=["double_blocks.0.img_attn.norm.query_norm.scale"],
 )
 TREE = {
     "x": {"$slot": [0, 7, "bfloat16", [1, 16, 128, 128]]},

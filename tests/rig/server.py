@@ -22,6 +22,7 @@ from rig.environment import RigError, tail
 from rig.trees import Tree
 
 SHIM = Path(__file__).with_name("shim")
+EMULATED = Path(__file__).with_name("emulated_gpu")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 10.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -36,7 +37,8 @@ class Server(Client):
         tree: the ComfyUI source tree.
         base_dir: ComfyUI's base directory; its ``models`` must exist.
         env: settings of this server. The caller's own XDIT_* variables are not passed on.
-        device: ``cpu`` starts ComfyUI with ``--cpu``; ``gpu`` lets ComfyUI choose.
+        device: ``cpu`` starts ComfyUI with ``--cpu``; ``gpu`` lets ComfyUI choose; ``emulated``
+            gives it cards that the CPU emulates, ``EMULATED_GPUS`` of them.
         threads: CPU threads of the ComfyUI process; None leaves them alone.
         node_packs: directories of custom nodes; no others are loaded.
     """
@@ -56,8 +58,8 @@ class Server(Client):
         node_packs: Sequence[Path] = (),
         within: Sequence[str] = (),
     ) -> None:
-        if device not in ("cpu", "gpu"):
-            raise ValueError(f"device={device!r} is not one of cpu, gpu.")
+        if device not in ("cpu", "gpu", "emulated"):
+            raise ValueError(f"device={device!r} is not one of cpu, gpu, emulated.")
         base_dir = base_dir.resolve()
         port = free_port()
         super().__init__(port, base_dir, (log_path or base_dir / "server.log").resolve())
@@ -66,6 +68,9 @@ class Server(Client):
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
         self._environment = _environment(env or {}, threads, base_dir / "cache")
+        if device == "emulated":
+            self._environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
+            self._environment.setdefault("EMULATED_GPUS", "1")
         self._command = [*within, str(python), "main.py", "--listen", "127.0.0.1"]
         self._command += ["--port", str(port)]
         self._command += ["--base-directory", str(base_dir), "--disable-auto-launch"]

@@ -55,6 +55,11 @@ def with_loras(graph: Graph, *loras: tuple[str, float]) -> Graph:
     return changed
 
 
+def with_compute_dtype(graph: Graph, name: str) -> Graph:
+    """Have the model compute in another dtype: ``fp32``, ``bf16``, ``fp16``."""
+    return _insert(graph, "compute", "ModelComputeDtype", "model", {"dtype": name})
+
+
 def with_hooked_lora(
     graph: Graph, name: str, *, on: tuple[str, ...], strength: float = 1.0
 ) -> Graph:

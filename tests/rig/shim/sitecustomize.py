@@ -15,6 +15,9 @@ from __future__ import annotations
 import os
 import sys
 
+if os.environ.get("EMULATED_GPUS"):
+    import emulated_cuda  # noqa: F401 - before anything asks torch for a device
+
 import rig_shim_corpus
 import rig_shim_door
 import rig_shim_faults

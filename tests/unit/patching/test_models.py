@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import weakref
@@ -99,3 +100,20 @@ def test_a_registry_does_not_keep_a_model_alive(file):
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_a_model_that_keeps_other_weights_uncast_is_loaded_from_its_file_again(file):
+    registry, model = ModelRegistry(), BaseModel()
+    registry.remember(model, "load_diffusion_model", str(file), {})
+    old = registry.find(model)
+    assert registry.find_loaded(model, []) == old
+    new = registry.find_loaded(model, ["norm.scale"])
+    assert new.number != old.number
+    assert new.source == dataclasses.replace(old.source, uncast=["norm.scale"])
+    assert registry.find_loaded(model, ["norm.scale"]) == registry.find(model) == new
+    assert registry.take_gone() == [old.number]
+
+
+def test_a_model_without_a_file_is_carried_whatever_it_keeps_uncast():
+    registry, model = ModelRegistry(), BaseModel()
+    assert registry.find_loaded(model, ["norm.scale"]) == registry.find(model)

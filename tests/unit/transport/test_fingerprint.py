@@ -212,3 +212,22 @@ def test_what_was_patched_on_a_dynamic_host_counts_as_it_was_stored():
     inner.weight = torch.nn.Parameter(torch.zeros(5, 40))
     found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
     assert found == fingerprint(model())
+
+
+def test_a_weight_that_a_dynamic_host_brought_to_the_device_uncast_counts_as_it_is():
+    host = model()
+    patcher = on_a_dynamic_host(host, weight=torch.float64, bias=torch.float64)
+    inner = host.diffusion_model.inner
+    patcher.backup = {"diffusion_model.inner.bias": SimpleNamespace(weight=inner.bias)}
+    inner.bias = torch.nn.Parameter(inner.bias.detach().clone())
+    weights = module.stored_weights(host.diffusion_model, patcher)
+    by_name = {weight.name: weight for weight in weights}
+    assert by_name["inner.weight"].dtype == torch.float32
+    assert by_name["inner.bias"].dtype == torch.float64
+    assert [name for name, weight in by_name.items() if weight.is_left_uncast] == ["inner.bias"]
+    like_it = model()
+    bias = like_it.diffusion_model.inner.bias.detach().double()
+    like_it.diffusion_model.inner.bias = torch.nn.Parameter(bias)
+    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    assert found == fingerprint(like_it)
+    assert found != fingerprint(model())

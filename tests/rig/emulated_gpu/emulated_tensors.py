@@ -1,0 +1,191 @@
+"""Tensors that say ``cuda:N`` and are computed by the CPU.
+
+Runs in: every process of a rig server with emulated cards.
+
+A tensor of a card counts against the card's memory and may not meet a tensor of the CPU or of
+another card. Every ATen call with one comes here (``emulated_modes.py``). Facts that shaped it:
+
+- C++ has to see a meta tensor that claims CUDA's keys, or indexing sets a guard for a real device;
+- what an in-place call returns is the very argument that it wrote to.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any
+
+import torch
+import torch.utils
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+TOTAL_BYTES = int(float(os.environ.get("EMULATED_GIB", "24")) * 2**30)
+MAY_MIX = {
+    aten._has_compatible_shallow_copy_type.default,
+    aten._to_copy.default,
+    aten.copy_.default,
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.to.dtype,
+}
+ANSWERS_ON_CPU = (aten._local_scalar_dense.default, aten.equal.default)
+FOLLOWS_FIRST = (aten.copy_.default, aten.index.Tensor)
+
+alive: dict[int, int] = {}
+peak: dict[int, int] = {}
+_counted: set[int] = set()
+_written: dict[Any, list[Any]] = {}
+
+
+class _PlainClass(type(torch.Tensor)):  # type: ignore[misc]
+    """Makes a class equal to ``torch.Tensor``, for code that asks for the type of a tensor."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is torch.Tensor or type.__eq__(cls, other)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls)
+
+
+class Emulated(torch.Tensor, metaclass=_PlainClass):
+    """A tensor on a card; ``inner`` is the CPU tensor with its contents."""
+
+    inner: torch.Tensor
+    where: torch.device
+
+    @staticmethod
+    def __new__(
+        cls: Any, inner: torch.Tensor, device: torch.device, *, counted: bool = True
+    ) -> Emulated:
+        shell = torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device="meta")
+        made: Any = torch.Tensor._make_subclass(
+            cls, shell, inner.requires_grad, dispatch_device=True, device_for_backend_keys=device
+        )
+        made.inner, made.where = inner, device
+        if counted:
+            _count(inner, device.index)
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Emulated({self.inner!r}, {self.where})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+
+def _count(inner: torch.Tensor, index: int) -> None:
+    """Count a storage once, until it is gone."""
+    storage = inner.untyped_storage()
+    key, size = storage._cdata, storage.nbytes()
+    if key in _counted:
+        return
+    if not take(index, size):
+        raise torch.cuda.OutOfMemoryError(f"CUDA out of memory: {size} bytes on an emulated card.")
+    _counted.add(key)
+
+    def gone() -> None:
+        _counted.discard(key)
+        give_back(index, size)
+
+    weakref.finalize(storage, gone)
+
+
+def take(index: int, size: int) -> bool:
+    """Count this much more memory of a card, if it has that."""
+    used = alive.get(index, 0) + size
+    if used > TOTAL_BYTES:
+        return False
+    alive[index], peak[index] = used, max(peak.get(index, 0), used)
+    return True
+
+
+def give_back(index: int, size: int) -> None:
+    """Count this much less."""
+    alive[index] = alive.get(index, 0) - size
+
+
+def real(value: Any) -> Any:
+    """Give what the CPU computes with in the place of a card's tensor or device."""
+    if isinstance(value, Emulated):
+        return value.inner
+    return CPU if isinstance(value, torch.device) else value
+
+
+def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an ATen call on the CPU; its result lies where CUDA would put it."""
+    if func is torch.ops.prim.device.default:
+        return args[0].where
+    flat, _ = tree_flatten((args, kwargs))
+    _check_places(func, flat)
+    device = _device_of(func, args, kwargs, flat)
+    real_args, real_kwargs = tree_map(real, args), dict(tree_map(real, kwargs))
+    if real_kwargs.get("pin_memory"):
+        real_kwargs["pin_memory"] = False
+    out = func(*real_args, **real_kwargs)
+    if device.type != "cuda" or func in ANSWERS_ON_CPU:
+        return out
+    out = tree_map_only(
+        torch.Tensor, lambda t: t if isinstance(t, Emulated) else Emulated(t, device), out
+    )
+    return _written_arguments(func, args, kwargs, out)
+
+
+def _check_places(func: Any, flat: list[Any]) -> None:
+    places = {str(t.where) for t in flat if isinstance(t, Emulated)}
+    if not places or func in MAY_MIX:
+        return
+    for t in flat:
+        if isinstance(t, torch.Tensor) and not isinstance(t, Emulated) and t.dim():
+            places.add(str(t.device))
+    if len(places) > 1:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found {sorted(places)} in {func}"
+        )
+
+
+def _device_of(func: Any, args: Any, kwargs: dict[str, Any], flat: list[Any]) -> torch.device:
+    want = kwargs.get("device") or next((t for t in flat if isinstance(t, torch.device)), None)
+    if func is aten.to.other:
+        want = args[1].device
+    if func in FOLLOWS_FIRST:
+        want = args[0].device
+    if want is None:
+        return next((t.where for t in flat if isinstance(t, Emulated)), CPU)
+    device = torch.device(want)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _written_arguments(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+    if func not in _written:
+        _written[func] = [_written_by(func._schema, result) for result in func._schema.returns]
+    places = _written[func]
+    if not any(places):
+        return out
+    outs = list(out) if isinstance(out, (tuple, list)) else [out]
+    for n, place in enumerate(places[: len(outs)]):
+        if place is not None:
+            outs[n] = args[place[0]] if place[0] < len(args) else kwargs[place[1]]
+    return type(out)(outs) if isinstance(out, (tuple, list)) else outs[0]
+
+
+def _written_by(schema: Any, result: Any) -> tuple[int, str] | None:
+    """Place and name of the argument that a result of a call is."""
+    if result.alias_info is None or not result.alias_info.is_write:
+        return None
+    for place, argument in enumerate(schema.arguments):
+        alias = argument.alias_info
+        if alias is not None and alias.is_write and alias.before_set & result.alias_info.before_set:
+            return place, argument.name
+    return None
