@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from exactness import BOUND, MALLOC, STRICT, compare
 from inside.client import Inside
+from rig.breadth import is_whole
 from rig.trees import Tree
 
 SMALL = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
@@ -61,6 +62,8 @@ def test_the_planner_counts_the_weights_of_a_model(
     assert found["planned"] == pytest.approx(found["counted"], rel=0.01)
 
 
+# Fp8 and heads that do not divide by the ranks: every run has them in smaller models, below.
+@pytest.mark.thorough
 @pytest.mark.newest_only
 @pytest.mark.group("native")
 @pytest.mark.slow  # a model of FLUX.1's own width, and up to 7 processes that hold it
@@ -120,7 +123,7 @@ def test_each_ranks_peak_of_activations_is_about_its_share(
     path = flux_dev(hidden=768, double=1, single=1)
     case = {"height": 96, "width": 96, "batch": 1, "text_tokens": 256}
     whole = stock.call("forwards:peak_bytes", path=path, **case)
-    for num_ranks in (2, 4):
+    for num_ranks in (2, 4) if is_whole() else (4,):
         ranks = inside(tree, XDIT_GPUS=f"cpu:{num_ranks}", **STRICT, **MALLOC)
         peaks = ranks.call("forwards:rank_peak_bytes", path=path, **case)
         shares = [round(peak / whole, 3) for peak in peaks]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import BOUND, MALLOC, STRICT
+from exactness import BOUND, MALLOC, STRICT, answer_of
 from inside.client import Inside
 from rig.feature_packs import ATTENTION_PATCHES
 from rig.trees import Tree
@@ -63,11 +63,11 @@ class Runs:
         self, path: str, calls: list[dict[str, Any]], **case: Any
     ) -> tuple[list[float], list[bool], dict[str, Any]]:
         """Return the relative error of each call, which of them were exact, and the status."""
-        files = {name: str(self._tmp_path / f"{name}.pt") for name in ("stock", "ranks")}
         common = {"path": path, "calls": calls, **case}
-        self._stock.call("pipelined:run", out=files["stock"], **common)
-        found = self.ranks.call("pipelined:run", out=files["ranks"], **common)
-        expected, got = (torch.load(file) for file in files.values())
+        expected = answer_of(self._stock, "pipelined:run", self._tmp_path, **common)
+        out = str(self._tmp_path / "ranks.pt")
+        found = self.ranks.call("pipelined:run", out=out, **common)
+        got = torch.load(out)
         assert min(tensor.abs().max() for tensor in expected) > 0.1
         errors = [
             ((b - a).abs().max() / a.abs().max()).item() for a, b in zip(expected, got, strict=True)
