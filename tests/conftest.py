@@ -15,6 +15,7 @@ from inside.client import Inside
 from rig.breadth import WHOLE, is_whole
 from rig.checkpoints import Sizes, models_directory
 from rig.environment import RIG_CACHE, cache_root
+from rig.faults import Orders
 from rig.server import door_key
 from rig.trees import Tree, trees_for_tests
 
@@ -25,7 +26,8 @@ SERVERS = {
     "test_emulated_cards": "emulated",
     "test_endurance": "faults",
     "test_fault_matrix": "faults",
-    "test_faults": "not strict",
+    "test_faults": "faults",
+    "test_first_image": "faults",
     "test_features": "features",
     "test_fuzz": "features",
     "test_hooks": "hooks",
@@ -156,6 +158,12 @@ _inside: dict[tuple[str, tuple[tuple[str, str], ...]], Inside] = {}
 
 
 @pytest.fixture(scope="session")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
+    """Where faults are ordered."""
+    return Orders(Path(tmp_path_factory.mktemp("orders")))
+
+
+@pytest.fixture(scope="session")
 def close_inside() -> Callable[[], None]:
     """End all processes of ``inside``; the next call starts new ones."""
 
@@ -167,11 +175,13 @@ def close_inside() -> Callable[[], None]:
 
 
 @pytest.fixture(scope="session")
-def inside(close_inside: Callable[[], None]) -> Iterator[Callable[..., Inside]]:
+def inside(close_inside: Callable[[], None], orders: Orders) -> Iterator[Callable[..., Inside]]:
     """Long-lived ComfyUI processes: ``inside(tree, XDIT_GPUS="cpu:2")``."""
     started = _inside
 
     def process(tree: Tree, **env: str) -> Inside:
+        if "XDIT_GPUS" in env:
+            env["RIG_FAULTS"] = str(orders.path)
         rest = door_key(env)
         key = (tree.version, tuple(sorted(rest.items())))
         if key not in started:

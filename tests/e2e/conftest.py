@@ -94,12 +94,6 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoneServer]:
     started.stop()
 
 
-@pytest.fixture(scope="session")
-def orders(tmp_path_factory: pytest.TempPathFactory) -> Orders:
-    """Where faults are ordered."""
-    return Orders(Path(tmp_path_factory.mktemp("orders")))
-
-
 @pytest.fixture
 def bench(servers: Servers, tree: Tree, orders: Orders) -> Bench:
     """Servers of this moment, for a test that disturbs them."""

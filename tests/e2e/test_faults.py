@@ -17,12 +17,24 @@ from rig.server import Server
 from rig.trees import Tree
 from rig.weight_rows import KOHYA
 
-pytestmark = pytest.mark.group("not strict")
+pytestmark = pytest.mark.group("faults")
 
 DEADLINE_S = 600.0
 SIZE = (192, 192)
 
 Servers = Callable[..., Server]
+
+
+@pytest.fixture
+def servers(servers: Servers, orders: Orders) -> Servers:
+    """Those of the whole group, in which faults can be ordered."""
+
+    def server(tree: Tree, **env: str) -> Server:
+        if env.get("XDIT_GPUS", "").startswith("cpu:"):
+            env["RIG_FAULTS"] = str(orders.path)
+        return servers(tree, **env)
+
+    return server
 
 
 def graph_of(seed: int, steps: int = 6) -> graphs.Graph:
@@ -155,7 +167,7 @@ def _resident_bytes(pid: int) -> int:
 def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
     servers: Servers, tree: Tree, orders: Orders
 ) -> None:
-    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="399", RIG_FAULTS=str(orders.path))
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="399")
     for rank in range(2):
         (orders.path / f"import.{rank}").write_text("exception")
     started = time.monotonic()
@@ -178,11 +190,10 @@ def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
 def test_a_start_that_takes_too_long_names_the_missing_ranks(
     servers: Servers, tree: Tree, orders: Orders
 ) -> None:
-    setup = {"XDIT_GPUS": "cpu:2", "RIG_FAULTS": str(orders.path)}
-    ranks = servers(tree, **setup, XDIT_START_TIMEOUT="398")
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="398")
     assert_equal_to_stock(servers, tree, ranks, seed=149)  # All is imported now.
     orders.give(Fault("join", "hang", 0))
-    ranks = servers(tree, **setup, XDIT_START_TIMEOUT="2")
+    ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="2")
     assert_equal_to_stock(servers, tree, ranks, seed=150)
     reason = ranks.status()["reason"]
     assert "rank 0, rank 1 did not join within XDIT_START_TIMEOUT=2 s" in reason

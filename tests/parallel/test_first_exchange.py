@@ -33,7 +33,7 @@ HANG_S = 2.0
 
 
 @pytest.fixture
-def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
+def own_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
     """Faults of the workers that this process starts."""
     path = tmp_path / "orders"
     path.mkdir()
@@ -44,7 +44,7 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
 
 
 @pytest.fixture
-def pool(tree: Tree, close_inside: Callable[[], None], orders: Orders) -> Iterator[Pool]:
+def pool(tree: Tree, close_inside: Callable[[], None], own_orders: Orders) -> Iterator[Pool]:
     """Two CPU workers that this process, which is no ComfyUI, has started when they are asked."""
     close_inside()
     host_state = HostState(
@@ -93,16 +93,16 @@ def give_in_turn(orders: Orders, *faults: Fault) -> threading.Thread:
 
 def test_a_hang_in_the_first_exchange_is_ended_and_the_next_start_does_without_peer_to_peer(
     pool: Pool,
-    orders: Orders,
+    own_orders: Orders,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setattr(starting, "FIRST_EXCHANGE_S", HANG_S)
     caplog.set_level(logging.INFO)
-    orders.give(Fault("exchange", "hang", 1))
+    own_orders.give(Fault("exchange", "hang", 1))
     pool.wait_until_ready(lambda: None)
-    assert not orders.open(), "the fault never happened"
+    assert not own_orders.open(), "the fault never happened"
     assert pool.state is PoolState.READY
     reason = pool.no_peer_to_peer or ""
     assert f"did not exchange data within {HANG_S:.0f} s" in reason
@@ -113,7 +113,7 @@ def test_a_hang_in_the_first_exchange_is_ended_and_the_next_start_does_without_p
     assert [r for r in caplog.records if r.levelno > logging.WARNING] == []
     record_property("seconds of both starts", pool.start_seconds)
     # Workers that are lost later are not tried with it again.
-    for variables in have_told(orders, pool).values():
+    for variables in have_told(own_orders, pool).values():
         assert "NCCL_P2P_DISABLE=1\n" in variables
     assert pool.no_peer_to_peer == reason
 
@@ -125,7 +125,7 @@ def test_comfyui_goes_on_alone_where_no_start_succeeds(
     orders: Orders,
     tmp_path: Path,
 ) -> None:
-    ranks: Inside = inside(tree, XDIT_GPUS="cpu:2", RIG_FAULTS=str(orders.path))
+    ranks: Inside = inside(tree, XDIT_GPUS="cpu:2", XDIT_STEP_TIMEOUT="599")
     faults = Fault("exchange", "other data", 1), Fault("exchange", "segv", 1)
     thread = give_in_turn(orders, *faults)
     case: dict[str, Any] = {"height": 16, "width": 12, "batch": 1, "text_tokens": 24}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from inside.client import Inside
+from rig.faults import Orders
 from rig.trees import Tree
 
 LARGE = {"xfuser", "diffusers", "transformers", "yunchang"}
@@ -24,13 +25,15 @@ print("\\n".join(sys.modules))
 
 @pytest.mark.group("2")
 def test_a_rank_has_of_the_large_packages_only_what_comfyui_itself_imports(
-    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
+    tree: Tree,
+    inside: Callable[..., Inside],
+    flux_dev: Callable[..., str],
+    orders: Orders,
+    tmp_path: Path,
 ) -> None:
-    ranks = inside(
-        tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="ulysses", XDIT_STRICT="1", RIG_FAULTS=str(tmp_path)
-    )
+    ranks = inside(tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="ulysses", XDIT_STRICT="1")
     for rank in range(2):
-        (tmp_path / f"after.{rank}").write_text("tell modules")
+        (orders.path / f"after.{rank}").write_text("tell modules")
     case = {"height": 16, "width": 12, "batch": 1, "text_tokens": 24}
     status = ranks.call("forwards:forward", path=flux_dev(hidden=256), out=f"{tmp_path}/x", **case)
     assert status["steps_parallel"] == 1
@@ -38,7 +41,7 @@ def test_a_rank_has_of_the_large_packages_only_what_comfyui_itself_imports(
     alone = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     of_comfyui = LARGE & {*alone.stdout.splitlines()}
     for rank in range(2):
-        modules = {*(tmp_path / f"modules.{rank}").read_text().splitlines()}
+        modules = {*(orders.path / f"modules.{rank}").read_text().splitlines()}
         assert "comfy.sd" in modules
         assert "comfy_xdit_patch.engine.ulysses" in modules
         assert LARGE & modules == of_comfyui == {"transformers"}

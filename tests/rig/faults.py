@@ -116,7 +116,8 @@ class Orders:
 
     def open(self) -> list[str]:
         """Orders that nobody has taken yet."""
-        return [p.name for p in self.path.iterdir() if not p.name.startswith("taken-")]
+        told = ("taken-", "modules.", "variables.")
+        return [p.name for p in self.path.iterdir() if not p.name.startswith(told)]
 
 
 def is_running(pid: int) -> bool:
