@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -55,16 +56,24 @@ def stock(newest: Tree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield server
 
 
-@pytest.fixture
-def started(newest: Tree, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """``started(env)``: a server with ranks, for one test."""
-    from contextlib import ExitStack
-
+@pytest.fixture(scope="module")
+def started(
+    newest: Tree, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """``started(env)``: a server whose ranks are new ones; one at a time."""
+    running: list[tuple[Server, tuple[str, ...]]] = []
     with ExitStack() as stack:
 
         def start(env: dict[str, str], *args: str) -> Server:
-            base = stack.enter_context(base_directory(tmp_path, models_directory(SIZES)))
-            return stack.enter_context(Server(newest, base, env=env, extra_args=args))
+            if running and running[-1][1] == args:
+                running[-1][0].change_settings(env)
+                return running[-1][0]
+            stack.close()
+            path = tmp_path_factory.mktemp("ranks")
+            base = stack.enter_context(base_directory(path, models_directory(SIZES)))
+            server = stack.enter_context(Server(newest, base, env=env, extra_args=args))
+            running.append((server, args))
+            return server
 
         yield start
 
