@@ -6,6 +6,7 @@ case: two ranks on one core are no faster than one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ def last_run(server: Server) -> dict[str, Any]:
     return server.status()["last_run"]  # type: ignore[no-any-return]
 
 
-def test_two_ranks_on_one_core_are_measured_and_not_taken(tree: Tree, tmp_path: Path) -> None:
-    models = models_directory(Sizes(hidden=512))
-    with base_directory(tmp_path / "comfyui", models) as base:
-        with Server(tree, base, env={"XDIT_STRATEGY": "off"}) as stock:
-            expected = [image(stock, seed) for seed in range(3)]
+def test_two_ranks_on_one_core_are_measured_and_not_taken(
+    servers: Callable[..., Server], tree: Tree, tmp_path: Path
+) -> None:
+    stock = servers(tree, XDIT_STRATEGY="off")
+    expected = [image(stock, seed) for seed in range(3)]
+    with base_directory(tmp_path / "comfyui", (stock.base_dir / "models").resolve()) as base:
         with Server(tree, base, env=ENV, within=ONE_CORE) as ranks:
             assert compare_all(expected[0], image(ranks, 0)).is_equal
             first = last_run(ranks)
@@ -64,6 +66,7 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(tree: Tree, tmp_path: 
             assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
 
 
+@pytest.mark.thorough
 def test_what_is_measured_is_what_is_taken(tree: Tree, tmp_path: Path) -> None:
     models = models_directory(Sizes(hidden=512))
     with (
