@@ -34,7 +34,7 @@ class PoolBalance:
 
     def _begin(self) -> None:
         self._generation = self._pool.generation
-        self._balance = Balance(self._mode, self._pool.world_size)
+        self.current = Balance(self._mode, self._pool.world_size)
 
     def weights(self, run: Run) -> tuple[int, ...]:
         """Weights for the next call of a run."""
@@ -43,14 +43,14 @@ class PoolBalance:
         if not run.is_balanced:
             run.is_balanced = True
             if self._left_over is not None:
-                self._balance.follow(self._left_over.parts())
-                self._say()
-        return self._balance.weights if run.weights is None else run.weights
+                self.current.follow(self._left_over.parts())
+            self._say()
+        return self.current.weights if run.weights is None else run.weights
 
     @property
     def is_at_rest(self) -> bool:
         """Whether what calls take now tells what they will take: shares are not still sought."""
-        return self._balance.is_at_rest
+        return self.current.is_at_rest
 
     def hold(self, run: Run, weights: tuple[int, ...]) -> None:
         """Leave the weights of a run as they are until it ends."""
@@ -64,11 +64,11 @@ class PoolBalance:
             self._totals.busy_seconds.get(rank, 0.0) for rank in range(plan.world_size)
         ]
         kind = model, workload
-        if self._balance.measured(plan, workload, busy_s, kind=kind, replan=replan):
+        if self.current.measured(plan, workload, busy_s, kind=kind, replan=replan):
             if self._left_over is not None:
-                self._balance.learned_under(self._left_over.parts())
+                self.current.learned_under(self._left_over.parts())
             self._say()
 
     def _say(self) -> None:
-        self._totals.weights = self._balance.weights
-        self._totals.share_changes = self._balance.num_changes
+        self._totals.weights = self.current.weights
+        self._totals.share_changes = self.current.num_changes

@@ -65,7 +65,7 @@ class Host:
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
         self.memory = SharedMemory(pool.devices, self._weights)
-        holding = Holding(
+        self.holding = Holding(
             pool=pool,
             weights=self._weights,
             residency=Residency(settings, pool),
@@ -80,19 +80,20 @@ class Host:
         self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         auto = Auto(settings, pool, self.measuring)
         self._books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
+        self.pipelines = Pipelines(wire)
         self._steps = ParallelSteps(
             self._remote,
             DrivenForward(wire, self.totals),
-            holding=holding,
+            holding=self.holding,
             pristine=pristine,
             totals=self.totals,
             hooks=self.hooks,
             auto=auto,
-            pipelines=Pipelines(wire),
+            pipelines=self.pipelines,
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
-            holding=holding,
+            holding=self.holding,
             memory=self.memory,
             models=self.models,
             pristine=pristine,

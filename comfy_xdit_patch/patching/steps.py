@@ -81,7 +81,7 @@ class ParallelSteps:
         self._pristine = pristine
         self._totals = totals
         self._hooks = hooks
-        self.pipelines = pipelines
+        self._pipelines = pipelines
         self._numbers = itertools.count(1)
 
     def run(
@@ -152,7 +152,7 @@ class ParallelSteps:
             if not changes:
                 pipeline = None
                 if plan.pipefusion_degree > 1:
-                    pipeline = self.pipelines.of_call(
+                    pipeline = self._pipelines.of_call(
                         run,
                         arguments,
                         plan=plan,
@@ -205,7 +205,7 @@ class ParallelSteps:
     def end(self, run: Run) -> None:
         """Have the workers free what they keep for a run."""
         try:
-            self.pipelines.end(run)
+            self._pipelines.end(run)
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._totals.last_loss_unix_s = time.time()

@@ -76,7 +76,7 @@ def main() -> int:
                         for model, sizes in CALLS.values():
                             batch = 2 * num_ranks if "batch" in plan else 1
                             try:
-                                ranks.call("forwards:use_strategy", text=plan)
+                                ranks.call("steering:use_strategy", text=plan)
                                 error, _, _ = compare(
                                     stock,
                                     ranks,

@@ -56,7 +56,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for plan, patches, warm_up, part in CASES:
-            ranks.call("forwards:use_strategy", text=plan)
+            ranks.call("steering:use_strategy", text=plan)
             ranks.call("pipelined:use_pipeline", num_patches=patches, warm_up=warm_up)
             row: dict[str, Any] = {"plan": plan, "patches": patches, "warm_up": warm_up}
             for sampler in SAMPLERS:

@@ -53,7 +53,7 @@ class Bench:
 
     def calls(self, name: str, mode: str, num_calls: int, *, speed: float = 1.0) -> None:
         """Make a run of calls under the balance of this name; the first one does not count."""
-        self._inside.call("forwards:use_balance", name=name, mode=mode)
+        self._inside.call("steering:use_balance", name=name, mode=mode)
         with Slowed(self._pids[-1], speed) if speed < 1 else nullcontext():
             times = self._inside.call("forwards:run_of_calls", calls=1 + num_calls, **self._call)
         self.seconds.setdefault(name, []).extend(t["host"] for t in times[1:])

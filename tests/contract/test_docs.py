@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -157,6 +158,21 @@ def test_an_entry_says_how_long_a_refusal_lasts():
     }
     assert lasts == {row[0]: {row[1]} for row in refusals}
     assert len(refusals) >= 30
+
+
+def test_every_reason_on_the_page_of_what_runs_in_parallel_is_a_text_of_the_package():
+    sections = json.loads((DOCS / "compatibility.json").read_text())
+    reasons = {
+        reason
+        for section in sections.values()
+        for row in section.values()
+        for runs in row["found"].values()
+        for run in runs.values()
+        for reason in (*run["reasons"], *run["gather_reasons"], *run["controls_alone"])
+    }
+    assert len(reasons) >= 10
+    unknown = [reason for reason in reasons if not any(text.explains(reason) for text in TEXTS)]
+    assert unknown == [], "no text of the package is like these: have the tests write the page"
 
 
 def links() -> list[tuple[str, str]]:

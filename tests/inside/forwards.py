@@ -17,7 +17,6 @@ import torch
 MOST_MODELS = 2
 """Of every one there is a copy in each process. A test uses one after the other, two at most."""
 _patchers: dict[str, Any] = {}  # the latest one last
-_balances: dict[str, Any] = {}
 
 
 def patcher_of(path: str, **model_options: Any) -> Any:
@@ -87,35 +86,6 @@ def inputs(
         length = text_tokens + sum(num_tokens)
         arguments["attention_mask"] = noise(1, length, length)
     return arguments
-
-
-def use_strategy(text: str) -> None:
-    """Have this process' ranks share calls otherwise from now on."""
-    from comfy_xdit_patch.strategy import parse_strategy
-
-    host = sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
-    host._steps._holding.strategy = parse_strategy(text)
-
-
-def use_weights(weights: list[int]) -> None:
-    """Have this process' ranks share by these weights from now on; none are even ones."""
-    host = sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
-    host.pool.wait_until_ready(lambda: None)
-    balance = host._steps._holding.balance
-    balance.weights(host.begin_run())  # of these workers
-    balance._balance.weights = tuple(weights)
-    balance._say()
-
-
-def use_balance(name: str, mode: str) -> None:
-    """Have this process' ranks balanced by the balance of this name, made new at first."""
-    from comfy_xdit_patch.patching.balance import PoolBalance
-
-    host = sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
-    if name not in _balances:
-        _balances[name] = PoolBalance(mode, host.pool, host.totals)
-    host._steps._holding.balance = _balances[name]
-    _balances[name]._say()
 
 
 def same_block(arguments: dict[str, Any], extra: dict[str, Any]) -> Any:

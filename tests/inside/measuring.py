@@ -5,11 +5,9 @@ Runs in: a ComfyUI process of ``process.py``.
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
-import comfy.model_management
 import forwards
 import host_checks
 import torch
@@ -24,35 +22,6 @@ def measure() -> dict[str, Any]:
         host.measuring.machine(lambda: None)
         seconds.append(time.perf_counter() - begin)
     return {**host.status(), "measuring_s": seconds}
-
-
-def predicted_and_measured(path: str, calls: int, **sizes: Any) -> dict[str, Any]:
-    """Seconds of a call, as the measured machine has it and as it is, by plan."""
-    from comfy_xdit_patch.planning.choice import Choice, choose
-
-    host = host_checks._activation().host
-    patcher = forwards.patcher_of(path)
-    machine = host.measuring.machine(lambda: None)
-    choice = choose(_job(patcher, sizes), machine, world_size=len(machine.gpus))
-    assert isinstance(choice, Choice)
-    predicted = {option.plan.name: option.time.total_s for option in choice.options}
-    parallel = [each["host"] for each in forwards.run_of_calls(path, calls, **sizes)]
-    alone = []
-    comfy.model_management.load_models_gpu([patcher])
-    arguments = forwards.inputs(patcher.model, **sizes)
-    options = {"multigpu_thread_device": "cpu"}  # with which calls are left to ComfyUI
-    with torch.inference_mode():
-        for _ in range(calls):
-            begin = time.perf_counter()
-            patcher.model.apply_model(**arguments, transformer_options=dict(options))
-            alone.append(time.perf_counter() - begin)
-    plan = host.totals.last_run.plan
-    return {
-        "plan": plan,
-        "predicted": predicted,
-        "chosen": choice.chosen.plan.name,
-        "measured": {plan: statistics.median(parallel[1:]), "single": statistics.median(alone[1:])},
-    }
 
 
 def _job(patcher: Any, sizes: dict[str, Any]) -> Any:

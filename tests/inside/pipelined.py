@@ -26,7 +26,7 @@ def _host() -> Any:
 
 def use_pipeline(num_patches: int | None = None, warm_up: int = 1) -> None:
     """Cut calls into so many patches; make so many exact calls at first."""
-    pipelines = _host()._steps.pipelines
+    pipelines = _host().pipelines
     pipelines.num_patches, pipelines.num_warm_up_calls = num_patches, warm_up
 
 

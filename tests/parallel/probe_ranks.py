@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +26,31 @@ from comfy_xdit_patch.transport.messages import encode
 from comfy_xdit_patch.transport.probing import Probe
 
 BUDGET_S = 1.0
+DELAY_S = 0.04
+FORMS = ("all_to_all", "pass_on_async")
+"""The two exchanges that plans differ by."""
+
+
+@contextmanager
+def slowed(form: str) -> Iterator[None]:
+    """Have every exchange of one form take longer by ``DELAY_S``."""
+    exchange = getattr(collectives, form)
+
+    def late(*args: object, **kwargs: object) -> object:
+        time.sleep(DELAY_S)
+        return exchange(*args, **kwargs)
+
+    setattr(collectives, form, late)
+    try:
+        yield
+    finally:
+        setattr(collectives, form, exchange)
+
+
+def measured(groups: Groups) -> object:
+    """Return what ``probe`` replies, as it would travel."""
+    with torch.inference_mode():
+        return json.loads(encode(probe(Probe(1, BUDGET_S), groups)))
 
 
 def disturbed(groups: Groups) -> str:
@@ -57,9 +84,12 @@ def main(rank: int, world_size: int, store_fd: int, folder: Path) -> None:
     begin = time.perf_counter()
     first_exchange.check(groups)
     found: dict[str, object] = {"exchange_s": time.perf_counter() - begin}
-    with torch.inference_mode():
-        found["reply"] = json.loads(encode(probe(Probe(1, BUDGET_S), groups)))
-    if world_size == 2:  # last, as one rank stays behind in it
+    found["reply"] = measured(groups)
+    if world_size == 2:
+        for form in FORMS:
+            with slowed(form):
+                found[form] = measured(groups)
+        # Last, as one rank stays behind in it.
         found["disturbed"] = disturbed(groups) if rank == 1 else exchange_once(groups)
     (folder / f"{world_size}.{rank}.json").write_text(json.dumps(found))
     os._exit(0)

@@ -45,11 +45,11 @@ PLANS_OF_4 = {
 
 @contextmanager
 def following(ranks: Inside, strategy: str) -> Iterator[None]:
-    ranks.call("forwards:use_strategy", text=strategy)
+    ranks.call("steering:use_strategy", text=strategy)
     try:
         yield
     finally:
-        ranks.call("forwards:use_strategy", text="auto")
+        ranks.call("steering:use_strategy", text="auto")
 
 
 @pytest.mark.group("3")

@@ -63,8 +63,8 @@ class Comparison:
 
 
 def follow(ranks: Inside, strategy: str, weights: list[int]) -> None:
-    ranks.call("forwards:use_strategy", text=strategy)
-    ranks.call("forwards:use_weights", weights=weights)
+    ranks.call("steering:use_strategy", text=strategy)
+    ranks.call("steering:use_weights", weights=weights)
     assert ranks.call("forwards:status")["balance"]["weights"] == weights
 
 
@@ -164,7 +164,7 @@ def test_two_ranks_by_weight_with_a_controlnet_and_one_that_is_slowed(
             assert comparison.error("slowed", path=path, **sizes) <= BOUND
         balance = ranks.call("forwards:status")["balance"]
         times = ranks.call("forwards:run_of_calls", path=path, calls=5, **sizes)[1:]
-        ranks.call("forwards:use_balance", name="even", mode="even")
+        ranks.call("steering:use_balance", name="even", mode="even")
         even = ranks.call("forwards:run_of_calls", path=path, calls=5, **sizes)[1:]
     record_property("rank 1 at 0.4 of its speed", str(balance))
     for name, of_calls in (("even", even), ("adaptive", times)):

@@ -12,7 +12,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from comfy_xdit_patch.transport.messages import Message, encode
+from comfy_xdit_patch.errors import ChannelClosedError, MessageError
+from comfy_xdit_patch.transport.channel import MAX_MESSAGE_BYTES
+from comfy_xdit_patch.transport.messages import Message, decode, encode
 
 HEADER = struct.Struct("!I")
 NUMBERS = (0, -1, 1, 2, 255, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63) - 1, 10**400)
@@ -38,7 +40,7 @@ def broken_body(message: Message, chance: random.Random) -> bytes:
         return _broken_bytes(encode(message), chance)
     body = json.loads(encode(message))
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        body = chance.choice(_CHANGES)(body, chance)
+        body = chance.choice(list(CHANGES.values()))(body, chance)
     data = json.dumps(body).encode()
     return _broken_bytes(data, chance) if kind < 0.15 else data
 
@@ -50,6 +52,26 @@ def broken_frame(message: Message, chance: random.Random) -> bytes:
     if chance.random() < 0.15:
         length = chance.choice((0, 1, length - 1, length + 1, 1 << 24, (1 << 24) + 1, 2**32 - 1))
     return HEADER.pack(max(length, 0)) + body
+
+
+def arriving(data: bytes) -> list[Message | Exception]:
+    """Return what a receiver is to make of these bytes and of the sender's end after them.
+
+    The last one is the error at which it gives up.
+    """
+    found: list[Message | Exception] = []
+    while len(data) >= HEADER.size:
+        (length,) = HEADER.unpack_from(data)
+        if length > MAX_MESSAGE_BYTES:
+            return [*found, MessageError("too long")]
+        body, data = data[HEADER.size :][:length], data[HEADER.size + length :]
+        if len(body) < length:
+            break
+        try:
+            found.append(decode(body))
+        except MessageError as error:
+            return [*found, error]
+    return [*found, ChannelClosedError("nothing follows")]
 
 
 def any_value(chance: random.Random, depth: int = 0) -> Any:
@@ -84,7 +106,7 @@ def _add(body: Any, chance: random.Random) -> Any:
 
 def _replace(body: Any, chance: random.Random) -> Any:
     owner, key = _place(body, chance)
-    if owner is None:
+    if owner is None or chance.random() < 0.1:
         return any_value(chance)
     owner[key] = any_value(chance)
     return body
@@ -128,7 +150,16 @@ def _retype(body: Any, chance: random.Random) -> Any:
 
 
 Change = Callable[[Any, random.Random], Any]
-_CHANGES: tuple[Change, ...] = (_drop, _rename, _add, _replace, _number, _repeat, _nest, _retype)
+CHANGES: dict[str, Change] = {
+    "drop": _drop,
+    "rename": _rename,
+    "add": _add,
+    "replace": _replace,
+    "number": _number,
+    "repeat": _repeat,
+    "nest": _nest,
+    "retype": _retype,
+}
 
 
 def _place(body: Any, chance: random.Random) -> tuple[Any, Any]:

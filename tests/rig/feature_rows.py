@@ -53,6 +53,12 @@ class Row:
     size: tuple[int, int] = (128, 128)
     steps: int = STEPS
 
+    def __post_init__(self) -> None:
+        if self.outcome in (FALLS_BACK, REFUSED) and not self.reason:
+            raise ValueError(f"{self.outcome!r} needs a reason: without one, any would do.")
+        if self.outcome in (UNSEEN, REFUSED) and not self.why:
+            raise ValueError(f"{self.outcome!r} says why, as nothing else does on the page.")
+
     def graph(self) -> Graph:
         """Return the graph in ComfyUI's API format."""
         draft = Draft(self.size, self.steps)

@@ -8,27 +8,60 @@ import pytest
 from rig.published import machine_of, make_job
 
 from comfy_xdit_patch.patching.auto import MARGIN, _best
-from comfy_xdit_patch.planning.choice import Choice, choose
+from comfy_xdit_patch.planning.cost import predict
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.strategies import parse_asked
 
 
 def usual(num_ranks, rows=1):
     return ParallelPlan(num_ranks, rows, num_ranks // rows)
 
 
-@pytest.mark.parametrize("gpus", ["2xh100", "4xh100", "8xh100", "4xl20", "4x5090"])
-def test_where_ulysses_is_the_fastest_or_nearly_so_it_stays(gpus):
+def part_of_ulysses(plan, gpus, px):
+    """What a plan is predicted to take, by what Ulysses on all GPUs is predicted to take."""
+    machine, job = machine_of(gpus), make_job(px=px, execution="compiled")
+    seconds = [
+        predict(parse_asked(name).plan, job, machine).total_s
+        for name in (plan, f"ulysses={len(machine.gpus)}")
+    ]
+    return seconds[0] / seconds[1]
+
+
+def taken(gpus, px):
     machine = machine_of(gpus)
-    num_ranks = len(machine.gpus)
-    found = _best(make_job(execution="compiled"), machine, usual(num_ranks))
-    choice = choose(make_job(execution="compiled"), machine, world_size=num_ranks)
-    assert isinstance(choice, Choice)
-    seconds = {option.plan.name: option.time.total_s for option in choice.options}
-    if found is None:
-        exact = [s for name, s in seconds.items() if "fsdp" not in name and "offload" not in name]
-        assert seconds[f"ulysses={num_ranks}"] * (1 - MARGIN) <= min(exact)
-    else:
-        assert seconds[str(found)] < seconds[f"ulysses={num_ranks}"] * (1 - MARGIN)
+    return _best(make_job(px=px, execution="compiled"), machine, usual(len(machine.gpus)))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "px", "other"),
+    [
+        ("4xh100", 1024, "ulysses=2,ring=2"),
+        ("8xh100", 1024, "ulysses=4,ring=2"),
+        ("4xl20", 1024, "ulysses=2,ring=2"),
+        ("4x5090", 1024, "ulysses=2,ring=2"),
+    ],
+)
+def test_where_ulysses_is_the_fastest_it_stays(gpus, px, other):
+    assert part_of_ulysses(other, gpus, px) > 1
+    assert taken(gpus, px) is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "px", "other"),
+    [
+        ("2xh100", 1024, "ring=2"),
+        ("2xl20", 2048, "ring=2"),  # 9.6 % less time
+        ("4xl20", 2048, "ulysses=2,ring=2"),
+    ],
+)
+def test_where_another_plan_is_a_little_faster_ulysses_stays(gpus, px, other):
+    assert 1 - MARGIN < part_of_ulysses(other, gpus, px) < 0.99
+    assert taken(gpus, px) is None
+
+
+def test_where_a_ring_is_much_faster_it_is_taken():
+    assert part_of_ulysses("ring=2", "2x4090", 2048) < 1 - MARGIN
+    assert str(taken("2x4090", 2048)) == "ring=2"
 
 
 def test_where_all_to_all_is_slow_a_plan_with_a_ring_is_taken():
@@ -45,9 +78,10 @@ def test_where_all_to_all_is_slow_a_plan_with_a_ring_is_taken():
 
 
 def test_a_batch_that_can_be_shared_stays_shared():
-    machine = machine_of("2xl20")
-    job = make_job(execution="compiled", rows=2)
+    machine = machine_of("2x4090")
+    job = make_job(px=2048, execution="compiled", rows=2)
     assert _best(job, machine, ParallelPlan(2, 2, 1)) is None
+    assert str(_best(job, machine, usual(2))) == "batch=2"  # by far, and for that only
 
 
 def test_an_usual_plan_that_is_not_predicted_stays():

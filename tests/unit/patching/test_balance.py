@@ -60,6 +60,7 @@ def test_new_workers_begin_with_even_shares(pool, totals):
     measure(balance, 6)
     pool.generation = 2
     assert balance.weights(Run()) == ()
+    assert totals.to_dict()["balance"] == {"weights": [], "changes": 0}
 
 
 def test_a_rank_that_said_nothing_is_no_measurement(pool, totals):

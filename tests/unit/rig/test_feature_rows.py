@@ -1,41 +1,54 @@
-"""The page of what runs in parallel holds every row, with the outcome that the tests ask for."""
+"""The page of what runs in parallel has the rows that tests/e2e/test_features.py holds ranks to.
+
+Its reasons are compared with the package in tests/contract/test_docs.py.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from rig.feature_rows import FALLS_BACK, NOT_HERE, REFUSED, UNSEEN
-from rig.feature_table import NODE_PACKS, SECTIONS
+import pytest
+from rig.feature_rows import FALLS_BACK, NOT_HERE, REFUSED, UNSEEN, Row, plain
+from rig.feature_table import SECTIONS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "compatibility.json"
-ALL = [(title, name, row) for title, rows in SECTIONS.items() for name, row in rows.items()]
 
 
-def test_the_page_says_what_the_tests_ask_for():
+def test_the_page_says_what_the_tests_ask_for() -> None:
     page = json.loads(PAGE.read_text())
-    misfits = {}
-    for title, name, row in ALL:
-        entry = page[title].get(name)
-        if entry is None and row.is_slow:
-            continue  # Takes minutes, and was left out of the last run: FEATURES_SLOW=1.
-        runs = () if entry is None else entry["found"].values()
-        outcomes = {run["outcome"] for of_version in runs for run in of_version.values()}
-        if row.outcome not in outcomes or not outcomes <= {row.outcome, NOT_HERE}:
-            misfits[f"{title}: {name}"] = (row.outcome, outcomes)
+    assert list(page) == list(SECTIONS)
+    misfits = {
+        f"{title}: {name}": misfit
+        for title, rows in SECTIONS.items()
+        for name in {**rows, **page[title]}
+        if (misfit := misfit_of(rows.get(name), page[title].get(name)))
+    }
     assert misfits == {}
 
 
-def test_the_page_has_no_rows_that_no_test_runs():
-    page = json.loads(PAGE.read_text())
-    assert {title: sorted(set(page[title]) - set(rows)) for title, rows in SECTIONS.items()} == {
-        title: [] for title in SECTIONS
-    }
+def misfit_of(row: Row | None, entry: dict[str, Any] | None) -> str:
+    """Say in what a row and its entry on the page differ; nothing if they do not."""
+    if row is None:
+        return "no test runs it"
+    if entry is None:
+        # Takes minutes, and was left out of the last run: FEATURES_SLOW=1.
+        return "" if row.is_slow else "not on the page"
+    if entry["why"] != row.why:
+        return f"why: {entry['why']!r} instead of {row.why!r}"
+    runs = [run for of_version in entry["found"].values() for run in of_version.values()]
+    outcomes = {run["outcome"] for run in runs} - {NOT_HERE}
+    return "" if outcomes == {row.outcome} else f"{outcomes} instead of {row.outcome}"
 
 
-def test_what_falls_back_says_why():
-    for title, name, row in ALL:
-        if row.outcome in (UNSEEN, REFUSED) or (row.outcome == FALLS_BACK and title != NODE_PACKS):
-            assert row.why, f"{title}: {name}"
-        if row.outcome == FALLS_BACK:
-            assert row.reason, f"{title}: {name}"
+@pytest.mark.parametrize(
+    "texts",
+    [{"outcome": FALLS_BACK}, {"outcome": REFUSED, "why": "x"}, {"outcome": UNSEEN}],
+    ids=str,
+)
+def test_a_row_that_would_accept_any_reason_or_gives_none_cannot_be_made(
+    texts: dict[str, str],
+) -> None:
+    with pytest.raises(ValueError, match=r"needs a reason|says why"):
+        Row(plain, **texts)
