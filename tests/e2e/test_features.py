@@ -70,7 +70,7 @@ def test_every_row_shows_in_stock_images(
         return str(difference)
 
     # What a row shows in stock's image changes with ComfyUI and the row alone.
-    check_rows(tree, rows_of(section, every=12), check, record_property)
+    check_rows(tree, rows_of(section, every=24), check, record_property)
 
 
 # All sections of the one, then of the other: strict mode is another server, and a start is dear.
@@ -111,7 +111,7 @@ def check_ranks(
         assert section != CONTROLS or alone or found.controls_parallel, "no ControlNet was counted"
         return str(found)
 
-    rows = rows_of(section, every=5)
+    rows = rows_of(section, every=10)
     rows = {name: row for name, row in rows.items() if (row.outcome in SHARED) == is_strict}
     for row in rows.values():
         if not row.runs_on(tree):
