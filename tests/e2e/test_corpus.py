@@ -36,14 +36,11 @@ FALLS_BACK: dict[str, str] = {}
 # One graph for each way in which a graph can be special.
 SELECTION = (
     "flux_schnell",
-    "flux1_krea_dev",
     "flux_fill_inpaint_example",
-    "image_flux.1_fill_dev_OneReward",
     "flux_redux_model_example",
     "flux1_dev_uso_reference_image_gen, all on",
     "image_chroma_text_to_image",
     "image_chroma1_radiance_text_to_image",
-    "image_flux2_fp8",
     "image_flux2_klein_9b_kv_image_edit",
 )
 EVERYTHING = os.environ.get("RIG_CORPUS") == "all"
