@@ -36,13 +36,18 @@ FALLS_BACK: dict[str, str] = {}
 # One graph for each way in which a graph can be special.
 SELECTION = (
     "flux_schnell",
+    "flux1_krea_dev",
     "flux_fill_inpaint_example",
+    "image_flux.1_fill_dev_OneReward",
     "flux_redux_model_example",
     "flux1_dev_uso_reference_image_gen, all on",
     "image_chroma_text_to_image",
     "image_chroma1_radiance_text_to_image",
+    "image_flux2_fp8",
     "image_flux2_klein_9b_kv_image_edit",
 )
+# These are like another one of the selection, in other files.
+ALIKE = ("flux1_krea_dev", "image_flux.1_fill_dev_OneReward", "image_flux2_fp8")
 EVERYTHING = os.environ.get("RIG_CORPUS") == "all"
 ALL_NAMES = tuple(
     dict.fromkeys(name for version in corpus.NAMES for name in corpus.graph_names(version))
@@ -60,7 +65,7 @@ def is_selected(tree: Tree, num_ranks: int, name: str) -> bool:
     if EVERYTHING:
         return True
     if not is_whole():
-        return name in SELECTION
+        return name in SELECTION and name not in ALIKE
     is_newest = tree == trees_for_tests()[-1]
     if is_newest and num_ranks == 2:
         return name not in corpus.LARGE
