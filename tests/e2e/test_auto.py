@@ -60,8 +60,8 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
             assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
             forwards = [rank["forwards"] for rank in ranks.status()["ranks"]]
             assert forwards == [NUM_DOUBTED] * 2
-        # The next start knows it, and asks nothing of its workers.
-        with Server(tree, base, env=ENV, within=ONE_CORE) as ranks:
+            # Who begins anew knows it from the file, and asks nothing of the workers.
+            ranks.change_settings(ENV | {"XDIT_START_TIMEOUT": "401"})
             assert compare_all(expected[2], image(ranks, 2)).is_equal
             assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
 

@@ -162,6 +162,7 @@ def test_sharded_each_of_four_ranks_holds_less_than_a_third(
     assert sum(shares) >= 1
 
 
+@pytest.mark.thorough  # Each run has the endurance of a server, whose memory may not grow.
 def test_without_smart_memory_nothing_stays_and_nothing_grows(
     stock: Server, started: Callable[..., Server], record_property: Record
 ) -> None:

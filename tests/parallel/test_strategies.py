@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from exactness import BOUND, MALLOC, STRICT, compare
 from inside.client import Inside
+from rig.breadth import is_whole, sampled
 from rig.trees import Tree
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -68,7 +69,7 @@ def test_a_ring_equals_stock_in_every_shape(
         sizes = {"hidden": 512, "double": 1, "single": 1, "context": 64}
         stock.call("families:write_model", path=paths[family], family=family, **sizes)
     with following(ranks, "ring"):
-        for name, case in {**DEV, **FAMILY}.items():
+        for name, case in sampled({**DEV, **FAMILY}, every=2).items():
             error, before, after = compare(stock, ranks, paths[name], tmp_path, **case)
             record_property(f"{tree.version} ring=3, {name}", error)
             assert error <= BOUND, name
@@ -129,7 +130,8 @@ def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
     path = flux_dev(hidden=768, double=1, single=1)
     for plan in PLANS_OF_4:
         with following(ranks, plan.name):
-            for name in PLANS_OF_4[plan]:
+            names = PLANS_OF_4[plan]
+            for name in names if is_whole() else names[::3]:
                 case = DEV[name] | {"batch": max(plan.batch_degree, DEV[name]["batch"])}
                 error, before, after = compare(stock, ranks, path, tmp_path, **case)
                 record_property(f"{plan.name}, {name}", error)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from exactness import BOUND, MALLOC, STRICT, compare
 from inside.client import Inside
+from rig.breadth import is_whole, sampled
 from rig.feature_packs import ATTENTION_PATCHES
 from rig.trees import Tree
 from safetensors.torch import load_file
@@ -65,8 +66,9 @@ def test_cut_blocks_equal_stock_in_every_shape(
     paths = {name: flux_dev(hidden=512, double=1, single=1) for name in DEV}
     paths |= write_family(tree, stock, tmp_path)
     with following(ranks, "tensor"):
-        for name in paths:
-            case = {**DEV, **FAMILY}[name]
+        for name, case in sampled({**DEV, **FAMILY}, every=2).items():
+            if name not in paths:
+                continue
             error, before, after = compare(stock, ranks, paths[name], tmp_path, **case)
             record_property(f"{tree.version} tensor=3, {name}", error)
             assert error <= BOUND, name
@@ -90,7 +92,7 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
     for text, names in PLANS_OF_4.items():
         plan = plan_of_4(text)
         with following(ranks, text):
-            for name in names:
+            for name in names if is_whole() else names[-1:]:
                 case = DEV[name] | {"batch": max(plan.batch_degree, DEV[name]["batch"])}
                 error, before, after = compare(stock, ranks, path, tmp_path, **case)
                 record_property(f"{text}, {name}", error)
@@ -102,7 +104,7 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
             record_property(f"{text}, bytes", moved)
             assert moved == expected_bytes(plan, hidden=768)
     with following(ranks, "ulysses=2,tensor=2"):
-        for name, path in family.items():
+        for name, path in sampled(family, every=3).items():
             error, before, after = compare(stock, ranks, path, tmp_path, **FAMILY[name])
             record_property(f"ulysses=2,tensor=2, {name}", error)
             assert error <= BOUND, name
@@ -124,7 +126,7 @@ def test_two_ranks_hold_half_of_each_block_and_refuse_what_looks_at_all_heads(
     stock.call("sharding:write_mixed_precision", source=path, path=mixed)
     _, _, whole = compare(stock, ranks, path, tmp_path, **ODD)
     with following(ranks, "tensor"):
-        for name, case in {**DEV, "mixed precision": ODD}.items():
+        for name, case in sampled({**DEV, "mixed precision": ODD}, every=3).items():
             of_case = mixed if name == "mixed precision" else path
             error, before, after = compare(stock, ranks, of_case, tmp_path, **case)
             record_property(f"tensor=2, {name}", error)

@@ -25,6 +25,11 @@ def how_many(default: int, *, whole: int, variable: str = "") -> int:
     return int(os.environ.get(variable, whole if is_whole() else default))
 
 
+def sampled(rows: Mapping[str, T], every: int) -> dict[str, T]:
+    """Return every so many-th row of a table, from the first on; with ``--all`` every row."""
+    return dict(list(rows.items())[:: 1 if is_whole() else every])
+
+
 def one_of_each(rows: Mapping[str, T], kind: Callable[[T], Hashable]) -> dict[str, T]:
     """Return the first row of each kind, in the table's order."""
     seen: set[Hashable] = set()
