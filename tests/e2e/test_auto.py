@@ -47,23 +47,26 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
 ) -> None:
     stock = servers(tree, XDIT_STRATEGY="off")
     expected = [image(stock, seed) for seed in range(3)]
-    with base_directory(tmp_path / "comfyui", (stock.base_dir / "models").resolve()) as base:
-        with Server(tree, base, env=ENV, within=ONE_CORE) as ranks:
-            assert compare_all(expected[0], image(ranks, 0)).is_equal
-            first = last_run(ranks)
-            assert first["steps_parallel"] == NUM_DOUBTED
-            assert first["steps_measured"] == NUM_MEASURED
-            rest = STEPS - NUM_DOUBTED - NUM_MEASURED
-            assert first["fall_back_reasons"] == {ONE_IS_FASTER.reason: rest}
-            assert "ComfyUI alone is faster for this model" in ranks.log_text()
-            assert compare_all(expected[1], image(ranks, 1)).is_equal
-            assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
-            forwards = [rank["forwards"] for rank in ranks.status()["ranks"]]
-            assert forwards == [NUM_DOUBTED] * 2
-            # Who begins anew knows it from the file, and asks nothing of the workers.
-            ranks.change_settings(ENV | {"XDIT_START_TIMEOUT": "401"})
-            assert compare_all(expected[2], image(ranks, 2)).is_equal
-            assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+    models = (stock.base_dir / "models").resolve()
+    with (
+        base_directory(tmp_path / "comfyui", models) as base,
+        Server(tree, base, env=ENV, within=ONE_CORE) as ranks,
+    ):
+        assert compare_all(expected[0], image(ranks, 0)).is_equal
+        first = last_run(ranks)
+        assert first["steps_parallel"] == NUM_DOUBTED
+        assert first["steps_measured"] == NUM_MEASURED
+        rest = STEPS - NUM_DOUBTED - NUM_MEASURED
+        assert first["fall_back_reasons"] == {ONE_IS_FASTER.reason: rest}
+        assert "ComfyUI alone is faster for this model" in ranks.log_text()
+        assert compare_all(expected[1], image(ranks, 1)).is_equal
+        assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+        forwards = [rank["forwards"] for rank in ranks.status()["ranks"]]
+        assert forwards == [NUM_DOUBTED] * 2
+        # Who begins anew knows it from the file, and asks nothing of the workers.
+        ranks.change_settings(ENV | {"XDIT_START_TIMEOUT": "401"})
+        assert compare_all(expected[2], image(ranks, 2)).is_equal
+        assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
 
 
 @pytest.mark.thorough
