@@ -30,8 +30,8 @@ SERVERS = {
     "test_first_image": "faults",
     "test_features": "features",
     "test_fuzz": "features",
-    "test_hooks": "hooks",
-    "test_named_strategies": "features",
+    "test_controls": "features",
+    "test_named_on_features": "features",
     "test_neighbours": "neighbours",
     "test_security": "neighbours",
 }

@@ -60,6 +60,7 @@ class Pool:
         self._keeper: threading.Thread | None = None
         self._starter = Starter(self.devices, host_state=host_state, settings=settings)
         self._back_off = BackOff()
+        self._has_worked = False
 
     @property
     def world_size(self) -> int:
@@ -160,8 +161,8 @@ class Pool:
     def change(self, devices: Sequence[Device], settings: Settings) -> None:
         """End all workers; those that start next are others. The nursery stays."""
         self._stop_workers()
-        self.devices, self._settings = tuple(devices), settings
-        self.joined, self.error, self._back_off = {}, None, BackOff()
+        self.devices, self._settings, self.joined = tuple(devices), settings, {}
+        self.error, self._back_off, self._has_worked = None, BackOff(), False
         self._starter.change(self.devices, settings)
 
     def stop(self) -> None:
@@ -203,8 +204,8 @@ class Pool:
                     self._break(death_text(dead[0], "while idle"), generation)
                 finally:
                     self._calls.release()
-        elif state is PoolState.BROKEN and generation > 0:
-            self.start()  # It worked once on this machine: bring it back for the next run.
+        elif state is PoolState.BROKEN and self._has_worked:
+            self.start()  # So on this machine: bring it back for the next run.
 
     def _start_all(self) -> None:
         log.info("xDiT: starting %d %s...", self.world_size, self.device_word)
@@ -222,6 +223,7 @@ class Pool:
             self.start_seconds = team.seconds
             self._exchange = Exchange(team.workers, step_timeout_s=self._settings.step_timeout_s)
             self.generation += 1
+            self._has_worked = True
             self.error = None
             self._set_state(PoolState.READY)
         log.info("xDiT: %d workers joined in %.1f s", self.world_size, self.start_seconds)

@@ -21,7 +21,7 @@ from rig.trees import Tree
 from comfy_xdit_patch.patching.auto import ONE_IS_FASTER
 from comfy_xdit_patch.planning.verdict import NUM_TIMED
 
-pytestmark = [pytest.mark.slow, pytest.mark.group("auto"), pytest.mark.newest_only]
+pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
 
 STEPS = 10
 DEADLINE_S = 300.0

@@ -51,7 +51,6 @@ def bytes_per_step(server: Server, graph: Graph) -> tuple[float, dict[str, int]]
     return written / steps, controls
 
 
-@pytest.mark.group("not strict, features")
 @pytest.mark.newest_only
 def test_no_residual_crosses(
     servers: Servers, tree: Tree, record_property: Callable[[str, object], None]
@@ -65,7 +64,6 @@ def test_no_residual_crosses(
     assert together - without < RESIDUAL_BYTES, "a residual, or what could hide one, was sent"
 
 
-@pytest.mark.group("not strict, features")
 @pytest.mark.newest_only
 @pytest.mark.parametrize(
     ("section", "name", "victim"),

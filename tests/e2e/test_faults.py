@@ -214,7 +214,7 @@ def test_a_start_that_takes_too_long_names_the_missing_ranks(
 def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
     servers: Servers, tree: Tree, variables: dict[str, str], text: str
 ) -> None:
-    ranks = servers(tree, **variables)
+    ranks = servers(tree, RIG_OWN="wrong settings", **variables)
     lines = [line for line in ranks.log_text().splitlines() if "xDiT" in line]
     assert len(lines) == 1
     assert text in lines[0]
@@ -222,7 +222,6 @@ def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
     assert ranks.status()["state"] == "refused"
 
 
-@pytest.mark.group("2")  # whose server is strict
 def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) -> None:
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_STRICT="1", XDIT_START_TIMEOUT="400")
     # One image token for two ranks: refused by the plan, before any worker is needed.

@@ -43,7 +43,6 @@ def verified(pair: Pair) -> int:
     return int(pair.after["weights_verified"]) - int(pair.before["weights_verified"])
 
 
-@pytest.mark.group("hooks")
 def test_a_hooks_lora_is_parallel_and_crosses_once(servers: Servers, tree: Tree) -> None:
     plain = run_pair(servers, tree, graph_of(on=()), RANKS, env=OWN, **SETUP)
     hooked = run_pair(servers, tree, graph_of(), RANKS, env=OWN, **SETUP)
@@ -60,14 +59,12 @@ def test_a_hooks_lora_is_parallel_and_crosses_once(servers: Servers, tree: Tree)
     assert [bytes_sent(pair) for pair in (weaker, again, after)] == [0, 0, 0]
 
 
-@pytest.mark.group("hooks")
 @pytest.mark.parametrize("row", ["fp8_e4m3fn", "checkpoint, bf16", "merge 0.5 + LoRA"])
 def test_weights_that_are_rounded_are_the_same_bits(servers: Servers, tree: Tree, row: str) -> None:
     pair = run_pair(servers, tree, graph_of(row), RANKS, env=OWN, **SETUP)
     assert verified(pair) > 0
 
 
-@pytest.mark.group("hooks")
 def test_one_group_of_hooks_on_quantised_weights(servers: Servers, tree: Tree) -> None:
     row = "scaled fp8"
     stock = servers(tree, XDIT_STRATEGY="off", **SETUP)

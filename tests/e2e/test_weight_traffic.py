@@ -34,7 +34,6 @@ SEQUENCE: dict[str, Graph] = {
 
 
 @pytest.mark.newest_only
-@pytest.mark.group("traffic")
 def test_what_a_change_of_weights_costs(
     servers: Callable[..., Server], tree: Tree, record_property: Callable[[str, object], None]
 ) -> None:
