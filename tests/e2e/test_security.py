@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rig import graphs
+from rig.faults import children
 from rig.lone import LoneServer, listing
 from rig.sockets import internet_sockets
 
@@ -122,8 +123,9 @@ def test_nothing_is_written_but_logs_and_what_comfyui_writes(running: Running) -
         assert listing(folder) == before, folder
     logs = {str(log.relative_to(running.temporary)) for log in running.logs}
     folder = running.logs[0].parent.name
-    numbers = {f"{folder}/{pid}.pid" for pid in running.pids}
-    assert set(listing(running.temporary)) == logs | numbers
+    (nursery,) = children(running.server.process.pid)  # type: ignore[union-attr]
+    of_nursery = {f"{folder}/nursery.log", f"{folder}/{nursery}.pid"}
+    assert set(listing(running.temporary)) == logs | of_nursery
     base = running.server.base_dir
     written = {Path(name).parts[0] for name in listing(base)}
     assert written <= {*COMFYUI_FOLDERS, "front-end", "server.log"}

@@ -3,13 +3,14 @@
 Runs in: a ComfyUI process of a test server.
 
 A forked child has a copy of every descriptor of its parent, and lives for a while. The worst
-moment is while somebody starts a process, between making a socket pair and closing the end that
-is not theirs: Python announces it, so it can be hit every time.
+moment is while a rank is ordered from the nursery, between making a socket pair and closing the
+end that is the rank's: Python announces such a message, so it can be hit every time.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -71,7 +72,7 @@ def _fork_now_and_then() -> None:
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
-    if event == "subprocess.Popen" and "comfy_xdit_patch.workers.process" in args[1]:
+    if event == "socket.sendmsg" and args[0].type == socket.SOCK_SEQPACKET:
         _fork(AT_A_START)
 
 
