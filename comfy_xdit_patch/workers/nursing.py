@@ -78,7 +78,8 @@ class Nursery:
         Raises:
             OSError: the system has no process, memory or descriptor for it.
         """
-        self._environment = environment
+        # Threads that OpenBLAS starts when NumPy is imported would not survive a fork.
+        self._environment = {**environment, "OPENBLAS_NUM_THREADS": "1"}
         self._lock = threading.Lock()
         self._codes: dict[int, int] = {}
         self._born: list[tuple[int, int]] = []
@@ -94,8 +95,7 @@ class Nursery:
                     stdin=subprocess.DEVNULL,
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
-                    # Threads that OpenBLAS starts when NumPy is imported would not survive a fork.
-                    env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+                    env=self._environment,
                     pass_fds=(fd,),
                 )
             on_failure.pop_all()
