@@ -35,7 +35,7 @@ BOOTSTRAP = (
     "from comfy_xdit_patch.workers.nursery import main; main()"
 )
 """Not ``-m``, which would look for modules in the working directory first."""
-MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 20
 FDS_OF_A_RANK = 3
 BEFORE_CUDA = ("torch", "torch._dynamo", "transformers", "einops", "safetensors.torch")
 """What takes long of ComfyUI's imports, and leaves the GPUs alone."""

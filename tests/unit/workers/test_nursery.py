@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -84,6 +85,17 @@ def test_a_rank_is_a_child_of_the_nursery_and_lives_until_its_channel_closes(nur
     log = (tmp_path / "rank-3.log").read_text()
     assert "[rank 3]" in log
     assert "the host is gone" in log
+
+
+def test_a_rank_has_the_variables_that_it_is_given_and_no_others(tmp_path, monkeypatch):
+    before = {"KEPT": "1", "CHANGED": "1", "GONE": "1"}
+    made = Nursery(log_path=tmp_path / "nursery.log", environment=before, warm_up=None)
+    sent = []
+    monkeypatch.setattr(socket, "send_fds", lambda _, messages, fds: sent.extend(messages))
+    with pytest.raises(WorkerError):
+        made.fork(0, {"KEPT": "1", "CHANGED": "2", "NEW": "2"}, [], end=time.monotonic())
+    changed = {"CHANGED": "2", "NEW": "2", "GONE": None, "OPENBLAS_NUM_THREADS": None}
+    assert json.loads(sent[0]) == {"rank": 0, "variables": changed}
 
 
 def test_a_rank_that_is_killed_is_told_by_its_signal_and_the_others_live(nursery, tmp_path):
