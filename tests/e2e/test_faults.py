@@ -207,8 +207,17 @@ def test_a_start_that_takes_too_long_names_the_missing_ranks(
             {"XDIT_GPUS": "cpu:2", "XDIT_STRATEGY": "ring=3"},
             'XDIT_STRATEGY="ring=3" does not fit 2',
         ),
-        ({"XDIT_GPUS": "7,8"}, "XDIT_GPUS asks for GPU 7,8, but ComfyUI's process sees 0 GPUs"),
-        ({"XDIT_GPUS": "all"}, "xDiT: not active: no usable GPU is visible"),
+        # These texts have unit tests; a server shows that they come to its log as the first does.
+        pytest.param(
+            {"XDIT_GPUS": "7,8"},
+            "XDIT_GPUS asks for GPU 7,8, but ComfyUI's process sees 0 GPUs",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            {"XDIT_GPUS": "all"},
+            "xDiT: not active: no usable GPU is visible",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
