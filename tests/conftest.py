@@ -133,7 +133,10 @@ def _group(nodeid: str) -> str:
 
 
 def _place(item: pytest.Item) -> tuple[int, int, str, str]:
-    """Return the tier, the ComfyUI, newest first, and what tells which servers a test needs."""
+    """Return the tier, the ComfyUI, newest first, and what tells which servers a test needs.
+
+    Faults come first of the last tier: they take longest, and the other process has all the rest.
+    """
     tier = next((t for t in TIERS if f"/tests/{t}/" in str(item.path)), TIERS[-1])
     values = getattr(getattr(item, "callspec", None), "params", {})
     tree, marker = values.get("tree"), item.get_closest_marker("group")
