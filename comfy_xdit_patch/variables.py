@@ -92,7 +92,7 @@ VARIABLES = (
         "early",
         "early or first",
         "How the workers start. `early`: their imports begin as soon as ComfyUI's server is up, in "
-        "the background, in one process that ranks are then made from; it holds about 300 MB of "
+        "the background, in one process that ranks are then made from; it holds about 400 MB of "
         "memory, and nothing of any GPU. The ranks start with the first FLUX model, and until they "
         "are ready, ComfyUI computes alone where its own copy of the model is at hand; then the "
         "image goes on in parallel. `first`: all begins with the first FLUX model, and its image "
