@@ -40,17 +40,13 @@ class Starter:
         self._log_dir: Path | None = None
         self._nursery: Nursery | None = None
 
-    @property
-    def _has_nursery(self) -> bool:
-        return self._nursery is not None and self._nursery.is_alive
-
     def get_ready(self) -> Nursery:
         """Have a nursery import what ranks need. It ends with the thread that calls this.
 
         Raises:
             OSError: the system has no process, memory or descriptor for it.
         """
-        if self._nursery is None or not self._has_nursery:
+        if self._nursery is None or not self._nursery.is_alive:
             self.close()
             self._log_dir = self._log_dir or make_log_dir()
             device = self._devices[0]
@@ -72,10 +68,11 @@ class Starter:
         end = begin + self._settings.start_timeout_s
         try:
             if reason is None:
+                nursery = self.get_ready()
                 try:
                     return self._start(end, peer_to_peer=True, is_last=is_peer_to_peer_off())
                 except ExchangeError as error:
-                    if is_peer_to_peer_off() or not self._has_nursery:
+                    if is_peer_to_peer_off() or not nursery.is_alive:
                         raise  # What ended the nursery ended the ranks: no fault of the exchange.
                     reason = str(error)
                     log.warning(
