@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rig import graphs
 from rig.checkpoints import Sizes, models_directory
+from rig.report import say
 from rig.server import Server, base_directory
 from rig.trees import trees_for_tests
 
@@ -30,11 +31,6 @@ SIDES = (
     *((320, 256), (320, 320), (384, 320), (384, 384), (448, 384)),
 )
 DEADLINE_S = 900.0
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def main() -> int:

@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from rig import graphs
 from rig.checkpoints import Sizes, models_directory
+from rig.report import say
 from rig.server import Server, base_directory
 from rig.trees import trees_for_tests
 
 DEADLINE_S = 600.0
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 from exactness import BOUND, STRICT, compare
 from inside.client import Inside
+from rig.report import say
 from rig.trees import trees_for_tests
 
 from comfy_xdit_patch.planning.planner import legal_strategies
@@ -33,11 +34,6 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "Chroma": ("chroma", {}),
 }
 SIZES = {"hidden": 1024, "double": 2, "single": 2}
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def plans_of(num_ranks: int, only: str) -> list[str]:

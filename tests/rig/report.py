@@ -6,6 +6,7 @@ the warm-up image is not counted.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from rig.compare import MAX_PIXEL_DIFFERENCE, MIN_PSNR_DB, Difference
 from rig.environment import RigError
 from rig.outputs import Pixels
 from rig.trees import Tree
+
+
+def say(line: str) -> None:
+    """Print a line of a measurement at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
