@@ -1,6 +1,6 @@
 """What a worker inherits from the host: variables, module search path, ComfyUI's own options.
 
-Runs in: host (``capture_*``, ``worker_variables``) and worker (``restore_*``).
+Runs in: host (``capture_*``, ``worker_variables``), nursery and worker (``restore_*``).
 
 A worker must compute with ComfyUI's own code under the host's own options, so that ops, attention
 backend and dtype rules are the host's. What crosses is a hand-picked list, all of it plain data.

@@ -1,6 +1,6 @@
 """Import what ranks need once, and fork every rank from that.
 
-Runs in: nursery process.
+Runs in: nursery process; ``_become_rank`` in each rank.
 
 A fork is sound here and only here: this process has one thread, and nothing in it has opened a
 GPU. Both are looked at before each fork. Where an import broke that, the process executes itself
@@ -152,7 +152,7 @@ def _start_cold(host: socket.socket, host_pid: int, ranks: Iterable[int]) -> NoR
 def _reap(pidfd: int, pid: int, host: socket.socket) -> None:
     os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with contextlib.suppress(OSError):  # As below.
+    with contextlib.suppress(OSError):  # The host is gone, and this process will see it.
         host.send(json.dumps({"ended": pid, "code": code}).encode())
 
 

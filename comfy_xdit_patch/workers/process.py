@@ -1,6 +1,6 @@
 """One worker: join the other ranks, serve the host, leave.
 
-Runs in: worker process, forked by ``nursery.py``.
+Runs in: worker process, forked by ``nursery.py``, which uses ``die_with`` and ``be_called`` too.
 
 A worker ends with its host, whatever ends the host: the kernel kills it when the host's process
 ends (PR_SET_PDEATHSIG), and its channel reports end of file.

@@ -1,6 +1,6 @@
 """Plant faults in real processes: at a named point of a rank, once, when a test has ordered it.
 
-Runs in: host and worker of a rig server whose environment has ``RIG_FAULTS``, a directory.
+Runs in: host, nursery and worker of a rig server whose environment has ``RIG_FAULTS``, a directory.
 
 A test writes an order, the file ``<point>.<who>`` whose text is a kind of fault; who is a rank's
 number, ``host`` or ``nursery``. The first such process to come to that point takes the file away
