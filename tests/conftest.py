@@ -185,12 +185,11 @@ def inside(close_inside: Callable[[], None], orders: Orders) -> Iterator[Callabl
     def process(tree: Tree, **env: str) -> Inside:
         if "XDIT_GPUS" in env:
             env["RIG_FAULTS"] = str(orders.path)
-        rest = door_key(env)
-        key = (tree.version, tuple(sorted(rest.items())))
+        key = (tree.version, tuple(sorted(door_key(env).items())))
         if key not in started:
             # One pool of workers at a time: two cores, 24 GiB.
             for other, running in list(started.items()):
-                if "ranks" in dict(other[1]) and "ranks" in rest:
+                if "XDIT_GPUS" in running.env and "XDIT_GPUS" in env:
                     running.close()
                     del started[other]
             started[key] = Inside(tree, env)

@@ -38,10 +38,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     ``Server``'s. Most tests leave all alone and so share one stock server and one with ranks.
     """
     running: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Server, ExitStack]] = {}
-    has: dict[tuple[str, tuple[tuple[str, str], ...]], dict[str, str]] = {}
-
-    def has_any(rest: dict[str, str]) -> bool:
-        return bool({"ranks", "XDIT_GPUS"} & rest.keys())
 
     def server(
         tree: Tree,
@@ -55,17 +51,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         **env: str,
     ) -> Server:
         kind = ("models", f"{hidden} {variants} {node_packs} {models} {extra_args} {device}")
-        rest = door_key(env)
-        key = (tree.version, (kind, *sorted(rest.items())))
+        key = (tree.version, (kind, *sorted(door_key(env).items())))
         if key in running and running[key][0].process.poll() is None:  # type: ignore[union-attr]
             running[key] = running.pop(key)  # used last
-            if has.setdefault(key, env) != env:
-                running[key][0].change_settings(env)
-                has[key] = env
+            running[key][0].have(env)
             return running[key][0]
         # One server with ranks at a time, and a few stock ones: 24 GiB.
-        has_ranks = has_any(rest)
-        alike = [k for k in running if has_any(dict(k[1])) == has_ranks]
+        has_ranks = "XDIT_GPUS" in env
+        alike = [k for k in running if ("XDIT_GPUS" in running[k][0].env) == has_ranks]
         for other in alike if has_ranks else alike[: 1 - MAX_STOCK_SERVERS or None]:
             running.pop(other)[1].close()
         stack = ExitStack()
@@ -76,7 +69,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
             tree, base, env=env, node_packs=node_packs, extra_args=extra_args, device=device
         )
         running[key] = (stack.enter_context(started), stack)
-        has[key] = env
         return started
 
     yield server

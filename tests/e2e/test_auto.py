@@ -64,7 +64,7 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
         forwards = [rank["forwards"] for rank in ranks.status()["ranks"]]
         assert forwards == [NUM_DOUBTED] * 2
         # Who begins anew knows it from the file, and asks nothing of the workers.
-        ranks.change_settings(ENV | {"XDIT_START_TIMEOUT": "401"})
+        ranks.have(ENV | {"XDIT_START_TIMEOUT": "401"})
         assert compare_all(expected[2], image(ranks, 2)).is_equal
         assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
 

@@ -73,7 +73,7 @@ def test_every_row_shows_in_stock_images(
     check_rows(tree, rows_of(section, every=24), check, record_property)
 
 
-# All sections of the one, then of the other: strict mode is another server, and a start is dear.
+# All sections of the one, then of the other: strict mode needs other ranks.
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_parallel_rows_are_parallel(

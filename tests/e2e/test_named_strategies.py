@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from rig import (
-    graphs,
-    weight_rows,
-)
+from rig import graphs, weight_rows
 from rig.compare import compare_all
 from rig.environment import RigError
 from rig.pair import STRICT, run, run_pair, run_stock

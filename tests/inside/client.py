@@ -46,14 +46,14 @@ class Inside:
         )
         os.close(write)
         self._replies = os.fdopen(read)
-        self._env = env
+        self.env = env
         self._answer(START_DEADLINE_S)
 
     def have(self, env: dict[str, str]) -> None:
         """Go on as if started with these variables; if XDIT_* ones differ, the ranks are new."""
-        if env != self._env:
+        if env != self.env:
             self.call("rig_shim_door:change_settings", variables=settings_of(env))
-            self._env = env
+            self.env = env
 
     def call(self, body: str, **kwargs: Any) -> Any:
         """Run a body and return its result; its exception becomes ours."""

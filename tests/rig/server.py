@@ -64,6 +64,7 @@ class Server(Client):
         port = free_port()
         super().__init__(port, base_dir, (log_path or base_dir / "server.log").resolve())
         self.tree = tree
+        self.env = dict(env or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
@@ -136,9 +137,11 @@ class Server(Client):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(STOP_DEADLINE_S)
 
-    def change_settings(self, env: Mapping[str, str]) -> None:
-        """Go on as if started with these XDIT_* variables; its ranks are new ones."""
-        self.request("/rig/settings", settings_of(env))
+    def have(self, env: Mapping[str, str]) -> None:
+        """Go on as if started with these variables; if XDIT_* ones differ, the ranks are new."""
+        if env != self.env:
+            self.request("/rig/settings", settings_of(env))
+            self.env = dict(env)
 
     def start_again(self) -> None:
         """Wait until ComfyUI answers again that replaced itself in its process."""
