@@ -65,7 +65,7 @@ def first_image(
     with (
         tempfile.TemporaryDirectory() as folder,
         base_directory(Path(folder), models) as base,
-        Server(tree, base, env=env) as server,
+        Server(tree, base, env=env, is_cold=True) as server,
     ):
         time.sleep(options.wait)
         start = time.monotonic()

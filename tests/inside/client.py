@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import select
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from rig.server import settings_of
 from rig.trees import Tree
+from rig.warm import THREADS, start
 
 HERE = Path(__file__).parent
 SHIM = HERE.parent / "rig" / "shim"
@@ -31,21 +30,21 @@ class Inside:
             prefix=f"inside-{tree.version}-", suffix=".log", mode="w+"
         )
         read, write = os.pipe()
+        stdin, bodies = os.pipe()
         variables = {k: v for k, v in os.environ.items() if not k.startswith("XDIT_")}
-        variables |= {"PYTHONPATH": str(SHIM), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, str(HERE / "process.py"), "--root", str(tree.path)]
-        command += ["--reply-fd", str(write), "--cpu", "--use-pytorch-cross-attention"]
-        self.process = subprocess.Popen(
-            command,
-            env=variables | settings_of(env),
-            stdin=subprocess.PIPE,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
+        command = [str(HERE / "process.py"), "--root", str(tree.path), "--reply-fd", str(write)]
+        self.process = start(
+            [*command, "--cpu", "--use-pytorch-cross-attention"],
+            folder=tree.path,
+            environment={**variables, "PYTHONPATH": str(SHIM), **THREADS, **settings_of(env)},
+            stdin=stdin,
+            output=self.log.fileno(),
             pass_fds=(write,),
-            text=True,
         )
         os.close(write)
+        os.close(stdin)
         self._replies = os.fdopen(read)
+        self._bodies = os.fdopen(bodies, "w", buffering=1)
         self.env = env
         self._answer(START_DEADLINE_S)
 
@@ -62,9 +61,7 @@ class Inside:
 
     def start_call(self, body: str, **kwargs: Any) -> None:
         """Have a body run without waiting for it."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"body": body, "kwargs": kwargs}) + "\n")
-        self.process.stdin.flush()
+        self._bodies.write(json.dumps({"body": body, "kwargs": kwargs}) + "\n")
 
     def finish_call(self) -> Any:
         """Wait for the body started last."""
@@ -74,8 +71,7 @@ class Inside:
         return Path(self.log.name).read_text()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self._bodies.close()
         try:
             self.process.wait(timeout=30)
         finally:

@@ -135,6 +135,7 @@ def _serve(plan: Plan, name: str, env: dict[str, str], graph: graphs.Graph) -> R
             device=plan.device,
             threads=1 if plan.device == "cpu" else None,
             log_path=OUT / f"{name}.log",
+            is_cold=True,
         ) as server,
     ):
         is_parallel = name == "parallel"

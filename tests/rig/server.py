@@ -20,12 +20,12 @@ from types import TracebackType
 from rig.client import POLL_S, Client
 from rig.environment import RigError, tail
 from rig.trees import Tree
+from rig.warm import THREADS, Forked, start
 
 SHIM = Path(__file__).with_name("shim")
 EMULATED = Path(__file__).with_name("emulated_gpu")
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 10.0
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 FRONT_END = "<!doctype html><title>ComfyUI without its web page</title>"
 FOLDERS = ("input", "output", "temp", "user", "custom_nodes", "front-end")
 
@@ -39,6 +39,8 @@ class Server(Client):
         env: settings of this server. The caller's own XDIT_* variables are not passed on.
         device: ``cpu`` starts ComfyUI with ``--cpu``; ``gpu`` lets ComfyUI choose; ``emulated``
             gives it cards that the CPU emulates, ``EMULATED_GPUS`` of them.
+        is_cold: whether ComfyUI starts as a user's does, in an interpreter of its own and with the
+            nodes of paid services. Others are forked from ``warm.py``'s where arguments allow it.
         threads: CPU threads of the ComfyUI process; None leaves them alone.
         node_packs: directories of custom nodes; no others are loaded.
     """
@@ -57,6 +59,7 @@ class Server(Client):
         start_deadline_s: float = START_DEADLINE_S,
         node_packs: Sequence[Path] = (),
         within: Sequence[str] = (),
+        is_cold: bool = False,
     ) -> None:
         if device not in ("cpu", "gpu", "emulated"):
             raise ValueError(f"device={device!r} is not one of cpu, gpu, emulated.")
@@ -65,20 +68,22 @@ class Server(Client):
         super().__init__(port, base_dir, (log_path or base_dir / "server.log").resolve())
         self.tree = tree
         self.env = dict(env or {})
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
         self._environment = _environment(env or {}, threads, base_dir / "cache")
         if device == "emulated":
             self._environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
             self._environment.setdefault("EMULATED_GPUS", "1")
-        self._command = [*within, str(python), "main.py", "--listen", "127.0.0.1"]
+        self._interpreter = [*within, str(python)]
+        self._is_cold = is_cold or device != "cpu" or self._interpreter != [sys.executable]
+        self._command = ["main.py", "--listen", "127.0.0.1"]
         self._command += ["--port", str(port)]
         self._command += ["--base-directory", str(base_dir), "--disable-auto-launch"]
         self._command += ["--front-end-root", str(base_dir / "front-end")]
         self._command += ["--database-url", "sqlite:///:memory:", "--disable-all-custom-nodes"]
         self._command += ["--use-pytorch-cross-attention", *(["--cpu"] if device == "cpu" else [])]
-        self._command += extra_args
+        self._command += [*extra_args, *([] if is_cold else ["--disable-api-nodes"])]
         self._node_packs = node_packs
         if node_packs:
             self._command += ["--whitelist-custom-nodes", *(pack.name for pack in node_packs)]
@@ -93,17 +98,15 @@ class Server(Client):
             link.symlink_to(pack.resolve(), target_is_directory=True)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
+        with self.log_path.open("wb") as log, open(os.devnull, "rb") as nothing:
+            self.process = start(
                 self._command,
-                cwd=self.tree.path,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # A shell has what it runs in the background, tests too, ignore Ctrl+C.
-                preexec_fn=_hear_interrupts,
+                folder=self.tree.path,
+                environment=self._environment,
+                stdin=nothing.fileno(),
+                output=log.fileno(),
+                interpreter=self._interpreter,
+                is_cold=self._is_cold,
             )
         try:
             self._await_ready()
@@ -214,11 +217,7 @@ def door_key(env: Mapping[str, str]) -> dict[str, str]:
 def _environment(settings: Mapping[str, str], threads: int | None, cache: Path) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XDIT_")}
     if threads is not None:
-        environment |= {name: str(threads) for name in THREAD_VARIABLES}
+        environment |= dict.fromkeys(THREADS, str(threads))
     environment["PYTHONPATH"] = str(SHIM)
     environment["XDG_CACHE_HOME"] = str(cache)
     return environment | settings_of(settings)
-
-
-def _hear_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
