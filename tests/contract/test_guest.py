@@ -6,8 +6,7 @@ another process.
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from inside.client import Inside
 from rig.trees import Tree
+from rig.warm import THREADS, start
 
 RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 
@@ -166,21 +166,21 @@ IMPORT_ORDERS = (
 
 @pytest.mark.newest_only
 @pytest.mark.parametrize("order", IMPORT_ORDERS)
-def test_the_patch_is_active_in_every_import_order(tree: Tree, order: str) -> None:
-    code = (
+def test_the_patch_is_active_in_every_import_order(tree: Tree, tmp_path: Path, order: str) -> None:
+    script = tmp_path / "order.py"
+    script.write_text(
         "import sys; sys.path.insert(0, '.'); sys.argv = ['main.py', '--cpu']\n"
         "import comfy.options; comfy.options.enable_args_parsing()\n"
         f"{order}\n"
         "from comfy_xdit_patch.activation import ACTIVATION\n"
         "assert ACTIVATION.sampling.active"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tree.path,
-        env={"PATH": "/usr/bin:/bin", "XDIT_GPUS": "cpu:2", "HOME": str(Path.home())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "log").open("w+b") as log:
+        process = start(
+            [str(script)],
+            folder=tree.path,
+            environment={**os.environ, **THREADS, "XDIT_GPUS": "cpu:2"},
+            stdin=log.fileno(),
+            output=log.fileno(),
+        )
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()[-2000:]
