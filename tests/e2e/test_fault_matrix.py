@@ -120,7 +120,7 @@ def test_comfyui_ends_soon_whatever_a_worker_does(
     models = models_directory(Sizes(hidden=256))
     with (
         base_directory(tmp_path / "base", models) as base,
-        Server(tree, base, env=env, is_cold=True) as server,
+        Server(tree, base, env=env) as server,
     ):
         server.run(graphs.with_values(graphs.load("ksampler_dev"), seed=1, steps=1), DEADLINE_S)
         workers = [each["pid"] for each in server.status()["ranks"]]
