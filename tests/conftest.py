@@ -20,21 +20,17 @@ from rig.server import door_key
 from rig.trees import Tree, trees_for_tests
 
 TIERS = ("unit", "contract", "parallel", "e2e")
-# Which servers the tests of a file share, where these are not the usual ones.
+# Files whose tests share servers, longest first: the last to end should be short.
 SERVERS = {
-    "test_corpus": "corpus",
-    "test_emulated_cards": "emulated",
-    "test_endurance": "faults",
-    "test_fault_matrix": "faults",
-    "test_faults": "faults",
-    "test_first_image": "faults",
-    "test_features": "features",
-    "test_fuzz": "features",
-    "test_controls": "features",
-    "test_named_on_features": "features",
-    "test_neighbours": "neighbours",
-    "test_security": "neighbours",
+    "faults": "endurance, fault_matrix, faults, first_image",
+    "emulated": "emulated_cards",
+    "": "auto, comfyui_own_execution, equal_to_stock, memory, offline, soak, switching",
+    "weights": "hooks, named_strategies, weight_traffic, weights",
+    "features": "features, fuzz, controls, named_on_features",
+    "neighbours": "neighbours, security",
+    "corpus": "corpus",
 }
+SERVERS_OF = {f"test_{file}": name for name, files in SERVERS.items() for file in files.split(", ")}
 
 
 @pytest.fixture(autouse=True)
@@ -129,21 +125,18 @@ def _group(nodeid: str) -> str:
         return tier
     if version is None and tier != "e2e":
         return "quick"
-    return f"{tier} {version and version[1]} {SERVERS.get(Path(path).stem, '')}"
+    return f"{tier} {version and version[1]} {SERVERS_OF.get(Path(path).stem, '')}"
 
 
-def _place(item: pytest.Item) -> tuple[int, int, str, str]:
-    """Return the tier, the ComfyUI, newest first, and what tells which servers a test needs.
-
-    Faults come first of the last tier: they take longest, and the other process has all the rest.
-    """
+def _place(item: pytest.Item) -> tuple[int, int, int, str]:
+    """Return the tier, the ComfyUI, newest first, the servers a test needs, and its ranks."""
     tier = next((t for t in TIERS if f"/tests/{t}/" in str(item.path)), TIERS[-1])
     values = getattr(getattr(item, "callspec", None), "params", {})
     tree, marker = values.get("tree"), item.get_closest_marker("group")
     group = str(values.get("num_ranks", 2)) if marker is None else str(marker.args[0])
-    models = SERVERS.get(item.path.stem, "") if tier == "e2e" else ""
+    servers = SERVERS_OF.get(item.path.stem, "") if tier == "e2e" else ""
     version = -1 if tree is None else len(trees_for_tests()) - trees_for_tests().index(tree)
-    return TIERS.index(tier), version, group, models
+    return TIERS.index(tier), version, list(SERVERS).index(servers), group
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     def server(
         tree: Tree,
         *,
-        hidden: int = 768,
+        hidden: int = 512,
         variants: bool = True,
         node_packs: tuple[Path, ...] = (GGUF_PACK,),
         models: Path | None = None,

@@ -52,7 +52,7 @@ def last_run(server: Server) -> dict[str, Any]:
 def test_two_ranks_on_one_core_are_measured_and_not_taken(
     servers: Callable[..., Server], tree: Tree, tmp_path: Path
 ) -> None:
-    stock = servers(tree, hidden=512, XDIT_STRATEGY="off")
+    stock = servers(tree, XDIT_STRATEGY="off")
     expected = [image(stock, seed) for seed in range(3)]
     models = (stock.base_dir / "models").resolve()
     with (

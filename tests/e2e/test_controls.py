@@ -21,7 +21,7 @@ from rig.trees import Tree
 Servers = Callable[..., Server]
 
 DEADLINE_S = 600.0
-WIDTH, TOKENS = 768, 64  # of the models, and of an image of 128 px
+WIDTH, TOKENS = 512, 64  # of the models, and of an image of 128 px
 RESIDUAL_BYTES = WIDTH * TOKENS * 4
 
 

@@ -36,7 +36,7 @@ from rig.memory import own_memory
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-pytestmark = [pytest.mark.group("1, faults"), pytest.mark.newest_only]
+pytestmark = pytest.mark.newest_only
 
 Record = Callable[[str, object], None]
 

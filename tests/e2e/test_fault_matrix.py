@@ -36,7 +36,7 @@ from rig.faults import (
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-pytestmark = [pytest.mark.group("1, faults"), pytest.mark.newest_only]
+pytestmark = pytest.mark.newest_only
 
 Record = Callable[[str, object], None]
 
@@ -155,7 +155,7 @@ def test_a_full_dev_shm_disturbs_nobody(
     graph = graphs.with_values(graphs.load("ksampler_dev"), seed=2, size=SIZE, steps=STEPS)
     stock = servers(tree, XDIT_STRATEGY="off")
     expected = stock.images(stock.run(graph, DEADLINE_S))
-    models = models_directory(Sizes(hidden=768, variants=True))
+    models = models_directory(Sizes(hidden=512, variants=True))
     env = {"XDIT_GPUS": "cpu:2", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": str(START_S)}
     with (
         base_directory(tmp_path / "base", models) as base,

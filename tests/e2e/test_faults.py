@@ -17,8 +17,6 @@ from rig.server import Server
 from rig.trees import Tree
 from rig.weight_rows import KOHYA
 
-pytestmark = pytest.mark.group("1, faults")
-
 DEADLINE_S = 600.0
 SIZE = (192, 192)
 

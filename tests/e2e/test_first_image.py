@@ -14,7 +14,7 @@ from rig.faults import Fault, Orders, children
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-pytestmark = [pytest.mark.group("1, faults"), pytest.mark.newest_only]
+pytestmark = pytest.mark.newest_only
 
 DEADLINE_S = 300.0
 STEPS = 40

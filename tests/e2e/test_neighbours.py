@@ -20,8 +20,6 @@ from rig.outputs import Pixels
 from rig.server import SHIM, Server
 from rig.trees import Tree
 
-pytestmark = pytest.mark.group("neighbours")
-
 DEADLINE_S = 300.0
 NUM_STEPS = 3
 TESTS = Path(__file__).parents[1]

@@ -65,7 +65,7 @@ from rig.trees import trees_for_tests
 tree = next(t for t in trees_for_tests() if t.version == sys.argv[2])
 graph = graphs.with_values(graphs.load("ksampler_dev"), seed=301, size=(128, 128), steps=2)
 env = {"XDIT_GPUS": "cpu:2", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
-models = models_directory(Sizes(hidden=768, variants=True))
+models = models_directory(Sizes(hidden=512, variants=True))
 with (
     base_directory(Path(sys.argv[3]), models) as base,
     Server(tree, base, env=env, is_cold=True) as server,

@@ -16,7 +16,6 @@ from rig.lone import LoneServer, listing
 from rig.sockets import internet_sockets
 
 pytestmark = [
-    pytest.mark.group("neighbours"),
     pytest.mark.newest_only,
     # The tests of test_neighbours.py need the lone server that these end: side by side by version.
     pytest.mark.usefixtures("tree"),

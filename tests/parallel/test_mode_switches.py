@@ -37,7 +37,7 @@ def test_a_model_is_right_in_each_mode_whichever_it_was_in_before(
     assert {*pairwise(EVERY_SWITCH)} == {*permutations(STRATEGIES, 2)}
     stock = inside(tree, XDIT_STRATEGY="off")
     runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:3", **STRICT), tmp_path)
-    path = flux_dev(hidden=768, double=2, single=2)
+    path = flux_dev(hidden=512, double=2, single=2)
     held: dict[str, list[int]] = {}
     worst = 0.0
     for before, strategy in pairwise(("auto", *WAY)):

@@ -87,7 +87,7 @@ def test_exact_calls_and_calls_with_unchanged_inputs_equal_stock(
 ) -> None:
     stock = inside(tree, XDIT_STRATEGY="off")
     runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:3", **STRICT), tmp_path)
-    paths = dict.fromkeys(DEV, flux_dev(hidden=768, double=2, single=2))
+    paths = dict.fromkeys(DEV, flux_dev(hidden=512, double=2, single=2))
     for family in FAMILY:
         paths[family] = str(tmp_path / f"{family}.safetensors")
         sizes = {"hidden": 512, "double": 2, "single": 2, "context": 64}
@@ -113,7 +113,7 @@ def test_a_stream_begins_anew_when_anything_but_the_latent_and_sigma_changes(
 ) -> None:
     stock = inside(tree, XDIT_STRATEGY="off")
     runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:3", **STRICT), tmp_path)
-    path = flux_dev(hidden=768, double=2, single=2)
+    path = flux_dev(hidden=512, double=2, single=2)
     with following(runs.ranks, "pipefusion"):
         for name, (calls, expected) in RESETS.items():
             errors, exact, _ = runs.run(path, calls, **ODD)
@@ -133,7 +133,7 @@ def test_the_error_falls_with_the_difference_of_inputs_that_follow_each_other(
 ) -> None:
     stock = inside(tree, XDIT_STRATEGY="off")
     runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:3", **STRICT), tmp_path)
-    path = flux_dev(hidden=768, double=2, single=2)
+    path = flux_dev(hidden=512, double=2, single=2)
     found = {}
     with following(runs.ranks, "pipefusion"):
         for noise in (0.3, 0.1, 0.03, 0.01, 0.0):
@@ -154,11 +154,11 @@ def test_a_run_that_cannot_be_pipelined_is_refused_with_its_reason(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
 ) -> None:
     ranks = inside(tree, XDIT_GPUS="cpu:3", **STRICT)
-    few = flux_dev(hidden=768, double=1, single=1)
+    few = flux_dev(hidden=512, double=1, single=1)
     radiance = str(tmp_path / "radiance.safetensors")
     model = {"family": "chroma_radiance_linear", "hidden": 512, "double": 2, "single": 2}
     ranks.call("families:write_model", path=radiance, context=64, **model)
-    path = flux_dev(hidden=768, double=2, single=2)
+    path = flux_dev(hidden=512, double=2, single=2)
     pixels = ODD | {"height": 70, "width": 99}
     cases: list[tuple[str, str, dict[str, Any]]] = [
         ("pipefusion=3 is more than the 2 blocks", few, ODD),
@@ -189,7 +189,7 @@ def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_for
 ) -> None:
     stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
     runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC), tmp_path)
-    path = flux_dev(hidden=768, double=2, single=2)
+    path = flux_dev(hidden=512, double=2, single=2)
     for plan in (
         ParallelPlan(4, 1, 2, pipefusion_degree=2),
         ParallelPlan(4, 1, 1, pipefusion_degree=4),
@@ -206,7 +206,7 @@ def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_for
             _, _, status = runs.run(path, AGAIN, **even, **FLOAT32)
             moved = status["bytes"]["between_ranks"] - before
             record_property(f"{plan.name}, bytes of two calls", moved)
-            assert moved == 2 * expected_bytes(plan, hidden=768, num_blocks=4)
+            assert moved == 2 * expected_bytes(plan, hidden=512, num_blocks=4)
 
 
 def expected_bytes(plan: ParallelPlan, *, hidden: int, num_blocks: int) -> int:

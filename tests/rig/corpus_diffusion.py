@@ -12,7 +12,7 @@ from rig.checkpoints import Sizes
 from rig.quantised import QuantisedFile
 from rig.weights import LATENT_CHANNELS, PATCH_COLUMNS, T5_WIDTH, Maker, State
 
-SIZES = Sizes(hidden=768)
+SIZES = Sizes(hidden=512)
 TAPPED_LAYERS = 3  # FLUX.2 reads three layers of the language model side by side
 FP8 = torch.float8_e4m3fn
 # The latent, the picture that steers; or the latent, the masked picture, 8 x 8 bits of mask.

@@ -16,16 +16,6 @@ SHARED_MEMORY = ("/memfd:", "/dev/shm/")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of one or more processes; ``private_anonymous`` is what nobody shares or can drop."""
-
-    pss: int = 0
-    private: int = 0
-    shared: int = 0
-    private_anonymous: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Mapped:
     """Bytes of the pages of mapped files in one or more processes.
 
@@ -46,22 +36,17 @@ class Mapped:
         )
 
 
-def process_memory(pid: int) -> Memory:
-    """Return the memory of one process; a process that has ended is an error."""
-    amounts = dict(_amounts(Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()))
-    return _memory(amounts, _private_anonymous(pid))
-
-
 def own_memory(pid: int) -> int:
     """Return the bytes of a process that do not depend on what else runs.
 
-    Its anonymous pages, and all pages of shared memory that it maps.
+    Its anonymous pages, also those that a fork left it to share until one of the two writes, and
+    all pages of shared memory that it maps. A process that has ended is an error.
 
     PSS will not do to find a leak: its part of a library grows when another program ends.
     """
     mapped = shared_memory([pid])
     private = mapped.private_clean + mapped.private_dirty
-    return process_memory(pid).private_anonymous + private + mapped.shared
+    return sum(amounts["Anonymous"] for _, amounts in _mappings(pid)) + private + mapped.shared
 
 
 def mapped_file(pids: Iterable[int], path: Path) -> Mapped:
@@ -87,23 +72,6 @@ def _sum_mappings(pids: Iterable[int], wanted: Callable[[str], bool]) -> Mapped:
                     shared=amounts["Shared_Clean"] + amounts["Shared_Dirty"],
                 )
     return total
-
-
-def _private_anonymous(pid: int) -> int:
-    """Private pages that no file backs, and the pages of a mapped file that were written to."""
-    return sum(
-        min(amounts["Anonymous"], amounts["Private_Clean"] + amounts["Private_Dirty"])
-        for _, amounts in _mappings(pid)
-    )
-
-
-def _memory(amounts: dict[str, int], private_anonymous: int) -> Memory:
-    return Memory(
-        pss=amounts["Pss"],
-        private=amounts["Private_Clean"] + amounts["Private_Dirty"],
-        shared=amounts["Shared_Clean"] + amounts["Shared_Dirty"],
-        private_anonymous=private_anonymous,
-    )
 
 
 def _mappings(pid: int) -> Iterator[tuple[str, dict[str, int]]]:
