@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,15 @@ from rig.trees import Tree
 pytestmark = pytest.mark.newest_only
 
 DEADLINE_S = 300.0
-STEPS = 40
-SIZE = (192, 192)
+LONG_S = 6.0
+"""Three times as long as the start of a rank is delayed."""
 ALONE = "the workers are still starting"
-GRAPH = graphs.with_values(
-    graphs.load("ksampler_dev"), seed=900, size=SIZE, steps=STEPS, save_latent=True
-)
+
+
+def graph_of(seed: int, steps: int) -> graphs.Graph:
+    return graphs.with_values(
+        graphs.load("ksampler_dev"), seed=seed, size=(192, 192), steps=steps, save_latent=True
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "pipefusion"])
@@ -30,32 +34,37 @@ def test_comfyui_computes_alone_until_the_workers_are_ready_then_all_do(
     servers: Callable[..., Server], tree: Tree, orders: Orders, strategy: str
 ) -> None:
     stock = servers(tree, XDIT_STRATEGY="off")
-    expected = stock.images(stock.run(GRAPH, DEADLINE_S))
-    ranks = servers(
-        tree,
-        XDIT_GPUS="cpu:2",
-        XDIT_STRATEGY=strategy,
-        XDIT_START="early",
-        XDIT_START_TIMEOUT="180",
-        XDIT_STEP_TIMEOUT="60",
-        RIG_FAULTS=str(orders.path),
-    )
+    prompt = stock.post_prompt(graph_of(seed=899, steps=5))
+    stock.wait(prompt, DEADLINE_S)
+    num_steps = max(20, round(LONG_S / statistics.median(stock.step_times(prompt))))
+    graph = graph_of(seed=900, steps=num_steps)
+    expected = stock.images(stock.run(graph, DEADLINE_S))
+    env = {
+        "XDIT_GPUS": "cpu:2",
+        "XDIT_STRATEGY": strategy,
+        "XDIT_START_TIMEOUT": "180",
+        "XDIT_STEP_TIMEOUT": "60",
+        "RIG_FAULTS": str(orders.path),
+    }
+    # The nursery has imported when new ranks are to start.
+    servers(tree, **env).run(graph_of(seed=899, steps=1), DEADLINE_S)
+    ranks = servers(tree, **env, XDIT_START="early")
     orders.give(Fault("join", "delay", 0))
     num_texts = len(ranks.texts)
-    history = ranks.run(GRAPH, DEADLINE_S)
+    history = ranks.run(graph, DEADLINE_S)
     run = ranks.status()["last_run"]
     assert not orders.open(), "nothing was delayed"
     assert run["fall_back_reasons"].keys() == {ALONE}
-    assert 0 < run["steps_parallel"] < run["steps"] == STEPS, run
+    assert 0 < run["steps_parallel"] < run["steps"] == num_steps, run
     assert run["is_exact"] == (strategy != "pipefusion")
     difference = compare_all(expected, ranks.images(history))
     assert difference.is_equal or strategy == "pipefusion", str(difference)
-    sampler = next(n for n, node in GRAPH.items() if node["class_type"].startswith("KSampler"))
+    sampler = next(n for n, node in graph.items() if node["class_type"].startswith("KSampler"))
     said = (sampler, "xDiT: starting 2 CPU ranks, ComfyUI computes alone meanwhile")
     assert said in ranks.texts[num_texts:]
     assert "xDiT: starting 2 CPU ranks..." in ranks.log_text()
     # What follows is parallel from its first step on.
-    ranks.run(graphs.with_values(GRAPH, seed=901, steps=6), DEADLINE_S)
+    ranks.run(graph_of(seed=901, steps=6), DEADLINE_S)
     assert ranks.status()["last_run"]["steps_parallel"] == 6
 
 

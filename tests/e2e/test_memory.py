@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 from rig import graphs
-from rig.breadth import is_whole
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
 from rig.memory import mapped_file, own_memory
 from rig.server import Server, base_directory
 from rig.trees import Tree, trees_for_tests
 
-pytestmark = pytest.mark.slow  # 4 ranks and a model of 0.5 GB, twice that for --all
+pytestmark = pytest.mark.slow  # 4 ranks and a model of 1 GB
 
 DEADLINE_S = 600.0
 # float32 is what ComfyUI computes in on a CPU: nothing is cast. About FLUX.1's ratio of blocks.
-BLOCKS = {"double": 6, "single": 12} if is_whole() else {"double": 3, "single": 6}
-SIZES = Sizes(hidden=768, dtype="float32", **BLOCKS)
+SIZES = Sizes(hidden=768, double=6, single=12, dtype="float32")
 FILE = "diffusion_models/flux1-dev.safetensors"
 NUM_RANKS = 4
 ENV = {"XDIT_GPUS": f"cpu:{NUM_RANKS}", "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
@@ -145,7 +143,7 @@ def test_four_ranks_share_one_copy_of_the_file_and_give_it_back(
     assert used(worker_pids(ranks), model_file) <= 1.05 * workers
 
 
-@pytest.mark.thorough  # Of 0.5 GB less would be saved than two whole blocks take.
+@pytest.mark.thorough  # test_weight_sharding.py holds four ranks to the same share.
 def test_sharded_each_of_four_ranks_holds_less_than_a_third(
     stock: Server,
     started: Callable[..., Server],
