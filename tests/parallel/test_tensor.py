@@ -87,7 +87,7 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
 ) -> None:
     stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
     ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC)
-    path = flux_dev(hidden=768, double=1, single=1)
+    path = flux_dev(hidden=512, double=1, single=1)
     family = write_family(tree, stock, tmp_path)
     for text, names in PLANS_OF_4.items():
         plan = plan_of_4(text)
@@ -102,7 +102,7 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
             _, before, after = compare(stock, ranks, path, tmp_path, **even, **FLOAT32)
             moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
             record_property(f"{text}, bytes", moved)
-            assert moved == expected_bytes(plan, hidden=768)
+            assert moved == expected_bytes(plan, hidden=512)
     with following(ranks, "ulysses=2,tensor=2"):
         for name, path in sampled(family, every=3).items():
             error, before, after = compare(stock, ranks, path, tmp_path, **FAMILY[name])
