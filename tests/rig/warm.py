@@ -68,10 +68,12 @@ class Warm:
         self._lock = threading.RLock()
         self._pids: list[int] = []
         self.codes: dict[int, int] = {}
+        environment = {**os.environ, **THREADS, "XDIT_STRATEGY": "off"}
+        environment.pop("PYTHONPATH", None)  # That of what is forked is another.
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(theirs.fileno())],
-                env=_writes_bytecode({**os.environ, **THREADS, "XDIT_STRATEGY": "off"}),
+                env=_writes_bytecode(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
