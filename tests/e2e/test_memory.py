@@ -48,7 +48,7 @@ def stock(newest: Tree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     path = tmp_path_factory.mktemp("stock")
     with (
         base_directory(path, models_directory(SIZES)) as base,
-        Server(newest, base, env={"XDIT_STRATEGY": "off"}, is_cold=True) as server,
+        Server(newest, base, env={"XDIT_STRATEGY": "off"}) as server,
     ):
         yield server
 
@@ -68,8 +68,7 @@ def started(
             stack.close()
             path = tmp_path_factory.mktemp("ranks")
             base = stack.enter_context(base_directory(path, models_directory(SIZES)))
-            cold = Server(newest, base, env=env, extra_args=args, is_cold=True)
-            server = stack.enter_context(cold)
+            server = stack.enter_context(Server(newest, base, env=env, extra_args=args))
             running.append((server, args))
             return server
 

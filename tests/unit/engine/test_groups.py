@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-STEP_TIMEOUT_S = 1.5
+STEP_TIMEOUT_S = 0.7
 DEADLINE_S = 120
 RANK = f"""
 import json, sys, time
