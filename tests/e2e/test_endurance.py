@@ -65,6 +65,7 @@ def spread(seconds: list[float]) -> str:
     )
 
 
+@pytest.mark.thorough  # test_faults.py kills one in a step that it knows, within the same second.
 def test_a_killed_worker_costs_less_than_a_second(
     bench: Bench, chance: random.Random, record_property: Record
 ) -> None:

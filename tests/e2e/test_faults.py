@@ -122,6 +122,7 @@ def test_hooks_that_comfyui_did_without_are_made_up_for_when_a_worker_is_lost(
     wait_for_state(ranks, "ready", 400)
 
 
+@pytest.mark.thorough  # test_endurance.py cancels three, at moments of chance.
 def test_a_cancelled_prompt_leaves_nobody_stranded(servers: Servers, tree: Tree) -> None:
     ranks = servers(tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT="400")
     assert_equal_to_stock(servers, tree, ranks, seed=120)

@@ -59,7 +59,14 @@ def test_a_hooks_lora_is_parallel_and_crosses_once(servers: Servers, tree: Tree)
     assert [bytes_sent(pair) for pair in (weaker, again, after)] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("row", ["fp8_e4m3fn", "checkpoint, bf16", "merge 0.5 + LoRA"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "fp8_e4m3fn",
+        pytest.param("checkpoint, bf16", marks=pytest.mark.thorough),
+        pytest.param("merge 0.5 + LoRA", marks=pytest.mark.thorough),
+    ],
+)
 def test_weights_that_are_rounded_are_the_same_bits(servers: Servers, tree: Tree, row: str) -> None:
     pair = run_pair(servers, tree, graph_of(row), RANKS, env=OWN, **SETUP)
     assert verified(pair) > 0

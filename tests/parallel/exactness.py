@@ -13,9 +13,6 @@ import torch
 from inside.client import Inside
 
 BOUND = 1e-5
-# Every larger block is mapped by itself and given back at once, in stock and ranks alike, so that
-# the peak of resident memory is the peak of live tensors.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 STRICT = {"XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
 
 

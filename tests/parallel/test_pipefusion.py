@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import BOUND, MALLOC, STRICT, answer_of
+from exactness import BOUND, STRICT, answer_of
 from inside.client import Inside
 from rig.feature_packs import ATTENTION_PATCHES
 from rig.trees import Tree
@@ -178,7 +178,7 @@ def test_a_run_that_cannot_be_pipelined_is_refused_with_its_reason(
                 ranks.call("pipelined:lone", path=of_model, **case)
 
 
-@pytest.mark.group("peak")  # whose 4 ranks it takes over
+@pytest.mark.group("4")
 @pytest.mark.newest_only
 def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_formulas(
     tree: Tree,
@@ -187,8 +187,8 @@ def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_for
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
-    runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC), tmp_path)
+    stock = inside(tree, XDIT_STRATEGY="off")
+    runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:4", **STRICT), tmp_path)
     path = flux_dev(hidden=512, double=2, single=2)
     for plan in (
         ParallelPlan(4, 1, 2, pipefusion_degree=2),

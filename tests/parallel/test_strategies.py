@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from exactness import BOUND, MALLOC, STRICT, compare
+from exactness import BOUND, STRICT, compare
 from inside.client import Inside
 from rig.breadth import is_whole, sampled
 from rig.trees import Tree
@@ -116,7 +116,7 @@ def test_shards_of_weights_by_name(
     assert all(part < 0.7 * all_of_it for part, all_of_it in zip(shards, whole, strict=True))
 
 
-@pytest.mark.group("peak")  # whose 4 ranks it takes over
+@pytest.mark.group("4")
 @pytest.mark.newest_only
 def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
     tree: Tree,
@@ -125,8 +125,8 @@ def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
-    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC)
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT)
     path = flux_dev(hidden=768, double=1, single=1)
     for plan in PLANS_OF_4:
         with following(ranks, plan.name):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from exactness import BOUND, MALLOC, STRICT, compare
+from exactness import BOUND, STRICT, compare
 from inside.client import Inside
 from rig.breadth import is_whole, sampled
 from rig.feature_packs import ATTENTION_PATCHES
@@ -76,7 +76,7 @@ def test_cut_blocks_equal_stock_in_every_shape(
             assert after["bytes"]["between_ranks"] > before["bytes"]["between_ranks"]
 
 
-@pytest.mark.group("peak")  # whose 4 ranks it takes over
+@pytest.mark.group("4")
 @pytest.mark.newest_only
 def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
     tree: Tree,
@@ -85,8 +85,8 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
-    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC)
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT)
     path = flux_dev(hidden=512, double=1, single=1)
     family = write_family(tree, stock, tmp_path)
     for text, names in PLANS_OF_4.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import BOUND, MALLOC, STRICT
+from exactness import BOUND, STRICT
 from inside.client import Inside
 from rig import controls
 from rig.breadth import sampled
@@ -100,7 +100,7 @@ def test_weights_of_three_ranks(
     )
 
 
-@pytest.mark.group("peak")  # whose 4 ranks it takes over
+@pytest.mark.group("4")
 @pytest.mark.newest_only
 def test_weights_of_four_ranks_in_two_axes(
     tree: Tree,
@@ -109,8 +109,8 @@ def test_weights_of_four_ranks_in_two_axes(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    stock = inside(tree, XDIT_STRATEGY="off", **MALLOC)
-    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT, **MALLOC)
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS="cpu:4", **STRICT)
     mask = "attention mask, references, batch 2"
     check(stock, ranks, flux_dev, tmp_path, record_property, OF_4[:1], {mask: WHOLE[mask]})
     check(stock, ranks, flux_dev, tmp_path, record_property, OF_4, ROWS)
