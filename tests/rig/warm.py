@@ -51,7 +51,7 @@ class Forked:
         while (code := self.poll()) is None:
             if time.monotonic() >= end:
                 raise subprocess.TimeoutExpired(str(SCRIPT), timeout or 0.0)
-            self._warm.hear(min(0.5, end - time.monotonic()))
+            self._warm.hear(min(0.5, max(0.0, end - time.monotonic())))
         return code
 
     def kill(self) -> None:

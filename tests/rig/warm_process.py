@@ -2,10 +2,9 @@
 
 Runs in: its own process, started by ``warm.py``; the forked ones run a script as ``python SCRIPT``.
 
-A cold start of ComfyUI spends 15 CPU-seconds, most of them on packages that neither ComfyUI nor we
+A cold start of ComfyUI spends 13 CPU-seconds, most of them on packages that neither ComfyUI nor we
 wrote. Nothing of ComfyUI's is imported here and our package is switched off: its start file and
-ComfyUI's ``main.py`` run in each forked process as in a cold one. Tests of the start itself, of
-memory, and the demo start cold ones.
+ComfyUI's ``main.py`` run in each forked process as in a cold one.
 
     socket   ->  {"script", "arguments", "folder", "environment", "targets"} and the descriptors
                  that get the numbers of ``targets``
