@@ -94,6 +94,8 @@ class Holding:
         self.balance = balance
         self._waits = waits
         """For workers that start, although ComfyUI could compute alone meanwhile."""
+        self._is_start_shown = False
+        """In the page, where it stays until something else is said."""
 
     def come_up(self, model: Any, poll: Poll) -> Refusal | None:
         """Have the workers ready; while they start, ComfyUI computes alone if that is quicker.
@@ -104,6 +106,7 @@ class Holding:
         pool.start()
         if pool.state is PoolState.STARTING:
             text = f"starting {pool.world_size} {pool.device_word}"
+            self._is_start_shown = True
             if not (self._waits or self.is_held_back(model)):
                 page.tell(f"{text}, ComfyUI computes alone meanwhile")
                 return STARTING
@@ -112,8 +115,15 @@ class Holding:
             pool.wait_until_ready(poll)
         except WorkerError as error:
             self._totals.last_error = str(error)
+            self._show_end_of_start("the workers did not start, ComfyUI computes alone")
             return Refusal("the workers did not start")
+        self._show_end_of_start(f"computed on {pool.world_size} {pool.device_word}")
         return None
+
+    def _show_end_of_start(self, text: str) -> None:
+        if self._is_start_shown:
+            self._is_start_shown = False
+            page.tell(text)
 
     def hold(
         self,
