@@ -30,6 +30,7 @@ from comfy_xdit_patch.workers.pool_state import PoolState
 
 LOST = Refusal("a worker was lost")
 STARTING = Refusal("the workers are still starting", Scope.STEP)
+NOT_STARTED = Refusal("the workers did not start")
 
 
 @dataclass(slots=True)
@@ -115,9 +116,9 @@ class Holding:
             pool.wait_until_ready(poll)
         except WorkerError as error:
             self._totals.last_error = str(error)
-            self._show_end_of_start("the workers did not start, ComfyUI computes alone")
-            return Refusal("the workers did not start")
-        self._show_end_of_start(f"computed on {pool.world_size} {pool.device_word}")
+            self._show_end_of_start(NOT_STARTED.reason)
+            return NOT_STARTED
+        self._show_end_of_start(f"{pool.world_size} {pool.device_word} are ready")
         return None
 
     def _show_end_of_start(self, text: str) -> None:
