@@ -118,10 +118,7 @@ def test_comfyui_ends_soon_whatever_a_worker_does(
     shared = set(os.listdir("/dev/shm"))
     env = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": str(START_S), "RIG_FAULTS": str(orders.path)}
     models = models_directory(Sizes(hidden=256))
-    with (
-        base_directory(tmp_path / "base", models) as base,
-        Server(tree, base, env=env) as server,
-    ):
+    with base_directory(tmp_path / "base", models) as base, Server(tree, base, env=env) as server:
         server.run(graphs.with_values(graphs.load("ksampler_dev"), seed=1, steps=1), DEADLINE_S)
         workers = [each["pid"] for each in server.status()["ranks"]]
         assert all(is_running(pid) for pid in workers)

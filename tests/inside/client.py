@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rig.server import settings_of
+from rig.server import environment_of, settings_of
 from rig.trees import Tree
-from rig.warm import THREADS, start
+from rig.warm import start
 
 HERE = Path(__file__).parent
-SHIM = HERE.parent / "rig" / "shim"
 START_DEADLINE_S = 300.0
 CALL_DEADLINE_S = 600.0
 
@@ -31,12 +30,11 @@ class Inside:
         )
         read, write = os.pipe()
         stdin, bodies = os.pipe()
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("XDIT_")}
         command = [str(HERE / "process.py"), "--root", str(tree.path), "--reply-fd", str(write)]
         self.process = start(
             [*command, "--cpu", "--use-pytorch-cross-attention"],
             folder=tree.path,
-            environment={**variables, "PYTHONPATH": str(SHIM), **THREADS, **settings_of(env)},
+            environment=environment_of(env, threads=1),
             stdin=stdin,
             output=self.log.fileno(),
             pass_fds=(write,),

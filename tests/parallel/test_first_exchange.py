@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inside.client import SHIM, Inside
+from inside.client import Inside
 from rig.faults import Fault, Orders, is_running
+from rig.server import SHIM
 from rig.trees import Tree
 
 from comfy_xdit_patch.planning.topology import Device

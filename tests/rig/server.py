@@ -71,12 +71,13 @@ class Server(Client):
         self.process: subprocess.Popen[bytes] | Forked | None = None
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
-        self._environment = _environment(env or {}, threads, base_dir / "cache")
+        cache = {"XDG_CACHE_HOME": str(base_dir / "cache")}
+        self._environment = environment_of({**cache, **self.env}, threads)
         if device == "emulated":
             self._environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
             self._environment.setdefault("EMULATED_GPUS", "1")
         self._interpreter = [*within, str(python)]
-        self._is_cold = is_cold or device != "cpu" or self._interpreter != [sys.executable]
+        self._is_cold = is_cold or device != "cpu"
         self._command = ["main.py", "--listen", "127.0.0.1"]
         self._command += ["--port", str(port)]
         self._command += ["--base-directory", str(base_dir), "--disable-auto-launch"]
@@ -214,10 +215,10 @@ def door_key(env: Mapping[str, str]) -> dict[str, str]:
     return {"ranks": "any", **{k: v for k, v in env.items() if not k.startswith("XDIT_")}}
 
 
-def _environment(settings: Mapping[str, str], threads: int | None, cache: Path) -> dict[str, str]:
+def environment_of(env: Mapping[str, str], threads: int | None) -> dict[str, str]:
+    """All variables of a ComfyUI process with these settings, the rig's shim first on its path."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XDIT_")}
     if threads is not None:
         environment |= dict.fromkeys(THREADS, str(threads))
     environment["PYTHONPATH"] = str(SHIM)
-    environment["XDG_CACHE_HOME"] = str(cache)
-    return environment | settings_of(settings)
+    return environment | settings_of(env)

@@ -141,11 +141,12 @@ def start(
 ) -> subprocess.Popen[bytes] | Forked:
     """Start a Python script in a session of its own: forked, unless it is to be cold.
 
-    It is cold too where a variable differs that packages read when they are imported.
+    It is cold too with another interpreter, or where a variable differs that libraries read early.
     """
     environment = _writes_bytecode(environment)
     ours = {**os.environ, **THREADS}
-    if is_cold or any(environment.get(name) != ours.get(name) for name in READ_EARLY):
+    is_other = any(environment.get(name) != ours.get(name) for name in READ_EARLY)
+    if is_cold or is_other or list(interpreter) != [sys.executable]:
         return subprocess.Popen(
             [*interpreter, *command],
             cwd=folder,

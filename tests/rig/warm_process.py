@@ -23,6 +23,7 @@ import os
 import runpy
 import select
 import signal
+import site
 import socket
 import sys
 from pathlib import Path
@@ -94,8 +95,7 @@ def become(request: dict[str, Any], descriptors: list[int], paths: list[str]) ->
     # The rest of what the interpreter does at its start: our start file, and ``sitecustomize``.
     importlib.import_module("comfy_xdit_patch.bootstrap").start()
     sys.modules.pop("sitecustomize", None)
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("sitecustomize")
+    site.execsitecustomize()
     runpy.run_path(script, run_name="__main__")
 
 
