@@ -48,6 +48,10 @@ class DeclinedError(XditError):
     """The workers are well, and cannot run a node's patch."""
 
 
+class CardsFullError(XditError):
+    """The workers are well, and a card has no room for a call."""
+
+
 class FallBackError(XditError):
     """``XDIT_STRICT=1`` and a step could not run in parallel."""
 

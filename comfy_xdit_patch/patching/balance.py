@@ -19,7 +19,7 @@ from comfy_xdit_patch.settings import Balancing
 from comfy_xdit_patch.workers.pool import Pool
 
 if TYPE_CHECKING:
-    from comfy_xdit_patch.patching.holding import Run
+    from comfy_xdit_patch.patching.run import Run
 
 
 class PoolBalance:

@@ -100,20 +100,23 @@ class Card:
     """One rank's device memory.
 
     ``free_bytes`` is what other programs leave. What ComfyUI's own process holds counts as free:
-    it gives way while the workers compute, but for its CUDA context.
+    it gives way while the workers compute, but for its CUDA context. ``group_bytes`` is what one
+    communicator takes.
     """
 
     total_bytes: int
     free_bytes: int
     has_host: bool = False
+    group_bytes: int = NCCL_GROUP_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One line of the arithmetic."""
+    """One line of the arithmetic. ``is_working``: taken by each call, and given back after it."""
 
     what: str
     num_bytes: int
+    is_working: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,11 @@ class Need:
     @property
     def num_bytes(self) -> int:
         return sum(cost.num_bytes for cost in self.costs)
+
+    @property
+    def working_bytes(self) -> int:
+        """What a call takes beside what is there before it."""
+        return sum(cost.num_bytes for cost in self.costs if cost.is_working)
 
     @property
     def fits(self) -> bool:
@@ -215,15 +223,15 @@ def _costs(
     activations = (local * values + embedded) * token_bytes + model.cast_bytes
     costs = [
         *_weights(mode, model, num_ranks),
-        Cost(f"activations, {local} of {whole} tokens", activations),
-        Cost("allocator slack", int(activations * ALLOCATOR_SLACK)),
+        Cost(f"activations, {local} of {whole} tokens", activations, is_working=True),
+        Cost("allocator slack", int(activations * ALLOCATOR_SLACK), is_working=True),
         Cost("CUDA context", CUDA_CONTEXT_BYTES),
         Cost("reserve", RESERVED_BYTES),
     ]
     if num_ranks > 1:
         # Gathers have a group of their own, for NCCL runs the collectives of one in turn.
         num_groups = 2 if mode in ("sharded", "tensor") else 1
-        costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * NCCL_GROUP_BYTES))
+        costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * card.group_bytes))
     if load.kept_bytes:
         costs.append(Cost("keys and values of the step before", load.kept_bytes))
     if card.has_host:

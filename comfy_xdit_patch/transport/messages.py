@@ -27,6 +27,7 @@ from comfy_xdit_patch.transport.replies import (
     Joining,
     Loaded,
     Loading,
+    NoRoom,
     NotLoaded,
     Ran,
     Unloaded,
@@ -172,6 +173,7 @@ Message: TypeAlias = (
     | Ran
     | Fetched
     | Declined
+    | NoRoom
     | Probed
     | NotProbed
     | Failed

@@ -175,6 +175,7 @@ WRONG = [
     replies.Unloaded(1),
     calls.Forward(1, 1, [1, 1, 1, 2, 1], [], {}, 0),
     replies.Declined(1, "only this one"),
+    replies.NoRoom(1, True),  # nobody asked
 ]
 
 

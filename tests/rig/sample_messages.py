@@ -59,6 +59,7 @@ MESSAGES = [
         arguments=TREE,
         result=0,
         pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
+        working_bytes=1 << 30,
     ),
     calls.Free(request=9, streams=[3, 4]),
     calls.Control(
@@ -96,7 +97,13 @@ MESSAGES = [
     messages.Stop(),
     replies.Joining(rank=1),
     replies.Joined(
-        rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
+        rank=1,
+        pid=4242,
+        device="cuda:0",
+        seconds={"torch": 1.25},
+        total_bytes=24 << 30,
+        free_bytes=23 << 30,
+        group_bytes=300 << 20,
     ),
     replies.Alive(request=1, count=57),
     replies.Loading(request=1, done=0.25),
@@ -120,6 +127,7 @@ MESSAGES = [
     ),
     replies.Fetched(request=5, bytes_between_ranks=1 << 20),
     replies.Declined(request=2, reason="KeyError: 'sigmas'"),
+    replies.NoRoom(request=2, is_mine=True),
     replies.Controlled(
         request=3,
         layout={"input": [0, 0, None], "output": []},

@@ -8,7 +8,7 @@ import pytest
 
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.balance import PoolBalance
-from comfy_xdit_patch.patching.holding import Run
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.topology import Device
 
