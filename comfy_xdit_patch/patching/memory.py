@@ -36,7 +36,9 @@ class SharedMemory:
         self._weights = weights
         self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
         self._displaced: set[int] = set()
-        """Models that a worker gave its place on a GPU up for, by number, until they return."""
+        """Models that left a GPU with the worker that gave way, by number, until they return."""
+        self._away: set[int] = set()
+        """Ranks that gave way and have nothing more to give."""
         self._computing_bytes: ContextVar[float | None] = ContextVar("computing", default=None)
 
     def ranks_on(self, device: Any) -> list[int]:
@@ -75,7 +77,7 @@ class SharedMemory:
             required = min(
                 required, max(management.minimum_inference_memory(), computing + reserved)
             )
-        ranks = self.ranks_on(device)
+        ranks = [rank for rank in self.ranks_on(device) if rank not in self._away]
         if not ranks or management.get_free_memory(device) >= required:
             return []
         return ranks
@@ -87,6 +89,7 @@ class SharedMemory:
             WorkerError: the workers are lost.
         """
         self._displaced |= self._weights.give_way(ranks)
+        self._away.update(ranks)
 
     def make_room_for_workers(
         self,
@@ -109,6 +112,7 @@ class SharedMemory:
         """
         import comfy.model_management as management
 
+        self._away.clear()
         patcher = base_model.current_patcher
         if not self.shares_gpu(patcher.load_device):
             return

@@ -103,6 +103,14 @@ def test_a_worker_that_gave_way_is_given_room_for_all_of_a_model_once(comfyui, m
     assert comfyui.asked == [16], "a model that no worker holds"
 
 
+def test_a_worker_that_gave_way_is_not_asked_again_before_it_returns(comfyui, memory):
+    comfyui.free = 0
+    memory.give_way(memory.is_wanted(12, GPU, for_dynamic=False))
+    assert memory.is_wanted(12, GPU, for_dynamic=False) == []
+    memory.make_room_for_workers(SimpleNamespace(current_patcher=patcher()), 16)
+    assert memory.is_wanted(12, GPU, for_dynamic=False) == [0]
+
+
 def test_what_a_model_needs_is_known_by_its_number(comfyui, memory):
     """A ControlNet returns first; the model, which gave way with it, still needs its room."""
     memory._weights.give_way = lambda _: {FLUX, 8}
