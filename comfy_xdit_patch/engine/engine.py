@@ -40,7 +40,7 @@ from comfy_xdit_patch.transport.replies import (
     Ran,
     Unloaded,
 )
-from comfy_xdit_patch.transport.slots import SlotMap
+from comfy_xdit_patch.transport.slot_map import SlotMap
 
 log = logging.getLogger(__name__)
 

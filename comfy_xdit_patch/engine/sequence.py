@@ -44,10 +44,10 @@ def gather_sequence(
     # Padding for the wire only. Gloo refuses unequal sizes and NCCL turns them into one
     # broadcast per rank (pytorch/pytorch#156627, NVIDIA/nccl#773).
     wire_BLD = (F.pad(x_BLD, (0, 0, 0, missing)) if missing else x_BLD).contiguous()
-    num_ranks, num_rows = len(sizes), wire_BLD.shape[0]
-    arrived = wire_BLD.new_empty((num_ranks * num_rows, *wire_BLD.shape[1:]))
+    num_ranks, shape = len(sizes), wire_BLD.shape
+    arrived = wire_BLD.new_empty((num_ranks * shape[0], *shape[1:]))
     collectives.all_gather_into(arrived, wire_BLD, group=group)
-    shards_NBLD = arrived.unflatten(0, (num_ranks, num_rows))
+    shards_NBLD = arrived.view(num_ranks, *shape)
     if min(sizes) == max(sizes):
         return shards_NBLD.transpose(0, 1).flatten(1, 2)  # for one row a view
     trimmed = [

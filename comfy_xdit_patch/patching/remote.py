@@ -30,6 +30,9 @@ from comfy_xdit_patch.workers.exchange import Poll
 # What the family reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
+ALWAYS_NEW = ("x", "timestep")
+"""Arguments that no step has from the one before."""
+
 
 class RemoteForward:
     """The workers, as a function from arguments to a tensor."""
@@ -81,10 +84,13 @@ class RemoteForward:
         result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
 
         def prepare() -> Sequence[Message]:
-            slots.begin_call()
-            for name in CARRIED_ARGUMENTS:
-                if name in arguments and name != "control":
-                    tree[name] = slots.place(name, arguments[name])
+            placed = {
+                name: arguments[name]
+                for name in CARRIED_ARGUMENTS
+                if name in arguments and name != "control"
+            }
+            slots.begin_call({n: value for n, value in placed.items() if n not in ALWAYS_NEW})
+            tree.update({name: slots.place(name, value) for name, value in placed.items()})
             if arguments.get("control") is not None:
                 tree["control"] = encode_control(
                     arguments["control"],

@@ -15,7 +15,8 @@ from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.messages import Map, Unmap
 from comfy_xdit_patch.transport.replies import Done, NoRoom
-from comfy_xdit_patch.transport.slots import SlotMap, UncarriedArgumentError
+from comfy_xdit_patch.transport.slot_map import SlotMap
+from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 
 
 class Pool:
