@@ -130,6 +130,7 @@ class Engine:
                 streams=self._streams,
                 pipeline=message.pipeline,
             )
+            collectives.clock.launched()
             bytes_sent += resident.bytes_moved - sent
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
@@ -149,6 +150,7 @@ class Engine:
             bytes_between_ranks=bytes_sent,
             bytes_written=bytes_written,
             busy_seconds=busy_s,
+            is_launch_bound=collectives.clock.is_launch_bound,
         )
 
     def control(self, message: Control) -> Controlled:

@@ -158,6 +158,7 @@ class RemoteForward:
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds
             self._totals.busy_seconds[rank] = reply.busy_seconds
+            self._totals.launch_bound[rank] = reply.is_launch_bound
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
 

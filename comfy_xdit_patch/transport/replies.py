@@ -97,7 +97,8 @@ class Done:
 
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
-    ``busy_seconds`` are those in which it did not wait for others.
+    ``busy_seconds`` are those in which it did not wait for others; with ``is_launch_bound`` its CPU
+    and not its GPU was busy in them.
     """
 
     request: int
@@ -108,6 +109,7 @@ class Done:
     bytes_between_ranks: int
     bytes_written: int
     busy_seconds: float
+    is_launch_bound: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,7 @@ MESSAGES = [
         bytes_between_ranks=123,
         bytes_written=456,
         busy_seconds=0.05,
+        is_launch_bound=False,
     ),
     probing.Probed(
         request=6,

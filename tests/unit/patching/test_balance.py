@@ -46,6 +46,14 @@ def test_what_ranks_were_busy_for_becomes_weights_and_status(pool, totals):
     assert totals.to_dict()["balance"] == {"weights": list(balance.weights(run)), "changes": 1}
 
 
+def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(pool, totals):
+    totals.launch_bound = {0: False, 1: True}
+    balance = PoolBalance("adaptive", pool, totals)
+    assert balance.weights(measure(balance, 20)) == ()
+    totals.launch_bound[1] = False
+    assert balance.weights(measure(balance, 6)) != ()
+
+
 def test_a_run_holds_its_weights_while_others_follow(pool, totals):
     balance = PoolBalance("adaptive", pool, totals)
     run = Run()
