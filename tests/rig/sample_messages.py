@@ -15,6 +15,7 @@ SOURCE = ModelSource(
     size_bytes=23_802_932_552,
     mtime_ns=1_700_000_000_123_456_789,
     uncast=["double_blocks.0.img_attn.norm.query_norm.scale"],
+    dtypes=["torch.float8_e4m3fn", "torch.bfloat16"],
 )
 TREE = {
     "x": {"$slot": [0, 7, "bfloat16", [1, 16, 128, 128]]},
