@@ -197,10 +197,8 @@ class Holding:
 
     def empty_cards(self, model: Any, run: Run, num_bytes: int) -> None:
         """Have ComfyUI leave so much of its card to a call for which there was no room."""
-        import comfy.model_management
-
         self._made.clear()
-        comfy.model_management.soft_empty_cache()
+        self._memory.empty_cache()
         self._memory.make_room_for_workers(model, num_bytes, run.in_use)
 
     def can_time_alone(self, model: Any) -> bool:

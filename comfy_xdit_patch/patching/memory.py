@@ -130,6 +130,12 @@ class SharedMemory:
         ]
         management.free_memory(needed_bytes, patcher.load_device, keep_loaded=kept)
 
+    def empty_cache(self) -> None:
+        """Have ComfyUI's process give back what its allocator keeps of tensors that are gone."""
+        import comfy.model_management
+
+        comfy.model_management.soft_empty_cache()
+
     def ran(self, base_model: Any, *, is_parallel: bool) -> None:
         """Note whether a model's last step was parallel: if not, ComfyUI needs its own copy."""
         if is_parallel:

@@ -14,6 +14,7 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.plan_residency import residency_of
@@ -188,6 +189,7 @@ def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.
         num_rows=max(end - first for first, end in rows),
         bytes_per_value=dtype.itemsize,
         local_tokens=max(max(of_group.joint) for of_group in shares),
+        num_groups=num_communicators(plan.grid),
         kept_bytes=kept_bytes(
             plan,
             workload,

@@ -21,24 +21,17 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 CUDA_CONTEXT_BYTES = 600 * MIB
-"""One process's context with cuBLAS and the attention kernels. Commonly reported as 0.4 to 0.6 GB;
-the upper end. Not measured for this package."""
-
+"""One process's context with cuBLAS and the attention kernels: 0.4 to 0.6 GB are reported."""
 NCCL_GROUP_BYTES = 256 * MIB
-"""One communicator. NCCL's documentation: 4 MiB (NCCL_BUFFSIZE) for each channel, peer and
-direction; 16 channels, 2 directions and the smaller protocols are 0.2 GiB. Not measured."""
-
+"""One communicator, until ranks have measured theirs. NCCL's documentation: 4 MiB (NCCL_BUFFSIZE)
+for each channel, peer and direction; 16 channels, 2 directions and the rest are 0.2 GiB."""
 RESERVED_BYTES = 500 * MIB
 """What ComfyUI itself leaves free on Linux on cards above 15 GiB (``EXTRA_RESERVED_VRAM``)."""
-
 ALLOCATOR_SLACK = 0.10
-"""Part of the activations that torch's caching allocator holds and cannot use. A margin, not
-measured for this package."""
-
+"""Part of the activations that torch's allocator holds and cannot use. A margin, not measured."""
 BLOCK_VALUES_PER_TOKEN = 18
 """Live values for each token at the peak of a FLUX block, in units of its features: counted from
 ComfyUI's single block; 0.51 GB for 4608 tokens of 3072 features in bf16."""
-
 EXCHANGE_VALUES_PER_TOKEN = 6
 """Send and receive buffers of q, k and v in one all-to-all. With the 18 above this is 1.33 / N of
 one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ranks."""
@@ -93,6 +86,8 @@ class TokenLoad:
     num_shards: int | None = None
     """How many ranks have different tokens at a time; all of them, unless in a pipeline, whose
     stages compute an exact call one after the other."""
+    num_groups: int = 1
+    """Communicators of a rank (``grid.num_communicators``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +179,10 @@ def plan_residency(
     Args:
         first: the user wants this one or a later one.
 
+        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
+
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
     links between cards once a step, offload moves them over the bus to CPU memory.
-
-    Args:
-        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
     if is_pipeline:
@@ -230,7 +224,7 @@ def _costs(
     ]
     if num_ranks > 1:
         # Gathers have a group of their own, for NCCL runs the collectives of one in turn.
-        num_groups = 2 if mode in ("sharded", "tensor") else 1
+        num_groups = load.num_groups + (mode == "sharded")
         costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * card.group_bytes))
     if load.kept_bytes:
         costs.append(Cost("keys and values of the step before", load.kept_bytes))
