@@ -89,6 +89,13 @@ class Event:
         return 1e3 * (other.at - self.at)
 
 
+class Generator(torch.Generator):
+    """Random numbers of a card are those of the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg,no-any-return]
+
+
 class Stream:
     """Everything has been done when a call returns."""
 
@@ -188,7 +195,7 @@ def _put_into_torch() -> None:
     cuda.Stream, cuda.Event = Stream, Event
     cuda._initialized = True
     anything: Any = torch
-    anything.Stream = Stream
+    anything.Stream, anything.Generator = Stream, Generator
     anything.inference_mode = lambda mode=True: torch.no_grad() if mode else torch.enable_grad()
     of_tensors: Any = torch.Tensor
     of_tensors.pin_memory = _pinned
@@ -266,7 +273,17 @@ def _put_into_threads() -> None:
     emulated_modes.enter()
 
 
+def _put_into_kernels() -> None:
+    """Have comfy-kitchen, if it is installed, do without kernels that a driver would launch."""
+    with contextlib.suppress(ImportError):
+        import comfy_kitchen
+
+        for name in ("cuda", "triton"):
+            comfy_kitchen.registry.disable(name)
+
+
 _put_into_torch()
+_put_into_kernels()
 _put_into_groups()
 _put_into_threads()
 emulated_aimdo.install()
