@@ -101,9 +101,7 @@ def test_tensors_that_are_gone_leave_memory_that_others_find_kept(
 
 def test_a_card_that_is_full_raises_what_cuda_raises(allocator: Any) -> None:
     allocator.take(0, 1000 * MIB)
-    with pytest.raises(
-        torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried to allocate"
-    ):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried to allocate"):
         allocator.take(0, 500 * MIB)
     allocator.give_back(0, 900 * MIB)
     allocator.take(0, 1200 * MIB)  # of what is kept, and of what is free
