@@ -33,8 +33,7 @@ def mode_faults(devices: Sequence[Device], modes: Mapping[str, str]) -> list[str
 
 def shared_memory_fault(found: Interconnect) -> str | None:
     """Say that /dev/shm is small where data between GPUs passes it: no peer-to-peer."""
-    ranks = range(len(found.places))
-    if all(found.peers[a][b] for a in ranks for b in ranks if a != b):
+    if not any(is_peer is False for row in found.peers for is_peer in row):
         return None
     system = os.statvfs(SHARED_MEMORY)
     num_bytes = system.f_frsize * system.f_blocks
