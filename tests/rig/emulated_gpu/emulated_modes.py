@@ -64,6 +64,8 @@ def _of_a_card(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return torch.tensor(args[1], dtype=kwargs.get("dtype", tensor.dtype)).to(tensor.device)
     if func == torch.Tensor.data.__get__:
         return tensor.detach()
+    if func is torch.Tensor.tolist:
+        return tensor.inner.tolist()
     if func is torch.Tensor.data_ptr:
         return tensor.inner.data_ptr()
     if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
