@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from comfy_xdit_patch.errors import CheckError
+from comfy_xdit_patch.observability.gpu_report import mode_faults, shared_memory_fault
 from comfy_xdit_patch.observability.machine_report import place_lines
-from comfy_xdit_patch.planning.survey import survey
+from comfy_xdit_patch.planning.survey import compute_modes, survey
 from comfy_xdit_patch.planning.topology import visible_gpus
 
 ASK_DEADLINE_S = 120.0
@@ -38,7 +39,8 @@ class Machine:
     """What was found.
 
     Attributes:
-        links: lines about where GPUs are and what lies between them, as the doctor has them.
+        links: lines about where GPUs are and what lies between them, as the doctor has them; what
+            is wrong with that begins with ``!``.
     """
 
     gpus: tuple[Gpu, ...]
@@ -94,8 +96,12 @@ def _machine() -> Machine:
 
     devices = visible_gpus()
     gpus = tuple(Gpu(gpu.name, gpu.uuid or "", gpu.memory_bytes or 0) for gpu in devices)
-    links = tuple(place_lines(survey(devices))) if devices else ()
-    return Machine(gpus, links, torch.__version__, torch.version.cuda, _nccl())
+    lines: list[str] = []
+    if devices:
+        found = survey(devices)
+        faults = [*mode_faults(devices, compute_modes()), shared_memory_fault(found)]
+        lines = [*place_lines(found), *(f"! {fault}" for fault in faults if fault)]
+    return Machine(gpus, tuple(lines), torch.__version__, torch.version.cuda, _nccl())
 
 
 def _nccl() -> str | None:

@@ -18,6 +18,7 @@ from comfy_xdit_patch.planning.residency import gib
 
 SCHEMA = 1
 COLUMNS = 100
+CARDS_A_LINE = 3
 NONE = "-"
 MAX_ERROR_LINES = 12
 
@@ -112,11 +113,13 @@ def table(setup: Setup, results: Sequence[CaseResult]) -> str:
     lines += [
         "",
         "Memory of each card in GiB, before / at most / after Free",
-        *_memory_rows(results),
+        *_memory_rows(machine, results),
     ]
     for result in results:
         if result.residency:
-            lines += ["", f"Planned, {result.name}", *(f"  {line}" for line in result.residency)]
+            plan = (result.run or {}).get("plan") or "no plan"
+            lines += ["", f"Planned, {result.name}: {plan}"]
+            lines += [f"  {line}" for line in result.residency]
     for result in results:
         reasons = result.fall_back_reasons or {}
         lines += [f"{result.name} fell back {n} times: {why}" for why, n in reasons.items()]
@@ -162,7 +165,7 @@ def _image_rows(results: Sequence[CaseResult]) -> list[str]:
         rows.append(
             (
                 result.name,
-                _shared(run),
+                NONE if run is None else f"{run['steps_parallel']} of {run['steps']}",
                 NONE if apart is None else f"{apart.max_error:.1e}",
                 NONE if psnr is None else f"{psnr:.1f}",
                 NONE if result.seconds_per_step is None else f"{result.seconds_per_step:.3f}",
@@ -176,26 +179,19 @@ def _image_rows(results: Sequence[CaseResult]) -> list[str]:
     return [*_columns(rows), *note]
 
 
-def _memory_rows(results: Sequence[CaseResult]) -> list[str]:
-    num_cards = max((len(result.memory) for result in results), default=0)
-    rows = [("case", *(f"rank {number}" for number in range(num_cards)))]
+def _memory_rows(machine: Machine, results: Sequence[CaseResult]) -> list[str]:
+    cards = [f"rank {rank} of {gib(gpu.memory_bytes)}" for rank, gpu in enumerate(machine.gpus)]
+    rows = [("case", *cards)]
     for result in results:
         cells = []
         for card in result.memory:
             parts = (card.before_bytes, card.most_bytes, card.after_free_bytes)
             cells.append(" / ".join(NONE if part is None else gib(part) for part in parts))
         rows.append((result.name, *cells))
-    per_line = 3  # cards, of 100 columns
     lines: list[str] = []
-    for first in range(1, num_cards + 1, per_line):
-        lines += _columns([(row[0], *row[first : first + per_line]) for row in rows])
+    for first in range(1, len(cards) + 1, CARDS_A_LINE):
+        lines += _columns([(row[0], *row[first : first + CARDS_A_LINE]) for row in rows])
     return lines
-
-
-def _shared(run: dict[str, Any] | None) -> str:
-    if run is None:
-        return NONE
-    return f"{run['steps_parallel']} of {run['steps']}, {run['plan'] or 'no plan'}"
 
 
 def _speed(result: CaseResult, stock: CaseResult | None) -> str:

@@ -77,7 +77,8 @@ class Server(Client):
         self.environment = environment_of({**cache, **self.env}, threads)
         if device == "emulated":
             self.environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
-            path = f"{EMULATED / 'bin'}{os.pathsep}{os.environ['PATH']}"
+            folders = (EMULATED / "bin", Path(python).parent, os.environ["PATH"])
+            path = os.pathsep.join(map(str, folders))
             cards = {"EMULATED_CARDS": "4090", "EMULATED_LEDGER": str(base_dir / LEDGER)}
             self.environment = {**cards, **self.environment, "PATH": path}
         self._interpreter = [*within, str(python)]
