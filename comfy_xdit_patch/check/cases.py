@@ -25,6 +25,8 @@ from comfy_xdit_patch.check.server import TAIL_LINES, ComfyServer, knows
 from comfy_xdit_patch.errors import CheckError
 
 IMAGE_DEADLINE_S = 600.0
+SOONER = {"XDIT_STEP_TIMEOUT": "240"}
+"""Of a hang the workers tell which rank it was, before the check gives up."""
 FREE_TIMES = 3
 FREE_PAUSE_S = 1.0
 """ComfyUI misses a Free that comes while it collects garbage after a prompt: it is asked again."""
@@ -96,7 +98,7 @@ def cases_for(tree: Path, num_gpus: int) -> list[Case]:
     """Name the cases that a ComfyUI can run."""
     off = {"XDIT_STRATEGY": "off"}
     # ``all`` leaves a single GPU to ComfyUI alone; by number it gets one rank.
-    ours = {"XDIT_STRICT": "1", "XDIT_GPUS": "all" if num_gpus > 1 else "1"}
+    ours = {"XDIT_STRICT": "1", "XDIT_GPUS": "all" if num_gpus > 1 else "1", **SOONER}
     cases = [
         Case(STOCK, (), off, is_ours=False),
         # With xformers installed, ComfyUI would not look at the other option.

@@ -79,9 +79,13 @@ def verdict(results: Sequence[CaseResult], *, num_ranks: int) -> tuple[str, bool
     assert ours is not None
     assert ours.difference is not None
     assert ours.run is not None
-    ranks = f"on {num_ranks} GPUs" if num_ranks > 1 else "on 1 GPU, which shows nothing of links"
+    ranks = (
+        f"in parallel on {num_ranks} GPUs"
+        if num_ranks > 1
+        else "on one rank (there is one GPU, and nothing was shared)"
+    )
     text = (
-        f"It works here: {ours.run['steps_parallel']} of {ours.run['steps']} steps in parallel "
+        f"It works here: {ours.run['steps_parallel']} of {ours.run['steps']} steps "
         f"{ranks}, error {ours.difference.max_error:.1e} of at most {bound:.1e}"
     )
     times = _speed(ours, find(results, STOCK))

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from comfy_xdit_patch.__main__ import main
 from comfy_xdit_patch.check import command
-from comfy_xdit_patch.check.cases import NO_DYNAMIC_VRAM, OURS, SPLIT, STATIC, STOCK, cases_for
+from comfy_xdit_patch.check.cases import (
+    NO_DYNAMIC_VRAM,
+    OURS,
+    SOONER,
+    SPLIT,
+    STATIC,
+    STOCK,
+    cases_for,
+)
 from comfy_xdit_patch.check.machine import comfyui_version
 
 
@@ -43,6 +54,14 @@ def test_a_directory_without_comfyui_ends_with_2(tmp_path, capsys):
     assert f'--comfyui "{tmp_path}" is not legal. Legal: the directory' in capsys.readouterr().err
 
 
+def test_install_py_calls_it(tmp_path):
+    install = Path(__file__).parents[3] / "install.py"
+    line = [sys.executable, str(install), "check-gpus", "--comfyui", str(tmp_path)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f'--comfyui "{tmp_path}" is not legal' in done.stderr
+
+
 @pytest.mark.parametrize("options", [[], ["--comfyui", ".", "--depth", "most"]])
 def test_what_the_parser_refuses_ends_with_2(options, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -74,7 +93,7 @@ def test_a_case_that_this_comfyui_has_no_option_for_is_left_out(comfyui):
     (comfyui / "comfy" / "cli_args.py").write_text(f'parser.add_argument("{NO_DYNAMIC_VRAM}")')
     cases = cases_for(comfyui, 2)
     assert [case.name for case in cases] == [STOCK, SPLIT, OURS, STATIC]
-    assert cases[2].variables == {"XDIT_STRICT": "1", "XDIT_GPUS": "all"}
+    assert cases[2].variables == {"XDIT_STRICT": "1", "XDIT_GPUS": "all", **SOONER}
     assert cases_for(comfyui, 1)[2].variables["XDIT_GPUS"] == "1"
 
 

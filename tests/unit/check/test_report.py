@@ -107,10 +107,10 @@ def test_the_verdict_is_that_of_default_options_and_names_others_that_fail():
     assert text.endswith(f"Not so with {STATIC}: out of memory.")
 
 
-def test_one_gpu_shows_nothing_of_links():
+def test_with_one_gpu_nothing_was_shared():
     text, is_working = verdict(results(replace(OUR, forwards=(4,))), num_ranks=1)
     assert is_working
-    assert "on 1 GPU, which shows nothing of links" in text
+    assert "4 of 4 steps on one rank (there is one GPU" in text
 
 
 def test_two_stock_runs_that_are_equal_by_chance_leave_room_for_one_rounding():
