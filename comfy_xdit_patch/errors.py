@@ -56,6 +56,10 @@ class FallBackError(XditError):
     """``XDIT_STRICT=1`` and a step could not run in parallel."""
 
 
+class CheckError(XditError):
+    """A part of ``comfy-xdit check`` cannot go on; the text says why."""
+
+
 class Scope(enum.Enum):
     """How long a refusal lasts."""
 

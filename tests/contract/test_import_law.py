@@ -65,6 +65,9 @@ IMPORTERS = {
         "engine/stage.py",
     },
     "torch": {
+        "check/machine.py",
+        "check/model_file.py",
+        "check/nodes_pack/__init__.py",
         "engine/attention.py",
         "engine/calibration.py",
         "engine/busy.py",
@@ -142,6 +145,9 @@ IMPORTERS = {
 ONLY_IN_FUNCTIONS = {
     "comfy": IMPORTERS["comfy"],
     "torch": {
+        "check/machine.py",
+        "check/model_file.py",
+        "check/nodes_pack/__init__.py",
         "patching/wrappers.py",
         "planning/eligibility.py",
         "planning/topology.py",
@@ -170,6 +176,7 @@ HOLDS_TENSORS = {
 NEVER = ("nodes", "server", "execution", "folder_paths", "app")
 
 READS_ENVIRONMENT = {
+    "check/server.py",  # ComfyUI gets the user's variables, but for ours
     "bootstrap.py",  # before settings.py may be imported
     "observability/doctor.py",  # shows the variables as the user set them
     "settings.py",
@@ -191,6 +198,7 @@ MAY_IMPORT = {
     "observability": {
         *("errors", "settings", "strategy", "variables", "planning", "observability"),
     },
+    "check": {"errors", "settings", "planning", "observability", "check"},
     "engine": {"attributes", "errors", "planning", "transport", "engine"},
     "workers": {"errors", "settings", "bootstrap", "planning", "transport", "engine", "workers"},
     "patching": {
@@ -200,7 +208,7 @@ MAY_IMPORT = {
     "activation": {
         *("bootstrap", "errors", "settings", "planning", "workers", "observability", "patching")
     },
-    "__main__": {"errors", "observability"},
+    "__main__": {"check", "errors", "observability"},
     "__init__": set(),
 }
 

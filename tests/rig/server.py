@@ -74,12 +74,13 @@ class Server(Client):
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
         cache = {"XDG_CACHE_HOME": str(base_dir / "cache")}
-        self._environment = environment_of({**cache, **self.env}, threads)
+        self.environment = environment_of({**cache, **self.env}, threads)
         if device == "emulated":
-            self._environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
-            path = f"{EMULATED / 'bin'}{os.pathsep}{os.environ['PATH']}"
+            self.environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
+            folders = (EMULATED / "bin", Path(python).parent, os.environ["PATH"])
+            path = os.pathsep.join(map(str, folders))
             cards = {"EMULATED_CARDS": "4090", "EMULATED_LEDGER": str(base_dir / LEDGER)}
-            self._environment = {**cards, **self._environment, "PATH": path}
+            self.environment = {**cards, **self.environment, "PATH": path}
         self._interpreter = [*within, str(python)]
         self._is_cold = is_cold or device != "cpu"
         self._command = ["main.py", "--listen", "127.0.0.1"]
@@ -107,7 +108,7 @@ class Server(Client):
             self.process = start(
                 self._command,
                 folder=self.tree.path,
-                environment=self._environment,
+                environment=self.environment,
                 stdin=nothing.fileno(),
                 output=log.fileno(),
                 interpreter=self._interpreter,
