@@ -123,6 +123,7 @@ def test_cards_with_room_for_both_hold_what_is_planned_and_nothing_is_read_twice
         )
 
 
+@pytest.mark.thorough
 def test_on_cards_without_room_for_both_the_rank_leaves_and_returns(
     tree: Tree, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_on_cards_without_room_for_both_the_rank_leaves_and_returns(
         assert work.ledger.peak(0) <= 2.5 * (1 << 30)
 
 
+@pytest.mark.thorough
 def test_a_call_without_room_on_a_card_costs_no_rank(tree: Tree, tmp_path: Path) -> None:
     """Another program takes what is left of a card. A call of a size that was made goes on."""
     lenient = {"XDIT_START_TIMEOUT": STRICT["XDIT_START_TIMEOUT"], "XDIT_START": "first"}

@@ -14,6 +14,7 @@ from rig.trees import Tree
 from comfy_xdit_patch.check.cases import OURS, SPLIT, STATIC, STOCK
 
 pytestmark = [
+    pytest.mark.thorough,  # its parts are in tests/unit/check, its cards in test_emulated_cards.py
     pytest.mark.slow,  # four starts of ComfyUI, two of them with ranks
     pytest.mark.newest_only,
     pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled"),
