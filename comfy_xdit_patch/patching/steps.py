@@ -156,7 +156,7 @@ class ParallelSteps:
                 return known
             if kind is not None and kind.trial.way() is Way.ONE:
                 self._hooks.make_up()
-                return Step(self._auto.time_one(kind, compute), is_one=True)
+                return Step(self._auto.time_one(kind, compute, arguments["x"].device), is_one=True)
             if not changes:
                 pipeline = None
                 if plan.pipefusion_degree > 1:
