@@ -21,7 +21,7 @@ CONTEXT_BYTES = 600 * MIB
 """As comfy_xdit_patch/planning/residency.py has it, and for the same reasons."""
 GROUP_BYTES = 256 * MIB
 
-_seen: tuple[str | None, list[Card]] = "", []
+_seen: tuple[Any, list[Card]] = None, []
 _lock = threading.RLock()
 _active: dict[int, int] = {}
 _reserved: dict[int, int] = {}
@@ -33,8 +33,8 @@ _groups: set[tuple[int, Any]] = set()
 def visible_cards() -> list[Card]:
     """Cards of this process, which a fork may give others before it uses one."""
     global _seen
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if _seen[0] != names or not _seen[1]:
+    names = [os.environ.get(name) for name in ("EMULATED_CARDS", "CUDA_VISIBLE_DEVICES")]
+    if _seen[0] != names:
         _seen = names, visible()
     return _seen[1]
 

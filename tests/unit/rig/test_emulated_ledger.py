@@ -46,7 +46,6 @@ def allocator(monkeypatch: pytest.MonkeyPatch, ledger: Any) -> Iterator[Any]:
         monkeypatch.setattr(module, name, {})
     for name in ("_contexts", "_groups"):
         monkeypatch.setattr(module, name, set())
-    monkeypatch.setattr(module, "_seen", ("", []))
     return module
 
 
