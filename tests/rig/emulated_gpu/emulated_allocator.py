@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from emulated_cards import EXCLUSIVE, Card, visible
-from emulated_ledger import BOOKS, PINNED
+from emulated_ledger import PINNED, Ledger
 
 MIB = 1 << 20
 CONTEXT_BYTES = 600 * MIB
 """As comfy_xdit_patch/planning/residency.py has it, and for the same reasons."""
 GROUP_BYTES = 256 * MIB
 
+BOOKS = Ledger(os.environ.get("EMULATED_LEDGER"))
+"""In the file of that name; without one a process keeps its own."""
 _seen: tuple[Any, list[Card]] = None, []
 _lock = threading.RLock()
 _active: dict[int, int] = {}

@@ -2,8 +2,6 @@
 
 Runs in: every process of a rig server with emulated cards; the rig itself reads it.
 
-    EMULATED_LEDGER   the file; without it a process keeps its own books
-
 A process has on a card what its tensors take, what torch's allocator keeps of tensors that are
 gone, pages of dynamic VRAM, and what its context and communicators take. The driver takes all of
 that back when the process ends, however it ends.
@@ -126,6 +124,3 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-BOOKS = Ledger(os.environ.get("EMULATED_LEDGER"))

@@ -19,8 +19,8 @@ CARD_MIB = 2048
 OTHER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from emulated_ledger import BOOKS
-print(BOOKS.take(0, int(sys.argv[2]), int(sys.argv[3])), flush=True)
+from emulated_ledger import Ledger
+print(Ledger(sys.argv[4]).take(0, int(sys.argv[2]), int(sys.argv[3])), flush=True)
 sys.stdin.read()
 """
 
@@ -54,8 +54,7 @@ class Other:
 
     def __init__(self, path: str, num_bytes: int, limit: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OTHER, str(EMULATED), str(num_bytes), str(limit)],
-            env={**os.environ, "EMULATED_LEDGER": path},
+            [sys.executable, "-c", OTHER, str(EMULATED), str(num_bytes), str(limit), path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
