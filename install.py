@@ -6,6 +6,7 @@ Runs in: ComfyUI's own Python, also when ComfyUI-Manager starts it (standard lib
     python install.py              install and enable the patch for this Python
     python install.py --check      say what would happen; change nothing
     python install.py --uninstall  remove the patch from this Python, and say what it leaves
+    python install.py check-gpus ...  comfy-xdit check: whether it works on this machine's GPUs
     python install.py demo ...     the same image on stock ComfyUI and on several ranks
     python install.py test ...     the tests, one of each mechanism; --all runs everything, and
                                    further arguments go to pytest
@@ -62,6 +63,8 @@ def main(arguments: list[str]) -> int:
     """Do what the first argument names."""
     if arguments and arguments[0] in ("demo", "test"):
         return _in_environment(arguments[0], arguments[1:])
+    if arguments and arguments[0] == "check-gpus":
+        return _check_gpus(arguments[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,6 +109,14 @@ def _check() -> int:
     would = [line for line in output.splitlines() if line.startswith("Would install")]
     print(_advice(output) if code else "\n".join(would) or "pip would change nothing")
     return 1 if code else 0
+
+
+def _check_gpus(arguments: list[str]) -> int:
+    """Run ``comfy-xdit check`` in this Python."""
+    if _version(PACKAGE) is None:
+        print(f"{PACKAGE} is not installed in {sys.executable}: run install.py.", file=sys.stderr)
+        return 2
+    os.execv(sys.executable, [sys.executable, "-m", "comfy_xdit_patch", "check", *arguments])
 
 
 def _uninstall(*, check: bool) -> int:

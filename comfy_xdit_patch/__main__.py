@@ -1,4 +1,4 @@
-"""``comfy-xdit doctor``, ``plan`` and ``verdicts``, also as ``python -m comfy_xdit_patch``.
+"""``comfy-xdit doctor``, ``check``, ``plan``, ``verdicts``; also ``python -m comfy_xdit_patch``.
 
 Runs in: a process of its own.
 """
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from comfy_xdit_patch import __version__
+from comfy_xdit_patch.check import command as check
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.observability import plan_report, verdict_store
 
@@ -26,11 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="http://127.0.0.1:8188",
         help="a running ComfyUI to ask (default: %(default)s)",
     )
+    check.add_arguments(
+        commands.add_parser("check", help="make an image on this machine's GPUs, and compare it")
+    )
     plan = commands.add_parser("plan", help="predict every plan, also for GPUs you do not have")
     plan_report.add_arguments(plan)
     verdicts = commands.add_parser("verdicts", help="what XDIT_STRATEGY=auto has measured")
     verdicts.add_argument("--clear", action="store_true", help="forget it, to measure again")
     options = parser.parse_args(argv)
+    if options.command == "check":
+        return check.run(options)
     if options.command == "verdicts":
         sys.stdout.write(verdict_store.report(clear=options.clear) + "\n")
         return 0

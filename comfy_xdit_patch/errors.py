@@ -48,8 +48,16 @@ class DeclinedError(XditError):
     """The workers are well, and cannot run a node's patch."""
 
 
+class CardsFullError(XditError):
+    """The workers are well, and a card has no room for a call."""
+
+
 class FallBackError(XditError):
     """``XDIT_STRICT=1`` and a step could not run in parallel."""
+
+
+class CheckError(XditError):
+    """A part of ``comfy-xdit check`` cannot go on; the text says why."""
 
 
 class Scope(enum.Enum):

@@ -122,7 +122,7 @@ def parse_gpus(value: str) -> DeviceRequest:
         indices = tuple(int(item) for item in items)
         if len(set(indices)) == len(indices):
             return DeviceRequest("indices", indices=indices)
-    is_uuids = all(re.fullmatch(r"(GPU|MIG)-[0-9a-fA-F-]{4,}", item) for item in items)
+    is_uuids = all(re.fullmatch(r"GPU-[0-9a-fA-F-]{4,}", item) for item in items)
     if is_uuids and len({item.lower() for item in items}) == len(items):
         return DeviceRequest("uuids", uuids=items)
     raise ValueError(value)

@@ -32,6 +32,7 @@ from comfy_xdit_patch.engine.groups import PlanGroups
 from comfy_xdit_patch.engine.lse import Bias
 from comfy_xdit_patch.engine.masks import RankMasks, Span
 from comfy_xdit_patch.engine.ring import ring_attention
+from comfy_xdit_patch.engine.token_order import inverse_of, order_of
 from comfy_xdit_patch.engine.ulysses import HeadExchange
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
@@ -115,12 +116,11 @@ class SequenceAttention:
         elif self._groups.ring is not None:
             out = self._round_the_ring(q, k, v, heads, mask, rows, keys, **kwargs)
         elif self._wants_order and self._function is not None and queries == keys:
-            order = self._masks.order(rows, q.device)
-            back = torch.empty_like(order)
-            back[order] = torch.arange(len(order), device=order.device)
+            ranges = self._masks.ranges(rows)
+            back = inverse_of(ranges, q.device)
             ordered = (t.index_select(2, back) for t in (q, k, v))
             out = self._function(attention, *ordered, exchange.local_heads, mask=mask, **kwargs)
-            out = out.index_select(1, order)
+            out = out.index_select(1, order_of(ranges, q.device))
         else:
             if mask is not None:
                 mask = self._masks.cut(mask, heads=heads, rows=rows, columns=columns)

@@ -8,6 +8,9 @@ Runs in: worker process.
             how long the stream stood still. They are read when the result has been copied out,
             which the host waits for anyway, or with a later call where nothing is copied out.
 
+            Where the CPU issues kernels more slowly than the GPU computes them, events measure the
+            CPU: shares of the work change nothing about that.
+
 Only one call runs at a time, so there is one clock.
 """
 
@@ -23,6 +26,8 @@ from itertools import chain
 import torch
 
 Event = torch.cuda.Event
+LAUNCH_PART = 0.8
+"""Part of a call's time that the CPU takes to issue it, from which on the CPU sets the pace."""
 
 
 @dataclass(slots=True)
@@ -52,6 +57,9 @@ class BusyClock:
         self._call: _Call | None = None
         self._ended: deque[_Call] = deque()
         self._spare: list[Event] = []
+        self._launch_s = 0.0
+        self.is_launch_bound = False
+        """Whether the CPU set the pace of the call that was copied out last."""
 
     def start(self, device: torch.device) -> None:
         """Begin a call that computes on this device. A call that failed is forgotten."""
@@ -60,6 +68,10 @@ class BusyClock:
         self._call = None
         if device.type == "cuda":
             self._call = _Call(self._recorded(), self._event())
+
+    def launched(self) -> None:
+        """Note that everything is issued: what comes now waits for the device."""
+        self._launch_s = time.perf_counter() - self._start_s
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -86,6 +98,8 @@ class BusyClock:
         self._ended.append(call)
         if is_copied_out:
             call.last.synchronize()
+            took_s = float(call.first.elapsed_time(call.last)) / 1e3
+            self.is_launch_bound = self._launch_s > LAUNCH_PART * took_s
         busy_s = 0.0
         while self._ended and self._ended[0].is_done:
             ended = self._ended.popleft()

@@ -46,6 +46,9 @@ SAMPLE_S = 2e-3
 """A sample is about so long at least: to wait for a GPU costs some 20 us."""
 MAX_CALL_SAMPLES = 200
 
+WAKE_S = 0.2
+WAKE_WIDTH = 2048
+
 CALL_WIDTH = 64
 NUM_CALLS = 20
 """ATen calls of one ``_few_calls``; a test counts them."""
@@ -58,17 +61,33 @@ def calibrate(device: torch.device, budget_s: float) -> dict[str, float]:
         RuntimeError: the device has no room, or fails.
     """
     dtype = compute_dtype(device)
+    if device.type == "cuda":
+        _wake(device, dtype)
     found = _linear(device, dtype, budget_s * PARTS["linear"])
     found |= _attention(device, dtype, budget_s * PARTS["attention"])
     found |= _copies(device, budget_s * PARTS["copy"])
     return found | _calls(device, dtype, budget_s * PARTS["calls"])
 
 
+def _wake(device: torch.device, dtype: torch.dtype) -> None:
+    """Compute until the device's clock is up, which an idle one takes down."""
+    a = torch.zeros(WAKE_WIDTH, WAKE_WIDTH, device=device, dtype=dtype)
+    end = time.perf_counter() + WAKE_S
+    while time.perf_counter() < end:
+        torch.mm(a, a)
+        _wait(device)
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What ComfyUI computes FLUX in, if nobody says otherwise."""
+    """What ComfyUI computes FLUX in, if nobody says otherwise.
+
+    bf16 that a card only emulates does not count: ComfyUI computes in fp16 there.
+    """
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def _linear(device: torch.device, dtype: torch.dtype, budget_s: float) -> dict[str, float]:

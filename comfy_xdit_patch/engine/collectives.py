@@ -38,13 +38,6 @@ def all_to_all(
         dist.all_to_all_single(out, data, list(received), list(sent), group=group)
 
 
-def all_gather(parts: list[torch.Tensor], data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
-    """Fill ``parts`` with the ``data`` of all ranks, which have one size."""
-    _count()
-    with clock.waiting():
-        dist.all_gather(parts, data, group=group)
-
-
 def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:
     """Fill ``whole`` with the shards of all ranks."""
     _count()

@@ -23,6 +23,7 @@ from comfy_xdit_patch.engine.probe import probe
 from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.residents import Residents
 from comfy_xdit_patch.engine.residuals import Residuals
+from comfy_xdit_patch.engine.room import no_room_for
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
@@ -34,11 +35,12 @@ from comfy_xdit_patch.transport.replies import (
     Done,
     Fetched,
     Loaded,
+    NoRoom,
     NotLoaded,
     Ran,
     Unloaded,
 )
-from comfy_xdit_patch.transport.slots import SlotMap
+from comfy_xdit_patch.transport.slot_map import SlotMap
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class Engine:
         with torch.inference_mode():
             return probe(message, self._groups)
 
-    def forward(self, message: Forward) -> Done:
+    def forward(self, message: Forward) -> Done | NoRoom:
         """Compute this rank's share of a call and write its rows to the result slot.
 
         Collective: every rank gets the same message.
@@ -103,10 +105,12 @@ class Engine:
         start = time.perf_counter()
         collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
-        plan = self._plan(message)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
         arguments = self._slots.fetch(message.arguments)
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
+        if (no_room := no_room_for(message, self._groups.device)) is not None:
+            return no_room
         # A shard is gathered by all ranks at once, and stages run different blocks.
         assert resident.blocks is None or plan.pipefusion_degree == 1
         with torch.inference_mode():
@@ -126,6 +130,7 @@ class Engine:
                 streams=self._streams,
                 pipeline=message.pipeline,
             )
+            collectives.clock.launched()
             bytes_sent += resident.bytes_moved - sent
             batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
@@ -145,6 +150,7 @@ class Engine:
             bytes_between_ranks=bytes_sent,
             bytes_written=bytes_written,
             busy_seconds=busy_s,
+            is_launch_bound=collectives.clock.is_launch_bound,
         )
 
     def control(self, message: Control) -> Controlled:
@@ -154,7 +160,7 @@ class Engine:
         """
         start = time.perf_counter()
         resident = self._resident(message.model)
-        plan = self._plan(message)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
         arguments = self._slots.fetch(message.arguments)
         with torch.inference_mode():
             sent = resident.begin(plan, self._groups)
@@ -189,7 +195,7 @@ class Engine:
         start = time.perf_counter()
         collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
-        plan = self._plan(message)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
         with torch.inference_mode():
             sent = resident.begin(plan, self._groups)
             _, bytes_sent = self._driven.run(
@@ -213,16 +219,13 @@ class Engine:
 
     def fetch(self, message: Fetch) -> Fetched:
         """Gather tokens that the ranks keep; the first one writes them. Collective."""
-        plan = self._plan(message)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
         shares = self._shares(self._resident(message.model), message.counts, plan)
         with torch.inference_mode():
             tokens, bytes_sent = self._driven.fetch(message.tokens, message.stream, shares)
             if self._groups.rank == 0:
                 self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
         return Fetched(message.request, bytes_sent)
-
-    def _plan(self, message: Forward | Control | RunBlock | Fetch) -> ParallelPlan:
-        return ParallelPlan.of_grid(message.grid, message.weights)
 
     def _shares(
         self, resident: Resident, counts: Sequence[int], plan: ParallelPlan

@@ -11,7 +11,7 @@ that are cast or patched are memory of a rank's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,10 +33,9 @@ def load_patcher(source: ModelSource) -> Any:
     if (stat.st_size, stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
         raise WorkerError(f"{source.path} was changed after ComfyUI read it.")
     options = {
-        name: getattr(torch, value.removeprefix("torch.")) if name == "dtype" else value
-        for name, value in source.options.items()
+        name: _dtype(value) if name == "dtype" else value for name, value in source.options.items()
     }
-    with mapped_weights(source.uncast):
+    with mapped_weights(source.uncast, [_dtype(name) for name in source.dtypes]):
         if source.loader == "load_diffusion_model":
             patcher = comfy.sd.load_diffusion_model(source.path, model_options=options)
         elif source.loader == "load_controlnet":
@@ -88,18 +87,31 @@ def _controlnet(path: str, options: dict[str, Any]) -> Any:
     )
 
 
+def _dtype(name: str) -> torch.dtype | None:
+    return getattr(torch, name.removeprefix("torch.")) if name else None
+
+
 @contextmanager
-def mapped_weights(uncast: Collection[str] = ()) -> Iterator[None]:
+def mapped_weights(
+    uncast: Collection[str] = (), dtypes: Sequence[torch.dtype | None] = ()
+) -> Iterator[None]:
     """While this lasts, modules take the tensors that they are given, where these are.
 
     They are not copied into the module's own, and those in ``uncast`` keep their dtype. And
     ComfyUI, which loads a checkpoint's model onto the device at once if that has more free memory
-    than the machine, finds CPU memory better.
+    than the machine, finds CPU memory better; and it chooses ``dtypes`` (of weights, and to compute
+    in) as it did in the host, whose card may be of another kind.
     """
     import comfy.model_management as management
 
-    names = ("unet_inital_load_device", "unet_offload_device")
-    choices = {name: getattr(management, name) for name in names}
+    def cpu(*_: Any, **__: Any) -> torch.device:
+        return torch.device("cpu")
+
+    answers: dict[str, Any] = {"unet_inital_load_device": cpu, "unet_offload_device": cpu}
+    if dtypes:
+        answers["unet_dtype"] = lambda *_, **__: dtypes[0]
+        answers["unet_manual_cast"] = lambda *_, **__: dtypes[1]
+    choices = {name: getattr(management, name) for name in answers}
     copying = torch.nn.Module.load_state_dict
 
     def load_state_dict(
@@ -114,15 +126,10 @@ def mapped_weights(uncast: Collection[str] = ()) -> Iterator[None]:
         }
         return copying(module, fitting, strict=strict, assign=True)
 
-    def cpu(*_: Any, **__: Any) -> torch.device:
-        return torch.device("cpu")
-
     torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign,assignment]
-    for name in names:
-        setattr(management, name, cpu)
+    vars(management).update(answers)
     try:
         yield
     finally:
-        for name in names:
-            setattr(management, name, choices[name])
+        vars(management).update(choices)
         torch.nn.Module.load_state_dict = copying  # type: ignore[method-assign]

@@ -37,11 +37,11 @@ class Bias:
     """An additive mask (B, H, L, M), any size but M may be 1; queries that see no key at all.
 
     Kernels differ in what they return for such a query (torch's CPU kernel: a log-sum-exp of 0,
-    which would count). ``hidden`` is None if there are none.
+    which would count). Nobody asks whether there are any: the answer would be waited for.
     """
 
     values: torch.Tensor
-    hidden: torch.Tensor | None
+    hidden: torch.Tensor
 
     @classmethod
     def of(cls, mask: torch.Tensor, dtype: torch.dtype) -> Bias:
@@ -56,8 +56,7 @@ class Bias:
             values = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
         else:
             values = mask
-        hidden = values.isneginf().all(-1)
-        return cls(values, hidden if hidden.any() else None)
+        return cls(values, values.isneginf().all(-1))
 
 
 def attention_with_lse(
@@ -83,7 +82,7 @@ def attention_with_lse(
         out, lse = _efficient(q, k, v, values, scale)
     else:
         out, lse = plain_attention(q, k, v, values, scale)
-    if bias is not None and bias.hidden is not None:
+    if bias is not None:
         out = out.masked_fill(bias.hidden.unsqueeze(-1), 0.0)
         lse = lse.masked_fill(bias.hidden, float("-inf"))
     return out, lse

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.engine.token_order import Ranges, order_of
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds
 
 
@@ -36,18 +37,10 @@ class RankMasks:
         self._heads = bounds(shares.heads)[index % shares.ulysses_degree]
         self._known: dict[Any, tuple[torch.Tensor, Any]] = {}
 
-    def order(self, span: Span, device: torch.device) -> torch.Tensor:
-        """Where each token of a span stands in ComfyUI's order."""
+    def ranges(self, span: Span) -> Ranges:
+        """Where the tokens of a span stand in ComfyUI's order."""
         kinds = slice(None) if span.with_references else slice(2)
-        return torch.tensor(
-            [
-                token
-                for rank in span.ranks
-                for start, end in self._shares.places(rank)[kinds]
-                for token in range(start, end)
-            ],
-            device=device,
-        )
+        return tuple(place for rank in span.ranks for place in self._shares.places(rank)[kinds])
 
     def cut(
         self,
@@ -72,7 +65,7 @@ class RankMasks:
             part = mask
             for dim, span in ((-2, rows), (-1, columns)):
                 if part.shape[dim] > 1:
-                    part = part.index_select(dim, self.order(span, mask.device))
+                    part = part.index_select(dim, order_of(self.ranges(span), mask.device))
             if mask.ndim == 4 and mask.shape[1] == heads:
                 part = part[:, slice(*self._heads)]
             # The mask itself is kept so that its id is.

@@ -38,6 +38,7 @@ from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
 from comfy_xdit_patch.engine.sharded_sequence import keep_own, stream_counts
 from comfy_xdit_patch.engine.stage import Stage
+from comfy_xdit_patch.engine.token_order import inverse_of, order_of
 from comfy_xdit_patch.engine.whole_tensor import ScaledLayers, scales_on_weights
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.pipeline import patch_shares, stage_blocks
@@ -187,12 +188,11 @@ def _pass(
         return Pass(shares, streams.get(pipeline["stream"], shares), None)
     exact = shares_of(1)
     there, here = (
-        RankMasks(of, 0).order(Span(range(len(of.joint)), True), values["txt"].device)
-        for of in (shares, exact)
+        RankMasks(of, 0).ranges(Span(range(len(of.joint)), True)) for of in (shares, exact)
     )
-    stands = torch.empty_like(here)
-    stands[here] = torch.arange(len(here), device=here.device)
-    return Pass(exact, streams.begin(pipeline["stream"], shares), stands[there])
+    device = values["txt"].device
+    stands = inverse_of(here, device).index_select(0, order_of(there, device))
+    return Pass(exact, streams.begin(pipeline["stream"], shares), stands)
 
 
 def _joined(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
+from comfy_xdit_patch.engine.token_order import order_of
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 
 STREAMS = {"text": (0,), "image": (1, 2), "joint": (0, 1, 2)}
@@ -62,10 +63,7 @@ class RankTokens:
         flat = first_dims.flatten(2) if first_dims.ndim > 2 else first_dims.unsqueeze(2)
         joined = gather_sequence(flat, sizes=sizes, group=self._group)
         self.bytes_sent += max(sizes) * (flat.nbytes // max(flat.shape[1], 1)) * (len(sizes) - 1)
-        order = torch.tensor(
-            [token for of_rank in places for start, end in of_rank for token in range(start, end)],
-            device=own.device,
-        )
+        order = order_of(tuple(place for of_rank in places for place in of_rank), own.device)
         whole = torch.empty_like(joined).index_copy_(SEQUENCE_DIM, order, joined)
         shape = (whole.shape[0], whole.shape[1], *first_dims.shape[2:])
         return whole.view(shape).transpose(SEQUENCE_DIM, dim)

@@ -40,7 +40,7 @@ from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.packs import PackMap
 from comfy_xdit_patch.transport.patches import decode
 from comfy_xdit_patch.transport.skeleton import build
-from comfy_xdit_patch.transport.slots import SlotMap
+from comfy_xdit_patch.transport.slot_map import SlotMap
 
 
 class Residents:

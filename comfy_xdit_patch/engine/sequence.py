@@ -6,6 +6,7 @@ Dimension letters in this file
     B  batch
     S  sequence, all tokens of it
     L  local sequence, this rank's shard of S
+    N  ranks
     D  features of a token
 
 Shards may differ by a token, and are never padded for attention. A 1024 px image is 4096 tokens;
@@ -39,13 +40,18 @@ def gather_sequence(
     Collective:
         Every rank of ``group`` must call this, in the same order.
     """
-    longest = max(sizes)
+    missing = max(sizes) - x_BLD.shape[SEQUENCE_DIM]
     # Padding for the wire only. Gloo refuses unequal sizes and NCCL turns them into one
     # broadcast per rank (pytorch/pytorch#156627, NVIDIA/nccl#773).
-    wire_BLD = F.pad(x_BLD, (0, 0, 0, longest - x_BLD.shape[SEQUENCE_DIM])).contiguous()
-    shards = [torch.empty_like(wire_BLD) for _ in sizes]
-    collectives.all_gather(shards, wire_BLD, group=group)
+    wire_BLD = (F.pad(x_BLD, (0, 0, 0, missing)) if missing else x_BLD).contiguous()
+    num_ranks, shape = len(sizes), wire_BLD.shape
+    arrived = wire_BLD.new_empty((num_ranks * shape[0], *shape[1:]))
+    collectives.all_gather_into(arrived, wire_BLD, group=group)
+    shards_NBLD = arrived.view(num_ranks, *shape)
+    if min(sizes) == max(sizes):
+        return shards_NBLD.transpose(0, 1).flatten(1, 2)  # for one row a view
     trimmed = [
-        shard.narrow(SEQUENCE_DIM, 0, size) for shard, size in zip(shards, sizes, strict=True)
+        shard.narrow(SEQUENCE_DIM, 0, size)
+        for shard, size in zip(shards_NBLD.unbind(), sizes, strict=True)
     ]
     return torch.cat(trimmed, dim=SEQUENCE_DIM)

@@ -108,11 +108,12 @@ def whole_input_scales() -> Iterator[None]:
 
     def quantize(_: Any, tensor: torch.Tensor, /, scale: Any = None, **options: Any) -> Any:
         if scale is None:
+            from comfy_kitchen.float_utils import F4_E2M1_MAX, F8_E4M3_MAX
+
             largest = tensor.abs().amax().to(torch.float32)
             collectives.all_reduce_max(largest)
-            # Stock's own formula, from a tensor that has this largest value.
-            _, parameters = quantize_stock(largest.to(tensor.dtype).expand(16, 16).contiguous())
-            scale = parameters.scale
+            # As stock's quantize has it, which divides in the input's dtype.
+            scale = largest.to(tensor.dtype) / (F8_E4M3_MAX * F4_E2M1_MAX)
         return quantize_stock(tensor, scale=scale, **options)
 
     layout.quantize = classmethod(quantize)

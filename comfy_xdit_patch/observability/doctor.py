@@ -17,11 +17,12 @@ from typing import Any
 
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
+from comfy_xdit_patch.observability.gpu_report import mode_faults, shared_memory_fault
 from comfy_xdit_patch.observability.machine_report import measured_lines, place_lines
 from comfy_xdit_patch.observability.residency_report import memory_lines
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import check_strategy, plan_call
-from comfy_xdit_patch.planning.survey import survey
+from comfy_xdit_patch.planning.survey import compute_modes, survey
 from comfy_xdit_patch.planning.topology import Device, choose_devices
 from comfy_xdit_patch.settings import read_settings
 from comfy_xdit_patch.strategy import AUTO, Strategy
@@ -90,8 +91,12 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
             say(f"1024 x 1024 px, batch {batch}: {_planned(batch, len(devices), strategy)}")
         if not devices[0].is_cpu:
             section("Links")
-            for line in place_lines(survey(devices)):
+            found = survey(devices)
+            for line in place_lines(found):
                 say(line)
+            faults = [*mode_faults(devices, compute_modes()), shared_memory_fault(found)]
+            for fault in filter(None, faults):
+                say(fault, is_wrong=True)
     section("Memory")
     known = () if isinstance(devices, Refusal) else devices
     for line in memory_lines(known, budget, strategy):

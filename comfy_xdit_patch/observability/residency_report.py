@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from comfy_xdit_patch.errors import PlanError, Refusal
+from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.known_models import FLUX1_DEV
 from comfy_xdit_patch.planning.model_shape import PRECISIONS
 from comfy_xdit_patch.planning.pipeline import kept_bytes
@@ -84,8 +85,9 @@ def memory_lines(
 
 def _load(plan: ParallelPlan) -> TokenLoad:
     """The example's tokens; what a pipeline's stages keep is counted besides."""
+    example = replace(EXAMPLE, num_groups=num_communicators(plan.grid))
     if plan.pipefusion_degree == 1:
-        return EXAMPLE
+        return example
     kept = kept_bytes(
         plan,
         WORKLOAD,
@@ -93,7 +95,7 @@ def _load(plan: ParallelPlan) -> TokenLoad:
         token_bytes=EXAMPLE.hidden_size * EXAMPLE.bytes_per_value,
     )
     num_shards = plan.world_size // plan.pipefusion_degree
-    return replace(EXAMPLE, num_shards=num_shards, kept_bytes=kept)
+    return replace(example, num_shards=num_shards, kept_bytes=kept)
 
 
 def _cards(sizes: list[int]) -> tuple[Card, ...]:

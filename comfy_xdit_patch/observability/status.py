@@ -123,6 +123,8 @@ class Totals:
     """What each rank needed for the last step, from the message to the written result."""
     busy_seconds: dict[int, float] = field(default_factory=dict)
     """What each rank computed in the last step, without what it waited for others."""
+    launch_bound: dict[int, bool] = field(default_factory=dict)
+    """Whether each rank's CPU, and not its GPU, set the pace of the last step."""
     weights: tuple[int, ...] = ()
     """Relative speed of the ranks, by which work is shared; none while shares are even."""
     share_changes: int = 0

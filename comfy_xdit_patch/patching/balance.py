@@ -19,7 +19,7 @@ from comfy_xdit_patch.settings import Balancing
 from comfy_xdit_patch.workers.pool import Pool
 
 if TYPE_CHECKING:
-    from comfy_xdit_patch.patching.holding import Run
+    from comfy_xdit_patch.patching.run import Run
 
 
 class PoolBalance:
@@ -59,7 +59,9 @@ class PoolBalance:
     def measured(
         self, plan: ParallelPlan, workload: Workload, *, model: int, replan: Replan
     ) -> None:
-        """Learn from the busy seconds of the call that was made last."""
+        """Learn from the busy seconds of the call that was made last, if GPUs were busy in them."""
+        if any(self._totals.launch_bound.values()):
+            return
         busy_s: Sequence[float] = [
             self._totals.busy_seconds.get(rank, 0.0) for rank in range(plan.world_size)
         ]

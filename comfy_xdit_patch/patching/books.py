@@ -11,7 +11,8 @@ from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
 from comfy_xdit_patch.observability.log import summary, warn_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
-from comfy_xdit_patch.patching.holding import LOST, STARTING, Run
+from comfy_xdit_patch.patching.holding import LOST, STARTING
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.steps import Step
 from comfy_xdit_patch.workers.pool import Pool
 

@@ -14,9 +14,10 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.auto import Auto, Kind
 from comfy_xdit_patch.patching.carried import CarriedPatches
-from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.ring import no_ring
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.tensor import no_tensor_call
 from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
@@ -108,7 +109,7 @@ class CallPlans:
         if refusal is not None:
             return refusal
         is_plain = not changes and carried.tree is None and arguments.get("control") is None
-        if not is_plain or self._holding.is_held_back(base_model):
+        if kind is not None and not (is_plain and self._holding.can_time_alone(base_model)):
             kind = None
         return CallPlan(plan, workload, _with(planned), kind)
 

@@ -21,11 +21,12 @@ from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.log import note_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.deferred import Residuals
-from comfy_xdit_patch.patching.holding import LOST, Holding, Run
+from comfy_xdit_patch.patching.holding import LOST, Holding
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
 from comfy_xdit_patch.patching.ring import no_ring
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.eligibility import Pristine, check_grad
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of

@@ -5,21 +5,20 @@ Runs in: host process.
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
-from comfy_xdit_patch.observability.status import RunCounts, Totals
+from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching import page
 from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
-from comfy_xdit_patch.patching.streams import Streams
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.tensor import no_tensor_weights
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
@@ -31,39 +30,6 @@ from comfy_xdit_patch.workers.pool_state import PoolState
 LOST = Refusal("a worker was lost")
 STARTING = Refusal("the workers are still starting", Scope.STEP)
 NOT_STARTED = Refusal("the workers did not start")
-
-
-@dataclass(slots=True)
-class Run:
-    """One sampling run. A refusal of scope RUN holds until its end."""
-
-    is_flux: bool = False
-    num_calls: int = 0
-    counts: RunCounts = field(default_factory=RunCounts)
-    refusal: Refusal | None = None
-    in_use: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    """The model that is sampled, and those that the workers run for it."""
-    models: dict[int, KnownModel] = field(default_factory=dict)
-    """Models of this run as the workers know them, by the identity of their BaseModel."""
-    changes: dict[int, list[Refusal]] = field(default_factory=dict)
-    """What others hung on single modules of them."""
-    objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
-    """Objects of nodes that keep state, with their numbers for the workers."""
-    tensor: dict[tuple[int, int], Refusal | None] = field(default_factory=dict)
-    """Why their weights cannot be cut into so many parts."""
-    needs_residuals: bool = False
-    """Steps of this run are computed here in part or in whole, and so need ControlNets here."""
-    bypass: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
-    """ComfyUI's bypass hooks on them."""
-    compared: set[tuple[int, str]] = field(default_factory=set)
-    """What was compared with the workers' weights in this run."""
-    generation: int = 0
-    is_balanced: bool = False
-    """Its first call was made, and shares follow what others use of the devices."""
-    weights: tuple[int, ...] | None = None
-    """Those that this run keeps, if it must keep them."""
-    streams: Streams = field(default_factory=Streams)
-    """PipeFusion's: which of the calls are exact."""
 
 
 class Holding:
@@ -97,6 +63,10 @@ class Holding:
         """For workers that start, although ComfyUI could compute alone meanwhile."""
         self._is_start_shown = False
         """In the page, where it stays until something else is said."""
+        self._working_bytes: dict[int, int] = {}
+        """What the last call of each model takes, by the model's number."""
+        self._made: set[Any] = set()
+        """Kinds of calls for which there was room."""
 
     def come_up(self, model: Any, poll: Poll) -> Refusal | None:
         """Have the workers ready; while they start, ComfyUI computes alone if that is quicker.
@@ -181,7 +151,7 @@ class Holding:
         if state.tree["bypass"] and plan.tensor_degree > 1:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
         can_be_guest = place.mode == "full" or plan.tensor_degree > 1
-        if is_guest and not (can_be_guest and self._weights.leaves(place.room_bytes)):
+        if is_guest and not (can_be_guest and place.leaves(self._weights.bytes_held)):
             return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         if not is_guest:
             self._totals.residency = self._residency.arithmetic
@@ -193,8 +163,9 @@ class Holding:
         is_compared = self._weights.comparison(known, state) in run.compared
         is_compared = is_compared and self._weights.holds(known, place.name)
         if not (is_compared and is_held):
-            if not (is_compared or is_held):
-                self._memory.make_room_for_workers(model, place.needed_bytes, run.in_use)
+            if not is_compared:
+                held = (known.number, self._weights.bytes_held) if is_held else None
+                self._memory.make_room_for_workers(model, place.needed_bytes, run.in_use, held=held)
             loaded = self._weights.load(
                 model, known, state, place, is_compared=is_compared, poll=poll
             )
@@ -202,6 +173,7 @@ class Holding:
                 return loaded
             known = run.models[id(model)] = loaded
             run.compared.add(self._weights.comparison(known, state))
+        self._working_bytes[known.number] = place.working_bytes
         return known
 
     def _no_tensor(self, model: Any, run: Run, degree: int) -> Refusal | None:
@@ -214,6 +186,25 @@ class Holding:
         """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""
         patcher = getattr(model, "current_patcher", None)
         return patcher is not None and self._memory.is_held_back(patcher)
+
+    def new_working_bytes(self, known: KnownModel, plan: ParallelPlan, workload: Workload) -> int:
+        """What a call takes on a card beside the weights; 0 if one like it was made already."""
+        kind = self._pool.generation, known.number, plan, workload
+        if kind in self._made:
+            return 0
+        self._made.add(kind)
+        return self._working_bytes.get(known.number, 0)
+
+    def empty_cards(self, model: Any, run: Run, num_bytes: int) -> None:
+        """Have ComfyUI leave so much of its card to a call for which there was no room."""
+        self._made.clear()
+        self._memory.empty_cache()
+        self._memory.make_room_for_workers(model, num_bytes, run.in_use)
+
+    def can_time_alone(self, model: Any) -> bool:
+        """Whether ComfyUI's own forward would now take what it takes without workers."""
+        patcher = model.current_patcher
+        return not self.is_held_back(model) and self._memory.fits_beside_worker(patcher)
 
     def fitting(
         self, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype

@@ -22,7 +22,7 @@ from comfy_xdit_patch.patching.books import Books
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
-from comfy_xdit_patch.patching.holding import Holding, Run
+from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.measuring import Measuring
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
@@ -33,6 +33,7 @@ from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.remote_control import RemoteControl
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.steps import ParallelSteps
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.eligibility import (
@@ -194,7 +195,7 @@ class Host:
         with self._lock:
             return self.controls.forward(net, arguments, compute, run)
 
-    def free(self, required: float, device: Any) -> None:
+    def free(self, required: float, device: Any, *, for_dynamic: bool) -> None:
         """Have workers give memory back: all of it for Free and Unload, or what is missing."""
         if self.pool.state is not PoolState.READY:
             return
@@ -206,10 +207,10 @@ class Host:
         run = self.current_run.get()
         if run is not None and run.is_flux:
             return  # ComfyUI makes room for the very model that the workers run.
-        ranks = self.memory.is_wanted(required, device)
+        ranks = self.memory.is_wanted(required, device, for_dynamic=for_dynamic)
         if ranks:
             with self._lock:
-                self._weights.give_way(ranks)
+                self.memory.give_way(ranks)
 
     def leaves_out_hooks(self, patcher: Any) -> bool:
         """Whether ComfyUI's own copy of a model can do without its hooks' patches for now."""

@@ -3,7 +3,7 @@
 Runs in: host process.
 
     ComfyUI wants room (text encoder, VAE)      the worker on that GPU gives its weights back
-    a worker wants to load                      ComfyUI moves its own models off that GPU first
+    a worker wants to load, or to compute       ComfyUI moves its own models off that GPU first
     ComfyUI would load FLUX beside the worker   held back: its copy stays in RAM (before 0.33; later
                                                 versions bring weights to the GPU on first use only)
     Free, Unload, --disable-smart-memory        every worker drops everything
@@ -12,9 +12,12 @@ Runs in: host process.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.planning.topology import Device, visible_gpus
 from comfy_xdit_patch.transport.fingerprint import is_dynamic
@@ -32,6 +35,11 @@ class SharedMemory:
         self._devices = devices
         self._weights = weights
         self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._displaced: set[int] = set()
+        """Models that left a GPU with the worker that gave way, by number, until they return."""
+        self._away: set[int] = set()
+        """Ranks that gave way and have nothing more to give."""
+        self._computing_bytes: ContextVar[float | None] = ContextVar("computing", default=None)
 
     def ranks_on(self, device: Any) -> list[int]:
         """Ranks whose device is this one of ComfyUI's; every rank, for CPU ranks."""
@@ -42,21 +50,56 @@ class SharedMemory:
         uuid = visible_gpus()[device.index or 0].uuid
         return [rank for rank, d in enumerate(self._devices) if d.uuid == uuid]
 
-    def is_wanted(self, required: float, device: Any) -> list[int]:
-        """Ranks that must give way so that ComfyUI has this many bytes free on its device."""
-        import comfy.model_management
+    @contextmanager
+    def loading(self, computing_bytes: float | None) -> Iterator[None]:
+        """Note what ComfyUI wants to compute with, beside the weights of the models it loads."""
+        token = self._computing_bytes.set(computing_bytes)
+        try:
+            yield
+        finally:
+            self._computing_bytes.reset(token)
+
+    def is_wanted(self, required: float, device: Any, *, for_dynamic: bool) -> list[int]:
+        """Ranks that must give way so that ComfyUI has this many bytes free on its device.
+
+        Args:
+            for_dynamic: all of it is for models whose weights come to the GPU at their use, and for
+                what is computed. Those weights do with the room that there is: to pass a text
+                encoder's through it once is quicker than to have a worker read its own again.
+        """
+        import comfy.model_management as management
 
         if not self._weights.may_hold_any or device is None:
             return []
-        ranks = self.ranks_on(device)
-        if not ranks or comfy.model_management.get_free_memory(device) >= required:
+        computing = self._computing_bytes.get()
+        if for_dynamic and computing is not None:
+            reserved = management.extra_reserved_memory()
+            required = min(
+                required, max(management.minimum_inference_memory(), computing + reserved)
+            )
+        ranks = [rank for rank in self.ranks_on(device) if rank not in self._away]
+        if not ranks or management.get_free_memory(device) >= required:
             return []
         return ranks
 
+    def give_way(self, ranks: Sequence[int]) -> None:
+        """Have workers leave their GPU to ComfyUI; they return when they compute again.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        self._displaced |= self._weights.give_way(ranks)
+        self._away.update(ranks)
+
     def make_room_for_workers(
-        self, base_model: Any, needed_bytes: int | None, in_use: Container[Any] = ()
+        self,
+        base_model: Any,
+        needed_bytes: int | None,
+        in_use: Container[Any] = (),
+        *,
+        held: tuple[int, int] | None = None,
     ) -> None:
-        """Have ComfyUI's other models leave a GPU on which a worker is about to load this one.
+        """Have ComfyUI's other models leave a GPU on which a worker is about to run this one.
 
         ComfyUI takes those first that have most in CPU memory: without ``keep_loaded`` the very
         model that is being sampled, whose object patches would be taken back.
@@ -64,14 +107,21 @@ class SharedMemory:
         Args:
             needed_bytes: what the worker takes; None if the whole model and a call of it.
             in_use: ``BaseModel`` of the run, which stay as well.
+            held: number of the model and size of what of it lies on the worker's card already,
+                unless it gave way since.
         """
         import comfy.model_management as management
 
+        self._away.clear()
         patcher = base_model.current_patcher
         if not self.shares_gpu(patcher.load_device):
             return
         if needed_bytes is None:
             needed_bytes = patcher.model_size() + management.minimum_inference_memory()
+        if held is not None and held[0] not in self._displaced:
+            needed_bytes = max(0, needed_bytes - held[1])
+        elif held is not None:
+            self._displaced.discard(held[0])
         kept = [
             loaded
             for loaded in management.current_loaded_models
@@ -79,6 +129,12 @@ class SharedMemory:
             and (loaded.model.is_clone(patcher) or loaded.model.model in in_use)
         ]
         management.free_memory(needed_bytes, patcher.load_device, keep_loaded=kept)
+
+    def empty_cache(self) -> None:
+        """Have ComfyUI's process give back what its allocator keeps of tensors that are gone."""
+        import comfy.model_management
+
+        comfy.model_management.soft_empty_cache()
 
     def ran(self, base_model: Any, *, is_parallel: bool) -> None:
         """Note whether a model's last step was parallel: if not, ComfyUI needs its own copy."""
@@ -96,6 +152,25 @@ class SharedMemory:
         # A control LoRA reshapes img_in, and ComfyUI reads that shape before the forward.
         return not any(key.startswith("diffusion_model.img_in.") for key in patcher.patches)
 
+    def fits_beside_worker(self, patcher: Any) -> bool:
+        """Whether ComfyUI's own copy fits on its GPU whole, where a worker has one already."""
+        import comfy.model_management as management
+
+        if not self.shares_gpu(patcher.load_device):
+            return True
+        missing = patcher.model_size() - patcher.loaded_size()
+        room = management.get_free_memory(patcher.load_device)
+        return bool(room >= missing + management.minimum_inference_memory())
+
     def shares_gpu(self, device: Any) -> bool:
         """Whether a worker's device is this one of ComfyUI's, and a GPU."""
         return device.type == "cuda" and bool(self.ranks_on(device))
+
+
+@contextmanager
+def nothing_pinned() -> Iterator[None]:
+    """Have ComfyUI pin no weights while this lasts: a copy that is held back is read by nobody."""
+    import comfy.model_management
+
+    with own_attribute(comfy.model_management, "MAX_PINNED_MEMORY", 0):
+        yield

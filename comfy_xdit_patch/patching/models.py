@@ -54,10 +54,15 @@ class ModelRegistry:
                 self._number(base_model, None)  # Another process cannot load it like that.
                 return
         stat = os.stat(path)
-        self._number(
-            base_model,
-            ModelSource(loader, os.path.abspath(path), plain, stat.st_size, stat.st_mtime_ns),
+        source = ModelSource(
+            loader=loader,
+            path=os.path.abspath(path),
+            options=plain,
+            size_bytes=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            dtypes=_dtypes(base_model),
         )
+        self._number(base_model, source)
 
     def find(self, base_model: Any) -> KnownModel:
         """Return a model's number and source."""
@@ -98,3 +103,11 @@ def flux_of(base_model: Any) -> Any:
     """Return the diffusion model itself, also where a compiled one stands in for it."""
     flux = base_model.diffusion_model
     return getattr(flux, "_orig_mod", flux)
+
+
+def _dtypes(base_model: Any) -> list[str]:
+    """What ComfyUI chose for its card; a worker's card may be of another kind."""
+    if not hasattr(base_model, "get_dtype"):  # A ControlNet: no card changes what it is loaded as.
+        return []
+    compute = base_model.manual_cast_dtype
+    return [str(base_model.get_dtype()), "" if compute is None else str(compute)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.carried import CarriedPatches
-from comfy_xdit_patch.patching.holding import Run
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.streams import Stream, Streams
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.family import member_of

@@ -79,6 +79,14 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             "memory back; Free, Unload and --disable-smart-memory reach every worker.",
         ),
         PatchPoint(
+            "comfy.model_management",
+            "load_models_gpu",
+            wrappers.load_models,
+            frozenset({"models", "memory_required"}),
+            "What ComfyUI wants to compute with, without the weights: a worker need not leave for "
+            "weights that dynamic VRAM passes through the room that there is.",
+        ),
+        PatchPoint(
             "comfy.model_patcher",
             "ModelPatcher.partially_load",
             wrappers.partially_load,

@@ -31,6 +31,7 @@ def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
                 "weight_bytes": totals.weight_bytes.get((pool.generation, rank)) if alive else None,
                 "load_s": totals.load_seconds.get(rank),
                 "busy_s": totals.busy_seconds.get(rank),
+                "is_launch_bound": totals.launch_bound.get(rank),
             }
         )
     plan = None

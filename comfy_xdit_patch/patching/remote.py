@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import DeclinedError
+from comfy_xdit_patch.errors import CardsFullError, DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.carried import other_options
 from comfy_xdit_patch.patching.deferred import encode_control
@@ -24,11 +24,14 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Forget, Forward, Tree
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Declined, Done, Reply, short
+from comfy_xdit_patch.transport.replies import Declined, Done, NoRoom, Reply, short
 from comfy_xdit_patch.workers.exchange import Poll
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
+
+ALWAYS_NEW = ("x", "timestep")
+"""Arguments that no step has from the one before."""
 
 
 class RemoteForward:
@@ -50,6 +53,7 @@ class RemoteForward:
         out_channels: int,
         poll: Poll,
         pipeline: PipelinedCall | None = None,
+        working_bytes: int = 0,
     ) -> torch.Tensor:
         """Compute one call on all ranks.
 
@@ -59,6 +63,7 @@ class RemoteForward:
             patches: of nodes, from ``carried.py``.
             out_channels: channels of the result; its other sizes are those of ``x``.
             pipeline: decides how PipeFusion computes the call.
+            working_bytes: what it takes on a card, for a look whether there is room; 0 for none.
 
         Returns:
             The model's output, on the device of ``x``, in a tensor of its own.
@@ -66,6 +71,7 @@ class RemoteForward:
         Raises:
             UncarriedArgumentError: an argument is not of a type that can cross.
             DeclinedError: a node's patch cannot run there.
+            CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """
         slots = self._wire.slots
@@ -78,10 +84,13 @@ class RemoteForward:
         result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
 
         def prepare() -> Sequence[Message]:
-            slots.begin_call()
-            for name in CARRIED_ARGUMENTS:
-                if name in arguments and name != "control":
-                    tree[name] = slots.place(name, arguments[name])
+            placed = {
+                name: arguments[name]
+                for name in CARRIED_ARGUMENTS
+                if name in arguments and name != "control"
+            }
+            slots.begin_call({n: value for n, value in placed.items() if n not in ALWAYS_NEW})
+            tree.update({name: slots.place(name, value) for name, value in placed.items()})
             if arguments.get("control") is not None:
                 tree["control"] = encode_control(
                     arguments["control"],
@@ -124,6 +133,7 @@ class RemoteForward:
                     arguments=tree,
                     result=result.number,
                     pipeline=stages[-1] if stages else None,
+                    working_bytes=working_bytes,
                 ),
                 poll=poll,
                 prepare=prepare,
@@ -135,6 +145,9 @@ class RemoteForward:
         first = replies[0]
         if isinstance(first, Declined):
             raise DeclinedError(short(first.reason))
+        if isinstance(first, NoRoom):
+            short_of = [rank for rank, reply in enumerate(replies) if reply.is_mine]  # type: ignore[union-attr]
+            raise CardsFullError(f"Ranks {short_of} have no {working_bytes >> 20} MiB for a call.")
         self._count(replies)
         assert isinstance(first, Done)
         shared = result.view(getattr(torch, first.dtype), first.shape)
@@ -145,5 +158,14 @@ class RemoteForward:
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds
             self._totals.busy_seconds[rank] = reply.busy_seconds
+            self._totals.launch_bound[rank] = reply.is_launch_bound
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
+
+
+def arguments_of(flux: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call, with what the model itself would take from its parameters."""
+    name = "default_ref_method"
+    if not arguments.get("ref_latents") or not hasattr(flux.params, name):
+        return arguments
+    return {"ref_latents_method": getattr(flux.params, name), **arguments}

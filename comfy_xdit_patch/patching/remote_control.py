@@ -25,6 +25,8 @@ from comfy_xdit_patch.workers.exchange import Poll
 
 # Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
 CARRIED_ARGUMENTS = ("x", "timesteps", "context", "y", "guidance", "hint", "control_type")
+ALWAYS_NEW = ("x", "timesteps")
+"""Arguments that no step has from the one before."""
 
 
 class RemoteControl:
@@ -65,10 +67,10 @@ class RemoteControl:
         written = slots.bytes_written
 
         def prepare() -> Sequence[Message]:
-            slots.begin_call()
-            for name in CARRIED_ARGUMENTS:
-                if name in arguments:
-                    tree[name] = slots.place(f"controlnet{model}.{name}", arguments[name])
+            paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
+            kept = {path: arguments[name] for name, path in paths.items() if name not in ALWAYS_NEW}
+            slots.begin_call(kept)
+            tree.update({name: slots.place(path, arguments[name]) for name, path in paths.items()})
             return self._take_gone()
 
         def check(replies: Sequence[Reply]) -> None:

@@ -92,10 +92,10 @@ class RemoteWeights:
         """Name what is compared once a run: stored weights, or those in use in each state."""
         return known.number, state.key if self._verifies else ""
 
-    def leaves(self, room_bytes: int | None) -> bool:
-        """Whether what is held fits into the room that a model would leave beside itself."""
-        held = max(self._totals.weight_bytes.values(), default=0)
-        return room_bytes is None or held <= room_bytes
+    @property
+    def bytes_held(self) -> int:
+        """Size of the model that was loaded last, on the rank that has most of it."""
+        return max(self._totals.weight_bytes.values(), default=0)
 
     def load(
         self,
@@ -229,14 +229,15 @@ class RemoteWeights:
         self._wire.request(Unload, poll=_no_poll, prepare=self._drop_messages)
         self.may_hold_any = False
 
-    def give_way(self, ranks: Sequence[int]) -> None:
-        """Have some ranks free their device; they come back by themselves.
+    def give_way(self, ranks: Sequence[int]) -> set[int]:
+        """Have some ranks free their device; return the numbers of the models that all hold.
 
         Raises:
             WorkerError: the workers are lost.
         """
         self._totals.gave_way += 1
         self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=_no_poll)
+        return set(self._held)
 
     def _drop_messages(self) -> Sequence[Message]:
         gone = self._models.take_gone()

@@ -14,12 +14,14 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.plan_residency import residency_of
 from comfy_xdit_patch.planning.residency import (
     CUDA_CONTEXT_BYTES,
     MODES,
+    NCCL_GROUP_BYTES,
     PIPELINE_MODES,
     RESERVED_BYTES,
     Card,
@@ -50,6 +52,12 @@ class Placement:
     """Whose stages share the blocks, in the mode ``staged``."""
     needed_bytes: int | None = None
     """What a rank takes on its card beside the contexts, which are there already."""
+    working_bytes: int = 0
+    """What a call of this size takes of that; 0 where nothing limits it."""
+
+    def leaves(self, held_bytes: int) -> bool:
+        """Whether what is held already fits into the room beside this model."""
+        return self.room_bytes is None or held_bytes <= self.room_bytes
 
     @property
     def name(self) -> str:
@@ -94,12 +102,13 @@ class Residency:
         room = max(0, need.card.free_bytes - need.num_bytes)
         needed = need.num_bytes - CUDA_CONTEXT_BYTES * (2 if need.card.has_host else 1)
         if cut is not None:
-            return Placement(cut, room, needed_bytes=needed)
+            return Placement(cut, room, needed_bytes=needed, working_bytes=need.working_bytes)
         order = PIPELINE_MODES if is_pipeline else MODES
         before = self._modes.get(base_model, choice.mode)
         mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
         self._modes[base_model] = mode
-        return Placement(mode, room, plan if mode == "staged" else None, needed)
+        staged = plan if mode == "staged" else None
+        return Placement(mode, room, staged, needed, need.working_bytes)
 
     def has_room_for_shares(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
@@ -141,10 +150,17 @@ class Residency:
 
         # --reserve-vram asks for more than the reserve that the plan has already.
         more = max(0, int(comfy.model_management.extra_reserved_memory()) - RESERVED_BYTES)
-        # Nothing but ComfyUI, which gives way, is taken to be on the first card beside us.
+        # On the first card ComfyUI takes and frees memory meanwhile.
+        of_group = max([r.group_bytes for r in ranks if r.rank > 0], default=0) or NCCL_GROUP_BYTES
+        # What contexts and groups take, ComfyUI's among them, is not free any more; the plan counts
+        # it again. Nothing but ComfyUI, which gives way, is taken to be on the first card.
+        there = CUDA_CONTEXT_BYTES + of_group
         return tuple(
             Card(
-                r.total_bytes, (r.total_bytes if r.rank == 0 else r.free_bytes) - more, r.rank == 0
+                total_bytes=r.total_bytes,
+                free_bytes=(r.total_bytes if r.rank == 0 else r.free_bytes + there) - more,
+                has_host=r.rank == 0,
+                group_bytes=of_group,
             )
             for r in ranks
         )
@@ -173,6 +189,7 @@ def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.
         num_rows=max(end - first for first, end in rows),
         bytes_per_value=dtype.itemsize,
         local_tokens=max(max(of_group.joint) for of_group in shares),
+        num_groups=num_communicators(plan.grid),
         kept_bytes=kept_bytes(
             plan,
             workload,

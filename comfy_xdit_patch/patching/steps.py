@@ -18,17 +18,25 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import DeclinedError, PlanError, Refusal, Scope, WorkerError
+from comfy_xdit_patch.errors import (
+    CardsFullError,
+    DeclinedError,
+    PlanError,
+    Refusal,
+    Scope,
+    WorkerError,
+)
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto, Kind
 from comfy_xdit_patch.patching.call_plans import CallPlans
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
-from comfy_xdit_patch.patching.holding import LOST, Holding, Run
+from comfy_xdit_patch.patching.holding import LOST, Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.pipelined import Pipelines
-from comfy_xdit_patch.patching.remote import RemoteForward
+from comfy_xdit_patch.patching.remote import RemoteForward, arguments_of
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
@@ -148,7 +156,7 @@ class ParallelSteps:
                 return known
             if kind is not None and kind.trial.way() is Way.ONE:
                 self._hooks.make_up()
-                return Step(self._auto.time_one(kind, compute), is_one=True)
+                return Step(self._auto.time_one(kind, compute, arguments["x"].device), is_one=True)
             if not changes:
                 pipeline = None
                 if plan.pipefusion_degree > 1:
@@ -160,15 +168,22 @@ class ParallelSteps:
                         model=(known.number, self._holding.state_key(known)),
                         patches=carried.tree,
                     )
-                out = self._remote.forward(
+                forward = partial(
+                    self._remote.forward,
                     known.number,
                     arguments_of(flux, arguments),
-                    plan=plan,
                     patches=carried.tree,
                     out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                     poll=poll,
                     pipeline=pipeline,
                 )
+                needed = self._holding.new_working_bytes(known, plan, workload)
+                try:
+                    out = forward(plan=plan, working_bytes=needed)
+                except CardsFullError as error:
+                    self._totals.last_error = str(error)
+                    self._holding.empty_cards(base_model, run, needed)
+                    out = forward(plan=plan, working_bytes=needed)
                 run.counts.plan = plan
                 balance.measured(plan, workload, model=known.number, replan=call.replan)
                 run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
@@ -197,6 +212,8 @@ class ParallelSteps:
             return LOST
         except DeclinedError as error:
             return Refusal(f"a node's patch cannot run on the workers: {error}")
+        except CardsFullError:
+            return Refusal("the cards have no room for this call beside the weights")
         except PlanError:
             return Refusal("a node left a rank without tokens", Scope.STEP)
         except UncarriedArgumentError as error:
@@ -231,11 +248,3 @@ def _checked(step: Step) -> Step | Refusal:
     if not step.out.sum().isfinite() and not step.out.isfinite().all():
         return Refusal("the workers' result has NaN or infinity in it")
     return step
-
-
-def arguments_of(flux: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a call, with what the model itself would take from its parameters."""
-    name = "default_ref_method"
-    if not arguments.get("ref_latents") or not hasattr(flux.params, name):
-        return arguments
-    return {"ref_latents_method": getattr(flux.params, name), **arguments}

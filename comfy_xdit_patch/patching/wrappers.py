@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
-from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING
+from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING, nothing_pinned
 
 Call = Callable[..., Any]
 
@@ -120,18 +121,31 @@ class Wrappers:
         out = wrapped(*args, **kwargs)
         with our_faults_stay_ours("freeing memory"):
             call = self._bind(wrapped, args, kwargs)
-            self._host.free(call["memory_required"], call["device"])
+            # Versions without dynamic VRAM have no such argument.
+            is_dynamic = bool(call.get("for_dynamic"))
+            self._host.free(call["memory_required"], call["device"], for_dynamic=is_dynamic)
         return out
+
+    def load_models(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Tell ``free_memory`` below what the models that are loaded are to compute with."""
+        computing: float | None = None
+        with our_faults_stay_ours("loading models"):
+            computing = float(self._bind(wrapped, args, kwargs)["memory_required"])
+        with self._host.memory.loading(computing):
+            return wrapped(*args, **kwargs)
 
     def partially_load(self, wrapped: Call, patcher: Any, args: Any, kwargs: Any) -> Any:
         """Keep ComfyUI's own copy of a model off a GPU where a worker has one."""
+        pinning: AbstractContextManager[None] = nullcontext()
         with our_faults_stay_ours("holding a model back"):
             if self._host.is_flux(patcher):
                 self._get_ready()  # A node pack's own loader is not seen earlier.
             if self._host.holds_back(patcher):
                 kwargs = {**self._bind(wrapped, args, kwargs), "extra_memory": NEXT_TO_NOTHING}
                 args = ()
-        return wrapped(*args, **kwargs)
+                pinning = nothing_pinned()
+        with pinning:
+            return wrapped(*args, **kwargs)
 
     def patch_hooks(self, wrapped: Call, patcher: Any, args: Any, kwargs: Any) -> Any:
         """Leave ComfyUI's own copy of a model as it is while the workers run it."""

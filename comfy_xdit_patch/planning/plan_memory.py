@@ -6,6 +6,7 @@ Runs in: host, worker and the command line's process.
 from __future__ import annotations
 
 from comfy_xdit_patch.planning.candidate import Candidate
+from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.job import Job
 from comfy_xdit_patch.planning.machine import Machine
 from comfy_xdit_patch.planning.residency import Card, Need, TokenLoad, need_of
@@ -31,6 +32,7 @@ def need(plan: Candidate, job: Job, machine: Machine) -> Need:
         bytes_per_value=value_bytes,
         kept_bytes=kept,
         num_shards=plan.batch * plan.sequence,
+        num_groups=num_communicators(tuple(plan.degrees.values())),
     )
     cards = tuple(
         Card(gpu.memory_bytes, gpu.memory_bytes, has_host=plan.world_size > 1 and rank == 0)

@@ -21,24 +21,17 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 CUDA_CONTEXT_BYTES = 600 * MIB
-"""One process's context with cuBLAS and the attention kernels. Commonly reported as 0.4 to 0.6 GB;
-the upper end. Not measured for this package."""
-
+"""One process's context with cuBLAS and the attention kernels: 0.4 to 0.6 GB are reported."""
 NCCL_GROUP_BYTES = 256 * MIB
-"""One communicator. NCCL's documentation: 4 MiB (NCCL_BUFFSIZE) for each channel, peer and
-direction; 16 channels, 2 directions and the smaller protocols are 0.2 GiB. Not measured."""
-
+"""One communicator, until ranks have measured theirs. NCCL's documentation: 4 MiB (NCCL_BUFFSIZE)
+for each channel, peer and direction; 16 channels, 2 directions and the rest are 0.2 GiB."""
 RESERVED_BYTES = 500 * MIB
 """What ComfyUI itself leaves free on Linux on cards above 15 GiB (``EXTRA_RESERVED_VRAM``)."""
-
 ALLOCATOR_SLACK = 0.10
-"""Part of the activations that torch's caching allocator holds and cannot use. A margin, not
-measured for this package."""
-
+"""Part of the activations that torch's allocator holds and cannot use. A margin, not measured."""
 BLOCK_VALUES_PER_TOKEN = 18
 """Live values for each token at the peak of a FLUX block, in units of its features: counted from
 ComfyUI's single block; 0.51 GB for 4608 tokens of 3072 features in bf16."""
-
 EXCHANGE_VALUES_PER_TOKEN = 6
 """Send and receive buffers of q, k and v in one all-to-all. With the 18 above this is 1.33 / N of
 one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ranks."""
@@ -93,6 +86,8 @@ class TokenLoad:
     num_shards: int | None = None
     """How many ranks have different tokens at a time; all of them, unless in a pipeline, whose
     stages compute an exact call one after the other."""
+    num_groups: int = 1
+    """Communicators of a rank (``grid.num_communicators``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +95,23 @@ class Card:
     """One rank's device memory.
 
     ``free_bytes`` is what other programs leave. What ComfyUI's own process holds counts as free:
-    it gives way while the workers compute, but for its CUDA context.
+    it gives way while the workers compute, but for its CUDA context. ``group_bytes`` is what one
+    communicator takes.
     """
 
     total_bytes: int
     free_bytes: int
     has_host: bool = False
+    group_bytes: int = NCCL_GROUP_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One line of the arithmetic."""
+    """One line of the arithmetic. ``is_working``: taken by each call, and given back after it."""
 
     what: str
     num_bytes: int
+    is_working: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +126,11 @@ class Need:
     @property
     def num_bytes(self) -> int:
         return sum(cost.num_bytes for cost in self.costs)
+
+    @property
+    def working_bytes(self) -> int:
+        """What a call takes beside what is there before it."""
+        return sum(cost.num_bytes for cost in self.costs if cost.is_working)
 
     @property
     def fits(self) -> bool:
@@ -176,11 +179,10 @@ def plan_residency(
     Args:
         first: the user wants this one or a later one.
 
+        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
+
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
     links between cards once a step, offload moves them over the bus to CPU memory.
-
-    Args:
-        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
     if is_pipeline:
@@ -215,15 +217,15 @@ def _costs(
     activations = (local * values + embedded) * token_bytes + model.cast_bytes
     costs = [
         *_weights(mode, model, num_ranks),
-        Cost(f"activations, {local} of {whole} tokens", activations),
-        Cost("allocator slack", int(activations * ALLOCATOR_SLACK)),
+        Cost(f"activations, {local} of {whole} tokens", activations, is_working=True),
+        Cost("allocator slack", int(activations * ALLOCATOR_SLACK), is_working=True),
         Cost("CUDA context", CUDA_CONTEXT_BYTES),
         Cost("reserve", RESERVED_BYTES),
     ]
     if num_ranks > 1:
         # Gathers have a group of their own, for NCCL runs the collectives of one in turn.
-        num_groups = 2 if mode in ("sharded", "tensor") else 1
-        costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * NCCL_GROUP_BYTES))
+        num_groups = load.num_groups + (mode == "sharded")
+        costs.append(Cost(f"NCCL, {num_groups} group(s)", num_groups * card.group_bytes))
     if load.kept_bytes:
         costs.append(Cost("keys and values of the step before", load.kept_bytes))
     if card.has_host:

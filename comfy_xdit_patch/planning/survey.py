@@ -32,6 +32,7 @@ MAX_CHARS = 100_000
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 QUERY = ("--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader")
+MODES = ("--query-gpu=uuid,compute_mode", "--format=csv,noheader")
 LINKS = ("topo", "-m")
 PEERS = ("topo", "-p2p", "r")
 
@@ -74,6 +75,14 @@ def survey(devices: Sequence[Device], *, poll: Poll = lambda: None) -> Interconn
         peers=said | peer_access(),
         unknown=unknown,
     )
+
+
+def compute_modes() -> dict[str, str]:
+    """Ask for the compute mode of every GPU, such as ``Default``, by UUID; empty if unknown."""
+    answer = _nvidia_smi(MODES, end=time.monotonic() + ASK_S, poll=lambda: None)
+    lines = answer.splitlines() if isinstance(answer, str) else []
+    pairs = [[item.strip() for item in line.split(",")] for line in lines]
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
 
 class _NoAnswer:

@@ -31,6 +31,11 @@ class Device:
     def is_cpu(self) -> bool:
         return self.uuid is None
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether it is a part of a GPU (MIG). torch gives the name, not always the prefix."""
+        return " MIG " in self.name or (self.uuid or "").startswith("MIG-")
+
 
 def choose_devices(request: DeviceRequest) -> tuple[Device, ...] | Refusal:
     """Turn ``XDIT_GPUS`` into devices, one for each rank.
@@ -50,6 +55,8 @@ def choose_devices(request: DeviceRequest) -> tuple[Device, ...] | Refusal:
     if request.kind == "uuids":
         return tuple(Device(name=uuid, uuid=uuid) for uuid in request.uuids)
     gpus = visible_gpus()
+    if any(gpu.is_slice for gpu in gpus):
+        return Refusal("a visible GPU is a MIG slice, and NCCL connects whole GPUs only")
     if request.kind == "all":
         if len(gpus) < 2:
             return Refusal(

@@ -22,6 +22,7 @@ from comfy_xdit_patch.transport.replies import (
     Done,
     Fetched,
     Loaded,
+    NoRoom,
     NotLoaded,
     Ran,
     Reply,
@@ -54,9 +55,11 @@ def check_answers(request: Message, replies: Sequence[Reply]) -> None:
     """
     kinds = {type(reply) for reply in replies}
     allowed = ANSWERS[type(request)]
+    if isinstance(request, Forward) and request.working_bytes:
+        allowed = (*allowed, NoRoom)
     for rank, reply in enumerate(replies):
         # Ranks compute together, so they say the same; a load is each rank's own.
-        if type(reply) not in allowed or (len(kinds) > 1 and Declined in kinds):
+        if type(reply) not in allowed or (len(kinds) > 1 and kinds & {Declined, NoRoom}):
             raise MessageError(
                 f"Rank {rank} answered {type(request).__name__} with {type(reply).__name__}."
             )

@@ -21,7 +21,8 @@ class Forward:
     holds recipes for residuals (``engine/residuals.py``), ``patches`` are those of nodes
     (``engine/patches.py``). The ranks that own a part
     of the batch write it to the slot ``result``. ``pipeline`` is None but for PipeFusion
-    (``engine/pipelined_sequence.py``).
+    (``engine/pipelined_sequence.py``). ``working_bytes`` is what the call takes on a device beside
+    the weights, for a look whether there is room; 0 to make it at once.
     """
 
     request: int
@@ -31,6 +32,7 @@ class Forward:
     arguments: Tree
     result: int
     pipeline: Tree = None
+    working_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

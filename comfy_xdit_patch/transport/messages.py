@@ -27,6 +27,7 @@ from comfy_xdit_patch.transport.replies import (
     Joining,
     Loaded,
     Loading,
+    NoRoom,
     NotLoaded,
     Ran,
     Unloaded,
@@ -52,6 +53,8 @@ class ModelSource:
     ``options`` are the loader's ``model_options`` in plain values (dtypes by name).
     ``size_bytes`` and ``mtime_ns`` tell a file that was changed after ComfyUI read it. ``uncast``
     names weights of the diffusion model that keep the file's dtype, whatever their module has.
+    ``dtypes`` are the names of those that ComfyUI chose for the host's card: of the weights, and to
+    compute in, which is empty for the same.
     """
 
     loader: str
@@ -60,6 +63,7 @@ class ModelSource:
     size_bytes: int
     mtime_ns: int
     uncast: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,7 @@ Message: TypeAlias = (
     | Ran
     | Fetched
     | Declined
+    | NoRoom
     | Probed
     | NotProbed
     | Failed

@@ -20,7 +20,11 @@ def short(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The rank is in the process group. Seconds by phase; memory of its GPU, 0 for a CPU rank."""
+    """The rank is in the process group. Seconds by phase; memory of its GPU, 0 for a CPU rank.
+
+    ``free_bytes`` is what is left with the rank and its groups there, of which the first exchange
+    took ``group_bytes``, or somebody else did meanwhile.
+    """
 
     rank: int
     pid: int
@@ -28,6 +32,7 @@ class Joined:
     seconds: dict[str, float]
     total_bytes: int
     free_bytes: int
+    group_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,8 @@ class Done:
 
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
-    ``busy_seconds`` are those in which it did not wait for others.
+    ``busy_seconds`` are those in which it did not wait for others; with ``is_launch_bound`` its CPU
+    and not its GPU was busy in them.
     """
 
     request: int
@@ -103,6 +109,7 @@ class Done:
     bytes_between_ranks: int
     bytes_written: int
     busy_seconds: float
+    is_launch_bound: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +156,14 @@ class Declined:
 
 
 @dataclass(frozen=True, slots=True)
+class NoRoom:
+    """A rank's device has no room for a call, which no rank has begun. Every rank says so."""
+
+    request: int
+    is_mine: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This rank could not do what it was asked. The worker may still be alive."""
 
@@ -167,6 +182,7 @@ Reply: TypeAlias = (
     | Ran
     | Fetched
     | Declined
+    | NoRoom
     | Probed
     | NotProbed
     | Failed

@@ -1,6 +1,6 @@
 """Places for tensors in memory that host and workers share.
 
-Runs in: host and worker.
+Runs in: host; ``slot_map.py`` is the worker's side.
 
     host                                                    every worker
     SlotTable.place("context", t) -> SlotRef(slot 3, v 7)   SlotMap.tensor(SlotRef) -> view or
@@ -12,7 +12,8 @@ Facts that shape this file.
         frees it when the last process that maps it ends, however that process ends.
     ComfyUI makes new conditioning tensors for every step, so identity says nothing: bytes are
         compared. The first and last ones choose the slot; the rest is compared while the workers
-        compute already, and a call that turns out to have trusted wrongly is made again.
+        compute already, and a call that turns out to have trusted wrongly is made again. Tensors on
+        a GPU are compared there, all of them before the call, for one answer that is waited for.
     The host writes only while no worker computes, so slots need no lock.
 """
 
@@ -22,6 +23,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.messages import SlotRef
-from comfy_xdit_patch.transport.slot import Slot
+from comfy_xdit_patch.transport.slot import Slot, are_same_bytes
 
 PROBE_BYTES = 4096
 SLOTS_A_PATH = 4
@@ -62,18 +64,22 @@ class _Entry:
         """Compare kind and shape, and the first and last bytes."""
         if self.dtype != tensor.dtype or self.shape != tuple(tensor.shape):
             return False
-        if tensor.device.type != "cpu":
-            return self.holds(tensor)
         num_bytes = min(PROBE_BYTES, tensor.nbytes)
         last = tensor.nbytes - num_bytes
         return self._same(tensor, 0, num_bytes) and self._same(tensor, last, num_bytes)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Compare everything."""
-        if tensor.device.type != "cpu":
-            # Compared where the tensor lives: reading it back would cost more than sending it.
-            return self.device_copy is not None and torch.equal(self.device_copy, tensor)
         return self._same(tensor, 0, tensor.nbytes)
+
+    def may_hold(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor on a device is like the one here, which is there too."""
+        copy = self.device_copy
+        return copy is not None and (copy.dtype, copy.shape, copy.device) == (
+            tensor.dtype,
+            tensor.shape,
+            tensor.device,
+        )
 
     def _same(self, tensor: torch.Tensor, start: int, num_bytes: int) -> bool:
         here = self.slot.view(tensor.dtype, self.shape).data_ptr() + start
@@ -89,6 +95,7 @@ class SlotTable:
         self._dropped: list[int] = []
         self._unproved: list[tuple[_Entry, torch.Tensor]] = []
         self._placed: dict[int, tuple[torch.Tensor, Tree]] = {}
+        self._found: dict[int, _Entry] = {}
         self._num_slots = 0
         self._clock = 0
         self.bytes_written = 0
@@ -112,10 +119,27 @@ class SlotTable:
             return {key: self.place(f"{path}.{key}", item) for key, item in value.items()}
         raise UncarriedArgumentError(f"{path} is a {type(value).__name__}")
 
-    def begin_call(self) -> None:
-        """Forget what an earlier call left unproved because it was never sent."""
+    def begin_call(self, values: Mapping[str, Any] | None = None) -> None:
+        """Forget what an earlier call left unproved because it was never sent.
+
+        Args:
+            values: what is to be placed and may lie in slots already, by path. A tensor on a device
+                that is not among them is taken to be new.
+        """
         self._unproved.clear()
         self._placed.clear()
+        self._found.clear()
+        pairs = [
+            (tensor, entry)
+            for path, tensor in _device_tensors(values or {})
+            for entry in self._entries.get(path, ())
+            if entry.may_hold(tensor)
+        ]
+        if pairs:
+            flags = [are_same_bytes(tensor, entry.device_copy) for tensor, entry in pairs]
+            for (tensor, entry), is_same in zip(pairs, torch.stack(flags).tolist(), strict=True):
+                if is_same:
+                    self._found[id(tensor)] = entry
 
     def prove(self) -> bool:
         """Compare the rest of every tensor that was taken to be in its slot already.
@@ -151,10 +175,14 @@ class SlotTable:
             return self._placed[id(tensor)][1]
         given, tensor = tensor, tensor.detach().contiguous()
         self._clock += 1
-        entry = next((e for e in self._entries.get(path, ()) if e.seems_to_hold(tensor)), None)
-        if entry is not None:
-            self._unproved.append((entry, tensor))
+        is_here = not _is_on_device(tensor)
+        if is_here:
+            entry = next((e for e in self._entries.get(path, ()) if e.seems_to_hold(tensor)), None)
         else:
+            entry = self._found.get(id(given))
+        if entry is not None and is_here:
+            self._unproved.append((entry, tensor))
+        if entry is None:
             entry = self._entry_for(
                 path,
                 max(tensor.nbytes, 1),
@@ -163,7 +191,7 @@ class SlotTable:
             entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
             entry.version += 1
             entry.dtype, entry.shape = tensor.dtype, tuple(tensor.shape)
-            entry.device_copy = None if tensor.device.type == "cpu" else tensor.clone()
+            entry.device_copy = None if is_here else tensor.clone()
             self.bytes_written += tensor.nbytes
         entry.last_used = self._clock
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -200,47 +228,16 @@ class SlotTable:
         return slot
 
 
-class SlotMap:
-    """A worker's side: slots by number, and tensors on the worker's device."""
+def _is_on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._slots: dict[int, Slot] = {}
-        self._on_device: dict[int, tuple[int, torch.Tensor]] = {}
 
-    def add(self, number: int, fd: int, size_bytes: int) -> None:
-        """Map a slot; the descriptor is closed."""
-        try:
-            self._slots[number] = Slot(number, fd, size_bytes)
-        finally:
-            os.close(fd)
-
-    def drop(self, numbers: list[int]) -> None:
-        """Forget slots that the host gave up."""
-        for number in numbers:
-            self._slots.pop(number, None)
-            self._on_device.pop(number, None)
-
-    def __getitem__(self, number: int) -> Slot:
-        return self._slots[number]
-
-    def fetch(self, tree: Tree) -> Any:
-        """Turn a tree of ``SlotTable.place`` back into arguments."""
-        if isinstance(tree, dict):
-            if "$slot" in tree:
-                slot, version, dtype, shape = tree["$slot"]
-                return self._tensor(SlotRef(slot, version, dtype, tuple(shape)))
-            return {key: self.fetch(item) for key, item in tree.items()}
-        if isinstance(tree, list):
-            return [self.fetch(item) for item in tree]
-        return tree
-
-    def _tensor(self, ref: SlotRef) -> torch.Tensor:
-        shared = self._slots[ref.slot].view(getattr(torch, ref.dtype), ref.shape)
-        if self._device.type == "cpu":
-            return shared
-        version, tensor = self._on_device.get(ref.slot, (-1, shared))
-        if version != ref.version:
-            tensor = shared.to(self._device)
-            self._on_device[ref.slot] = (ref.version, tensor)
-        return tensor
+def _device_tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors on a device in arguments, by the path that ``SlotTable.place`` gives them."""
+    for path, value in values.items():
+        if isinstance(value, torch.Tensor) and _is_on_device(value):
+            yield path, value
+        elif isinstance(value, (list, tuple)):
+            yield from _device_tensors({f"{path}.{i}": item for i, item in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from _device_tensors({f"{path}.{key}": item for key, item in value.items()})

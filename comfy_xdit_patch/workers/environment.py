@@ -9,7 +9,9 @@ backend and dtype rules are the host's. What crosses is a hand-picked list, all 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,11 @@ _FOREIGN_VARIABLES = (
 )
 NO_PEER_TO_PEER = "NCCL_P2P_DISABLE"
 """NCCL's own variable: data between two GPUs then goes through CPU memory."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""The second is torch's newer name for the first."""
+GPU_THREADS = "4"
+"""Of a GPU rank's OpenMP pool. By default each rank would start one for every core of the machine,
+and all of them spin for a while after what a load computes on the CPU."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -83,6 +90,9 @@ def restore_host_state(start: Start) -> None:
         setattr(comfy.cli_args.args, name, value)
     if start.num_threads is not None:
         comfy.cli_args.args.cpu = True
+    # A rank's weights lie in a mapped file, which all ranks share. To pin a page of it would make
+    # that page the rank's own: as many copies of the model in CPU memory as there are ranks.
+    comfy.cli_args.args.disable_pinned_memory = True
     import comfy.model_management
     import comfy.sd
 
@@ -98,7 +108,7 @@ def worker_variables(
     """Return the environment of one worker.
 
     GPU: exactly one device, named by UUID, since CUDA's, NVML's and the host's numbers differ, and
-    torch's default allocator: ComfyUI puts cudaMallocAsync into the variable for its own process.
+    torch's own allocator (``_allocator_options``).
     CPU: thread counts must be set before torch starts its thread pools.
     """
     variables = dict(os.environ)
@@ -117,5 +127,27 @@ def worker_variables(
         variables["CUDA_VISIBLE_DEVICES"] = ""
     else:
         variables["CUDA_VISIBLE_DEVICES"] = device.uuid
-        variables.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+        variables.setdefault("OMP_NUM_THREADS", GPU_THREADS)
+        # Weight shards and stages have communicators of their own beside the sequence's. All ranks
+        # launch in one order, and this has NCCL keep to it, without which they may deadlock.
+        variables.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+        options = _allocator_options(variables)
+        for name in ALLOCATOR_VARIABLES:
+            variables.pop(name, None)
+        variables[ALLOCATOR_VARIABLES[0]] = options
     return variables
+
+
+def _allocator_options(variables: Mapping[str, str]) -> str:
+    """The user's options of torch's allocator, but for the backend that ComfyUI put there.
+
+    Shares that move, and images of changing size, leave a card in pieces; segments that can grow
+    do not. (They rule out sharing tensors between processes by CUDA, which nothing here does.)
+    """
+    given = next((variables[name] for name in ALLOCATOR_VARIABLES[::-1] if name in variables), "")
+    outside_of_brackets = r",(?![^\[]*\])"
+    options = [item.strip() for item in re.split(outside_of_brackets, given) if item.strip()]
+    options = [item for item in options if not item.startswith("backend:")]
+    if not any(item.startswith("expandable_segments:") for item in options):
+        options.append("expandable_segments:True")
+    return ",".join(options)

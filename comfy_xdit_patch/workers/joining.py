@@ -17,6 +17,8 @@ from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.transport.replies import Joined, Joining
 
 if TYPE_CHECKING:
+    import torch
+
     from comfy_xdit_patch.engine.groups import Groups
 
 REPLY_DEADLINE_S = 30.0
@@ -58,9 +60,13 @@ def join(
     import comfy_xdit_patch.engine.engine  # noqa: F401 - here, where the collector is off
     from comfy_xdit_patch.engine import first_exchange
     from comfy_xdit_patch.engine.groups import Groups
+    from comfy_xdit_patch.planning.topology import pci_ids
+    from comfy_xdit_patch.workers.affinity import stay_near
 
     phase_done("engine", "joining the other ranks")
     device = torch.device("cpu" if start.num_threads is not None else "cuda:0")
+    for pci_id in () if device.type == "cpu" else pci_ids().values():
+        stay_near(pci_id)
     groups = Groups.join(
         rank=rank,
         world_size=start.world_size,
@@ -71,12 +77,21 @@ def join(
     )
     phase_done("join", "the first exchange between ranks")
     channel.send(Joining(rank), deadline_s=REPLY_DEADLINE_S)
+    before, _ = _memory(device)
     first_exchange.check(groups)
     phase_done("exchange", "waiting for work")
-    free, total = (0, 0) if device.type == "cpu" else torch.cuda.mem_get_info(device)
-    joined = Joined(rank, os.getpid(), str(device), seconds, total, free)
+    free, total = _memory(device)
+    of_groups = max(0, before - free)
+    joined = Joined(rank, os.getpid(), str(device), seconds, total, free, of_groups)
     channel.send(joined, deadline_s=REPLY_DEADLINE_S)
     log.info("joined %d ranks: %s", start.world_size, seconds)
     gc.freeze()
     gc.enable()
     return groups
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a GPU."""
+    import torch
+
+    return (0, 0) if device.type == "cpu" else torch.cuda.mem_get_info(device)

@@ -40,7 +40,7 @@ from comfy_xdit_patch.workers.joining import REPLY_DEADLINE_S, join
 if TYPE_CHECKING:
     from comfy_xdit_patch.engine.engine import Engine
     from comfy_xdit_patch.engine.groups import Groups
-    from comfy_xdit_patch.transport.slots import SlotMap
+    from comfy_xdit_patch.transport.slot_map import SlotMap
     from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
 PR_SET_PDEATHSIG = 1
@@ -96,7 +96,7 @@ class Worker:
         )
         from comfy_xdit_patch.engine import collectives
         from comfy_xdit_patch.engine.engine import Engine
-        from comfy_xdit_patch.transport.slots import SlotMap
+        from comfy_xdit_patch.transport.slot_map import SlotMap
         from comfy_xdit_patch.workers.heartbeat import Heartbeat
 
         slots = SlotMap(groups.device)

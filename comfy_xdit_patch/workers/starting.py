@@ -235,8 +235,10 @@ def process_state(pid: int) -> str:
 
 def failure_text(worker: Worker, message: Failed) -> str:
     """Say what a worker reported of its own failure."""
+    # A kernel that fails is heard of at the next wait for the GPU.
+    late = "" if worker.device.is_cpu else " or shortly before"
     return (
-        f"Rank {worker.rank} ({worker.device.name}) failed in {short(message.phase)}: "
+        f"Rank {worker.rank} ({worker.device.name}) failed in {short(message.phase)}{late}: "
         f"{short(message.error)}\nTraceback from rank {worker.rank}:\n"
         f"{message.traceback[-MAX_TRACEBACK_CHARS:]}"
     )

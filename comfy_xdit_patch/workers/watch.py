@@ -91,9 +91,12 @@ class Watch:
         if now - self._heard[rank] > SILENCE_S:
             return Hanging(rank, f"was not heard of for {SILENCE_S:.0f} s")
         if now - self._moved > self._patience_s:
-            # Whoever is behind is who the others wait for.
-            rank = min(outstanding, key=lambda rank: (self._counts[rank], rank))
-            return Hanging(rank, f"did not get on for {self._patience_s:.0f} s")
+            # Whoever is behind is who the others wait for. GPU ranks count what they have issued,
+            # which may be all of the call on each of them: then nobody knows who it is.
+            least = min(self._counts[rank] for rank in outstanding)
+            rank, *others = sorted(r for r in outstanding if self._counts[r] == least)
+            alike = f", nor did ranks {', '.join(map(str, others))}" if others else ""
+            return Hanging(rank, f"did not get on for {self._patience_s:.0f} s{alike}")
         return None
 
 

@@ -32,6 +32,7 @@ LOG_LEVELS = ("info", "warning", "error", "exception")
 TEXT_FUNCTIONS = (
     "_check_tree",
     "death_text",
+    "fault_of",
     "failure_text",
     "hang_text",
     "exit_text",

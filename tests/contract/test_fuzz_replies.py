@@ -65,7 +65,7 @@ HOST_STATE = HostState("/", [], [], False, {})
 CPU = Device(name="cpu")
 NO_LOG = Path("/nowhere/worker.log")
 X = torch.ones(2, 4, 16, 8)  # a whole page
-DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes, 0.1)
+DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes, 0.1, False)
 CONTROLLED = replies.Controlled(
     1, {"input": [0, 0, None], "output": [1, 2]}, "float32", (2, 12, 16), 0.1, 0
 )
@@ -175,6 +175,7 @@ WRONG = [
     replies.Unloaded(1),
     calls.Forward(1, 1, [1, 1, 1, 2, 1], [], {}, 0),
     replies.Declined(1, "only this one"),
+    replies.NoRoom(1, True),  # nobody asked
 ]
 
 

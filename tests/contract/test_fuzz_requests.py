@@ -20,7 +20,7 @@ from comfy_xdit_patch.errors import ChannelClosedError
 from comfy_xdit_patch.transport import messages, replies
 from comfy_xdit_patch.transport.channel import Channel, frame_of
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.slots import SlotMap
+from comfy_xdit_patch.transport.slot_map import SlotMap
 from comfy_xdit_patch.workers import process
 from comfy_xdit_patch.workers.heartbeat import Heartbeat
 

@@ -65,6 +65,9 @@ IMPORTERS = {
         "engine/stage.py",
     },
     "torch": {
+        "check/machine.py",
+        "check/model_file.py",
+        "check/nodes_pack/__init__.py",
         "engine/attention.py",
         "engine/calibration.py",
         "engine/busy.py",
@@ -90,9 +93,11 @@ IMPORTERS = {
         "engine/residents.py",
         "engine/residuals.py",
         "engine/ring.py",
+        "engine/room.py",
         "engine/rows.py",
         "engine/sequence.py",
         "engine/tensor_blocks.py",
+        "engine/token_order.py",
         "engine/ulysses.py",
         "engine/weight_sharding.py",
         "engine/whole_tensor.py",
@@ -128,6 +133,7 @@ IMPORTERS = {
         "transport/skeleton.py",
         "transport/slices.py",
         "transport/slot.py",
+        "transport/slot_map.py",
         "transport/slots.py",
         "transport/tensors.py",
         "transport/values.py",
@@ -139,6 +145,9 @@ IMPORTERS = {
 ONLY_IN_FUNCTIONS = {
     "comfy": IMPORTERS["comfy"],
     "torch": {
+        "check/machine.py",
+        "check/model_file.py",
+        "check/nodes_pack/__init__.py",
         "patching/wrappers.py",
         "planning/eligibility.py",
         "planning/topology.py",
@@ -157,6 +166,7 @@ HOLDS_TENSORS = {
         "skeleton",
         "slices",
         "slot",
+        "slot_map",
         "slots",
         "tensors",
         "values",
@@ -166,6 +176,7 @@ HOLDS_TENSORS = {
 NEVER = ("nodes", "server", "execution", "folder_paths", "app")
 
 READS_ENVIRONMENT = {
+    "check/server.py",  # ComfyUI gets the user's variables, but for ours
     "bootstrap.py",  # before settings.py may be imported
     "observability/doctor.py",  # shows the variables as the user set them
     "settings.py",
@@ -187,6 +198,7 @@ MAY_IMPORT = {
     "observability": {
         *("errors", "settings", "strategy", "variables", "planning", "observability"),
     },
+    "check": {"errors", "settings", "planning", "observability", "check"},
     "engine": {"attributes", "errors", "planning", "transport", "engine"},
     "workers": {"errors", "settings", "bootstrap", "planning", "transport", "engine", "workers"},
     "patching": {
@@ -196,7 +208,7 @@ MAY_IMPORT = {
     "activation": {
         *("bootstrap", "errors", "settings", "planning", "workers", "observability", "patching")
     },
-    "__main__": {"errors", "observability"},
+    "__main__": {"check", "errors", "observability"},
     "__init__": set(),
 }
 

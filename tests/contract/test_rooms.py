@@ -46,6 +46,18 @@ def test_a_workers_load_leaves_weights_in_cpu_memory_whatever_comfyui_finds_bett
     assert got == {"places": ["cpu"], "offload": "cpu", "loads": 0, "put back": True}
 
 
+def test_a_worker_loads_in_the_dtypes_that_comfyui_chose_for_the_hosts_card(
+    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str]
+) -> None:
+    stock = inside(tree, XDIT_STRATEGY="off")
+    got = stock.call("rooms:loaded_for_another_card", path=flux_dev(hidden=512))
+    assert got == {
+        "weights": ["torch.float8_e4m3fn"],
+        "compute": "torch.bfloat16",
+        "put back": True,
+    }
+
+
 def test_a_weight_that_is_on_a_device_too_early_is_named(
     tree: Tree, inside: Callable[..., Inside]
 ) -> None:

@@ -73,9 +73,14 @@ def test_every_step_is_parallel_with_dynamic_vram(
     servers: Servers, tree: Tree, case: str, record_property: Callable[[str, object], None]
 ) -> None:
     setup = {"device": "emulated", "hidden": 256, "extra_args": EXTRA_ARGS, "node_packs": ()}
-    stock = servers(tree, XDIT_STRATEGY="off", EMULATED_GPUS="1", **setup)
+    stock = servers(tree, XDIT_STRATEGY="off", EMULATED_CARDS="4090", **setup)
     ranks = servers(
-        tree, XDIT_GPUS="0,1", XDIT_STRATEGY="ulysses", EMULATED_GPUS="2", **STRICT, **setup
+        tree,
+        XDIT_GPUS="0,1",
+        XDIT_STRATEGY="ulysses",
+        EMULATED_CARDS="4090,4090",
+        **STRICT,
+        **setup,
     )
     for server in (stock, ranks):
         assert "DynamicVRAM support detected" in server.log_text()

@@ -6,6 +6,7 @@ Runs in: a ComfyUI process of ``process.py``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import comfy.ldm.chroma.model
 import comfy.ldm.chroma_radiance.model
@@ -88,14 +89,24 @@ def write_model(
     save_file({name: t.to(torch.bfloat16).contiguous() for name, t in state.items()}, path)
 
 
-def flux(family: str, hidden: int, double: int, single: int, context: int) -> torch.nn.Module:
+def flux(
+    family: str,
+    hidden: int,
+    double: int,
+    single: int,
+    context: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    operations: Any = comfy.ops.disable_weight_init,
+) -> torch.nn.Module:
     parameters = dict(FAMILIES[family])
     if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
         parameters["txt_ids_dims"] = [3] if family == "flux2" else []
     return comfy.ldm.flux.model.Flux(
-        dtype=torch.float32,
-        device="cpu",
-        operations=comfy.ops.disable_weight_init,
+        dtype=dtype,
+        device=device,
+        operations=operations,
         hidden_size=hidden,
         num_heads=hidden // 128,
         depth=double,

@@ -46,6 +46,7 @@ WRAPPER_NAMES = (
     "load_diffusion_model",
     "load_checkpoint",
     "free_memory",
+    "load_models",
     "partially_load",
     "patch_hooks",
 )

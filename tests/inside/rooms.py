@@ -107,6 +107,20 @@ def loaded_by_a_worker(path: str, loader: str) -> dict[str, Any]:
     }
 
 
+def loaded_for_another_card(path: str) -> dict[str, Any]:
+    """Load as a worker does whose own card would have ComfyUI choose other dtypes."""
+    from comfy_xdit_patch.engine.loading import mapped_weights
+
+    before = management.unet_dtype
+    with mapped_weights(dtypes=[torch.float8_e4m3fn, torch.bfloat16]):
+        patcher = comfy.sd.load_diffusion_model(path)
+    return {
+        "weights": sorted({str(weight.dtype) for weight in patcher.model.parameters()}),
+        "compute": str(patcher.model.manual_cast_dtype),
+        "put back": management.unet_dtype is before,
+    }
+
+
 def misplaced() -> str:
     """Say what a worker says of a weight that ComfyUI put somewhere else than in CPU memory."""
     from comfy_xdit_patch.engine import loading

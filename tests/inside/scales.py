@@ -14,14 +14,14 @@ import torch.distributed as dist
 from comfy_xdit_patch.engine.whole_tensor import whole_input_scales
 
 
-def nvfp4_scale(*, rank: int, world_size: int, store: str) -> dict[str, Any]:
+def nvfp4_scale(*, rank: int, world_size: int, store: str, dtype: str) -> dict[str, Any]:
     """Quantise this rank's rows of one input as a layer of nvfp4 without input scale does."""
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
     )
     try:
         generator = torch.Generator().manual_seed(7)
-        whole = torch.randn(48, 64, generator=generator)
+        whole = torch.randn(48, 64, generator=generator).to(getattr(torch, dtype))
         whole[40, 3] = 50.0  # the last rank alone has the largest value
         mine = torch.tensor_split(whole, world_size)[rank]
         layout = comfy.quant_ops.TensorCoreNVFP4Layout

@@ -93,7 +93,7 @@ def machine_of(ranks: list[dict[str, Any]], name: str) -> Machine:
 
     pool: Any = types.SimpleNamespace(
         devices=[Device("cpu")] * len(replies),
-        joined=[Joined(rank, 1, "cpu", {}, 0, 0) for rank in range(len(replies))],
+        joined=[Joined(rank, 1, "cpu", {}, 0, 0, 0) for rank in range(len(replies))],
         world_size=len(replies),
         generation=1,
         no_peer_to_peer=None,

@@ -13,7 +13,8 @@ NUM_RANKS = 3
 
 @pytest.mark.newest_only
 @pytest.mark.needs("comfy/quant_ops.py", "TensorCoreNVFP4Layout")
-def test_nvfp4_scales_its_input_as_on_one_rank(tree: Tree, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nvfp4_scales_its_input_as_on_one_rank(tree: Tree, tmp_path: Path, dtype: str) -> None:
     processes = [Inside(tree, {"XDIT_STRATEGY": "off"}) for _ in range(NUM_RANKS)]
     try:
         for rank, process in enumerate(processes):
@@ -22,6 +23,7 @@ def test_nvfp4_scales_its_input_as_on_one_rank(tree: Tree, tmp_path: Path) -> No
                 rank=rank,
                 world_size=NUM_RANKS,
                 store=str(tmp_path / "store"),
+                dtype=dtype,
             )
         results = [process.finish_call() for process in processes]
     finally:

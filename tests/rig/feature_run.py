@@ -26,8 +26,9 @@ COMMON_PACKS = (
 """Node packs that nearly all rows can have beside them."""
 SIDE = 128
 # In 16 bits, stock against stock with another of ComfyUI's attention functions (0.33.0, 128 x 128
-# px, 2 steps) differs by up to 3/255, 52.3 dB and 6.2e-3 of the latent.
-ROUNDED = Bound(max_pixel=3, min_psnr_db=50.0, max_latent_error=8e-3)
+# px, 2 steps, 4 heads, 12 seeds, three functions) differs by up to 6/255, 49.9 dB and 8.2e-3 of the
+# latent; in the median by 3/255.
+ROUNDED = Bound(max_pixel=6, min_psnr_db=50.0, max_latent_error=8e-3)
 
 
 @dataclass(frozen=True)

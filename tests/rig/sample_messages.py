@@ -15,6 +15,7 @@ SOURCE = ModelSource(
     size_bytes=23_802_932_552,
     mtime_ns=1_700_000_000_123_456_789,
     uncast=["double_blocks.0.img_attn.norm.query_norm.scale"],
+    dtypes=["torch.float8_e4m3fn", "torch.bfloat16"],
 )
 TREE = {
     "x": {"$slot": [0, 7, "bfloat16", [1, 16, 128, 128]]},
@@ -59,6 +60,7 @@ MESSAGES = [
         arguments=TREE,
         result=0,
         pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
+        working_bytes=1 << 30,
     ),
     calls.Free(request=9, streams=[3, 4]),
     calls.Control(
@@ -96,7 +98,13 @@ MESSAGES = [
     messages.Stop(),
     replies.Joining(rank=1),
     replies.Joined(
-        rank=1, pid=4242, device="cuda:0", seconds={"torch": 1.25}, total_bytes=0, free_bytes=0
+        rank=1,
+        pid=4242,
+        device="cuda:0",
+        seconds={"torch": 1.25},
+        total_bytes=24 << 30,
+        free_bytes=23 << 30,
+        group_bytes=300 << 20,
     ),
     replies.Alive(request=1, count=57),
     replies.Loading(request=1, done=0.25),
@@ -120,6 +128,7 @@ MESSAGES = [
     ),
     replies.Fetched(request=5, bytes_between_ranks=1 << 20),
     replies.Declined(request=2, reason="KeyError: 'sigmas'"),
+    replies.NoRoom(request=2, is_mine=True),
     replies.Controlled(
         request=3,
         layout={"input": [0, 0, None], "output": []},
@@ -137,6 +146,7 @@ MESSAGES = [
         bytes_between_ranks=123,
         bytes_written=456,
         busy_seconds=0.05,
+        is_launch_bound=False,
     ),
     probing.Probed(
         request=6,

@@ -24,6 +24,8 @@ from rig.warm import THREADS, Forked, start
 
 SHIM = Path(__file__).with_name("shim")
 EMULATED = Path(__file__).with_name("emulated_gpu")
+LEDGER = "cards"
+"""Of a server with emulated cards, in its base directory: what each process has on each card."""
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 10.0
 FRONT_END = "<!doctype html><title>ComfyUI without its web page</title>"
@@ -38,7 +40,7 @@ class Server(Client):
         base_dir: ComfyUI's base directory; its ``models`` must exist.
         env: settings of this server. The caller's own XDIT_* variables are not passed on.
         device: ``cpu`` starts ComfyUI with ``--cpu``; ``gpu`` lets ComfyUI choose; ``emulated``
-            gives it cards that the CPU emulates, ``EMULATED_GPUS`` of them.
+            gives it cards that the CPU emulates (``EMULATED_CARDS``, emulated_gpu/).
         is_cold: whether ComfyUI starts as a user's does, in an interpreter of its own and with the
             nodes of paid services. Others are forked from ``warm.py``'s where arguments allow it.
         threads: CPU threads of the ComfyUI process; None leaves them alone.
@@ -72,10 +74,13 @@ class Server(Client):
         self.start_s = 0.0
         self._start_deadline_s = start_deadline_s
         cache = {"XDG_CACHE_HOME": str(base_dir / "cache")}
-        self._environment = environment_of({**cache, **self.env}, threads)
+        self.environment = environment_of({**cache, **self.env}, threads)
         if device == "emulated":
-            self._environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
-            self._environment.setdefault("EMULATED_GPUS", "1")
+            self.environment["PYTHONPATH"] += f"{os.pathsep}{EMULATED}"
+            folders = (EMULATED / "bin", Path(python).parent, os.environ["PATH"])
+            path = os.pathsep.join(map(str, folders))
+            cards = {"EMULATED_CARDS": "4090", "EMULATED_LEDGER": str(base_dir / LEDGER)}
+            self.environment = {**cards, **self.environment, "PATH": path}
         self._interpreter = [*within, str(python)]
         self._is_cold = is_cold or device != "cpu"
         self._command = ["main.py", "--listen", "127.0.0.1"]
@@ -103,7 +108,7 @@ class Server(Client):
             self.process = start(
                 self._command,
                 folder=self.tree.path,
-                environment=self._environment,
+                environment=self.environment,
                 stdin=nothing.fileno(),
                 output=log.fileno(),
                 interpreter=self._interpreter,

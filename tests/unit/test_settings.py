@@ -48,7 +48,6 @@ def test_the_process_environment_is_read_unless_another_is_given(monkeypatch):
         ("cpu:2", DeviceRequest("cpu", count=2)),
         ("CPU:12", DeviceRequest("cpu", count=12)),
         ("GPU-1a2b,GPU-3c4d-5e", DeviceRequest("uuids", uuids=("GPU-1a2b", "GPU-3c4d-5e"))),
-        ("MIG-00aa11bb", DeviceRequest("uuids", uuids=("MIG-00aa11bb",))),
     ],
 )
 def test_gpus_can_be_named_in_these_ways(text, expected):
@@ -61,7 +60,7 @@ def test_gpus_can_be_named_in_these_ways(text, expected):
         *("-1", "1.5", "two", ",", "0,,1", "all,0", "1000", "cuda:0"),
         *("0,1,0", "0,00", "GPU-1a2b,GPU-1A2B"),  # one GPU named twice
         *("cpu", "cpu:0", "cpu:-1", "cpu:x"),
-        *("0,GPU-1a2b", "GPU-", "GPU-xyz!"),
+        *("0,GPU-1a2b", "GPU-", "GPU-xyz!", "MIG-00aa11bb"),
     ],
 )
 def test_other_ways_to_name_gpus_are_refused(text):

@@ -18,9 +18,10 @@ import itertools
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
+import emulated_allocator as allocator
 import emulated_tensors as tensors
 import torch
 from emulated_memory import HostBuffer, Memory, ModelMMAP, Place, VRAMBuffer, read
@@ -44,7 +45,7 @@ class ModelVBAR(Memory):
         self.everywhere.add(self)
 
     def __del__(self) -> None:
-        tensors.give_back(self.device, self.loaded_size())
+        allocator.give_back_to_driver(self.device, self.loaded_size())
 
     def prioritize(self, malloc_async_clamp: int | None = None) -> None:
         self.priority = next(self._numbers)
@@ -84,7 +85,7 @@ class ModelVBAR(Memory):
                 break
             if not self._users.get(page):
                 del self._arrived[page]
-                tensors.give_back(self.device, PAGE_BYTES)
+                allocator.give_back_to_driver(self.device, PAGE_BYTES)
                 start = page * PAGE_BYTES
                 ctypes.memset(self.address + start, 0xFF, min(PAGE_BYTES, self._size - start))
                 taken += PAGE_BYTES
@@ -98,7 +99,7 @@ class ModelVBAR(Memory):
         """Count one page more; models that were asked for longer ago make room for it."""
         others = sorted(self.everywhere, key=lambda bar: bar.priority)
         others = [bar for bar in others if bar.device == self.device and bar is not self]
-        while not tensors.take(self.device, PAGE_BYTES):
+        while not allocator.found_room(self.device, PAGE_BYTES):
             if not any(bar.free_memory(PAGE_BYTES) for bar in others):
                 return False
         return True
@@ -144,6 +145,13 @@ def read_file_to_device(
     read(file_obj, file_offset, size, device_ptr)
 
 
+def _init(devices: Iterable[Any]) -> bool:
+    """Have a context on each card, as comfy-aimdo has. Newer versions are told a headroom too."""
+    for device in devices:
+        allocator.touch(device[0] if isinstance(device, tuple) else device)
+    return True
+
+
 def _always(answer: Any) -> Any:
     return lambda *_, **__: answer
 
@@ -156,7 +164,7 @@ def _levels() -> Iterator[str]:
 def install() -> None:
     """Put the package in the place of comfy-aimdo's, installed or not."""
     modules: dict[str, dict[str, Any]] = {
-        "control": {"init": _always(True), "init_devices": _always(True), "analyze": _always(None)}
+        "control": {"init": _always(True), "init_devices": _init, "analyze": _always(None)}
         | dict.fromkeys(_levels(), _always(None)),
         "host_buffer": {"HostBuffer": HostBuffer, "read_file_to_device": read_file_to_device},
         "model_mmap": {"ModelMMAP": ModelMMAP},

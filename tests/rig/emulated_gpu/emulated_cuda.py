@@ -2,48 +2,43 @@
 
 Runs in: every process of a rig server with emulated cards; the shim imports it at start.
 
-    EMULATED_GPUS=2   how many          EMULATED_GIB=24   memory of each, counted in each process
-
-Cards answer as Ada ones (8.9) do. NCCL is gloo on what the tensors are. Streams do nothing, and
-an event notes the time. ``inference_mode`` is ``no_grad``: views of inference tensors cannot be
+Which cards there are: ``emulated_cards.py``; their memory: ``emulated_allocator.py`` for each
+process, ``emulated_ledger.py`` for all. NCCL is gloo on what the tensors are. Streams do nothing,
+and an event notes the time. ``inference_mode`` is ``no_grad``: views of inference tensors cannot be
 wrapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
+import inspect
 import threading
 import time
 import types
 import uuid
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import emulated_aimdo
+import emulated_allocator as allocator
 import emulated_modes
 import emulated_tensors as tensors
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-UUIDS = [
-    f"GPU-00000000-0000-0000-0000-{number:012d}"
-    for number in range(int(os.environ["EMULATED_GPUS"]))
-]
 _current = threading.local()
-
-
-def visible() -> list[str]:
-    """Cards that this process sees."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if names is None:
-        return UUIDS
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    return [name if name in UUIDS else UUIDS[int(name)] for name in wanted]
-
-
-VISIBLE = visible()
+EXCHANGES = (
+    "all_to_all_single",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "batch_isend_irecv",
+    "isend",
+    "irecv",
+)
 
 
 def index_of(device: Any = None) -> int:
@@ -55,18 +50,19 @@ def index_of(device: Any = None) -> int:
 
 def properties(device: Any = None) -> types.SimpleNamespace:
     """What torch says of a card."""
-    index = index_of(device)
+    card = allocator.card_of(index_of(device))
+    major, minor = card.kind.capability
     return types.SimpleNamespace(
-        name="NVIDIA GeForce RTX 4090 (emulated)",
-        total_memory=tensors.TOTAL_BYTES,
-        major=8,
-        minor=9,
-        multi_processor_count=128,
-        uuid=uuid.UUID(VISIBLE[index].removeprefix("GPU-")),
+        name=f"{card.kind.name} (emulated)",
+        total_memory=card.total_bytes,
+        major=major,
+        minor=minor,
+        multi_processor_count=card.kind.num_processors,
+        uuid=uuid.UUID(card.uuid.removeprefix("GPU-")),
         is_integrated=0,
         gcnArchName="",
         pci_domain_id=0,
-        pci_bus_id=index + 1,
+        pci_bus_id=card.number + 1,
         pci_device_id=0,
         L2_cache_size=72 << 20,
         warp_size=32,
@@ -91,6 +87,13 @@ class Event:
 
     def elapsed_time(self, other: Event) -> float:
         return 1e3 * (other.at - self.at)
+
+
+class Generator(torch.Generator):
+    """Random numbers of a card are those of the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg,no-any-return]
 
 
 class Stream:
@@ -126,56 +129,76 @@ def _set_device(device: Any) -> None:
     _current.index = index_of(device)
 
 
-def _memory(device: Any = None) -> tuple[int, int]:
-    used = tensors.alive.get(index_of(device), 0)
-    return max(0, tensors.TOTAL_BYTES - used), tensors.TOTAL_BYTES
-
-
-def _allocated(device: Any = None) -> int:
-    return tensors.alive.get(index_of(device), 0)
-
-
 def _statistics(device: Any = None) -> dict[str, int]:
-    names = ("active_bytes.all.current", "reserved_bytes.all.current")
-    return dict.fromkeys(names, _allocated(device))
+    index = index_of(device)
+    return {
+        "active_bytes.all.current": allocator.active(index),
+        "reserved_bytes.all.current": allocator.reserved(index),
+    }
 
 
 def _runtime() -> types.SimpleNamespace:
-    names = ("cudaHostRegister", "cudaHostUnregister", "cudaGetLastError")
-    return types.SimpleNamespace(**dict.fromkeys(names, lambda *_: 0))
+    locked: dict[int, int] = {}
+
+    def register(address: int, size: int, flags: int = 0) -> int:
+        locked[address] = size
+        allocator.pin(size)
+        return 0
+
+    def unregister(address: int) -> int:
+        allocator.pin(-locked.pop(address, 0))
+        return 0
+
+    return types.SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=unregister, cudaGetLastError=lambda *_: 0
+    )
+
+
+def _pinned(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+    copy = tensor.clone()
+    size = copy.nbytes
+    allocator.pin(size)
+    weakref.finalize(copy, allocator.pin, -size)
+    return copy
+
+
+def _has_peers(device: int, peer: int) -> bool:
+    return all(allocator.card_of(index).kind.has_peers for index in (device, peer))
 
 
 def _put_into_torch() -> None:
     cuda: Any = torch.cuda
-    answers = {
-        "is_available": len(VISIBLE) > 0,
-        "device_count": len(VISIBLE),
-        "get_device_capability": (8, 9),
-        "is_bf16_supported": True,
-        "can_device_access_peer": False,
-        "get_allocator_backend": "native",
-    }
-    for name, answer in answers.items():
-        setattr(cuda, name, lambda *_, answer=answer, **__: answer)
-    silent = ("synchronize", "empty_cache", "ipc_collect", "manual_seed", "manual_seed_all")
-    for name in (*silent, "reset_peak_memory_stats"):
+    cuda.is_available = lambda: len(allocator.visible_cards()) > 0
+    cuda.device_count = lambda: len(allocator.visible_cards())
+    cuda.get_device_capability = lambda device=None: (
+        allocator.card_of(index_of(device)).kind.capability
+    )
+    cuda.is_bf16_supported = lambda including_emulation=True: True
+    cuda.can_device_access_peer = _has_peers
+    cuda.get_allocator_backend = lambda: "native"
+    for name in ("synchronize", "ipc_collect", "manual_seed", "manual_seed_all"):
         setattr(cuda, name, lambda *_, **__: None)
+    cuda.empty_cache = allocator.empty_cache
+    cuda.reset_peak_memory_stats = lambda device=None: allocator.forget_peak(index_of(device))
     stream = Stream()
     cuda.current_stream = cuda.default_stream = lambda *_: stream
     cuda.current_device, cuda.set_device = index_of, _set_device
     cuda.get_device_properties = properties
     cuda.get_device_name = lambda device=None: properties(device).name
-    cuda.mem_get_info = cuda.memory.mem_get_info = _memory
-    cuda.memory_stats, cuda.memory_allocated = _statistics, _allocated
-    cuda.max_memory_allocated = lambda device=None: tensors.peak.get(index_of(device), 0)
-    cuda.cudart, cuda.stream, cuda.device = _runtime, _nothing, _nothing
+    cuda.mem_get_info = lambda device=None: allocator.free_and_total(index_of(device))
+    cuda.memory.mem_get_info = cuda.mem_get_info
+    cuda.memory_stats = _statistics
+    cuda.memory_allocated = lambda device=None: allocator.active(index_of(device))
+    cuda.max_memory_allocated = lambda device=None: allocator.peak(index_of(device))
+    runtime = _runtime()
+    cuda.cudart, cuda.stream, cuda.device = (lambda: runtime), _nothing, _nothing
     cuda.Stream, cuda.Event = Stream, Event
     cuda._initialized = True
     anything: Any = torch
-    anything.Stream = Stream
+    anything.Stream, anything.Generator = Stream, Generator
     anything.inference_mode = lambda mode=True: torch.no_grad() if mode else torch.enable_grad()
     of_tensors: Any = torch.Tensor
-    of_tensors.pin_memory = lambda self, device=None: self
+    of_tensors.pin_memory = _pinned
     of_tensors.is_pinned = lambda self, device=None: False
     of_tensors.record_stream = lambda self, stream: None
     of_tensors.cuda = lambda self, device=None, **_: self.to(f"cuda:{index_of(device)}")
@@ -194,8 +217,49 @@ def _put_into_groups() -> None:
             kwargs["backend"] = "gloo"
         return new_group(*args, **kwargs)
 
+    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+        destroy(*args, **kwargs)
+        allocator.leave_groups()
+
+    destroy = dist.destroy_process_group
     for module in (dist, c10d):
         module.init_process_group, module.new_group = init_process_group, group  # type: ignore[attr-defined]
+        module.destroy_process_group = destroy_process_group  # type: ignore[attr-defined]
+    for name in EXCHANGES:
+        counted = _communicating(getattr(dist, name))
+        setattr(dist, name, counted)
+        setattr(c10d, name, counted)
+
+
+def _communicating(exchange: Any) -> Any:
+    """Have an exchange of a group's take what a communicator takes on the card, at its first one.
+
+    Of two ranks alone, sends outside of a batch have one of their own.
+    """
+    is_pair = exchange.__name__ in ("isend", "irecv", "send", "recv")
+
+    @functools.wraps(exchange)
+    def exchanged(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        values = call.arguments
+        operations = values.get("p2p_op_list")
+        first = operations[0].tensor if operations else next(iter(values.values()))
+        group = operations[0].group if operations else values.get("group")
+        first = first[0] if isinstance(first, list) else first
+        is_inner = getattr(_current, "is_batch", False)
+        if isinstance(first, tensors.Emulated) and not is_inner:
+            other = next((values[n] for n in ("dst", "src") if n in values), None)
+            me = dist.get_rank()
+            key = id(group or dist.group.WORLD), (min(me, other), max(me, other)) if is_pair else 0
+            allocator.join_group(first.where.index, key)
+        _current.is_batch = is_inner or operations is not None
+        try:
+            return exchange(*args, **kwargs)
+        finally:
+            _current.is_batch = is_inner
+
+    signature = inspect.signature(exchange)
+    return exchanged
 
 
 def _put_into_threads() -> None:
@@ -209,7 +273,17 @@ def _put_into_threads() -> None:
     emulated_modes.enter()
 
 
+def _put_into_kernels() -> None:
+    """Have comfy-kitchen, if it is installed, do without kernels that a driver would launch."""
+    with contextlib.suppress(ImportError):
+        import comfy_kitchen
+
+        for name in ("cuda", "triton"):
+            comfy_kitchen.registry.disable(name)
+
+
 _put_into_torch()
+_put_into_kernels()
 _put_into_groups()
 _put_into_threads()
 emulated_aimdo.install()

@@ -25,12 +25,23 @@ class Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for item in tree_flatten((args, kwargs))[0]:
+        flat = tree_flatten((args, kwargs))[0]
+        for item in flat:
+            # A quantised tensor takes itself apart; its parts come here again.
+            if isinstance(item, torch.Tensor) and _has_its_own_way(type(item)):
+                with self:
+                    return type(item).__torch_dispatch__(func, types, args, kwargs)
+        for item in flat:
             if isinstance(item, Emulated) or (
                 isinstance(item, torch.device) and item.type == "cuda"
             ):
                 return call(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _has_its_own_way(cls: type) -> bool:
+    ways = (torch.Tensor.__torch_dispatch__, Emulated.__torch_dispatch__)
+    return all(cls.__torch_dispatch__ != way for way in ways)  # type: ignore[attr-defined]
 
 
 class Functions(TorchFunctionMode):
@@ -64,8 +75,8 @@ def _of_a_card(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return torch.tensor(args[1], dtype=kwargs.get("dtype", tensor.dtype)).to(tensor.device)
     if func == torch.Tensor.data.__get__:
         return tensor.detach()
-    if func is torch.Tensor.data_ptr:
-        return tensor.inner.data_ptr()
+    if func in (torch.Tensor.data_ptr, torch.Tensor.tolist):
+        return func(tensor.inner)
     if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
 
         def index(item: Any) -> Any:

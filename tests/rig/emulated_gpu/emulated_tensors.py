@@ -11,17 +11,16 @@ another card. Every ATen call with one comes here (``emulated_modes.py``). Facts
 
 from __future__ import annotations
 
-import os
 import weakref
 from typing import Any
 
+import emulated_allocator as allocator
 import torch
 import torch.utils
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-TOTAL_BYTES = int(float(os.environ.get("EMULATED_GIB", "24")) * 2**30)
 MAY_MIX = {
     aten._has_compatible_shallow_copy_type.default,
     aten._to_copy.default,
@@ -38,8 +37,6 @@ MAY_MIX = {
 ANSWERS_ON_CPU = (aten._local_scalar_dense.default, aten.equal.default)
 FOLLOWS_FIRST = (aten.copy_.default, aten.index.Tensor)
 
-alive: dict[int, int] = {}
-peak: dict[int, int] = {}
 _counted: set[int] = set()
 _written: dict[Any, list[Any]] = {}
 
@@ -89,29 +86,14 @@ def _count(inner: torch.Tensor, index: int) -> None:
     key, size = storage._cdata, storage.nbytes()
     if key in _counted:
         return
-    if not take(index, size):
-        raise torch.cuda.OutOfMemoryError(f"CUDA out of memory: {size} bytes on an emulated card.")
+    allocator.take(index, size)
     _counted.add(key)
 
     def gone() -> None:
         _counted.discard(key)
-        give_back(index, size)
+        allocator.give_back(index, size)
 
     weakref.finalize(storage, gone)
-
-
-def take(index: int, size: int) -> bool:
-    """Count this much more memory of a card, if it has that."""
-    used = alive.get(index, 0) + size
-    if used > TOTAL_BYTES:
-        return False
-    alive[index], peak[index] = used, max(peak.get(index, 0), used)
-    return True
-
-
-def give_back(index: int, size: int) -> None:
-    """Count this much less."""
-    alive[index] = alive.get(index, 0) - size
 
 
 def real(value: Any) -> Any:

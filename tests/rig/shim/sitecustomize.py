@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-if os.environ.get("EMULATED_GPUS"):
+if os.environ.get("EMULATED_CARDS"):
     import emulated_cuda  # noqa: F401 - before anything asks torch for a device
 
 import rig_shim_corpus

@@ -109,3 +109,20 @@ def test_events_are_used_again(stream):
         call(clock, stream, compute_ms=1, wait_ms=1)
         clock.stop(is_copied_out=True)
     assert stream.events == 2 + 2 * 3
+
+
+@pytest.mark.parametrize(("took_ms", "is_bound"), [(30, False), (10, True)])
+def test_a_call_that_the_cpu_issues_slowly_is_told_from_one_that_the_gpu_computes(
+    stream, monkeypatch, took_ms, is_bound
+):
+    """The CPU issues the call in 20 ms; what the copy out waits for the GPU does not count."""
+    now = [0.0]
+    monkeypatch.setattr(busy.time, "perf_counter", lambda: now[0])
+    clock = BusyClock()
+    clock.start(CUDA)
+    now[0] += 0.020
+    clock.launched()
+    stream.now_ms += took_ms
+    now[0] += 1.0
+    clock.stop(is_copied_out=True)
+    assert clock.is_launch_bound == is_bound

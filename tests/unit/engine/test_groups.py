@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from comfy_xdit_patch.planning.grid import num_communicators
+
 STEP_TIMEOUT_S = 0.7
 DEADLINE_S = 120
 RANK = f"""
@@ -101,6 +103,31 @@ def test_an_axis_of_one_rank_has_no_group(world):
 
 def test_the_group_of_all_ranks_is_the_world_and_that_of_the_weights_is_apart(world):
     assert all(found["is_world"] and found["is_apart"] for found in world)
+
+
+@pytest.mark.parametrize(
+    ("plan", "degrees"),
+    [
+        ("ulysses=2,ring=2", (1, 1, 2, 2, 1)),
+        ("batch=2,ulysses=2", (2, 1, 1, 2, 1)),
+        ("pipefusion=2,tensor=2", (1, 2, 1, 1, 2)),
+        ("batch=4", (4, 1, 1, 1, 1)),
+    ],
+)
+def test_memory_is_planned_for_as_many_communicators_as_a_rank_has(world, plan, degrees):
+    neighbours = degrees[1] - 1  # of two stages
+    for found in world:
+        shared = {name: ranks for name, ranks in found["ranks"].items() if plan in name and ranks}
+        groups = {tuple(ranks) for name, ranks in shared.items() if "pipeline" not in name}
+        assert num_communicators(degrees) == len(groups | {(0, 1, 2, 3)}) + neighbours
+
+
+@pytest.mark.parametrize(
+    ("degrees", "number"),
+    [((1, 1, 1, 8, 1), 1), ((1, 1, 2, 4, 1), 3), ((1, 1, 1, 2, 4), 3), ((2, 4, 1, 1, 1), 3)],
+)
+def test_every_axis_but_that_of_all_ranks_has_a_communicator(degrees, number):
+    assert num_communicators(degrees) == number
 
 
 def test_a_group_is_made_once_and_none_beside_it(world):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from rig import recorded_topologies as recorded
@@ -141,6 +143,41 @@ def test_links_that_nobody_knows_are_said_to_be_unknown(installed, monkeypatch):
     assert "link unknown, peer-to-peer unknown: ranks 0-1" in report
     assert "not found out: nvidia-smi topo: it is not installed, or not on PATH" in report
     assert is_well, "unknown is not wrong"
+
+
+@pytest.mark.parametrize(
+    ("mode", "size_mib", "peers", "faults"),
+    [
+        ("Default", 64, "OK", []),
+        ("Default", 64, "NS", ["/dev/shm has 64 MiB"]),
+        ("Default", 2048, "NS", []),
+        ("Exclusive_Process", 64, "OK", ["rank 0: compute mode", "rank 1: compute mode"]),
+    ],
+)
+def test_what_keeps_processes_from_sharing_gpus_is_wrong(
+    installed, monkeypatch, mode, size_mib, peers, faults
+):
+    uuids = [recorded.uuid_of(i) for i in range(2)]
+    table = f"\tGPU0\tGPU1\nGPU0\tX\t{peers}\nGPU1\t{peers}\tX\n"
+    modes = "".join(f"{uuid}, {mode}\n" for uuid in uuids)
+    for name, text in (("listing", recorded.listing(2)), ("modes", modes), ("topo", table)):
+        (installed / name).write_text(text)
+    program = installed / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in topo) f=topo;; *compute_mode) f=modes;; *) f=listing;; esac\n'
+        f'while IFS= read -r line; do echo "$line"; done < {installed}/$f\n'
+    )
+    program.chmod(0o755)
+    size = SimpleNamespace(f_frsize=4096, f_blocks=size_mib << 8)
+    monkeypatch.setattr(os, "statvfs", lambda _: size)
+    monkeypatch.setenv("PATH", str(installed))
+    monkeypatch.setenv("XDIT_GPUS", ",".join(uuids))
+    report, is_well = examine(comfyui=None, url=NOWHERE)
+    wrong = [line.strip()[2:] for line in report.splitlines() if line.startswith("  ! ")]
+    assert [line.startswith(text) for line, text in zip(wrong, faults, strict=True)] == [
+        True for _ in faults
+    ], report
+    assert is_well == (not faults)
 
 
 def test_switched_off_is_not_wrong(installed, monkeypatch):

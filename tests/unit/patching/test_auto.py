@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rig.published import machine_of, make_job
 
-from comfy_xdit_patch.patching.auto import MARGIN, _best
+from comfy_xdit_patch.patching import auto as patching_auto
+from comfy_xdit_patch.patching.auto import MARGIN, Auto, Kind, _best
 from comfy_xdit_patch.planning.cost import predict
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.strategies import parse_asked
@@ -88,3 +91,23 @@ def test_an_usual_plan_that_is_not_predicted_stays():
     job = make_job(execution="compiled", rows=2)
     tiny = dataclasses.replace(job.workload, num_text_tokens=1, num_image_tokens=1)
     assert _best(dataclasses.replace(job, workload=tiny), machine_of("4xl20"), usual(4)) is None
+
+
+def test_what_the_gpu_has_to_do_before_a_step_is_not_counted_for_it(monkeypatch):
+    """5 s of it are left, and the step takes 2 s; launching takes no time."""
+    now, queued = [0.0], [5.0]
+
+    def synchronize(_):
+        now[0] += queued.pop() if queued else 0
+
+    def compute():
+        queued.append(2.0)
+        return "a step"
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(patching_auto.time, "perf_counter", lambda: now[0])
+    took = []
+    trial = SimpleNamespace(took=lambda seconds, *, is_several: took.append(seconds))
+    auto = Auto.__new__(Auto)
+    assert auto.time_one(Kind(None, trial), compute, torch.device("cuda:0")) == "a step"
+    assert took == [2.0]

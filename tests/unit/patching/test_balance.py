@@ -8,7 +8,7 @@ import pytest
 
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.balance import PoolBalance
-from comfy_xdit_patch.patching.holding import Run
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.topology import Device
 
@@ -44,6 +44,14 @@ def test_what_ranks_were_busy_for_becomes_weights_and_status(pool, totals):
     run = measure(balance, 6)
     assert balance.weights(run)[0] > 1.5 * balance.weights(run)[1]
     assert totals.to_dict()["balance"] == {"weights": list(balance.weights(run)), "changes": 1}
+
+
+def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(pool, totals):
+    totals.launch_bound = {0: False, 1: True}
+    balance = PoolBalance("adaptive", pool, totals)
+    assert balance.weights(measure(balance, 20)) == ()
+    totals.launch_bound[1] = False
+    assert balance.weights(measure(balance, 6)) != ()
 
 
 def test_a_run_holds_its_weights_while_others_follow(pool, totals):

@@ -74,7 +74,7 @@ class World:
             self.theirs.append(theirs)
             worker: Any = Quiet(rank, device, Process(), Channel(ours), Path("/nowhere"))  # type: ignore[arg-type]
             workers.append(worker)
-            self.pool.joined[rank] = Joined(rank, 1, "x", {}, 24 << 30, 22 << 30)
+            self.pool.joined[rank] = Joined(rank, 1, "x", {}, 24 << 30, 22 << 30, 0)
         self.pool.workers = tuple(workers)
         self.pool._exchange = Exchange(workers, step_timeout_s=5.0)
         self.pool.generation = 1

@@ -34,6 +34,21 @@ def test_a_model_is_found_with_loader_file_and_options(file):
     assert (source.size_bytes, source.mtime_ns) == (7, os.stat(file).st_mtime_ns)
 
 
+@pytest.mark.parametrize(
+    ("compute", "dtypes"),
+    [
+        (torch.bfloat16, ["torch.float8_e4m3fn", "torch.bfloat16"]),
+        (None, ["torch.float8_e4m3fn", ""]),
+    ],
+)
+def test_what_comfyui_chose_for_its_card_is_noted_for_workers_on_others(file, compute, dtypes):
+    registry, model = ModelRegistry(), BaseModel()
+    model.get_dtype = lambda: torch.float8_e4m3fn
+    model.manual_cast_dtype = compute
+    registry.remember(model, "load_diffusion_model", str(file), {})
+    assert registry.find(model).source.dtypes == dtypes
+
+
 def test_a_relative_path_is_made_absolute_for_the_workers(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     registry, model = ModelRegistry(), BaseModel()

@@ -10,8 +10,8 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.carried import CarriedPatches
-from comfy_xdit_patch.patching.holding import Run
 from comfy_xdit_patch.patching.pipelined import Pipelines
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.workers.pool_state import PoolState
 

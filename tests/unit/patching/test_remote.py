@@ -8,14 +8,15 @@ import os
 import pytest
 import torch
 
-from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.errors import CardsFullError, MessageError, WorkerError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote import RemoteForward
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.messages import Map, Unmap
-from comfy_xdit_patch.transport.replies import Done
-from comfy_xdit_patch.transport.slots import SlotMap, UncarriedArgumentError
+from comfy_xdit_patch.transport.replies import Done, NoRoom
+from comfy_xdit_patch.transport.slot_map import SlotMap
+from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 
 
 class Pool:
@@ -50,7 +51,7 @@ class Pool:
         x = self.map.fetch(request.arguments)["x"]
         self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
         name = str(x.dtype).removeprefix("torch.")
-        return Done(request.request, 7, name, tuple(x.shape), 0.1, 11, x.nbytes, 0.08)
+        return Done(request.request, 7, name, tuple(x.shape), 0.1, 11, x.nbytes, 0.08, False)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def remote(pool):
     return Remote(Wire(pool), Totals())
 
 
-def call(remote, x, patches=None, **arguments):
+def call(remote, x, patches=None, working_bytes=0, **arguments):
     return remote.forward(
         1,
         {"x": x, **arguments},
@@ -79,6 +80,7 @@ def call(remote, x, patches=None, **arguments):
         patches=patches,
         out_channels=x.shape[1],
         poll=lambda: None,
+        working_bytes=working_bytes,
     )
 
 
@@ -119,6 +121,18 @@ def test_bytes_and_forwards_are_counted(pool):
     assert totals.bytes_from_workers == 3 * x.nbytes
     assert totals.bytes_between_ranks == 3 * 11
     assert totals.num_forwards == {0: 7}
+
+
+def test_a_call_for_which_there_is_no_room_costs_no_workers(remote, pool):
+    computes = pool.answer_Forward
+    pool.answer_Forward = lambda request: NoRoom(request.request, True)
+    with pytest.raises(CardsFullError, match=r"^Ranks \[0\] have no 3 MiB for a call\.$"):
+        call(remote, torch.ones(1, 4, 2, 2), working_bytes=3 << 20)
+    assert pool.requests[-1].working_bytes == 3 << 20
+    with pytest.raises(MessageError):  # the pool makes a lost worker of it
+        call(remote, torch.ones(1, 4, 2, 2))  # nobody asked for a look
+    pool.answer_Forward = computes
+    assert torch.equal(call(remote, torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
 
 
 def test_new_workers_are_sent_everything_anew(remote, pool):

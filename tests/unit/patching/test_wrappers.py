@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
 
@@ -39,6 +40,12 @@ class Host:
         self.leaves_out = True
         self.pool = SimpleNamespace(start=lambda: self.seen.append("start"))
         self.seen = []
+        self.memory = SimpleNamespace(loading=self.loading)
+
+    @contextmanager
+    def loading(self, computing_bytes):
+        self.seen.append(("loading", computing_bytes))
+        yield
 
     def forward(self, flux, arguments, compute):
         self.seen.append((flux, arguments))
@@ -65,8 +72,8 @@ class Host:
     def is_flux(self, patcher):
         return True
 
-    def free(self, required, device):
-        self.seen.append(("free", required, device))
+    def free(self, required, device, *, for_dynamic):
+        self.seen.append(("free", required, device, for_dynamic))
 
     def holds_back(self, patcher):
         return self.is_held_back
@@ -129,6 +136,10 @@ def comfy():
         calls.append(("partially_load", device_to, extra_memory, force_patch_weights))
         return "loaded"
 
+    def load_models_gpu(models, memory_required=0, minimum_memory_required=None):
+        calls.append("load_models_gpu")
+        return "models loaded"
+
     return SimpleNamespace(**locals())
 
 
@@ -144,10 +155,19 @@ def call_all(wrappers, comfy):
         wrappers.load_checkpoint(load_checkpoint, None, ("f",), {}),
         wrappers.free_memory(comfy.free_memory, None, (1e30, "gpu"), {}),
         wrappers.partially_load(comfy.partially_load, "patcher", ("gpu", 7), {}),
+        wrappers.load_models(comfy.load_models_gpu, None, (["patcher"],), {}),
     ]
 
 
-STOCK = ["stock", "sampled", "patcher", ("patcher", "clip", "vae"), "freed", "loaded"]
+STOCK = [
+    "stock",
+    "sampled",
+    "patcher",
+    ("patcher", "clip", "vae"),
+    "freed",
+    "loaded",
+    "models loaded",
+]
 ONCE = [
     "_forward",
     "outer_sample",
@@ -155,6 +175,7 @@ ONCE = [
     "load_checkpoint_guess_config",
     "free_memory",
     ("partially_load", "gpu", 7, False),
+    "load_models_gpu",
 ]
 
 
@@ -276,8 +297,17 @@ def test_a_model_that_a_worker_has_on_the_same_gpu_gets_next_to_nothing_there(co
 def test_what_comfyui_wants_free_is_told_to_the_host_afterwards(comfy):
     host = Host()
     Wrappers(host).free_memory(comfy.free_memory, None, (), {"memory_required": 5, "device": "gpu"})
-    assert host.seen == [("free", 5, "gpu")]
+    assert host.seen == [("free", 5, "gpu", False)]
     assert comfy.calls == ["free_memory"]
+
+
+@pytest.mark.parametrize(("args", "computing"), [((["a"],), 0), ((["a"], 7), 7)])
+def test_what_models_compute_with_is_told_to_the_host_before_they_are_loaded(
+    comfy, args, computing
+):
+    host = Host()
+    assert Wrappers(host).load_models(comfy.load_models_gpu, None, args, {}) == "models loaded"
+    assert host.seen == [("loading", computing)]
 
 
 class Patcher:

@@ -72,4 +72,6 @@ def test_workers_that_offload_stream_all_blocks():
 def test_cut_blocks_hold_all_tokens_that_they_compute():
     both = [costs(plan) for plan in (Candidate(ulysses=2), Candidate(ulysses=2, tensor=2))]
     assert both[0].pop("weights") > both[1].pop("weights")
+    one, three = both[0].pop("NCCL, 1 group(s)"), both[1].pop("NCCL, 3 group(s)")
+    assert three == 3 * one, "of all ranks, of the sequence and of the cuts"
     assert both[0] == both[1]

@@ -57,8 +57,22 @@ def test_gpus_are_taken_in_the_order_asked_for(machine, value, expected):
 
 def test_uuids_are_taken_as_they_are(machine):
     machine(4)
-    devices = choose_devices(parse_gpus("GPU-1a2b,MIG-3c4d"))
-    assert [device.uuid for device in devices] == ["GPU-1a2b", "MIG-3c4d"]
+    devices = choose_devices(parse_gpus("GPU-1a2b,GPU-3c4d"))
+    assert [device.uuid for device in devices] == ["GPU-1a2b", "GPU-3c4d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "uuid"), [("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "1a2b"), ("Card", "MIG-1a2b")]
+)
+@pytest.mark.parametrize("value", ["all", "2", "1"])
+def test_slices_of_a_gpu_are_refused_for_nccl_connects_whole_ones(
+    machine, monkeypatch, value, name, uuid
+):
+    machine(2)
+    properties = types.SimpleNamespace(name=name, uuid=uuid, total_memory=10 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    refusal = choose_devices(parse_gpus(value))
+    assert refusal == Refusal("a visible GPU is a MIG slice, and NCCL connects whole GPUs only")
 
 
 @pytest.mark.parametrize("uuid", ["GPU-1a2b", "MIG-1a2b"])

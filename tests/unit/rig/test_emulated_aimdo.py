@@ -10,7 +10,7 @@ import pytest
 import torch
 from rig.server import EMULATED
 
-CARD = 3
+CARD = 1
 PAGE = 32 << 20
 
 
@@ -18,10 +18,10 @@ PAGE = 32 << 20
 def aimdo(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The stand-in, with a card that has room for two pages."""
     monkeypatch.syspath_prepend(str(EMULATED))
+    monkeypatch.setenv("EMULATED_CARDS", "4090,4090:0.0625")
     module = importlib.import_module("emulated_aimdo")
-    monkeypatch.setattr(module.tensors, "TOTAL_BYTES", 2 * PAGE)
     yield module
-    assert not module.tensors.alive.get(CARD), "what a model had on the card is given back"
+    assert not module.allocator.BOOKS.used(CARD), "what a model had on the card is given back"
 
 
 def written(memory: Any, place: tuple[Any, int, int]) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport import packs as module
 from comfy_xdit_patch.transport.packs import NoRoomError, PackMap, PackTable, check_room
-from comfy_xdit_patch.transport.slots import SlotMap, SlotTable
+from comfy_xdit_patch.transport.slot_map import SlotMap
+from comfy_xdit_patch.transport.slots import SlotTable
 
 
 class Model:

@@ -11,9 +11,9 @@ import torch
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport import slots as module
+from comfy_xdit_patch.transport.slot_map import SlotMap
 from comfy_xdit_patch.transport.slots import (
     SLOTS_A_PATH,
-    SlotMap,
     SlotTable,
     UncarriedArgumentError,
 )
@@ -312,6 +312,68 @@ def test_what_an_unsent_call_left_unproved_does_not_trouble_the_next(wire):
     wire.send("x", changed)
     wire.table.begin_call()
     assert wire.table.prove()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Tensors count as a GPU's; ``device`` counts how often an answer of the GPU is waited for."""
+    waits = []
+    monkeypatch.setattr(module, "_is_on_device", lambda _: True)
+
+    def noted(function):
+        return lambda *args: (waits.append(function), function(*args))[1]
+
+    monkeypatch.setattr(torch, "equal", noted(torch.equal))
+    for name in ("tolist", "item", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    return waits
+
+
+def placed_on_device(table, values):
+    table.begin_call({path: value for path, value in values.items() if path != "x"})
+    before = table.bytes_written
+    tree = {path: table.place(path, value) for path, value in values.items()}
+    assert table.prove(), "nothing is left to compare while the GPUs compute"
+    return tree, table.bytes_written - before
+
+
+def test_all_tensors_of_a_device_are_compared_for_one_answer(device):
+    table = SlotTable()
+    values = {"x": torch.rand(8), "context": torch.rand(5, 3), "refs": [torch.rand(2), None]}
+    _, written = placed_on_device(table, values)
+    assert written == sum(t.nbytes for t in (values["x"], values["context"], values["refs"][0]))
+    assert not device, "no slot could have held any of them"
+    again = {"x": torch.rand(8), "context": values["context"].clone(), "refs": values["refs"]}
+    _, written = placed_on_device(table, again)
+    assert written == again["x"].nbytes, "x alone is new in each step"
+    assert len(device) == 1
+
+
+def test_each_tensor_of_a_device_is_found_among_those_that_are_kept(device):
+    table = SlotTable()
+    conds = [torch.rand(3, 2) for _ in range(SLOTS_A_PATH)]
+    slots = [placed_on_device(table, {"context": c})[0]["context"] for c in conds]
+    for cond, slot in zip(conds, slots, strict=True):
+        assert placed_on_device(table, {"context": cond.clone()}) == ({"context": slot}, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_bytes_and_not_values_of_a_device_are_compared(device, dtype):
+    table = SlotTable()
+    value = torch.tensor([0.0, float("nan")]).to(dtype)
+    assert placed_on_device(table, {"y": value})[1] == value.nbytes
+    assert placed_on_device(table, {"y": value.clone()})[1] == 0, "a NaN is itself"
+    other = torch.tensor([-0.0, float("nan")]).to(dtype)
+    assert placed_on_device(table, {"y": other})[1] == value.nbytes, "-0.0 is not 0.0"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.tensor(3.5), lambda: torch.arange(12.0).view(3, 4).T]
+)
+def test_numbers_and_transposed_tensors_of_a_device_are_compared_too(device, make):
+    table = SlotTable()
+    assert placed_on_device(table, {"guidance": make()})[1] == make().nbytes
+    assert placed_on_device(table, {"guidance": make()})[1] == 0
 
 
 def test_a_tensor_that_many_blocks_share_is_sent_once_in_a_call(wire):

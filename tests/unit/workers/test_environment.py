@@ -14,6 +14,7 @@ from comfy_xdit_patch.bootstrap import WORKER_MARK
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.workers.environment import (
+    ALLOCATOR_VARIABLES,
     capture_host_state,
     is_peer_to_peer_off,
     restore_host_state,
@@ -32,12 +33,45 @@ LAUNCHER_VARIABLES = (
 )
 
 
-def test_a_gpu_worker_sees_its_gpu_only_under_torchs_own_allocator(monkeypatch):
+def test_a_gpu_worker_sees_its_gpu_only(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    assert worker_variables(GPU, cpu_threads=1)["CUDA_VISIBLE_DEVICES"] == "GPU-1a2b"
+
+
+@pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (None, "expandable_segments:True"),
+        ("backend:cudaMallocAsync", "expandable_segments:True"),
+        ("backend:native,max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
+        ("expandable_segments:False", "expandable_segments:False"),
+        (
+            "roundup_power2_divisions:[256:1,512:2,>:8],backend:cudaMallocAsync",
+            "roundup_power2_divisions:[256:1,512:2,>:8],expandable_segments:True",
+        ),
+    ],
+)
+def test_a_gpu_worker_has_torchs_own_allocator_with_the_users_options(
+    monkeypatch, name, given, options
+):
+    for either in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(either, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
     variables = worker_variables(GPU, cpu_threads=1)
-    assert variables["CUDA_VISIBLE_DEVICES"] == "GPU-1a2b"
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in variables
+    found = {either: variables.get(either) for either in ALLOCATOR_VARIABLES}
+    assert found == {"PYTORCH_CUDA_ALLOC_CONF": options, "PYTORCH_ALLOC_CONF": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("OMP_NUM_THREADS", "4"), ("NCCL_LAUNCH_ORDER_IMPLICIT", "1")]
+)
+def test_a_gpu_worker_has_our_choice_unless_the_user_made_one(monkeypatch, name, ours):
+    monkeypatch.delenv(name, raising=False)
+    assert worker_variables(GPU, cpu_threads=1)[name] == ours
+    monkeypatch.setenv(name, "0")
+    assert worker_variables(GPU, cpu_threads=1)[name] == "0"
 
 
 def test_a_cpu_worker_has_the_threads_it_was_given(monkeypatch):
@@ -151,6 +185,11 @@ def test_a_worker_gets_the_hosts_search_path_command_line_and_options(comfy):
     assert sys.argv == ["main.py", "--bf16-unet"]
     assert comfy.options.enabled
     assert comfy.cli_args.args.bf16_unet is True
+
+
+def test_a_worker_pins_nothing_for_its_weights_are_pages_of_a_shared_file(comfy):
+    restore_host_state(start(arguments={"disable_pinned_memory": False}))
+    assert comfy.cli_args.args.disable_pinned_memory is True
 
 
 def test_comfyuis_directory_is_put_on_the_search_path_if_it_is_not_there(comfy):

@@ -62,6 +62,14 @@ def test_of_ranks_that_are_stuck_the_one_behind_is_named():
     assert 20 < now <= 20 + 2 * BEAT_S
 
 
+def test_ranks_that_have_issued_as_much_are_all_named():
+    """GPU ranks: what they issued says nothing about which GPU stands still."""
+    watch = Watch([0, 1, 2], patience_s=20, now=0.0)
+    counts = {0: lambda _: 9, 1: lambda _: 8, 2: lambda _: 8}
+    found, _ = follow(watch, until_s=60, counts=counts, outstanding=(0, 1, 2))
+    assert found == Hanging(1, "did not get on for 20 s, nor did ranks 2")
+
+
 def test_a_rank_that_has_answered_is_not_waited_for():
     watch = Watch([0, 1], patience_s=20, now=0.0)
     watch.heard(0, math.inf, 0.0)

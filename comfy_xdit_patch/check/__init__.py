@@ -1,0 +1,1 @@
+"""``comfy-xdit check``: whether the product works on this machine's GPUs, in a few minutes."""

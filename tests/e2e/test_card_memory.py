@@ -1,0 +1,182 @@
+"""What lies on each card while people work: as the plan says, given back, and never read twice.
+
+Emulated cards with one ledger for all processes (``rig/emulated_gpu``). They are smaller than real
+ones and contexts, communicators and ComfyUI's reserves are not, so a card of 4 GiB has room for a
+small model and for what ComfyUI does beside it, and one of 2.5 GiB has not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import graphs
+from rig.checkpoints import Sizes, models_directory
+from rig.emulated_gpu.emulated_ledger import Ledger
+from rig.graphs import Graph
+from rig.pair import STRICT
+from rig.server import LEDGER, Server, base_directory
+from rig.trees import Tree
+from rig.weight_graphs import with_loras
+from rig.weight_rows import KOHYA
+
+pytestmark = [
+    pytest.mark.newest_only,
+    pytest.mark.slow,  # every call with a card's tensor passes through Python
+    pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled"),
+]
+
+MIB = 1 << 20
+CONTEXT, GROUP, RESERVE = 600 * MIB, 256 * MIB, 500 * MIB
+SIZES = Sizes(hidden=1024, double=4, single=4, variants=True)
+"""420 MiB in bf16."""
+DEADLINE_S = 400.0
+NUM_STEPS = 2
+Record = Callable[[str, object], None]
+
+
+def prompt(number: int, side: int = 64) -> Graph:
+    """A picture of its own text, as small as they come."""
+    graph = graphs.load("ksampler_dev")
+    graph = graphs.with_values(graph, seed=number, size=(side, side), steps=NUM_STEPS)
+    for node in graph.values():
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] = f"prompt {number}"
+    return graph
+
+
+class Work:
+    """A server on two cards, and what everybody has on them."""
+
+    def __init__(self, server: Server, ledger: Ledger) -> None:
+        self.server, self.ledger = server, ledger
+        self._number = 0
+
+    def make(self, change: Callable[[Graph], Graph] = lambda graph: graph) -> dict[str, Any]:
+        """Make a picture, all of its steps parallel; return the status after it."""
+        self._number += 1
+        before = self.server.status()
+        self.server.run(change(prompt(self._number)), DEADLINE_S)
+        status = self.server.status()
+        assert status["steps_parallel"] - before["steps_parallel"] == NUM_STEPS, status["last_run"]
+        assert status["steps_fell_back"] == before["steps_fell_back"]
+        assert "out of memory" not in self.server.log_text()
+        return status
+
+    def on_card(self, card: int) -> tuple[int, int]:
+        """Bytes that ComfyUI, and that the rank of a card has there."""
+        assert self.server.process is not None
+        found = self.ledger.by_process(card)
+        rank = self.server.status()["ranks"][card]["pid"]
+        return found.get(self.server.process.pid, 0), found.get(rank, 0)
+
+
+@contextmanager
+def working(
+    tree: Tree, path: Path, gib: float, *arguments: str, mode: dict[str, str] = STRICT
+) -> Iterator[Work]:
+    cards = f"4090:{gib},4090:{gib}"
+    env = {"XDIT_GPUS": "0,1", "XDIT_STRATEGY": "ulysses", "EMULATED_CARDS": cards, **mode}
+    around = ("--fp32-vae", "--fp32-text-enc")
+    with (
+        base_directory(path / "base", models_directory(SIZES)) as base,
+        Server(tree, base, env=env, device="emulated", extra_args=(*around, *arguments)) as server,
+    ):
+        yield Work(server, Ledger(base / LEDGER))
+
+
+def planned_bytes(status: dict[str, Any]) -> int:
+    """What the plan counts on the card where it is tightest, to 50 MiB."""
+    gib = re.search(r": ([0-9.]+) of [0-9.]+ GiB on rank 0", status["residency"][0])
+    assert gib is not None, status["residency"]
+    return int(float(gib[1]) * (1 << 30))
+
+
+def test_cards_with_room_for_both_hold_what_is_planned_and_nothing_is_read_twice(
+    tree: Tree, tmp_path: Path, record_property: Record
+) -> None:
+    with working(tree, tmp_path, 4) as work:
+        assert [work.ledger.used(card) for card in (0, 1)] == [CONTEXT, CONTEXT], "of ComfyUI"
+        status = work.make()
+        weights = status["ranks"][0]["weight_bytes"]
+        ranks = [work.on_card(card)[1] for card in (0, 1)]
+        for card, on_card in enumerate(ranks):
+            assert on_card >= CONTEXT + GROUP + weights
+            planned = planned_bytes(status) - RESERVE - CONTEXT  # ComfyUI's is not the rank's
+            error = abs(on_card - planned) / planned
+            record_property(f"card {card}, planned and held", (planned // MIB, on_card // MIB))
+            assert error < 0.1, f"{planned // MIB} MiB planned, {on_card // MIB} held"
+        for change in (lambda graph: graph, lambda graph: with_loras(graph, (KOHYA, 1.0))):
+            status = work.make(change)
+        assert (status["gave_way"], status["loads"]) == (0, 1), "there is room for all"
+        assert [work.on_card(card)[1] for card in (0, 1)] == pytest.approx(ranks, rel=0.1)
+        host, _ = work.on_card(0)
+        assert host < CONTEXT + weights, "ComfyUI's own copy of the model is not on the card"
+        work.server.free_until(
+            lambda: max(work.on_card(card)[1] for card in (0, 1)) < CONTEXT + GROUP + 16 * MIB,
+            DEADLINE_S,
+            "Free: the ranks have more than context, communicator and arguments of the last call.",
+        )
+
+
+@pytest.mark.thorough
+def test_on_cards_without_room_for_both_the_rank_leaves_and_returns(
+    tree: Tree, tmp_path: Path
+) -> None:
+    with working(tree, tmp_path, 2.5) as work:
+        for _ in range(2):
+            status = work.make()
+        assert status["gave_way"] > 0
+        assert status["loads"] == 1, "it returns from the file's own pages"
+        assert work.ledger.peak(0) <= 2.5 * (1 << 30)
+
+
+@pytest.mark.thorough
+def test_a_call_without_room_on_a_card_costs_no_rank(tree: Tree, tmp_path: Path) -> None:
+    """Another program takes what is left of a card. A call of a size that was made goes on."""
+    lenient = {"XDIT_START_TIMEOUT": STRICT["XDIT_START_TIMEOUT"], "XDIT_START": "first"}
+    with working(tree, tmp_path, 4, mode=lenient) as work:
+        pids = [rank["pid"] for rank in work.make()["ranks"]]
+        left = (4 << 30) - work.ledger.used(1)
+        assert work.ledger.take(1, left, 4 << 30)
+        work.make()
+        work.server.run(prompt(50, side=256), DEADLINE_S)
+        status = work.server.status()
+        reasons = {"the cards have no room for this call beside the weights": NUM_STEPS}
+        assert status["last_run"]["fall_back_reasons"] == reasons
+        assert status["last_error"].startswith("Ranks [1] have no ")
+        work.ledger.give_back(1, left)
+        work.server.run(prompt(51, side=256), DEADLINE_S)
+        status = work.server.status()
+        assert status["last_run"]["steps_parallel"] == NUM_STEPS
+        assert [rank["pid"] for rank in status["ranks"]] == pids, "none was lost"
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif("EMULATED_ALL" not in os.environ, reason="half an hour: EMULATED_ALL=1")
+@pytest.mark.parametrize("gib", [4, 2.5])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--disable-dynamic-vram",),
+        ("--disable-dynamic-vram", "--lowvram"),
+        ("--highvram",),
+        ("--novram",),
+        ("--reserve-vram", "0.7"),
+        ("--disable-smart-memory",),
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
+    tree: Tree, tmp_path: Path, arguments: tuple[str, ...], gib: float
+) -> None:
+    with working(tree, tmp_path, gib, *arguments) as work:
+        for change in (lambda graph: graph, lambda graph: with_loras(graph, (KOHYA, 1.0))):
+            work.make(change)
+        work.server.free_and_wait()
+        work.make()

@@ -1,0 +1,108 @@
+"""Bodies that count what a forward asks of torch: calls, kernels among them, copies among those.
+
+Runs in: a ComfyUI process of ``process.py``.
+
+Nothing computes (``fake_flux.py``). Calls are ATen operators from Python: what a GPU's CPU thread
+works through. A call is a kernel if its result has memory of its own that it fills, or if it
+changes what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from fake_exchange import joined
+from fake_flux import CARD, MODE, arguments, model_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from comfy_xdit_patch.engine.flux import forward_share
+from comfy_xdit_patch.engine.kept_keys import StreamKeys
+from comfy_xdit_patch.engine.residuals import Residuals
+from comfy_xdit_patch.planning.plan import ParallelPlan
+
+ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+MOVING = {"cat", "stack", "clone", "copy_", "contiguous", "reshape", "index_select", "to"}
+"""Operators that compute nothing. All but the first two give a view where they can."""
+
+
+class Counter(TorchDispatchMode):
+    """Counts calls, kernels and copies while it lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.so_far = [0, 0, 0]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "aten":  # Tensors without data ask for their device this way.
+            return out
+        name = func.overloadpacket.__name__
+        is_kernel = func._schema.is_mutable or not _memory(out) <= _memory((args, kwargs))
+        is_kernel = is_kernel and name not in ALLOCATING
+        for i, counts in enumerate((True, is_kernel, is_kernel and name in MOVING)):
+            self.so_far[i] += counts
+        return out
+
+
+def _memory(tree: Any) -> set[int]:
+    tensors = (t for t in tree_iter(tree) if isinstance(t, torch.Tensor))
+    return {t.untyped_storage()._cdata for t in tensors}
+
+
+def calls(num_ranks: int, *, text: int) -> dict[str, list[int]]:
+    """Count a forward by ulysses on the first of so many ranks.
+
+    One rank has no plan of ours: that is ComfyUI's own forward.
+
+    Returns:
+        Calls, kernels, copies and exchanges of one ``double`` block, of one ``single`` block, and
+        of everything ``outside`` of both.
+    """
+    counts = {"double": [0] * 4, "single": [0] * 4}
+    plan = ParallelPlan(num_ranks, 1, num_ranks)
+    with joined(0, num_ranks, torch.device(CARD)) as rank, MODE, torch.inference_mode():
+        model, given = model_of((1, 1), "bfloat16"), arguments(text=text)
+        with Counter() as counter, ExitStack() as hooks:
+
+            def now() -> list[int]:
+                return [*counter.so_far, len(rank.exchanges.noted)]
+
+            def enter(name: str, *_: Any) -> None:
+                counts[name] = now()
+
+            def leave(name: str, *_: Any) -> None:
+                counts[name] = less(now(), counts[name])
+
+            for name, (block,) in (
+                ("double", model.double_blocks),
+                ("single", model.single_blocks),
+            ):
+                hooks.callback(block.register_forward_pre_hook(partial(enter, name)).remove)
+                hooks.callback(block.register_forward_hook(partial(leave, name)).remove)
+            if num_ranks == 1:
+                type(model)._forward(model, **given)
+            else:
+                forward_share(
+                    model,
+                    given,
+                    plan=plan,
+                    groups=rank.groups,
+                    scaled={},
+                    residuals=Residuals(),
+                    patches=None,
+                    streams=StreamKeys(),
+                )
+            outside = less(less(now(), counts["double"]), counts["single"])
+    return {**counts, "outside": outside}
+
+
+def less(these: list[int], those: list[int]) -> list[int]:
+    """Subtract counts from counts."""
+    return [a - b for a, b in zip(these, those, strict=True)]

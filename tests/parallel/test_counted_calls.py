@@ -1,0 +1,68 @@
+"""What one forward of FLUX.1 asks of torch, on one rank and on the first of several by ulysses.
+
+A CPU thread issues calls one by one, and sets the pace where the GPU is done with a kernel before
+the next one is there. The numbers are exact, so that a change to them is seen; whoever makes one
+writes the new number here. Those of one rank are ComfyUI's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from inside.client import Inside
+from rig.trees import Tree
+
+NUM_DOUBLE, NUM_SINGLE = 19, 38
+TEXT_TOKENS = 512
+
+Counts = tuple[int, int, int]
+"""Calls of torch's operators, those among them that are kernels, and the copies among those."""
+# By ComfyUI's version: of a double block, of a single one, and of everything outside of both.
+STOCK: dict[str, tuple[Counts, Counts, Counts]] = {
+    "0.3.75": ((80, 51, 6), (44, 23, 4), (130, 91, 18)),
+    "0.33.0": ((60, 43, 4), (24, 15, 2), (130, 91, 18)),
+}
+# By the number of ranks: what every block of either kind has beside those, and the rest has.
+ADDED: dict[int, tuple[Counts, Counts]] = {
+    2: ((32, 3, 3), (15, 4, 4)),
+    4: ((50, 5, 5), (15, 4, 4)),
+    8: ((86, 9, 9), (15, 4, 4)),
+}
+EXCHANGES = {"double": 2, "single": 2, "outside": 1}
+"""Beside the calls: an exchange is one more, and a kernel."""
+# The sum over all blocks, in 0.33.0.
+WHOLE = {1: (2182, 1478, 170), 2: (4021, 1653, 345), 4: (5047, 1767, 459), 8: (7099, 1995, 687)}
+
+
+def test_a_forward_makes_these_calls_and_no_other(
+    tree: Tree, inside: Callable[..., Inside], record_property: Callable[[str, object], None]
+) -> None:
+    process = inside(tree, XDIT_STRATEGY="off")
+
+    def counted(num_ranks: int) -> dict[str, list[int]]:
+        counts = process.call("counted_calls:calls", num_ranks=num_ranks, text=TEXT_TOKENS)
+        record_property(f"{tree.version}, {num_ranks} ranks", counts)
+        return dict(counts)
+
+    stock = counted(1)
+    assert [counts.pop() for counts in stock.values()] == [0, 0, 0]
+    if tree.version in STOCK:
+        assert [tuple(counts) for counts in stock.values()] == list(STOCK[tree.version])
+    for num_ranks, (in_block, outside) in ADDED.items():
+        found = counted(num_ranks)
+        assert {name: counts.pop() for name, counts in found.items()} == EXCHANGES
+        added = {
+            name: tuple(now - before for now, before in zip(counts, stock[name], strict=True))
+            for name, counts in found.items()
+        }
+        assert added == {"double": in_block, "single": in_block, "outside": outside}, num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", WHOLE)
+def test_the_table_of_whole_forwards_is_the_sum_of_its_parts(num_ranks: int) -> None:
+    in_block, outside = ADDED.get(num_ranks, ((0, 0, 0), (0, 0, 0)))
+    double, single, rest = STOCK["0.33.0"]
+    sums = zip(double, single, rest, in_block, outside, strict=True)
+    whole = [NUM_DOUBLE * (d + i) + NUM_SINGLE * (s + i) + r + o for d, s, r, i, o in sums]
+    assert tuple(whole) == WHOLE[num_ranks]
