@@ -20,6 +20,8 @@ from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
 rank, store_fd = map(int, sys.argv[1:])
+print("imported", flush=True)  # It takes seconds on a busy machine, and no wait here is as long.
+sys.stdin.readline()
 groups = Groups.join(
     rank=rank, world_size=4, device=torch.device("cpu"), store_fd=store_fd,
     join_timeout_s=60, step_timeout_s={STEP_TIMEOUT_S},
@@ -70,6 +72,7 @@ def world():
         subprocess.Popen(
             [*command, str(rank), str(store_fd)],
             pass_fds=[store_fd],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
@@ -77,6 +80,10 @@ def world():
         for rank in range(4)
     ]
     try:
+        assert [rank.stdout.readline() for rank in ranks] == ["imported\n"] * 4
+        for rank in ranks:
+            rank.stdin.write("\n")
+            rank.stdin.flush()
         return [json.loads(rank.communicate(timeout=DEADLINE_S)[0]) for rank in ranks]
     finally:
         os.close(store_fd)
