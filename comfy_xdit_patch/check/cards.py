@@ -5,14 +5,12 @@ Runs in: the check's process, and a thread of it.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import threading
 from types import TracebackType
 
-ASK_DEADLINE_S = 10.0
+from comfy_xdit_patch.planning.survey import ASK_S, query_gpus
+
 POLL_S = 0.2
-FORMAT = "--format=csv,noheader,nounits"
 MEMORY = "uuid,memory.used,memory.total"
 DRIVER = "driver_version"
 MIB = 1 << 20
@@ -21,7 +19,7 @@ MIB = 1 << 20
 def used_bytes() -> dict[str, int]:
     """Return what is used of each card, by UUID; of none where nvidia-smi does not say."""
     used = {}
-    for row in _ask(MEMORY):
+    for row in query_gpus(MEMORY):
         if len(row) == 3 and row[1].isdecimal():
             used[row[0]] = int(row[1]) * MIB
     return used
@@ -29,7 +27,7 @@ def used_bytes() -> dict[str, int]:
 
 def driver_version() -> str | None:
     """Return the version of NVIDIA's driver."""
-    rows = _ask(DRIVER)
+    rows = query_gpus(DRIVER)
     return rows[0][0] if rows and rows[0] else None
 
 
@@ -53,28 +51,10 @@ class MemoryWatch:
         traceback: TracebackType | None,
     ) -> None:
         self._closing.set()
-        self._thread.join(ASK_DEADLINE_S)
+        self._thread.join(ASK_S)
 
     def _look(self) -> None:
         while not self._closing.is_set():
             found = used_bytes()
             self.most |= {uuid: max(used, self.most.get(uuid, 0)) for uuid, used in found.items()}
             self._closing.wait(POLL_S)
-
-
-def _ask(fields: str) -> list[list[str]]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    try:
-        done = subprocess.run(
-            [program, f"--query-gpu={fields}", FORMAT],
-            capture_output=True,
-            text=True,
-            timeout=ASK_DEADLINE_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return [[item.strip() for item in line.split(",")] for line in lines]

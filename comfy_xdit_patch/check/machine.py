@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from comfy_xdit_patch.errors import CheckError
-from comfy_xdit_patch.observability.gpu_report import mode_faults, shared_memory_fault
+from comfy_xdit_patch.observability.gpu_report import gpu_faults
 from comfy_xdit_patch.observability.machine_report import place_lines
-from comfy_xdit_patch.planning.survey import compute_modes, survey
+from comfy_xdit_patch.planning.survey import survey
 from comfy_xdit_patch.planning.topology import visible_gpus
 
 ASK_DEADLINE_S = 120.0
@@ -99,8 +99,8 @@ def _machine() -> Machine:
     lines: list[str] = []
     if devices:
         found = survey(devices)
-        faults = [*mode_faults(devices, compute_modes()), shared_memory_fault(found)]
-        lines = [*place_lines(found), *(f"! {fault}" for fault in faults if fault)]
+        faults = gpu_faults(devices, found)
+        lines = [*place_lines(found), *(f"! {fault}" for fault in faults)]
     return Machine(gpus, tuple(lines), torch.__version__, torch.version.cuda, _nccl())
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
-from comfy_xdit_patch.observability.gpu_report import mode_faults, shared_memory_fault
+from comfy_xdit_patch.observability.gpu_report import gpu_faults
 from comfy_xdit_patch.observability.machine_report import measured_lines, place_lines
 from comfy_xdit_patch.observability.residency_report import memory_lines
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import check_strategy, plan_call
-from comfy_xdit_patch.planning.survey import compute_modes, survey
+from comfy_xdit_patch.planning.survey import survey
 from comfy_xdit_patch.planning.topology import Device, choose_devices
 from comfy_xdit_patch.settings import read_settings
 from comfy_xdit_patch.strategy import AUTO, Strategy
@@ -94,8 +94,7 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
             found = survey(devices)
             for line in place_lines(found):
                 say(line)
-            faults = [*mode_faults(devices, compute_modes()), shared_memory_fault(found)]
-            for fault in filter(None, faults):
+            for fault in gpu_faults(devices, found):
                 say(fault, is_wrong=True)
     section("Memory")
     known = () if isinstance(devices, Refusal) else devices

@@ -1,6 +1,6 @@
 """What about this machine's GPUs keeps several processes from sharing them.
 
-Runs in: the doctor's process.
+Runs in: the doctor's process, and a child of the check's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ import os
 from collections.abc import Mapping, Sequence
 
 from comfy_xdit_patch.planning.interconnect import Interconnect
+from comfy_xdit_patch.planning.survey import compute_modes
 from comfy_xdit_patch.planning.topology import Device
 
 SHARED_MEMORY = "/dev/shm"
 SHARED_MEMORY_BYTES = 1 << 30
 """What NVIDIA's guide to NCCL in containers asks for (``--shm-size=1g``)."""
 ONE_PROCESS = ("Exclusive_Process", "Exclusive_Thread", "Prohibited")
+
+
+def gpu_faults(devices: Sequence[Device], found: Interconnect) -> list[str]:
+    """Say all that is wrong, asking the system."""
+    small = shared_memory_fault(found)
+    return [*mode_faults(devices, compute_modes()), *([] if small is None else [small])]
 
 
 def mode_faults(devices: Sequence[Device], modes: Mapping[str, str]) -> list[str]:

@@ -109,8 +109,11 @@ class CallPlans:
         if refusal is not None:
             return refusal
         is_plain = not changes and carried.tree is None and arguments.get("control") is None
-        if kind is not None and not (is_plain and self._holding.can_time_alone(base_model)):
+        if not is_plain or self._holding.is_held_back(base_model):
             kind = None
+        # The driver is asked for its memory, and only while that decides something.
+        if kind is not None and kind.trial.verdict is None:
+            kind = kind if self._holding.can_time_alone(base_model) else None
         return CallPlan(plan, workload, _with(planned), kind)
 
 

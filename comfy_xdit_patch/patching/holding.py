@@ -203,8 +203,7 @@ class Holding:
 
     def can_time_alone(self, model: Any) -> bool:
         """Whether ComfyUI's own forward would now take what it takes without workers."""
-        patcher = model.current_patcher
-        return not self.is_held_back(model) and self._memory.fits_beside_worker(patcher)
+        return self._memory.fits_beside_worker(model.current_patcher)
 
     def fitting(
         self, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype

@@ -118,10 +118,12 @@ class SharedMemory:
             return
         if needed_bytes is None:
             needed_bytes = patcher.model_size() + management.minimum_inference_memory()
-        if held is not None and held[0] not in self._displaced:
-            needed_bytes = max(0, needed_bytes - held[1])
-        elif held is not None:
-            self._displaced.discard(held[0])
+        if held is not None:
+            number, held_bytes = held
+            if number in self._displaced:
+                self._displaced.discard(number)
+            else:
+                needed_bytes = max(0, needed_bytes - held_bytes)
         kept = [
             loaded
             for loaded in management.current_loaded_models

@@ -30,9 +30,6 @@ from comfy_xdit_patch.workers.exchange import Poll
 # What the family reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
-ALWAYS_NEW = ("x", "timestep")
-"""Arguments that no step has from the one before."""
-
 
 class RemoteForward:
     """The workers, as a function from arguments to a tensor."""
@@ -89,7 +86,7 @@ class RemoteForward:
                 for name in CARRIED_ARGUMENTS
                 if name in arguments and name != "control"
             }
-            slots.begin_call({n: value for n, value in placed.items() if n not in ALWAYS_NEW})
+            slots.begin_call(placed)
             tree.update({name: slots.place(name, value) for name, value in placed.items()})
             if arguments.get("control") is not None:
                 tree["control"] = encode_control(

@@ -25,8 +25,6 @@ from comfy_xdit_patch.workers.exchange import Poll
 
 # Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
 CARRIED_ARGUMENTS = ("x", "timesteps", "context", "y", "guidance", "hint", "control_type")
-ALWAYS_NEW = ("x", "timesteps")
-"""Arguments that no step has from the one before."""
 
 
 class RemoteControl:
@@ -68,8 +66,7 @@ class RemoteControl:
 
         def prepare() -> Sequence[Message]:
             paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
-            kept = {path: arguments[name] for name, path in paths.items() if name not in ALWAYS_NEW}
-            slots.begin_call(kept)
+            slots.begin_call({path: arguments[name] for name, path in paths.items()})
             tree.update({name: slots.place(path, arguments[name]) for name, path in paths.items()})
             return self._take_gone()
 

@@ -32,7 +32,6 @@ MAX_CHARS = 100_000
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 QUERY = ("--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader")
-MODES = ("--query-gpu=uuid,compute_mode", "--format=csv,noheader")
 LINKS = ("topo", "-m")
 PEERS = ("topo", "-p2p", "r")
 
@@ -77,12 +76,20 @@ def survey(devices: Sequence[Device], *, poll: Poll = lambda: None) -> Interconn
     )
 
 
+def query_gpus(fields: str) -> list[list[str]]:
+    """Ask for fields as ``nvidia-smi --help-query-gpu`` names them: a row for each GPU, or none.
+
+    Numbers are without their units, which are MiB.
+    """
+    arguments = (f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    answer = _nvidia_smi(arguments, end=time.monotonic() + ASK_S, poll=lambda: None)
+    lines = answer.splitlines() if isinstance(answer, str) else []
+    return [[item.strip() for item in line.split(",")] for line in lines]
+
+
 def compute_modes() -> dict[str, str]:
     """Ask for the compute mode of every GPU, such as ``Default``, by UUID; empty if unknown."""
-    answer = _nvidia_smi(MODES, end=time.monotonic() + ASK_S, poll=lambda: None)
-    lines = answer.splitlines() if isinstance(answer, str) else []
-    pairs = [[item.strip() for item in line.split(",")] for line in lines]
-    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+    return {row[0]: row[1] for row in query_gpus("uuid,compute_mode") if len(row) == 2}
 
 
 class _NoAnswer:

@@ -34,6 +34,8 @@ from comfy_xdit_patch.transport.messages import SlotRef
 from comfy_xdit_patch.transport.slot import Slot, are_same_bytes
 
 PROBE_BYTES = 4096
+ALWAYS_NEW = ("x", "timestep", "timesteps")
+"""Arguments that no step has from the one before."""
 SLOTS_A_PATH = 4
 """How many tensors of one argument are kept: cond and uncond of two regions."""
 LARGE_BYTES = 8 << 20
@@ -123,8 +125,8 @@ class SlotTable:
         """Forget what an earlier call left unproved because it was never sent.
 
         Args:
-            values: what is to be placed and may lie in slots already, by path. A tensor on a device
-                that is not among them is taken to be new.
+            values: what is to be placed, by path. A tensor on a device that is not among them is
+                taken to be new, and so are those of ``ALWAYS_NEW``.
         """
         self._unproved.clear()
         self._placed.clear()
@@ -132,6 +134,7 @@ class SlotTable:
         pairs = [
             (tensor, entry)
             for path, tensor in _device_tensors(values or {})
+            if path.rpartition(".")[2] not in ALWAYS_NEW
             for entry in self._entries.get(path, ())
             if entry.may_hold(tensor)
         ]
