@@ -3,6 +3,7 @@
 The faults are real, in real processes: signals, exceptions, shut connections, torn messages. The
 default run takes one of each mechanism; ``FAULTS_ALL=1`` takes the whole matrix on 2 ranks, and
 ``FAULTS_RANKS=3`` takes it on 3. ``FAULTS_CASES`` is a pattern that picks cases by name, and
+``FAULTS_CARDS`` are the emulated cards of those that ranks on cards are tested with, and
 ``FAULTS_RESULTS`` a file to which each case adds a line: the whole takes more than an hour.
 """
 
@@ -22,17 +23,8 @@ from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
 from rig.environment import RigError
-from rig.fault_bench import BEFORE_A_STEP, DEADLINE_S, LARGER, SIZE, START_S, STEPS, Bench
-from rig.faults import (
-    EVERYWHERE,
-    SOME_FAULTS,
-    Fault,
-    Orders,
-    all_faults,
-    descendants,
-    is_running,
-    num_fds,
-)
+from rig.fault_bench import DEADLINE_S, SIZE, START_S, STEPS, Bench
+from rig.faults import EVERYWHERE, SOME_FAULTS, Fault, Orders, all_faults, is_running
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
@@ -48,6 +40,15 @@ def chosen() -> list[Fault]:
     return [fault for fault in faults if re.search(os.environ.get("FAULTS_CASES", ""), fault.name)]
 
 
+def on_cards() -> list[Fault]:
+    """Out of memory wherever a rank can run out of it, and ranks lost at work and at rest."""
+    ooms = [fault for fault in all_faults(2) if fault.kind == "oom"]
+    some = [fault for fault in SOME_FAULTS if fault.point in ("within", "reply", "after", "idle")]
+    some += [Fault("idle", "kill", 0), Fault("load", "kill", 1)]
+    pattern = os.environ.get("FAULTS_CASES", "")
+    return [fault for fault in (*ooms, *some) if re.search(pattern, fault.name)]
+
+
 def keep(line: str) -> None:
     if path := os.environ.get("FAULTS_RESULTS"):
         with open(path, "a") as file:
@@ -58,35 +59,55 @@ def keep(line: str) -> None:
 def test_every_fault_costs_time_and_nothing_else(
     bench: Bench, orders: Orders, record_property: Record
 ) -> None:
+    check_all(bench, orders, chosen(), record_property)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow  # and every call with a card's tensor passes through Python
+@pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled")
+def test_every_fault_on_cards_leaves_nothing_on_them(
+    servers: Callable[..., Server], tree: Tree, orders: Orders, record_property: Record
+) -> None:
+    cards = os.environ.get("FAULTS_CARDS", "4090,4090")
+    check_all(Bench(servers, tree, orders, cards=cards), orders, on_cards(), record_property)
+
+
+def check_all(bench: Bench, orders: Orders, faults: list[Fault], record: Record) -> None:
+    """Check each of these faults, and name all that cost more."""
     bench.heal()
-    shared, fds = set(os.listdir("/dev/shm")), num_fds(bench.host_pid)
     failures = []
-    for fault in chosen():
-        before = bench.pids
+    for fault in faults:
         try:
-            bench.cause(fault)
-            run, seconds = bench.run(size=LARGER if fault.point == "slot" else SIZE)
-            assert not orders.open(), "the fault never happened"
-            fell_back = run["steps"] - run["steps_parallel"]
-            assert set(run["fall_back_reasons"]) <= set(fault.reasons), run
-            if fault.point not in (*BEFORE_A_STEP, "idle"):  # There it may be over by then.
-                assert bool(fell_back) == bool(fault.reasons), run
-            bench.heal()
-            left = [pid for pid in before - bench.pids if is_running(pid)]
-            assert not left, "half a world is left"
-            assert descendants(bench.host_pid) == {bench.nursery_pid, *bench.pids}, "what is left"
-            assert set(os.listdir("/dev/shm")) <= shared
-            # Those of shared memory that one prompt more has taken, not one for every fault.
-            assert num_fds(bench.host_pid) <= fds + 4
-            outcome = f"{seconds:.1f} s, {fell_back} of {run['steps']} fell back"
-            record_property(fault.name, outcome)
+            outcome = bench.check(fault)
+            record(fault.name, outcome)
             keep(f"passed: {fault.name}: {outcome}")
         except (AssertionError, RigError, OSError) as error:
             failures.append(f"{fault.name}: {type(error).__name__}: {error}")
             keep(f"failed: {failures[-1]}")
             orders.withdraw()
             bench.heal()
-    assert not failures, f"{len(failures)} of {len(chosen())} failed:\n" + "\n".join(failures)
+    assert not failures, f"{len(failures)} of {len(faults)} failed:\n" + "\n".join(failures)
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+@pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled")
+def test_a_cancelled_step_leaves_nothing_on_the_cards(
+    servers: Callable[..., Server], tree: Tree, orders: Orders
+) -> None:
+    bench = Bench(servers, tree, orders, cards="4090,4090")
+    bench.heal()
+    before, pids = bench.bytes_on_cards(), bench.pids
+    orders.give(Fault("within", "delay", 1))
+    _, graph = bench.graph_of()
+    prompt = bench.ranks.post_prompt(graph)
+    bench.wait_for_the_point()
+    bench.ranks.interrupt()
+    with pytest.raises(InterruptedError):
+        bench.ranks.wait(prompt, DEADLINE_S)
+    bench.heal()
+    assert bench.pids == pids, "a cancel costs no rank"
+    bench.check_cards(before)
 
 
 def test_free_after_a_load_that_was_cancelled_frees_the_workers(

@@ -101,6 +101,10 @@ def write_variants(models_dir: Path, sizes: Sizes) -> None:
     diffusion_models, checkpoints = models_dir / "diffusion_models", models_dir / "checkpoints"
     other = _flux(dataclasses.replace(sizes, seed=sizes.seed + 100), guidance=True)
     _save(diffusion_models / "flux1-dev-other.safetensors", _cast(other, dtype))
+    _save(diffusion_models / "flux1-dev-fp16.safetensors", _cast(dev, torch.float16))
+    _save(diffusion_models / "flux1-dev-fp8.safetensors", _cast(dev, CHECKPOINT_DTYPE))
+    vectors = {name: tensor for name, tensor in dev.items() if tensor.ndim == 1}
+    _save(diffusion_models / "flux1-dev-fp32-vectors.safetensors", _cast(dev, dtype) | vectors)
     _save(checkpoints / "flux1-dev-bf16.safetensors", checkpoint(sizes, _cast(dev, dtype)))
     for name, state in loras.files(dev, seed=sizes.seed + 20).items():
         _save(models_dir / "loras" / name, state)

@@ -77,7 +77,7 @@ def write_inputs(server: Server) -> None:
             Image.fromarray((255 * values).astype(np.uint8)).save(folder / name)
 
 
-def run_row(stock: Server, ranks: Server, row: Row) -> Found:
+def run_row(stock: Server, ranks: Server, row: Row, bound: Bound | None = None) -> Found:
     """Run a row on both servers; an image that is not stock's is an AssertionError."""
     for server in (stock, ranks):
         write_inputs(server)
@@ -89,7 +89,8 @@ def run_row(stock: Server, ranks: Server, row: Row) -> Found:
     before = ranks.status()
     result = run(ranks, graph)
     after = ranks.status()
-    return found(reference, result, before, after, ROUNDED if row.is_rounded else EQUAL)
+    bound = bound or (ROUNDED if row.is_rounded else EQUAL)
+    return found(reference, result, before, after, bound)
 
 
 def refusal(server: Server, row: Row) -> str:

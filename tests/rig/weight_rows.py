@@ -131,6 +131,9 @@ GROUPS: dict[str, dict[str, Row]] = {
             )
         ),
     },
+    "dtype of the file": _unet("fp16 file", "-fp16", lora=True)
+    | _unet("bf16 file, fp32 vectors", "-fp32-vectors", lora=True)
+    | _unet("fp8 file", "-fp8", lora=True),
     "fp8": _unet("fp8_e4m3fn", "", "fp8_e4m3fn", lora=True)
     | _unet("fp8_e4m3fn_fast", "", "fp8_e4m3fn_fast")
     | _unet("fp8_e5m2", "", "fp8_e5m2")

@@ -3,16 +3,14 @@
 Runs in: every process of a rig server with emulated cards; the shim imports it at start.
 
 Which cards there are: ``emulated_cards.py``; their memory: ``emulated_allocator.py`` for each
-process, ``emulated_ledger.py`` for all. NCCL is gloo on what the tensors are. Streams do nothing,
-and an event notes the time. ``inference_mode`` is ``no_grad``: views of inference tensors cannot be
+process, ``emulated_ledger.py`` for all; NCCL: ``emulated_exchanges.py``. Streams do nothing, and an
+event notes the time. ``inference_mode`` is ``no_grad``: views of inference tensors cannot be
 wrapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import threading
 import time
 import types
@@ -23,22 +21,11 @@ from typing import Any
 
 import emulated_aimdo
 import emulated_allocator as allocator
+import emulated_exchanges
 import emulated_modes
-import emulated_tensors as tensors
 import torch
-import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 
 _current = threading.local()
-EXCHANGES = (
-    "all_to_all_single",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "batch_isend_irecv",
-    "isend",
-    "irecv",
-)
 
 
 def index_of(device: Any = None) -> int:
@@ -206,62 +193,6 @@ def _put_into_torch() -> None:
     torch._C._ensureCUDADeviceGuardSet()
 
 
-def _put_into_groups() -> None:
-    begin, new_group = dist.init_process_group, dist.new_group
-
-    def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return begin("gloo" if backend == "nccl" else backend, *args, **kwargs)
-
-    def group(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("backend") == "nccl":
-            kwargs["backend"] = "gloo"
-        return new_group(*args, **kwargs)
-
-    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
-        destroy(*args, **kwargs)
-        allocator.leave_groups()
-
-    destroy = dist.destroy_process_group
-    for module in (dist, c10d):
-        module.init_process_group, module.new_group = init_process_group, group  # type: ignore[attr-defined]
-        module.destroy_process_group = destroy_process_group  # type: ignore[attr-defined]
-    for name in EXCHANGES:
-        counted = _communicating(getattr(dist, name))
-        setattr(dist, name, counted)
-        setattr(c10d, name, counted)
-
-
-def _communicating(exchange: Any) -> Any:
-    """Have an exchange of a group's take what a communicator takes on the card, at its first one.
-
-    Of two ranks alone, sends outside of a batch have one of their own.
-    """
-    is_pair = exchange.__name__ in ("isend", "irecv", "send", "recv")
-
-    @functools.wraps(exchange)
-    def exchanged(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        values = call.arguments
-        operations = values.get("p2p_op_list")
-        first = operations[0].tensor if operations else next(iter(values.values()))
-        group = operations[0].group if operations else values.get("group")
-        first = first[0] if isinstance(first, list) else first
-        is_inner = getattr(_current, "is_batch", False)
-        if isinstance(first, tensors.Emulated) and not is_inner:
-            other = next((values[n] for n in ("dst", "src") if n in values), None)
-            me = dist.get_rank()
-            key = id(group or dist.group.WORLD), (min(me, other), max(me, other)) if is_pair else 0
-            allocator.join_group(first.where.index, key)
-        _current.is_batch = is_inner or operations is not None
-        try:
-            return exchange(*args, **kwargs)
-        finally:
-            _current.is_batch = is_inner
-
-    signature = inspect.signature(exchange)
-    return exchanged
-
-
 def _put_into_threads() -> None:
     run = threading.Thread.run
 
@@ -284,6 +215,6 @@ def _put_into_kernels() -> None:
 
 _put_into_torch()
 _put_into_kernels()
-_put_into_groups()
+emulated_exchanges.install()
 _put_into_threads()
 emulated_aimdo.install()

@@ -11,11 +11,14 @@ another card. Every ATen call with one comes here (``emulated_modes.py``). Facts
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
 import emulated_allocator as allocator
+import emulated_streams as streams
 import torch
+import torch.overrides
 import torch.utils
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
@@ -42,10 +45,10 @@ _written: dict[Any, list[Any]] = {}
 
 
 class _PlainClass(type(torch.Tensor)):  # type: ignore[misc]
-    """Makes a class equal to ``torch.Tensor``, for code that asks for the type of a tensor."""
+    """Makes ``Emulated`` equal to ``torch.Tensor``, for code that asks for the type of a tensor."""
 
     def __eq__(cls, other: object) -> bool:
-        return other is torch.Tensor or type.__eq__(cls, other)
+        return (cls is Emulated and other is torch.Tensor) or type.__eq__(cls, other)
 
     def __hash__(cls) -> int:
         return type.__hash__(cls)
@@ -54,8 +57,9 @@ class _PlainClass(type(torch.Tensor)):  # type: ignore[misc]
 class Emulated(torch.Tensor, metaclass=_PlainClass):
     """A tensor on a card; ``inner`` is the CPU tensor with its contents."""
 
-    inner: torch.Tensor
-    where: torch.device
+    # Of no interest to who lists what a class of tensors keeps.
+    _inner: torch.Tensor
+    _where: torch.device
 
     @staticmethod
     def __new__(
@@ -65,19 +69,54 @@ class Emulated(torch.Tensor, metaclass=_PlainClass):
         made: Any = torch.Tensor._make_subclass(
             cls, shell, inner.requires_grad, dispatch_device=True, device_for_backend_keys=device
         )
-        made.inner, made.where = inner, device
+        made._inner, made._where = inner, device
         if counted:
             _count(inner, device.index)
         return made
+
+    @property
+    def inner(self) -> torch.Tensor:
+        return self._inner
+
+    @property
+    def where(self) -> torch.device:
+        return self._where
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Emulated({self.inner!r}, {self.where})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def as_subclass(self, cls: Any) -> Any:
+        """The same tensor of another class, which must be one of this machine's card as well."""
+        if cls is torch.Tensor:
+            return self if type(self) is Emulated else Emulated(self.inner, self.where)
+        return _both(cls)(self.inner, self.where)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return call(func, args, kwargs or {})
+
+
+@functools.cache
+def _both(base: Any) -> Any:
+    """A node pack's class of tensors, on a card.
+
+    As with every class of tensors, what comes of its methods is of the class again, which on the
+    CPU is the pack's own.
+    """
+
+    def torch_function(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if func in torch.overrides.get_default_nowrap_functions():
+            return out
+        return torch._tensor._convert(out, base)  # type: ignore[attr-defined]
+
+    made = {"__new__": Emulated.__new__, "__init__": torch.Tensor.__init__}
+    made["__torch_function__"] = classmethod(torch_function)
+    made |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base)(base.__name__, (base, Emulated), made)
 
 
 def _count(inner: torch.Tensor, index: int) -> None:
@@ -109,6 +148,7 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0].where
     flat, _ = tree_flatten((args, kwargs))
     _check_places(func, flat)
+    streams.check(func, args, kwargs)
     device = _device_of(func, args, kwargs, flat)
     real_args, real_kwargs = tree_map(real, args), dict(tree_map(real, kwargs))
     if real_kwargs.get("pin_memory"):
