@@ -22,8 +22,8 @@ from rig.graphs import Graph
 from rig.pair import STRICT
 from rig.server import LEDGER, Server, base_directory
 from rig.trees import Tree
-from rig.weight_graphs import with_loras
-from rig.weight_rows import KOHYA
+from rig.weight_graphs import with_loras, with_unet
+from rig.weight_rows import KOHYA, OTHER
 
 pytestmark = [
     pytest.mark.newest_only,
@@ -173,10 +173,29 @@ def test_a_call_without_room_on_a_card_costs_no_rank(tree: Tree, tmp_path: Path)
     ids=" ".join,
 )
 def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
-    tree: Tree, tmp_path: Path, arguments: tuple[str, ...], gib: float
+    tree: Tree,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    gib: float,
+    record_property: Record,
 ) -> None:
     with working(tree, tmp_path, gib, *arguments) as work:
-        for change in (lambda graph: graph, lambda graph: with_loras(graph, (KOHYA, 1.0))):
-            work.make(change)
+
+        def make(what: str, change: Callable[[Graph], Graph], num_loads: int) -> None:
+            work.ledger.forget_peaks()
+            status = work.make(change)
+            held = [work.on_card(card)[1] // MIB for card in (0, 1)]
+            peaks = [work.ledger.peak(card) // MIB for card in (0, 1)]
+            planned = planned_bytes(status) // MIB
+            ways = f"gave way {status['gave_way']}, loads {status['loads']}"
+            record_property(what, f"planned {planned}, ranks {held}, peaks {peaks} MiB, {ways}")
+            assert max(peaks) <= gib * 1024
+            assert status["loads"] == num_loads, "read again"
+
+        make("first", lambda graph: graph, 1)
+        make("another prompt", lambda graph: graph, 1)
+        make("a LoRA", lambda graph: with_loras(graph, (KOHYA, 1.0)), 1)
+        make("a second model", lambda graph: with_unet(graph, OTHER), 2)
+        make("the first again", lambda graph: graph, 2)
         work.server.free_and_wait()
-        work.make()
+        make("after Free", lambda graph: graph, 3)
