@@ -16,6 +16,7 @@ import weakref
 from typing import Any
 
 import emulated_allocator as allocator
+import emulated_kernels as kernels
 import emulated_streams as streams
 import torch
 import torch.overrides
@@ -153,7 +154,7 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     real_args, real_kwargs = tree_map(real, args), dict(tree_map(real, kwargs))
     if real_kwargs.get("pin_memory"):
         real_kwargs["pin_memory"] = False
-    out = func(*real_args, **real_kwargs)
+    out = kernels.KERNELS.get(func, func)(*real_args, **real_kwargs)
     if device.type != "cuda" or func in ANSWERS_ON_CPU:
         return out
     out = tree_map_only(
