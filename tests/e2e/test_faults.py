@@ -242,11 +242,31 @@ def test_what_is_misspelt_or_useless_is_told_and_all_goes_on(servers: Servers, t
     told = [line.split("xDiT: ")[1] for line in ranks.log_text().splitlines() if "xDiT: " in line]
     assert told == [
         "XDIT_STRATGY is not a setting of ours and has no effect. Did you mean XDIT_STRATEGY?",
-        "active on 1 CPU rank, strategy auto.",
+        "active on 1 CPU rank, strategy ulysses.",
         "one rank makes no image faster; XDIT_GPUS names a single device.",
     ]
     assert_equal_to_stock(servers, tree, ranks, seed=165)
     assert ranks.status()["last_run"]["steps_parallel"] == 6
+
+
+@pytest.mark.newest_only
+@pytest.mark.thorough
+@pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled")
+@pytest.mark.parametrize(
+    ("gpus", "text"),
+    [
+        ("all", "not active: ComfyUI computes on cpu, and ranks would on GPUs."),
+        ("0,1", "XDIT_GPUS names GPUs, and ComfyUI computes on cpu. ComfyUI goes on alone."),
+    ],
+)
+def test_gpus_are_nothing_for_a_comfyui_on_the_cpu(
+    servers: Servers, tree: Tree, gpus: str, text: str
+) -> None:
+    cards = {"device": "emulated", "EMULATED_CARDS": "4090,4090", "node_packs": ()}
+    ranks = servers(tree, XDIT_GPUS=gpus, extra_args=("--cpu",), **cards)
+    told = [line.split("xDiT: ")[1] for line in ranks.log_text().splitlines() if "xDiT: " in line]
+    assert told == [text]
+    assert ranks.status()["state"] == "refused"
 
 
 def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) -> None:
