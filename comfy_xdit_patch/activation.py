@@ -20,16 +20,14 @@ from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.patchset import PatchSet
 from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
 from comfy_xdit_patch.patching.wrappers import Wrappers
+from comfy_xdit_patch.planning.devices import devices_of
 from comfy_xdit_patch.planning.eligibility import Pristine
-from comfy_xdit_patch.planning.planner import check_strategy
-from comfy_xdit_patch.planning.topology import Device, choose_devices
-from comfy_xdit_patch.settings import Settings, read_settings
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.settings import Settings, read_settings, unknown_names
 from comfy_xdit_patch.workers.environment import capture_host_state
 from comfy_xdit_patch.workers.pool import Pool
 
 log = logging.getLogger("comfy_xdit_patch")
-
-SWITCHED_OFF = "switched off by the settings"
 
 
 class Activation:
@@ -83,6 +81,8 @@ class Activation:
         self._wrappers.serve(self.host)
 
     def _activate_sampling(self, root: str) -> None:
+        for name, hint in unknown_names().items():
+            log.warning("xDiT: %s is not a setting of ours and has no effect. %s", name, hint)
         try:
             settings = read_settings()
             devices = _devices_of(settings)
@@ -111,6 +111,8 @@ class Activation:
             pool.device_word,
             settings.strategy,
         )
+        if len(devices) == 1:
+            log.warning("xDiT: one rank makes no image faster; XDIT_GPUS names a single device.")
 
     def _activate_controls(self, host: Host) -> None:
         host.remember_controls(sys.modules)
@@ -150,26 +152,26 @@ def stop_unless_forked(pool: Pool, owner_pid: int) -> None:
 
 
 def _devices_of(settings: Settings) -> tuple[Device, ...] | Refusal:
-    devices = Refusal(SWITCHED_OFF) if settings.is_off else choose_devices(settings.gpus)
-    if not isinstance(devices, Refusal):
-        _check_device_kind(devices)
-        check_strategy(settings.strategy, world_size=len(devices))
-    return devices
+    """The devices of all ranks, which are of the kind that ComfyUI computes on.
 
-
-def _check_device_kind(devices: tuple[Device, ...]) -> None:
-    """Refuse CPU ranks under a ComfyUI on a GPU: dtypes and results would differ.
+    On another kind, dtypes and results would differ.
 
     Raises:
-        SettingsError: the ranks' devices and ComfyUI's own are of different kinds.
+        SettingsError: the settings ask for what cannot be.
     """
     import comfy.model_management
 
+    devices = devices_of(settings)
     own = comfy.model_management.get_torch_device().type
-    if devices[0].is_cpu and own != "cpu":
+    if isinstance(devices, Refusal) or own == ("cpu" if devices[0].is_cpu else "cuda"):
+        return devices
+    if settings.gpus.kind == "all":
+        return Refusal(f"ComfyUI computes on {own}, and ranks would on GPUs")
+    if devices[0].is_cpu:
         raise SettingsError(
             f"XDIT_GPUS=cpu:{len(devices)} needs ComfyUI to be started with --cpu; it uses {own}."
         )
+    raise SettingsError(f"XDIT_GPUS names GPUs, and ComfyUI computes on {own}.")
 
 
 ACTIVATION = Activation()

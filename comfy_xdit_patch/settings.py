@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from comfy_xdit_patch.variables import VARIABLES
 T = TypeVar("T")
 
 Balancing = Literal["even", "weighted", "adaptive", "least_loaded"]
+OF_XFUSER = ("XDIT_LOGGING_LEVEL",)
+"""Variables of the same prefix that xfuser reads."""
 BALANCING: tuple[Balancing, ...] = get_args(Balancing)
 
 
@@ -52,6 +55,8 @@ class Settings:
     start_timeout_s: float
     step_timeout_s: float
     cpu_threads: int
+    log_dir: Path | None
+    """None is the system's for temporary files."""
 
     @property
     def is_off(self) -> bool:
@@ -63,16 +68,9 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read and check all variables.
 
     Raises:
-        SettingsError: a value is not legal, or an XDIT_* variable is not one of ours (a typing
-            error in a name must not silently mean the default).
+        SettingsError: a value is not legal.
     """
     env = os.environ if environ is None else environ
-    known = {variable.name for variable in VARIABLES}
-    for name in env:
-        if name.startswith("XDIT_") and name not in known:
-            raise SettingsError(
-                f"{name} is not a setting of comfy-xdit-patch. Known: {', '.join(sorted(known))}."
-            )
 
     def parsed(name: str, parse: Callable[[str], T]) -> T:
         variable = next(v for v in VARIABLES if v.name == name)
@@ -94,14 +92,30 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),
+        log_dir=parsed("XDIT_LOG_DIR", _folder),
     )
 
 
-def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
-    """Where this package keeps what it measured; it need not exist."""
+def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """XDIT_* variables that nobody reads, most for a typing error in the name, each with a hint."""
+    known = [variable.name for variable in VARIABLES]
+    hints = {}
+    for name in sorted(os.environ if environ is None else environ):
+        if name.startswith("XDIT_") and name not in known and name not in OF_XFUSER:
+            close = difflib.get_close_matches(name, known, n=1)
+            names = ", ".join(known)
+            hints[name] = f"Did you mean {close[0]}?" if close else f"There are {names}."
+    return hints
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path | None:
+    """Where this package keeps what it measured; it need not exist. None: there is no home."""
     env = os.environ if environ is None else environ
-    base = env.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "comfy-xdit-patch"
+    base = env.get("XDG_CACHE_HOME")
+    try:
+        return Path(base or Path.home() / ".cache") / "comfy-xdit-patch"
+    except RuntimeError:  # HOME is not set, and the system does not know this user.
+        return None
 
 
 def parse_gpus(value: str) -> DeviceRequest:
@@ -153,6 +167,15 @@ def _positive(value: str) -> float:
 
 def _gib_or_auto(value: str) -> int | None:
     return None if value.lower() == "auto" else int(_positive(value) * 2**30)
+
+
+def _folder(value: str) -> Path | None:
+    if value.lower() == "temporary":
+        return None
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ValueError(value)
+    return path
 
 
 def _count(value: str) -> int:

@@ -119,4 +119,11 @@ VARIABLES = (
         "a whole number from 1",
         "Threads of one CPU rank.",
     ),
+    Variable(
+        "XDIT_LOG_DIR",
+        "temporary",
+        "temporary, or the absolute path of a folder, which is made if it is not there",
+        "Where the workers' logs lie. `temporary` is the system's folder for temporary files. Each "
+        "ComfyUI makes a folder of its own in it, which stays until the second start after it.",
+    ),
 )

@@ -20,11 +20,12 @@ from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.observability.gpu_report import gpu_faults
 from comfy_xdit_patch.observability.machine_report import measured_lines, place_lines
 from comfy_xdit_patch.observability.residency_report import memory_lines
+from comfy_xdit_patch.planning.devices import devices_of
 from comfy_xdit_patch.planning.plan import Workload
-from comfy_xdit_patch.planning.planner import check_strategy, plan_call
+from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.survey import survey
-from comfy_xdit_patch.planning.topology import Device, choose_devices
-from comfy_xdit_patch.settings import read_settings
+from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.settings import read_settings, unknown_names
 from comfy_xdit_patch.strategy import AUTO, Strategy
 from comfy_xdit_patch.variables import VARIABLES
 
@@ -65,20 +66,17 @@ def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
     for variable in VARIABLES:
         value = os.environ.get(variable.name)
         say(f"{variable.name} = {value or variable.default}{'' if value else ' (default)'}")
+    for name, hint in unknown_names().items():
+        say(f"{name} is not a setting of ours and has no effect. {hint}", is_wrong=True)
     section("Devices and plan")
     budget: int | None = None
     strategy = AUTO
     try:
         settings = read_settings()
         budget = settings.gpu_memory_bytes
-        devices: tuple[Device, ...] | Refusal
-        if settings.is_off:
-            devices = Refusal("switched off by the settings")
-        else:
-            devices = choose_devices(settings.gpus)
-            if not isinstance(devices, Refusal):
-                check_strategy(settings.strategy, world_size=len(devices))
-                strategy = settings.strategy
+        devices: tuple[Device, ...] | Refusal = devices_of(settings)
+        if not isinstance(devices, Refusal):
+            strategy = settings.strategy
     except SettingsError as error:
         say(str(error), is_wrong=True)
         devices = Refusal("the settings are wrong")

@@ -51,8 +51,10 @@ class VerdictStore:
         self._verdicts: dict[str, Verdict] | None = None
 
     @property
-    def path(self) -> Path:
-        return self._path or cache_directory() / "verdicts.json"
+    def path(self) -> Path | None:
+        """None where there is no place for it: what is measured lasts as long as the process."""
+        directory = cache_directory()
+        return self._path or (None if directory is None else directory / "verdicts.json")
 
     def all(self) -> dict[str, Verdict]:
         """All verdicts by the key of their case, the oldest first."""
@@ -65,23 +67,29 @@ class VerdictStore:
 
     def keep(self, case: Case, verdict: Verdict) -> None:
         """Add a verdict to those that are in the file now."""
-        verdicts = self._read()  # Another ComfyUI may have written since.
+        # Another ComfyUI may have written since.
+        verdicts = self.all() if self.path is None else self._read()
         verdicts.pop(case.key, None)
         verdicts[case.key] = verdict
         self._verdicts = dict(list(verdicts.items())[-MAX_VERDICTS:])
+        if self.path is None:
+            return
         try:
-            self._write(self._verdicts)
+            self._write(self._verdicts, self.path)
         except OSError as error:
             log.warning("xDiT: what auto measured cannot be kept in %s: %s", self.path, error)
 
     def clear(self) -> int:
         """Forget everything; return how many verdicts there were."""
         num_verdicts = len(self._read())
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
         self._verdicts = {}
         return num_verdicts
 
     def _read(self) -> dict[str, Verdict]:
+        if self.path is None:
+            return {}
         try:
             body = json.loads(self.path.read_text())
             if body["format"] != FORMAT:
@@ -93,14 +101,14 @@ class VerdictStore:
             log.warning("xDiT: %s cannot be read and is begun anew: %s", self.path, error)
             return {}
 
-    def _write(self, verdicts: dict[str, Verdict]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _write(self, verdicts: dict[str, Verdict], path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         body = {"format": FORMAT, "verdicts": {k: asdict(v) for k, v in verdicts.items()}}
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix="verdicts-")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix="verdicts-")
         try:
             with os.fdopen(descriptor, "w") as file:
                 json.dump(body, file, indent=1)
-            os.replace(name, self.path)
+            os.replace(name, path)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(name)
@@ -118,6 +126,8 @@ def _verdict(item: dict[str, Any]) -> Verdict:
 def report(*, clear: bool) -> str:
     """What ``comfy-xdit verdicts`` prints."""
     store = VerdictStore()
+    if store.path is None:
+        return "Nothing is kept: this user has no home folder. XDG_CACHE_HOME can name another."
     if clear:
         return f"Forgot {store.clear()} verdicts of {store.path}."
     lines = [f"What XDIT_STRATEGY=auto measured, in {store.path}:"]

@@ -87,6 +87,12 @@ def query_gpus(fields: str) -> list[list[str]]:
     return [[item.strip() for item in line.split(",")] for line in lines]
 
 
+def known_uuids() -> set[str]:
+    """UUIDs of all GPUs of the machine, hidden ones too; empty if unknown."""
+    answer = _nvidia_smi(QUERY, end=time.monotonic() + ASK_S, poll=lambda: None)
+    return {uuid for uuid, _ in parse_gpus(answer).values()} if isinstance(answer, str) else set()
+
+
 def compute_modes() -> dict[str, str]:
     """Ask for the compute mode of every GPU, such as ``Default``, by UUID; empty if unknown."""
     return {row[0]: row[1] for row in query_gpus("uuid,compute_mode") if len(row) == 2}

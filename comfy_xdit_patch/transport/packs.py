@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.system_memory import available_bytes
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.slot import Slot
 from comfy_xdit_patch.transport.tensors import digest
@@ -42,8 +42,7 @@ def check_room(num_bytes: int) -> None:
     Raises:
         NoRoomError: it would take more than half of what is free.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    free = available_bytes()
     if num_bytes > free // 2:
         raise NoRoomError(f"{num_bytes / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB are free")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import time
@@ -21,7 +22,7 @@ from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import Stop
 from comfy_xdit_patch.workers.environment import worker_variables
-from comfy_xdit_patch.workers.log_files import private, tail_of
+from comfy_xdit_patch.workers.log_files import begin, tail_of
 from comfy_xdit_patch.workers.nursing import Nursery, RankProcess
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def launch_worker(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     log_path = log_dir / f"worker-{rank}.log"
     variables = worker_variables(device, cpu_threads=cpu_threads, peer_to_peer=peer_to_peer)
-    with theirs, open(log_path, "wb", opener=private) as log_file:
+    with theirs, os.fdopen(begin(log_path), "wb") as log_file:
         fds = [theirs.fileno(), store_fd, log_file.fileno()]
         process = nursery.fork(rank, variables, fds, end)
     return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)

@@ -6,18 +6,26 @@ Runs in: host process.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from comfy_xdit_patch.errors import WorkerError
 
 TAIL_LINES = 12
 TAIL_BYTES = 20_000
 LOG_PREFIX = "comfy-xdit-patch-"
 PID_SUFFIX = ".pid"
 """Of an empty file beside the log, named after the nursery's number: there while it is."""
+LOCK = "lock"
+"""A file of the directory, locked while its host lives. A process number would say less: another
+container with the same directory has other processes under the same numbers."""
+BEFORE = ".1"
+"""After the name of a log: that of the process before."""
 
-_log_dirs: set[Path] = set()
+_locks: dict[Path, int] = {}
 
 
 def tail_of(log_path: Path) -> str:
@@ -36,29 +44,86 @@ def mark_of(log_path: Path, pid: int) -> Path:
     return log_path.with_name(f"{pid}{PID_SUFFIX}")
 
 
-def private(path: str, flags: int) -> int:
-    """An opener of files that nobody else may read."""
-    return os.open(path, flags, 0o600)
+def begin(log_path: Path) -> int:
+    """Begin a log that nobody else may read, and keep the one before; return its descriptor.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        log_path.replace(log_path.with_name(log_path.name + BEFORE))
+    return os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
 
-def make_log_dir() -> Path:
-    """Make a private directory for this host's worker logs; clear away those of ended hosts.
+class LogDirectory:
+    """Where this host's logs lie: a private directory, made again where somebody removed it."""
+
+    def __init__(self, base: Path | None) -> None:
+        """Name the directory to make it in; None is the system's for temporary files."""
+        self._base = base
+        self._made: Path | None = None
+
+    def get(self) -> Path:
+        """The directory, which is there.
+
+        Raises:
+            WorkerError: it cannot be made.
+        """
+        if self._made is None or not self._made.is_dir():
+            base = self._base or Path(tempfile.gettempdir())
+            try:
+                base.mkdir(parents=True, exist_ok=True)
+                self._made = make_log_dir(base)
+            except OSError as error:
+                raise WorkerError(
+                    f"There is no place for the logs of the workers: {error}. XDIT_LOG_DIR names "
+                    "a folder for them."
+                ) from None
+        return self._made
+
+
+def make_log_dir(base: Path) -> Path:
+    """Make a private directory for this host's logs; clear away those of ended hosts but the last.
 
     The name cannot be foreseen, so nobody can put a link or a directory of theirs in its place.
     """
-    base = Path(tempfile.gettempdir())
-    for old in base.glob(f"{LOG_PREFIX}*"):
-        pid = old.name.removeprefix(LOG_PREFIX).split("-")[0]
-        if not pid.isdigit() or old.is_symlink() or old in _log_dirs:
-            continue
-        if int(pid) == os.getpid():
-            _wait_for_nurseries_of_before(old)
-        elif Path(f"/proc/{pid}").exists():
-            continue
+    ended = [old for old in base.glob(f"{LOG_PREFIX}*") if _has_ended(old)]
+    for old in sorted(ended, key=_last_change)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{LOG_PREFIX}{os.getpid()}-"))
-    _log_dirs.add(made)
+    # It gets its name once it is locked: until then nobody takes it for one that has ended.
+    new = Path(tempfile.mkdtemp(prefix=f".{LOG_PREFIX}", dir=base))
+    lock = os.open(new / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    made = new.with_name(f"{LOG_PREFIX}{os.getpid()}-{new.name.removeprefix(f'.{LOG_PREFIX}')}")
+    new.rename(made)
+    _locks[made] = lock
     return made
+
+
+def _has_ended(log_dir: Path) -> bool:
+    """Whether this is a directory of ours whose host is no more."""
+    pid = log_dir.name.removeprefix(LOG_PREFIX).split("-")[0]
+    if not pid.isdigit() or log_dir.is_symlink() or not log_dir.is_dir() or log_dir in _locks:
+        return False
+    try:
+        if log_dir.stat().st_uid != os.getuid():
+            return False
+        with open(log_dir / LOCK, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    if int(pid) == os.getpid():
+        _wait_for_nurseries_of_before(log_dir)
+    return True
+
+
+def _last_change(log_dir: Path) -> float:
+    try:
+        return log_dir.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _wait_for_nurseries_of_before(log_dir: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.transport.messages import Start, encode
-from comfy_xdit_patch.workers.log_files import mark_of, private, tail_of
+from comfy_xdit_patch.workers.log_files import begin, mark_of, tail_of
 from comfy_xdit_patch.workers.nursery import BOOTSTRAP, MAX_BYTES
 
 KILLED = -signal.SIGKILL
@@ -89,7 +89,7 @@ class Nursery:
         command = [sys.executable, *flags, "-c", BOOTSTRAP, str(fd), str(os.getpid()), "warm"]
         with contextlib.ExitStack() as on_failure:
             on_failure.enter_context(ours)
-            with theirs, open(log_path, "wb", opener=private) as log_file:
+            with theirs, os.fdopen(begin(log_path), "wb") as log_file:
                 self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,

@@ -69,7 +69,7 @@ class Pool:
     @property
     def device_word(self) -> str:
         """What the ranks run on, for people."""
-        return "CPU ranks" if self.devices[0].is_cpu else "GPUs"
+        return f"{'CPU rank' if self.devices[0].is_cpu else 'GPU'}{'s'[: self.world_size - 1]}"
 
     @property
     def control_bytes(self) -> int:
@@ -179,7 +179,7 @@ class Pool:
     # -- the keeper's thread ---------------------------------------------------------------
 
     def _keep(self) -> None:
-        with contextlib.suppress(OSError):  # A start tries again, and reports it.
+        with contextlib.suppress(OSError, WorkerError):  # A start tries again, and reports it.
             self._starter.get_ready()
         while True:
             try:

@@ -13,13 +13,12 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from comfy_xdit_patch.errors import ExchangeError, WorkerError, XditError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.workers.environment import HostState, is_peer_to_peer_off, worker_variables
-from comfy_xdit_patch.workers.log_files import make_log_dir
+from comfy_xdit_patch.workers.log_files import LogDirectory
 from comfy_xdit_patch.workers.nursing import Nursery
 from comfy_xdit_patch.workers.starting import Team, start_message, start_workers
 
@@ -37,7 +36,7 @@ class Starter:
         self._devices = devices
         self._host_state = host_state
         self._settings = settings
-        self._log_dir: Path | None = None
+        self._logs = LogDirectory(settings.log_dir)
         self._nursery: Nursery | None = None
 
     def get_ready(self) -> Nursery:
@@ -45,13 +44,13 @@ class Starter:
 
         Raises:
             OSError: the system has no process, memory or descriptor for it.
+            WorkerError: there is no place for its log.
         """
         if self._nursery is None or not self._nursery.is_alive:
             self.close()
-            self._log_dir = self._log_dir or make_log_dir()
             device = self._devices[0]
             self._nursery = Nursery(
-                log_path=self._log_dir / "nursery.log",
+                log_path=self._logs.get() / "nursery.log",
                 environment=worker_variables(device, cpu_threads=1),
                 warm_up=start_message(self._host_state, self._settings, device, 1),
             )
@@ -104,12 +103,11 @@ class Starter:
 
     def _start(self, end: float, *, peer_to_peer: bool, is_last: bool) -> Team:
         nursery = self.get_ready()
-        assert self._log_dir is not None, "made by get_ready"
         return start_workers(
             self._devices,
             host_state=self._host_state,
             settings=self._settings,
-            log_dir=self._log_dir,
+            log_dir=self._logs.get(),
             nursery=nursery,
             end=end,
             peer_to_peer=peer_to_peer,

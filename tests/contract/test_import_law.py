@@ -192,9 +192,10 @@ MAY_IMPORT = {
     "strategy": set(),
     "variables": {"strategy"},
     "settings": {"errors", "strategy", "variables"},
+    "system_memory": set(),
     "bootstrap": {"activation"},
-    "planning": {"errors", "settings", "strategy", "variables", "planning"},
-    "transport": {"errors", "transport"},
+    "planning": {"errors", "settings", "strategy", "system_memory", "variables", "planning"},
+    "transport": {"errors", "system_memory", "transport"},
     "observability": {
         *("errors", "settings", "strategy", "variables", "planning", "observability"),
     },

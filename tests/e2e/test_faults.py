@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
     prompt = ranks.post_prompt(graph)
     ranks.wait_for_steps(prompt, 2, DEADLINE_S)
     pids = [rank["pid"] for rank in ranks.status()["ranks"]]
+    log_dir = Path(ranks.status()["ranks"][victim]["log"]).parent
+    shutil.rmtree(log_dir)  # as programs do that clean /tmp
     killed_at = time.time()
     os.kill(pids[victim], signal.SIGKILL)
     history = ranks.wait(prompt, DEADLINE_S)
@@ -90,6 +93,7 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
 
     wait_for_state(ranks, "ready", 400)
     assert [rank["weight_bytes"] for rank in ranks.status()["ranks"]] == [None, None]
+    assert all(Path(rank["log"]).exists() for rank in ranks.status()["ranks"])
     assert_equal_to_stock(servers, tree, ranks, seed=110 + victim)
     assert ranks.status()["last_run"]["steps_parallel"] == 6, "the next image is parallel again"
 
@@ -228,6 +232,40 @@ def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
     assert len(lines) == 1
     assert text in lines[0]
     assert_equal_to_stock(servers, tree, ranks, seed=160)
+    assert ranks.status()["state"] == "refused"
+
+
+@pytest.mark.newest_only
+def test_what_is_misspelt_or_useless_is_told_and_all_goes_on(servers: Servers, tree: Tree) -> None:
+    misspelt = {"XDIT_STRATGY": "ring", "XDIT_LOGGING_LEVEL": "WARNING"}  # The second is xfuser's.
+    ranks = servers(tree, XDIT_GPUS="cpu:1", XDIT_START_TIMEOUT="400", **misspelt)
+    told = [line.split("xDiT: ")[1] for line in ranks.log_text().splitlines() if "xDiT: " in line]
+    assert told == [
+        "XDIT_STRATGY is not a setting of ours and has no effect. Did you mean XDIT_STRATEGY?",
+        "active on 1 CPU rank, strategy ulysses.",
+        "one rank makes no image faster; XDIT_GPUS names a single device.",
+    ]
+    assert_equal_to_stock(servers, tree, ranks, seed=165)
+    assert ranks.status()["last_run"]["steps_parallel"] == 6
+
+
+@pytest.mark.newest_only
+@pytest.mark.thorough
+@pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled")
+@pytest.mark.parametrize(
+    ("gpus", "text"),
+    [
+        ("all", "not active: ComfyUI computes on cpu, and ranks would on GPUs."),
+        ("0,1", "XDIT_GPUS names GPUs, and ComfyUI computes on cpu. ComfyUI goes on alone."),
+    ],
+)
+def test_gpus_are_nothing_for_a_comfyui_on_the_cpu(
+    servers: Servers, tree: Tree, gpus: str, text: str
+) -> None:
+    cards = {"device": "emulated", "EMULATED_CARDS": "4090,4090", "node_packs": ()}
+    ranks = servers(tree, XDIT_GPUS=gpus, extra_args=("--cpu",), **cards)
+    told = [line.split("xDiT: ")[1] for line in ranks.log_text().splitlines() if "xDiT: " in line]
+    assert told == [text]
     assert ranks.status()["state"] == "refused"
 
 

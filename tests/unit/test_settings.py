@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from comfy_xdit_patch.errors import SettingsError
-from comfy_xdit_patch.settings import DeviceRequest, parse_gpus, read_settings
+from comfy_xdit_patch.settings import (
+    DeviceRequest,
+    cache_directory,
+    parse_gpus,
+    read_settings,
+    unknown_names,
+)
 from comfy_xdit_patch.strategy import AUTO, NAMES, Strategy, parse_strategy
 from comfy_xdit_patch.variables import VARIABLES
 
@@ -140,8 +148,37 @@ def test_memory_of_a_card_is_in_gib(text, num_bytes):
 
 
 def test_a_misspelt_name_is_reported_and_does_not_silently_mean_the_default():
-    with pytest.raises(SettingsError, match=r"^XDIT_GPU is not a setting.*XDIT_GPUS"):
-        read_settings({"XDIT_GPU": "2"})
+    hints = unknown_names({"XDIT_GPU": "2", "XDIT_GPUS": "2", "PATH": ""})
+    assert hints == {"XDIT_GPU": "Did you mean XDIT_GPUS?"}
+    assert read_settings({"XDIT_GPU": "2"}) == read_settings({}), "and nothing is switched off"
+
+
+def test_a_name_that_is_like_none_is_told_all_of_them():
+    hint = unknown_names({"XDIT_A_LONG_WAY_FROM_ALL": ""})["XDIT_A_LONG_WAY_FROM_ALL"]
+    assert all(variable.name in hint for variable in VARIABLES)
+
+
+def test_a_variable_of_xfusers_own_is_nobodys_error():
+    assert unknown_names({"XDIT_LOGGING_LEVEL": "WARNING"}) == {}
+
+
+def test_a_folder_for_logs_is_named_by_an_absolute_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    assert read_settings({"XDIT_LOG_DIR": "/var/log/x"}).log_dir == Path("/var/log/x")
+    assert read_settings({"XDIT_LOG_DIR": "~/logs"}).log_dir == Path("/h/logs")
+    assert read_settings({}).log_dir is None
+    with pytest.raises(SettingsError, match=r'^XDIT_LOG_DIR="logs" is not legal.*absolute'):
+        read_settings({"XDIT_LOG_DIR": "logs"})
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch):
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_directory({}) is None
+    assert cache_directory({"XDG_CACHE_HOME": "/c"}) == Path("/c/comfy-xdit-patch")
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_variables_of_other_programs_are_left_alone():

@@ -25,6 +25,17 @@ def test_a_verdict_is_found_by_the_next_process(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["verdicts.json"]
 
 
+def test_without_a_home_it_lasts_as_long_as_the_process(monkeypatch):
+    monkeypatch.setattr(verdict_store, "cache_directory", lambda: None)
+    store = VerdictStore()
+    store.keep(CASE, VERDICT)
+    store.keep(Case("m", "n", "s"), VERDICT)
+    assert store.find(CASE) == VERDICT
+    assert VerdictStore().find(CASE) is None
+    assert store.clear() == 0
+    assert verdict_store.report(clear=False).startswith("Nothing is kept: this user has no home")
+
+
 def test_two_processes_do_not_lose_each_others(tmp_path):
     path = tmp_path / "verdicts.json"
     first, second = VerdictStore(path), VerdictStore(path)
