@@ -121,7 +121,7 @@ def test_every_kind_of_weights_is_parallel_and_equal(
         if not row.runs_on(tree):
             return "not in this version"
         dtype, bound = ("fp32", EQUAL) if label == name else ("bf16", ROUNDED)
-        if name.startswith("mixed fp8"):
+        if "mixed" in name:
             bound = FP8_INPUT
         graph = with_compute_dtype(row.graph(base_graph()), dtype)
         if "LoRA" in name and memory == "dynamic VRAM":
