@@ -196,6 +196,6 @@ def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
         make("another prompt", lambda graph: graph, 1)
         make("a LoRA", lambda graph: with_loras(graph, (KOHYA, 1.0)), 1)
         make("a second model", lambda graph: with_unet(graph, OTHER), 2)
-        make("the first again", lambda graph: graph, 2)
+        make("the first again", lambda graph: graph, 3)  # ComfyUI had dropped it as well.
         work.server.free_and_wait()
-        make("after Free", lambda graph: graph, 3)
+        make("after Free", lambda graph: graph, 4)
