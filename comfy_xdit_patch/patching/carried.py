@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.planning.ways_in import origin
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.functions import (
     closed_over,
@@ -104,17 +105,24 @@ def carry(
             mode = "native" if name_of(patch) in NATIVE else "gathered"
             if kind not in IN_BLOCKS and mode == "gathered":
                 carried.refusals.append(
-                    Refusal(f"a node set a {kind} patch", Scope.STEP, is_around_blocks=True)
+                    Refusal(
+                        f"a node set a {kind} patch, {origin(patch)}",
+                        Scope.STEP,
+                        is_around_blocks=True,
+                    )
                 )
                 continue
             try:
                 if mode == "gathered":
                     _check_keeps_nothing(patch)
-                    carried.gathered = f"a node set a {kind} patch"
+                    carried.gathered = f"a node set a {kind} patch, {origin(patch)}"
                 modes[mode].setdefault(kind, []).append(encode_callable(patch, numbers))
                 carried.keeps_references |= is_stateful(patch)
             except UncarriedValueError as error:
-                carried.refusals.append(Refusal(f"a node set a {kind} patch, {error}", Scope.STEP))
+                name = origin(patch)
+                carried.refusals.append(
+                    Refusal(f"a node set a {kind} patch, {name}: {error}", Scope.STEP)
+                )
     skip = []
     for (name, number), patch in ((options.get("patches_replace") or {}).get("dit") or {}).items():
         if name not in BLOCKS:
@@ -123,7 +131,9 @@ def carry(
             skip.append([name, number])
         else:
             carried.refusals.append(
-                Refusal("a node replaces blocks", Scope.STEP, is_around_blocks=True)
+                Refusal(
+                    f"a node replaces blocks by {origin(patch)}", Scope.STEP, is_around_blocks=True
+                )
             )
     attention = None
     if options.get(OVERRIDE) is not None:
@@ -135,8 +145,9 @@ def carry(
                 "wants_order": not _is_orderless(function),
             }
         except UncarriedValueError as error:
+            name = origin(options[OVERRIDE])
             carried.refusals.append(
-                Refusal(f"a node overrides the attention function: {error}", Scope.STEP)
+                Refusal(f"a node overrides the attention function by {name}: {error}", Scope.STEP)
             )
     if any(modes.values()) or skip or attention is not None:
         carried.tree = {"patches": modes, "skip": skip, "attention": attention}

@@ -57,7 +57,7 @@ def test_an_unknown_patch_inside_of_blocks_is_gathered_for(kind):
     carried = sort({"patches": {kind: [plain_patch]}})
     assert carried.refusals == []
     assert list(carried.tree["patches"]["gathered"]) == [kind]
-    assert carried.gathered == f"a node set a {kind} patch"
+    assert carried.gathered == f"a node set a {kind} patch, {__name__}.plain_patch"
 
 
 def test_a_patch_that_the_model_never_reads_changes_nothing():
