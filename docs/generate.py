@@ -173,7 +173,8 @@ def compatibility_page() -> str:
         "| a patch known to look at one token at a time | parallel |",
         "| a patch inside a block that keeps nothing between calls | parallel with gather |",
         "| code around the blocks: a loop of its own, a function in a block's place, tokens added "
-        "before the first block, hooks on a block | parallel with gather |",
+        "before the first block, a class, a `forward` or a module of its own, hooks on a block | "
+        "parallel with gather |",
         "| anything else | falls back, with its reason in the log |",
         "",
         "Node packs are tested by stand-ins that reach into ComfyUI as the pack does. See",

@@ -59,6 +59,8 @@ class Host:
         self.hooks: LeftOutHooks = before.hooks if before else LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
+        self.is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
+        """Of a call of FLUX that is seen and counted."""
         self._pristine = pristine
         self.ways = pristine.ways
         wire = Wire(pool)

@@ -50,6 +50,43 @@ def met(host: Host, base_model: Any) -> Iterator[None]:
             host.refuse(Refusal(f"a node put {name} around the whole model", Scope.STEP))
 
 
+@contextmanager
+def watched(host: Host, guider: Any, run: Run | None, num_sigmas: int) -> Iterator[None]:
+    """See calls of a run's model that do not come through ComfyUI's at all.
+
+    A ``model_function_wrapper`` may call ``forward_orig`` or the blocks itself: the first block is
+    watched. And where no call came in the whole run, that is said.
+    """
+    watching: Any = nullcontext()
+    with our_faults_stay_ours("watching a run"):
+        wrapper = (getattr(guider, "model_options", None) or {}).get("model_function_wrapper")
+        if run is not None and run.is_flux and wrapper is not None:
+            block = flux_of(guider.model_patcher.model).double_blocks[0]
+            if not hasattr(block, "_orig_mod"):
+                watching = own_attribute(block, "forward", _watched_block(host, block, wrapper))
+    with watching:
+        yield
+    with our_faults_stay_ours("a run that was not seen"):
+        is_sampled = run is not None and run.is_flux and num_sigmas > 1
+        if run is not None and is_sampled and not (run.num_calls or run.counts.fall_backs):
+            host.refuse(Refusal("FLUX was sampled, and none of its calls came here", Scope.STEP))
+
+
+def _watched_block(host: Host, block: Any, wrapper: Any) -> Callable[..., Any]:
+    theirs = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not host.is_inside.get():
+            with our_faults_stay_ours("a block that was called by itself"):
+                name = origin(wrapper)
+                host.refuse(Refusal(f"a node calls FLUX's blocks itself: {name}", Scope.STEP))
+        return theirs(*args, **kwargs)
+
+    # No change of the block: whoever compares it with ComfyUI's finds that.
+    forward.__func__ = getattr(theirs, "__func__", theirs)  # type: ignore[attr-defined]
+    return forward
+
+
 def _forward_of(host: Host, flux: Any, obstacle: Refusal) -> Callable[..., torch.Tensor]:
     theirs = flux.forward
     signature = host.ways.signature(flux)
@@ -72,7 +109,7 @@ def _call(
     obstacle: Refusal,
 ) -> torch.Tensor:
     run = host.current_run.get() or Run()
-    token = host.current_run.set(run)
+    token, inside = host.current_run.set(run), host.is_inside.set(True)
     before, begin = run.num_calls, time.perf_counter()
     outcome: Step | Refusal = FAULT
     try:
@@ -91,4 +128,5 @@ def _call(
         return out
     finally:
         run.is_around = False
+        host.is_inside.reset(inside)
         host.current_run.reset(token)

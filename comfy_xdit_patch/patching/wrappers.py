@@ -16,7 +16,7 @@ from typing import Any
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING, nothing_pinned
-from comfy_xdit_patch.patching.outer_calls import FAULT, met
+from comfy_xdit_patch.patching.outer_calls import FAULT, met, watched
 
 Call = Callable[..., Any]
 
@@ -36,11 +36,15 @@ class Wrappers:
 
     def flux_forward(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         """Compute ``Flux._forward`` on the workers if this call can be parallel."""
-        out = self._attempt_step(wrapped, flux, args, kwargs)
-        if out is not None:
-            return out
-        self._host.hooks.make_up()  # A fault in this is no reason to go on without.
-        return wrapped(*args, **kwargs)
+        token = self._host.is_inside.set(True)
+        try:
+            out = self._attempt_step(wrapped, flux, args, kwargs)
+            if out is not None:
+                return out
+            self._host.hooks.make_up()  # A fault in this is no reason to go on without.
+            return wrapped(*args, **kwargs)
+        finally:
+            self._host.is_inside.reset(token)
 
     def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         with our_faults_stay_ours("a step", strict=self._strict):
@@ -83,8 +87,13 @@ class Wrappers:
         with our_faults_stay_ours("the start of a run"):
             run = self._host.begin_run(getattr(guider, "model_patcher", None))
         token = self._host.current_run.set(run)
+        num_sigmas = 0
+        with our_faults_stay_ours("the steps of a run"):
+            sigmas: Any = self._bind(wrapped, args, kwargs).get("sigmas")
+            num_sigmas = len(sigmas) if hasattr(sigmas, "__len__") else 0
         try:
-            return wrapped(*args, **kwargs)
+            with watched(self._host, guider, run, num_sigmas):
+                return wrapped(*args, **kwargs)
         finally:
             self._host.current_run.reset(token)
             if run is not None:

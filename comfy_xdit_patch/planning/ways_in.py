@@ -75,9 +75,8 @@ class WaysIn:
 
 def origin(value: Any) -> str:
     """Say where a function, or an object's class, was written: ``pack.module.Class.function``."""
-    while isinstance(value, functools.partial):
-        value = value.func
-    value = getattr(value, "__func__", value)
+    while isinstance(value, functools.partial) or hasattr(value, "__func__"):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
     owner = value if hasattr(value, "__qualname__") else type(value)
     name = str(owner.__qualname__).replace(".<locals>", "")
     # ComfyUI names a pack's module after its path.

@@ -123,6 +123,13 @@ def test_a_call_is_seen_whatever_lies_before_the_blocks_and_they_run_on_the_rank
     assert error <= 1e-5
 
 
+def test_a_run_whose_calls_do_not_come_through_comfyuis_is_counted(pair: Pair) -> None:
+    found = pair.ranks.call("host_checks:direct_call", path=pair.path, kind="blocks")
+    assert found == ["a node calls FLUX's blocks itself: host_checks.direct_call.calling"]
+    found = pair.ranks.call("host_checks:direct_call", path=pair.path, kind="nothing")
+    assert found == ["FLUX was sampled, and none of its calls came here"]
+
+
 def test_a_nodes_own_error_is_its_own(pair: Pair) -> None:
     """Not a fault of ours; and what has met nothing of ours is not run a second time."""
     out = str(pair.tmp / "none.pt")

@@ -394,6 +394,38 @@ def _run_of_one_call(path: str, out: str) -> dict[str, Any]:
     return result
 
 
+def direct_call(path: str, kind: str) -> list[str]:
+    """A run in which a node calls parts of the model, or nothing at all; the reasons counted."""
+    import comfy.samplers
+
+    patcher = forwards.patcher_of(path).clone()
+    comfy.model_management.load_models_gpu([patcher])
+    flux = patcher.model.diffusion_model
+
+    def calling(*_: Any) -> None:
+        width = flux.hidden_size
+        img, txt = torch.zeros(1, 4, width), torch.zeros(1, 2, width)
+        pe = flux.pe_embedder(torch.zeros(1, 6, 3))
+        flux.double_blocks[0](img=img, txt=txt, vec=torch.zeros(1, width), pe=pe)
+
+    guider = comfy.samplers.CFGGuider(patcher)
+    if kind == "blocks":
+        patcher.set_model_unet_function_wrapper(calling)
+        guider = comfy.samplers.CFGGuider(patcher)
+
+    def body(noise: Any, latent_image: Any, sampler: Any, sigmas: Any) -> None:
+        if kind == "blocks":
+            with torch.inference_mode():
+                calling()
+
+    before = dict(_activation().host.totals.fall_backs)
+    points = _activation().sampling.points
+    wrapper = next(p.wrapper for p in points if "outer_sample" in p.attribute)
+    wrapper(body, guider, (None, None, None, torch.zeros(3)), {})
+    after = _activation().host.totals.fall_backs
+    return [reason for reason in after if after[reason] != before.get(reason, 0)]
+
+
 def changed_file_call(path: str, out: str) -> dict[str, Any]:
     """The file is touched after ComfyUI read it and before the workers do."""
     import os

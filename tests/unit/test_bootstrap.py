@@ -155,7 +155,7 @@ show([found, len(calls)])
 def test_loader_and_spec_of_a_watched_module_are_those_of_an_unwatched_one(comfyui):
     code = """
 import comfy_xdit_patch.bootstrap
-import execution, server
+import nodes, server
 def seen(module):
     spec = module.__spec__
     return [
@@ -163,7 +163,7 @@ def seen(module):
         module.__file__ == spec.origin, spec.has_location, sorted(vars(module.__loader__)),
         sorted(set(vars(module))),
     ]
-show([seen(execution), seen(server), len(calls)])
+show([seen(nodes), seen(server), len(calls)])
 """
     (unwatched, watched, num_calls), _ = run_bare(comfyui, code)
     assert num_calls == 1

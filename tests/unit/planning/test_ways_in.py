@@ -75,6 +75,7 @@ def test_an_origin_is_where_it_was_written():
     assert origin(inner) == f"{HERE}.test_an_origin_is_where_it_was_written.inner"
     assert origin(functools.partial(another, 1)) == f"{HERE}.another"
     assert origin(types.MethodType(another, object())) == f"{HERE}.another"
+    assert origin(types.MethodType(functools.partial(another), 1)) == f"{HERE}.another"
     cls = type("Embedder", (), {"__module__": "/somewhere/custom_nodes/pack.nodes"})
     assert origin(cls) == origin(cls()) == "pack.nodes.Embedder"
     assert origin(1) == "int"

@@ -17,6 +17,7 @@ from comfy.ldm.flux.model import Flux
 from .loops import all_blocks, embedded
 
 LITTLE = 0.6  # lets one of four steps through
+LOOSE = 10.0  # lets the first step through, and of the others the first block
 WIDTH = 384  # of the models of the feature rows
 
 
@@ -104,7 +105,8 @@ def first_block_forward(
     img, txt = first(img=img, txt=txt, **given)
     seen = img - before
     self.rig_calls += 1
-    if self.rig_calls == 1 or float((seen - self.rig_seen).abs().mean()) > LITTLE:
+    size = float(seen.abs().mean())
+    if self.rig_calls == 1 or float((seen - self.rig_seen).abs().mean()) > LOOSE * size:
         self.rig_seen, after_first = seen, img.clone()
         img = all_blocks(self, first=1)(img, txt, given)
         self.rig_residual = img - after_first
