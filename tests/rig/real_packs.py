@@ -39,8 +39,9 @@ class Nodes:
         if class_type not in self._known:
             raise LookupError(f"no node {class_type}: the pack did not load, or has another one")
         demanded: Mapping[str, Any] = self._known[class_type]["input"].get("required", {})
-        inputs = {name: self._value(name, spec) for name, spec in demanded.items()} | given
-        return self.draft.add(class_type, **inputs)
+        missing = {name: spec for name, spec in demanded.items() if name not in given}
+        found = {name: self._value(name, spec) for name, spec in missing.items()}
+        return self.draft.add(class_type, **found, **given)
 
     def model(self, class_type: str, **given: Any) -> None:
         """Put a node between the model and the sampler."""
@@ -57,7 +58,7 @@ class Nodes:
             "LATENT": sampler["latent_image"],
             "CONDITIONING": sampler["negative" if "negative" in name else "positive"],
         }
-        if kind in links:
+        if isinstance(kind, str) and kind in links:
             return links[kind]
         if kind == "IMAGE":
             return self.draft.picture()
