@@ -13,12 +13,22 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit_patch import __version__
-from comfy_xdit_patch.bootstrap import CONTROL_MODULES, SAMPLING_MODULES, SERVER_MODULES
+from comfy_xdit_patch.bootstrap import (
+    CONTROL_MODULES,
+    EXECUTION_MODULES,
+    SAMPLING_MODULES,
+    SERVER_MODULES,
+)
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.patchset import PatchSet
-from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
+from comfy_xdit_patch.patching.points import (
+    control_points,
+    execution_points,
+    sampling_points,
+    server_points,
+)
 from comfy_xdit_patch.patching.wrappers import Wrappers
 from comfy_xdit_patch.planning.devices import devices_of
 from comfy_xdit_patch.planning.eligibility import Pristine
@@ -39,6 +49,7 @@ class Activation:
         self.sampling: PatchSet | None = None
         self.controls: PatchSet | None = None
         self.server: PatchSet | None = None
+        self.execution: PatchSet | None = None
         self._wrappers: Wrappers | None = None
         self._ready: set[frozenset[str]] = set()
 
@@ -50,8 +61,12 @@ class Activation:
             return
         if names == SAMPLING_MODULES:
             self._activate_sampling(root)
-        if self.host is not None and CONTROL_MODULES in self._ready:
+        if self.host is None:
+            return
+        if self.controls is None and CONTROL_MODULES in self._ready:
             self._activate_controls(self.host)
+        if self.execution is None and EXECUTION_MODULES in self._ready:
+            self._activate_execution()
 
     def status(self) -> dict[str, Any]:
         """The status object of ``GET /xdit/status``."""
@@ -121,6 +136,13 @@ class Activation:
         misfit = self.controls.install()
         if misfit is not None:
             log.warning("xDiT: ControlNets run on one GPU: %s", misfit)
+
+    def _activate_execution(self) -> None:
+        assert self._wrappers is not None, "made with the host"
+        self.execution = PatchSet(execution_points(self._wrappers))
+        misfit = self.execution.install()
+        if misfit is not None:
+            log.warning("xDiT: each sampling run has a line of its own in this log: %s", misfit)
 
     def _activate_server(self) -> None:
         self.server = PatchSet(server_points(self._around_add_routes))

@@ -37,7 +37,8 @@ SAMPLING_MODULES = frozenset(
 )
 CONTROL_MODULES = frozenset({"comfy.controlnet", "comfy.ldm.flux.controlnet"})
 SERVER_MODULES = frozenset({"server"})
-SETS = (SAMPLING_MODULES, CONTROL_MODULES, SERVER_MODULES)
+EXECUTION_MODULES = frozenset({"execution"})
+SETS = (SAMPLING_MODULES, CONTROL_MODULES, SERVER_MODULES, EXECUTION_MODULES)
 WORKER_MARK = "_COMFY_XDIT_WORKER"
 """Set in a worker's environment: a worker imports ComfyUI and must not patch it."""
 

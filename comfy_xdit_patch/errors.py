@@ -48,6 +48,14 @@ class DeclinedError(XditError):
     """The workers are well, and cannot run a node's patch."""
 
 
+class NodeError(XditError):
+    """A node's own code failed while it ran inside of ours; ``original`` is what it raised."""
+
+    def __init__(self, original: Exception) -> None:
+        super().__init__(f"{type(original).__name__}: {original}")
+        self.original = original
+
+
 class CardsFullError(XditError):
     """The workers are well, and a card has no room for a call."""
 

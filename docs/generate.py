@@ -95,7 +95,12 @@ def _no_wrapper(*_: Any) -> None:
 
 def patch_points_page() -> str:
     """Return the page of every attribute of ComfyUI that is touched."""
-    from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
+    from comfy_xdit_patch.patching.points import (
+        control_points,
+        execution_points,
+        sampling_points,
+        server_points,
+    )
 
     stand_in: Any = NoWrappers()
     lines = [
@@ -118,6 +123,12 @@ def patch_points_page() -> str:
         "Without these, ControlNets run on one GPU and their residuals are carried.",
         "",
         *_points_table(control_points(stand_in)),
+        "",
+        "## Prompts",
+        "",
+        "Without this, each sampling run has a line of its own in the log.",
+        "",
+        *_points_table(execution_points(stand_in)),
         "",
         "## Server",
         "",
@@ -162,7 +173,8 @@ def compatibility_page() -> str:
         "| a patch known to look at one token at a time | parallel |",
         "| a patch inside a block that keeps nothing between calls | parallel with gather |",
         "| code around the blocks: a loop of its own, a function in a block's place, tokens added "
-        "before the first block, hooks on a block | parallel with gather |",
+        "before the first block, a class, a `forward` or a module of its own, hooks on a block | "
+        "parallel with gather |",
         "| anything else | falls back, with its reason in the log |",
         "",
         "Node packs are tested by stand-ins that reach into ComfyUI as the pack does. See",

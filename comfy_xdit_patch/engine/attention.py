@@ -22,6 +22,7 @@ Source: USP, arXiv:2405.07719. (xfuser's ``USP`` demands equal lengths and heads
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -73,6 +74,17 @@ class SequenceAttention:
         self._function = function
         self._wants_order = wants_order
         self._ring_bytes = 0
+
+    def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Return this with an attention of the checkpoint's underneath, unless a node chose one.
+
+        It is given the tokens in ComfyUI's order: what it does with them is not known.
+        """
+        if self._function is not None:
+            return self
+        other = copy.copy(self)
+        other._function, other._wants_order = (lambda _, *args, **kw: function(*args, **kw)), True
+        return other
 
     @property
     def bytes_sent(self) -> int:

@@ -20,6 +20,7 @@ import torch
 from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.engine.prescribed import attention_of_blocks
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import ResidualSet
 from comfy_xdit_patch.engine.rows import rows_of
@@ -121,5 +122,5 @@ def _sharded(
         bytes_sent.append(attention.bytes_sent)
         return out
 
-    with own_attribute(net, "forward_orig", forward_orig):
+    with attention_of_blocks(), own_attribute(net, "forward_orig", forward_orig):
         yield bytes_sent

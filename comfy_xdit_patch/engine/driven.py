@@ -18,6 +18,7 @@ import torch
 from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches
+from comfy_xdit_patch.engine.prescribed import attention_of_blocks
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM
 from comfy_xdit_patch.engine.sharded_sequence import REFERENCES, stream_counts
@@ -85,6 +86,7 @@ class DrivenBlocks:
         }
         with ExitStack() as stack:
             stack.enter_context(whole_input_scales())
+            stack.enter_context(attention_of_blocks())
             rows = next(values[n].shape[0] for n in STREAM_OF if n in values)
             counted = stream_counts(shares, index, rows=rows, num_rows=rows)
             stack.enter_context(scales_on_weights(scaled, **counted))

@@ -14,6 +14,7 @@ that come out are this patch's; ``keys`` gives those of all tokens for them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -59,6 +60,14 @@ class PatchAttention:
         self._masks = RankMasks(shares, index)
         self._keys = keys
         self._function = function
+
+    def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Return this with an attention of the checkpoint's underneath, unless a node chose one."""
+        if self._function is not None:
+            return self
+        other = copy.copy(self)
+        other._function = lambda _, *args, **kwargs: function(*args, **kwargs)
+        return other
 
     @property
     def bytes_sent(self) -> int:

@@ -33,6 +33,7 @@ from comfy_xdit_patch.engine.kept_keys import KeptKeys, KeyValue, StreamKeys
 from comfy_xdit_patch.engine.masks import RankMasks, Span
 from comfy_xdit_patch.engine.patch_attention import Keys, PatchAttention
 from comfy_xdit_patch.engine.patches import ModelPatches, PatchRefusedError
+from comfy_xdit_patch.engine.prescribed import attention_of_blocks
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
@@ -157,7 +158,7 @@ def pipelined_sequence(
         bytes_sent.append(num_bytes)
         return whole
 
-    with own_attribute(flux, "forward_orig", forward_orig):
+    with attention_of_blocks(), own_attribute(flux, "forward_orig", forward_orig):
         try:
             yield bytes_sent
         except PatchRefusedError as error:

@@ -24,6 +24,7 @@ from comfy_xdit_patch.engine.attention import SequenceAttention
 from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.engine.patches import ModelPatches
 from comfy_xdit_patch.engine.pixel_space import sharded_head
+from comfy_xdit_patch.engine.prescribed import attention_of_blocks
 from comfy_xdit_patch.engine.rank_tokens import RankTokens
 from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.sequence import SEQUENCE_DIM, gather_sequence
@@ -97,7 +98,7 @@ def sharded_sequence(
             bytes_sent.extend((attention.bytes_sent, mine.bytes_sent))
             return out if is_pixel_space else gather(out, shares)
 
-        with own_attribute(flux, "forward_orig", forward_orig):
+        with attention_of_blocks(), own_attribute(flux, "forward_orig", forward_orig):
             yield bytes_sent
 
 

@@ -60,6 +60,17 @@ class RunCounts:
     """What ``auto`` once measured for a step of this kind in ComfyUI alone."""
     warm_ups: int = 0
 
+    def add(self, other: RunCounts) -> None:
+        """Count another run's steps too."""
+        self.plan = other.plan or self.plan
+        self.parallel_seconds += other.parallel_seconds
+        self.fall_backs += other.fall_backs
+        self.gathered += other.gathered
+        self.skipped += other.skipped
+        self.measured += other.measured
+        self.one_seconds = other.one_seconds or self.one_seconds
+        self.warm_ups += other.warm_ups
+
     def report(self, *, ranks: int) -> RunReport:
         parallel = len(self.parallel_seconds)
         fell_back = sum(self.fall_backs.values())

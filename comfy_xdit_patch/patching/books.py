@@ -5,18 +5,14 @@ Runs in: host process.
 
 from __future__ import annotations
 
-import logging
-
 from comfy_xdit_patch.errors import FallBackError, Refusal, Scope
-from comfy_xdit_patch.observability.log import summary, warn_once
-from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.observability.log import say, say_unheard, summary, warn_once
+from comfy_xdit_patch.observability.status import RunCounts, Totals
 from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.holding import LOST, STARTING
 from comfy_xdit_patch.patching.run import Run
-from comfy_xdit_patch.patching.steps import Step
+from comfy_xdit_patch.patching.step import Step
 from comfy_xdit_patch.workers.pool import Pool
-
-log = logging.getLogger("comfy_xdit_patch")
 
 
 class Books:
@@ -27,6 +23,19 @@ class Books:
         self._pool = pool
         self._auto = auto
         self._is_strict = is_strict
+        self._of_prompt: dict[str | None, tuple[RunCounts, int]] | None = None
+        """Counts of the prompt that is being executed, and of how many runs, by their plan."""
+
+    def begin_prompt(self) -> None:
+        """Say nothing of single runs from now on: a node that samples tiles makes one for each."""
+        self._of_prompt = {}
+
+    def end_prompt(self) -> None:
+        """Say one line for all runs of a prompt that had the same plan."""
+        prompt, self._of_prompt = self._of_prompt or {}, None
+        for counts, num_runs in prompt.values():
+            self._say(counts, num_runs)
+        say_unheard()
 
     def refuse(self, refusal: Refusal, run: Run) -> None:
         """Count a step that ComfyUI computes.
@@ -70,7 +79,7 @@ class Books:
             self._totals.steps_gathered += 1
 
     def close(self, run: Run) -> None:
-        """Close those of a run, and say one line about it if FLUX took part."""
+        """Close those of a run, and see to a line about it if FLUX took part."""
         report = run.counts.report(ranks=self._pool.world_size)
         if not report.steps:
             return
@@ -78,4 +87,13 @@ class Books:
         if report.steps_parallel and LOST.reason not in report.fall_back_reasons:
             self._pool.run_succeeded()
         self._totals.last_run = report
-        log.info("%s", summary(report, device_word=self._pool.device_word))
+        if self._of_prompt is None:
+            self._say(run.counts, 1)
+            return
+        counts, num_runs = self._of_prompt.get(report.plan, (RunCounts(), 0))
+        counts.add(run.counts)
+        self._of_prompt[report.plan] = counts, num_runs + 1
+
+    def _say(self, counts: RunCounts, num_runs: int) -> None:
+        report = counts.report(ranks=self._pool.world_size)
+        say(summary(report, device_word=self._pool.device_word, num_runs=num_runs))

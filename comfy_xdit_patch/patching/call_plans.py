@@ -23,6 +23,7 @@ from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
+from comfy_xdit_patch.transport.fingerprint import prescribed_attention
 from comfy_xdit_patch.workers.exchange import Poll
 
 
@@ -67,6 +68,8 @@ class CallPlans:
         if changes or carried.tree is not None:
             # A node's code may look at all rows.
             workload = replace(workload, is_batch_divisible=False)
+        if id(flux) not in run.is_prescribed:
+            run.is_prescribed[id(flux)] = bool(prescribed_attention(flux))
         balance = self._holding.balance
         planned = partial(
             plan_call,
@@ -74,7 +77,10 @@ class CallPlans:
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
             needs_references=carried.keeps_references,
-            no_ring=no_ring(is_overridden=carried.overrides_attention),
+            no_ring=no_ring(
+                is_overridden=carried.overrides_attention,
+                is_prescribed=run.is_prescribed[id(flux)],
+            ),
         )
         weights = balance.weights(run)
         plan = planned(weights=weights)

@@ -15,16 +15,25 @@ What FLUX never reads changes nothing.
 from __future__ import annotations
 
 import dis
+import functools
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.planning.ways_in import origin
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.functions import encode_callable, is_stateful, name_of
+from comfy_xdit_patch.transport.functions import (
+    closed_over,
+    encode_callable,
+    is_stateful,
+    name_of,
+    undisabled,
+)
+from comfy_xdit_patch.transport.modules import codes_in
 from comfy_xdit_patch.transport.values import PLAIN, UncarriedValueError
 
 OVERRIDE = "optimized_attention_override"
@@ -96,17 +105,24 @@ def carry(
             mode = "native" if name_of(patch) in NATIVE else "gathered"
             if kind not in IN_BLOCKS and mode == "gathered":
                 carried.refusals.append(
-                    Refusal(f"a node set a {kind} patch", Scope.STEP, is_around_blocks=True)
+                    Refusal(
+                        f"a node set a {kind} patch, {origin(patch)}",
+                        Scope.STEP,
+                        is_around_blocks=True,
+                    )
                 )
                 continue
             try:
                 if mode == "gathered":
                     _check_keeps_nothing(patch)
-                    carried.gathered = f"a node set a {kind} patch"
+                    carried.gathered = f"a node set a {kind} patch, {origin(patch)}"
                 modes[mode].setdefault(kind, []).append(encode_callable(patch, numbers))
                 carried.keeps_references |= is_stateful(patch)
             except UncarriedValueError as error:
-                carried.refusals.append(Refusal(f"a node set a {kind} patch, {error}", Scope.STEP))
+                name = origin(patch)
+                carried.refusals.append(
+                    Refusal(f"a node set a {kind} patch, {name}: {error}", Scope.STEP)
+                )
     skip = []
     for (name, number), patch in ((options.get("patches_replace") or {}).get("dit") or {}).items():
         if name not in BLOCKS:
@@ -115,7 +131,9 @@ def carry(
             skip.append([name, number])
         else:
             carried.refusals.append(
-                Refusal("a node replaces blocks", Scope.STEP, is_around_blocks=True)
+                Refusal(
+                    f"a node replaces blocks by {origin(patch)}", Scope.STEP, is_around_blocks=True
+                )
             )
     attention = None
     if options.get(OVERRIDE) is not None:
@@ -127,8 +145,9 @@ def carry(
                 "wants_order": not _is_orderless(function),
             }
         except UncarriedValueError as error:
+            name = origin(options[OVERRIDE])
             carried.refusals.append(
-                Refusal(f"a node overrides the attention function: {error}", Scope.STEP)
+                Refusal(f"a node overrides the attention function by {name}: {error}", Scope.STEP)
             )
     if any(modes.values()) or skip or attention is not None:
         carried.tree = {"patches": modes, "skip": skip, "attention": attention}
@@ -157,38 +176,50 @@ def _is_plain(value: Any) -> bool:
     return type(value) in PLAIN or type(value) is torch.Tensor
 
 
-def _is_comfyuis_attention(function: Any) -> bool:
-    return isinstance(function, types.FunctionType) and function.__module__ in ORDERLESS_MODULES
-
-
 def _is_orderless(function: Any) -> bool:
     """Whether a function only chooses one of ComfyUI's own attention functions."""
-    cells = getattr(function, "__closure__", None) or ()
-    return all(_is_comfyuis_attention(cell.cell_contents) for cell in cells) and (
-        _is_comfyuis_attention(function) or name_of(function) in CHOOSERS
+    return _is_comfyuis_attention(function) or (
+        name_of(function) in CHOOSERS and all(map(_is_comfyuis_attention, closed_over(function)))
     )
+
+
+def _is_comfyuis_attention(function: Any) -> bool:
+    """Whether a function, and all that it closes over, is written in ComfyUI's attention module."""
+    functions = list(_with_inner(function))
+    return bool(functions) and all(name_of(one)[0] in ORDERLESS_MODULES for one in functions)
 
 
 def _check_keeps_nothing(function: Any) -> None:
     """Raise UncarriedValueError if a function's next call may depend on this one."""
-    if not isinstance(function, types.FunctionType) or _is_comfyuis_attention(function):
-        return
-    for code in _codes(function.__code__):
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                raise UncarriedValueError("a function that sets a global variable")
-            stores = instruction.opname == "STORE_DEREF"
-            if stores and instruction.argval in function.__code__.co_freevars:
-                raise UncarriedValueError("a function that keeps something between calls")
-    for cell in function.__closure__ or ():
-        if isinstance(cell.cell_contents, (list, dict, set)):
+    for one in _with_inner(function):
+        if name_of(one)[0] in ORDERLESS_MODULES:
+            continue
+        for code in codes_in(one.__code__):
+            for instruction in dis.get_instructions(code):
+                if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                    raise UncarriedValueError("a function that sets a global variable")
+                stores = instruction.opname == "STORE_DEREF"
+                if stores and instruction.argval in one.__code__.co_freevars:
+                    raise UncarriedValueError("a function that keeps something between calls")
+        if any(isinstance(value, (list, dict, set)) for value in _held_by(one)):
             raise UncarriedValueError("a function that may keep something between calls")
-        if cell.cell_contents is not function:
-            _check_keeps_nothing(cell.cell_contents)
 
 
-def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _codes(const)
+def _with_inner(value: Any) -> Iterator[types.FunctionType]:
+    """A function and all that it holds, each once: functions may hold themselves."""
+    left, seen = [value], set()
+    while left:
+        one = undisabled(left.pop())
+        if isinstance(one, functools.partial):
+            left += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, tuple):
+            left += one
+        elif isinstance(one, types.FunctionType) and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            left += _held_by(one)
+
+
+def _held_by(function: types.FunctionType) -> list[Any]:
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return [*closed_over(function), *defaults, *vars(function).values()]

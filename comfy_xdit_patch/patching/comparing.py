@@ -5,18 +5,21 @@ Runs in: host process. Reads ComfyUI's objects, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.transport.fingerprint import (
+    BLOCKS,
+    agree,
     digests,
     fingerprint,
     is_dynamic,
     stored_weights,
 )
+from comfy_xdit_patch.transport.replies import Loaded
 
 
 def expected_fingerprint(base_model: Any) -> str:
@@ -31,6 +34,13 @@ def expected_fingerprint(base_model: Any) -> str:
         flux_of(base_model),
         manual_cast_dtype=patcher.object_patches_backup.get(cast, getattr(base_model, cast)),
         patcher=patcher,
+    )
+
+
+def comparison_with(expected: str, *, only_blocks: bool) -> Callable[[Sequence[Loaded]], bool]:
+    """Return whether all ranks hold what ComfyUI does, as a function of their replies."""
+    return lambda replies: all(
+        agree(reply.fingerprint, expected, only_blocks=only_blocks) for reply in replies
     )
 
 
@@ -50,19 +60,28 @@ def is_patched_here(patcher: Any) -> bool:
 
 
 def verify(
-    base_model: Any, theirs: Sequence[dict[str, str]], totals: Totals, *, is_whole: bool = True
+    base_model: Any,
+    theirs: Sequence[dict[str, str]],
+    totals: Totals,
+    is_whole: bool = True,
+    *,
+    only_blocks: bool = False,
 ) -> Refusal | None:
     """Compare the weights in use bit for bit, if the ranks were asked for digests.
 
     Args:
         is_whole: every rank has all weights; else the ranks together have them.
+        only_blocks: no others count: the workers run the blocks alone.
     """
     if not any(theirs):
         return None
     ours = digests(flux_of(base_model))
     everywhere = {*ours} if is_whole else {*ours}.difference(*theirs)
     for rank, found in enumerate(theirs):
-        wrong = [name for name in {*everywhere, *found} if ours.get(name) != found.get(name)]
+        names = {
+            name for name in {*everywhere, *found} if name.startswith(BLOCKS) or not only_blocks
+        }
+        wrong = [name for name in names if ours.get(name) != found.get(name)]
         if wrong:
             name = min(wrong)
             totals.last_error = (

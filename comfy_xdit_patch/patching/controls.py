@@ -27,9 +27,11 @@ from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
 from comfy_xdit_patch.patching.ring import no_ring
 from comfy_xdit_patch.patching.run import Run
-from comfy_xdit_patch.planning.eligibility import Pristine, check_grad
+from comfy_xdit_patch.planning.arguments import check_grad
+from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
+from comfy_xdit_patch.transport.fingerprint import prescribed_attention
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 
 LOADER = "load_controlnet"
@@ -136,7 +138,7 @@ class ControlNets:
             workload,
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
-            no_ring=no_ring(),
+            no_ring=no_ring(is_prescribed=bool(prescribed_attention(net))),
             weights=self._holding.balance.weights(run),
         )
         if isinstance(plan, Refusal):

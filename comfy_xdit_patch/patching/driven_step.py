@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
+from comfy_xdit_patch.patching.remote_tokens import (
+    SEQUENCE_DIM,
+    Counts,
+    Kept,
+    RemoteTokens,
+    encode,
+    encode_modulation,
+)
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
@@ -59,6 +67,7 @@ class DrivenStep:
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
+        self.fault: BaseException | None = None  # of ours, whatever a node's code made of it
         self._busy_seconds: dict[int, float] = {}
 
     def stub(self, block: Any, name: str) -> Callable[..., Any]:
@@ -66,9 +75,19 @@ class DrivenStep:
         signature = inspect.signature(type(block).forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._block(name, signature.bind(block, *args, **kwargs).arguments)
+            arguments = signature.bind(block, *args, **kwargs).arguments
+            with self._noted():
+                return self._block(name, arguments)
 
         return forward
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.fault = error
+            raise
 
     def _block(self, name: str, arguments: Mapping[str, Any]) -> Any:
         tokens = {key: arguments[key] for key in TOKENS if key in arguments}
@@ -126,8 +145,8 @@ class DrivenStep:
                 meanwhile=prove,
             )
         self._constants |= constants
-        self._totals.bytes_to_workers += slots.bytes_written - written
         self.num_blocks += 1
+        self._totals.bytes_to_workers += slots.bytes_written - written
         for rank, reply in enumerate(replies):
             if isinstance(reply, Declined):
                 raise DeclinedError(short(reply.reason))
@@ -181,9 +200,12 @@ class DrivenStep:
         return value.recipe is not None and value.counts == counts and is_shared_so
 
     def _fetch(self, tokens: RemoteTokens) -> torch.Tensor:
+        with self._noted():
+            return self._numbers_of(tokens)
+
+    def _numbers_of(self, tokens: RemoteTokens) -> torch.Tensor:
         assert tokens.recipe is not None
-        recipe = encode(tokens.recipe)
-        slots = self._wire.slots
+        recipe, slots = encode(tokens.recipe), self._wire.slots
         result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
         replies = self._wire.request(
             lambda number: Fetch(
@@ -226,12 +248,3 @@ def shares_of_counts(flux: Any, counts: Counts, plan: ParallelPlan) -> SequenceS
         num_reference_tokens=reference,
         num_heads=flux.num_heads,
     )
-
-
-def encode_modulation(value: Any) -> Any:
-    """Turn what modulates a block into tensors, lists and dictionaries."""
-    if isinstance(value, (tuple, list)):
-        return [encode_modulation(item) for item in value]
-    if all(hasattr(value, name) for name in ("shift", "scale", "gate")):
-        return {"$modulation": [value.shift, value.scale, value.gate]}
-    return value

@@ -106,12 +106,14 @@ class Holding:
         dtype: torch.dtype,
         poll: Poll,
         is_guest: bool = False,
+        is_gathered: bool = False,
     ) -> KnownModel | Refusal:
         """Have every rank hold a model as its current ModelPatcher has it.
 
         Args:
             model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
             is_guest: the model may not drive another one off the workers' cards.
+            is_gathered: its blocks are all that the workers run.
 
         Returns:
             The model as the workers know it now.
@@ -160,19 +162,27 @@ class Holding:
             run.compared.clear()
         # Also once in every run: the host's weights are compared with the workers' again.
         is_held = self._weights.holds(known, place.name, state.key)
-        is_compared = self._weights.comparison(known, state) in run.compared
+        part = "blocks" if is_gathered else "whole"
+        compared = (*self._weights.comparison(known, state), part)
+        is_compared = compared in run.compared
         is_compared = is_compared and self._weights.holds(known, place.name)
         if not (is_compared and is_held):
             if not is_compared:
                 held = (known.number, self._weights.bytes_held) if is_held else None
                 self._memory.make_room_for_workers(model, place.needed_bytes, run.in_use, held=held)
             loaded = self._weights.load(
-                model, known, state, place, is_compared=is_compared, poll=poll
+                model,
+                known,
+                state,
+                place,
+                is_compared=is_compared,
+                is_gathered=is_gathered,
+                poll=poll,
             )
             if isinstance(loaded, Refusal):
                 return loaded
             known = run.models[id(model)] = loaded
-            run.compared.add(self._weights.comparison(known, state))
+            run.compared.add((*self._weights.comparison(known, state), part))
         self._working_bytes[known.number] = place.working_bytes
         return known
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.balance import PoolBalance
@@ -34,12 +34,10 @@ from comfy_xdit_patch.patching.remote_control import RemoteControl
 from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
 from comfy_xdit_patch.patching.run import Run
+from comfy_xdit_patch.patching.step import Step
 from comfy_xdit_patch.patching.steps import ParallelSteps
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.eligibility import (
-    Pristine,
-    check_forward,
-)
+from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.workers.pool import Pool
 from comfy_xdit_patch.workers.pool_state import PoolState
@@ -61,7 +59,10 @@ class Host:
         self.hooks: LeftOutHooks = before.hooks if before else LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
+        self.is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
+        """Of a call of FLUX that is seen and counted."""
         self._pristine = pristine
+        self.ways = pristine.ways
         wire = Wire(pool)
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
@@ -80,7 +81,7 @@ class Host:
         )
         self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         auto = Auto(settings, pool, self.measuring)
-        self._books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
+        self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines(wire)
         self._steps = ParallelSteps(
             self._remote,
@@ -131,7 +132,7 @@ class Host:
         self._remote.gone_objects += [number for _, number in run.objects.values()]
         with self._lock:
             self._steps.end(run)
-        self._books.close(run)
+        self.books.close(run)
 
     def forward(
         self, flux: Any, arguments: Mapping[str, Any], compute: Callable[[], torch.Tensor]
@@ -150,40 +151,46 @@ class Host:
             InterruptProcessingException: the user cancelled.
         """
         run = self.current_run.get() or Run()
-        run.num_calls += 1
         begin = time.perf_counter()
-        base_model = self.base_model.get()
+        outcome = self.attempt(flux, arguments, compute, run, is_inner=run.is_around)
+        if run.is_around and isinstance(outcome, Refusal):
+            return None  # The call around this one has the blocks run, and counts.
+        run.num_calls += 1
+        return self.counted(outcome, run, time.perf_counter() - begin)
+
+    def attempt(
+        self,
+        flux: Any,
+        arguments: Mapping[str, Any],
+        compute: Callable[[], torch.Tensor],
+        run: Run,
+        **kinds: Any,
+    ) -> Step | Refusal:
+        """Compute one call on the workers, and count nothing; see ``ParallelSteps.run``."""
         with self._lock:
-            outcome = run.refusal or self._steps.run(flux, arguments, compute, base_model, run)
+            return run.refusal or self._steps.run(
+                flux, arguments, compute, self.base_model.get(), run, **kinds
+            )
+
+    def counted(self, outcome: Step | Refusal, run: Run, seconds: float) -> torch.Tensor | None:
+        """Count what became of a call; return its result, or None: ComfyUI computes it."""
+        base_model = self.base_model.get()
         if base_model is not None:
             is_here = isinstance(outcome, Refusal) or outcome.is_one
             self.memory.ran(base_model, is_parallel=not is_here)
-        if not isinstance(outcome, Refusal):
-            self._books.count(outcome, run, time.perf_counter() - begin)
-            return outcome.out
-        self._books.refuse(outcome, run)
-        return None
+        if isinstance(outcome, Refusal):
+            self.books.refuse(outcome, run)
+            return None
+        self.books.count(outcome, run, seconds)
+        return outcome.out
 
-    def faulted(self) -> None:
-        """Count a step that a fault of ours left to ComfyUI."""
-        run = self.current_run.get() or Run()
-        self._books.refuse(
-            Refusal("a fault of comfy-xdit-patch, which is in the log", Scope.STEP), run
-        )
+    def refuse(self, refusal: Refusal) -> None:
+        """Count a call that is left to ComfyUI and was not tried.
 
-    def applied(self, base_model: Any, num_calls: int) -> None:
-        """Say why a call of a BaseModel never came to us, if a node is the reason.
-
-        Args:
-            num_calls: that had come in this run before.
+        Raises:
+            FallBackError: ``XDIT_STRICT=1``.
         """
-        run = self.current_run.get()
-        if run is None or run.num_calls != num_calls:
-            return
-        flux = getattr(base_model, "diffusion_model", None)
-        if self._pristine.is_member(flux):
-            for refusal in check_forward(flux):
-                self._books.refuse(refusal, run)
+        self.books.refuse(refusal, self.current_run.get() or Run())
 
     def control(
         self, net: Any, arguments: Mapping[str, Any], compute: Callable[[], Residuals]

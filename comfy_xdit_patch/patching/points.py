@@ -126,6 +126,20 @@ def control_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
     )
 
 
+def execution_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
+    """The point that makes one line in the log of all sampling runs of a prompt."""
+    return (
+        PatchPoint(
+            "execution",
+            "PromptExecutor.execute",
+            wrappers.execute_prompt,
+            frozenset(),
+            "Begin and end of a prompt: one line in the log for all of its sampling runs, and what "
+            "a node kept from being heard is said.",
+        ),
+    )
+
+
 def server_points(add_routes: Callable[..., Any]) -> tuple[PatchPoint, ...]:
     """The point that lets ComfyUI's own server answer ``GET /xdit/status``."""
     return (

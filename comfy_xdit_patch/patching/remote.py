@@ -19,7 +19,7 @@ from comfy_xdit_patch.patching.carried import other_options
 from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.pipelined import PipelinedCall
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
+from comfy_xdit_patch.planning.arguments import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Forget, Forward, Tree

@@ -13,6 +13,7 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.progress import load_bar
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.comparing import (
+    comparison_with,
     expected_fingerprint,
     is_patched_here,
     uncast,
@@ -105,17 +106,18 @@ class RemoteWeights:
         placement: Placement,
         *,
         is_compared: bool,
+        is_gathered: bool = False,
         poll: Poll,
     ) -> KnownModel | Refusal:
         """Have every rank hold this model in this state, and check that it is the host's.
 
         Args:
             is_compared: it was checked already; a hook's patches come and go in every step.
+            is_gathered: the workers run its blocks alone.
 
         Returns:
-            The model as the workers know it now. Its number is new where the file has to be loaded
-            with other weights uncast, and where the model is carried, because a node has changed in
-            memory what the file holds.
+            The model as the workers know it now; its number is new where the file has to be loaded
+            with other weights uncast, and where the model is carried, as a node has changed it.
 
         Raises:
             WorkerError: the workers are lost.
@@ -123,18 +125,16 @@ class RemoteWeights:
         try:
             if is_compared:
                 replies = self._ask(base_model, known, state, placement, False, poll)
-                if not isinstance(replies, Refusal):
-                    self._held[known.number] = state.key, placement.name
-                return replies if isinstance(replies, Refusal) else known
+                if isinstance(replies, Refusal):
+                    return replies
+                self._held[known.number] = state.key, placement.name
+                return known
             known = self._models.find_loaded(base_model, uncast(base_model))
-            expected = expected_fingerprint(base_model)
+            agree = comparison_with(expected_fingerprint(base_model), only_blocks=is_gathered)
             verifies = self._verifies and is_patched_here(base_model.current_patcher)
             replies = self._ask(base_model, known, state, placement, verifies, poll)
-            if (
-                not isinstance(replies, Refusal)
-                and any(reply.fingerprint != expected for reply in replies)
-                and hasattr(base_model, "model_config")  # what a model is rebuilt from
-            ):
+            can_rebuild = hasattr(base_model, "model_config")
+            if can_rebuild and not isinstance(replies, Refusal) and not agree(replies):
                 known = self._models.renumber_without_file(base_model)
                 replies = self._ask(base_model, known, state, placement, verifies, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
@@ -143,10 +143,10 @@ class RemoteWeights:
             return Refusal(f"a model without a file does not fit in memory: {error}")
         if isinstance(replies, Refusal):
             return replies
-        if any(reply.fingerprint != expected for reply in replies):
+        if not agree(replies):
             return Refusal("the workers cannot rebuild the model that ComfyUI holds")
-        digests = [reply.digests for reply in replies]
-        refusal = verify(base_model, digests, self._totals, is_whole=placement.plan is None)
+        found, whole = [reply.digests for reply in replies], placement.plan is None
+        refusal = verify(base_model, found, self._totals, whole, only_blocks=is_gathered)
         if refusal is not None:
             return refusal
         self._held[known.number] = state.key, placement.name

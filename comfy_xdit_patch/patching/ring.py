@@ -21,16 +21,19 @@ EXACT = {
 }
 
 
-def no_ring(*, is_overridden: bool = False) -> Refusal | None:
+def no_ring(*, is_overridden: bool = False, is_prescribed: bool = False) -> Refusal | None:
     """Return why a ring must not be used, or None.
 
     Args:
         is_overridden: a node chose the attention function of this call.
+        is_prescribed: the checkpoint names one for some blocks.
     """
     import comfy.ldm.flux.math
 
     if is_overridden:
         return Refusal("a node chose the attention function, which a ring cannot use", Scope.STEP)
+    if is_prescribed:
+        return Refusal("the checkpoint prescribes its attention, which a ring cannot use")
     name = comfy.ldm.flux.math.optimized_attention.__name__
     if name not in EXACT:
         return Refusal(f"ComfyUI was started with {name}, which a ring cannot use", Scope.STEP)

@@ -31,13 +31,17 @@ class Run:
     """What others hung on single modules of them."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
+    is_prescribed: dict[int, bool] = field(default_factory=dict)
+    """Whether their checkpoints prescribe an attention function."""
     tensor: dict[tuple[int, int], Refusal | None] = field(default_factory=dict)
     """Why their weights cannot be cut into so many parts."""
     needs_residuals: bool = False
     """Steps of this run are computed here in part or in whole, and so need ControlNets here."""
     bypass: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
     """ComfyUI's bypass hooks on them."""
-    compared: set[tuple[int, str]] = field(default_factory=set)
+    is_around: bool = False
+    """A call of a model's ``forward`` is being computed, with its blocks on the workers."""
+    compared: set[tuple[int, str, str]] = field(default_factory=set)
     """What was compared with the workers' weights in this run."""
     generation: int = 0
     is_balanced: bool = False

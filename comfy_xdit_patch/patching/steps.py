@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from comfy_xdit_patch.errors import (
     WorkerError,
 )
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.auto import Auto, Kind
+from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.call_plans import CallPlans
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
@@ -37,33 +36,12 @@ from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.remote import RemoteForward, arguments_of
 from comfy_xdit_patch.patching.run import Run
-from comfy_xdit_patch.planning.eligibility import (
-    Pristine,
-    blocking,
-    check_arguments,
-    check_forward,
-    check_grad,
-    check_patcher,
-)
+from comfy_xdit_patch.patching.step import Step
+from comfy_xdit_patch.planning.arguments import check_arguments, check_grad, misplaced
+from comfy_xdit_patch.planning.eligibility import Pristine, blocking, check_patcher
 from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.verdict import Way
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A call that is computed.
-
-    ``gathered_for`` is why a part of it ran here; ``is_empty`` says that no block ran on the
-    workers: a node left them out, or computed them itself. ``is_one``: it ran here, to be timed.
-    """
-
-    out: torch.Tensor
-    gathered_for: str | None = None
-    is_empty: bool = False
-    is_one: bool = False
-    kind: Kind | None = None
-    """Set if the time of the step tells ``auto`` something."""
 
 
 class ParallelSteps:
@@ -99,6 +77,9 @@ class ParallelSteps:
         compute: Callable[[], torch.Tensor],
         base_model: Any,
         run: Run,
+        *,
+        obstacle: Refusal | None = None,
+        is_inner: bool = False,
     ) -> Step | Refusal:
         """Compute one call on the workers.
 
@@ -106,6 +87,9 @@ class ParallelSteps:
             arguments: the arguments of ``Flux._forward`` by name.
             compute: ComfyUI's own forward with them.
             base_model: ComfyUI's ``BaseModel`` around the model, or None.
+            obstacle: why this is a call of ``forward``, and need not come to ``_forward``.
+            is_inner: such a call lies around this one, and its blocks run on the workers already:
+                all of it does, or nothing is done here.
 
         Raises:
             InterruptProcessingException: the user cancelled.
@@ -117,12 +101,16 @@ class ParallelSteps:
         own = getattr(base_model, "diffusion_model", None)
         if flux not in (own, getattr(own, "_orig_mod", None)):
             return Refusal("FLUX was called outside ComfyUI's sampling", Scope.STEP)
+        refusal = misplaced(arguments)
+        if refusal is not None:
+            return refusal
         carried = carry(
             arguments.get("transformer_options") or {},
             reads=partial(self._pristine.reads, flux),
             numbers=partial(self._number_of, run),
         )
         changes = [
+            *([] if obstacle is None else [obstacle]),
             *self._pristine.check_step(flux),
             *check_patcher(base_model, self._pristine.bypass),
             *check_arguments(arguments),
@@ -131,6 +119,8 @@ class ParallelSteps:
             *self._holding.changes(base_model, run),
         ]
         refusal = blocking(changes)
+        if is_inner and changes:
+            refusal = changes[0]
         if refusal is not None:
             return refusal
         refusal = self._holding.come_up(base_model, poll)
@@ -151,6 +141,7 @@ class ParallelSteps:
                 plan=plan,
                 dtype=arguments["x"].dtype,
                 poll=poll,
+                is_gathered=bool(changes),
             )
             if isinstance(known, Refusal):
                 return known
@@ -192,7 +183,7 @@ class ParallelSteps:
                 return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
-            out, num_blocks = self._driven.run(
+            driven = self._driven.run(
                 flux,
                 compute,
                 model=known.number,
@@ -202,6 +193,9 @@ class ParallelSteps:
                 carry_options=other_options,
                 poll=poll,
             )
+            if isinstance(driven, Refusal):
+                return driven
+            out, num_blocks = driven
             run.counts.plan = plan
             if num_blocks:
                 balance.measured(plan, workload, model=known.number, replan=call.replan)
@@ -233,7 +227,7 @@ class ParallelSteps:
         return not (
             self._pristine.check_step(flux)
             or check_patcher(base_model, self._pristine.bypass)
-            or check_forward(flux)
+            or self._pristine.ways.obstacle(flux)
         )
 
     def _number_of(self, run: Run, thing: Any) -> int:

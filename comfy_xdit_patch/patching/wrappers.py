@@ -16,6 +16,7 @@ from typing import Any
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING, nothing_pinned
+from comfy_xdit_patch.patching.outer_calls import FAULT, met, watched
 
 Call = Callable[..., Any]
 
@@ -35,11 +36,15 @@ class Wrappers:
 
     def flux_forward(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         """Compute ``Flux._forward`` on the workers if this call can be parallel."""
-        out = self._attempt_step(wrapped, flux, args, kwargs)
-        if out is not None:
-            return out
-        self._host.hooks.make_up()  # A fault in this is no reason to go on without.
-        return wrapped(*args, **kwargs)
+        token = self._host.is_inside.set(True)
+        try:
+            out = self._attempt_step(wrapped, flux, args, kwargs)
+            if out is not None:
+                return out
+            self._host.hooks.make_up()  # A fault in this is no reason to go on without.
+            return wrapped(*args, **kwargs)
+        finally:
+            self._host.is_inside.reset(token)
 
     def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
         with our_faults_stay_ours("a step", strict=self._strict):
@@ -47,7 +52,7 @@ class Wrappers:
                 flux, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
             )
         with our_faults_stay_ours("counting a fault"):
-            self._host.faulted()
+            self._host.refuse(FAULT)
         return None
 
     def control_forward(self, wrapped: Call, net: Any, args: Any, kwargs: Any) -> Any:
@@ -70,15 +75,11 @@ class Wrappers:
     def apply_model(self, wrapped: Call, base_model: Any, args: Any, kwargs: Any) -> Any:
         """Tell the call below which BaseModel, and so which ModelPatcher, it belongs to."""
         token = self._host.base_model.set(base_model)
-        run = self._host.current_run.get()
-        num_calls = 0 if run is None else run.num_calls
         try:
-            out = wrapped(*args, **kwargs)
+            with met(self._host, base_model):
+                return wrapped(*args, **kwargs)
         finally:
             self._host.base_model.reset(token)
-        with our_faults_stay_ours("a call that was not seen"):
-            self._host.applied(base_model, num_calls)
-        return out
 
     def outer_sample(self, wrapped: Call, guider: Any, args: Any, kwargs: Any) -> Any:
         """Mark one sampling run."""
@@ -86,13 +87,28 @@ class Wrappers:
         with our_faults_stay_ours("the start of a run"):
             run = self._host.begin_run(getattr(guider, "model_patcher", None))
         token = self._host.current_run.set(run)
+        num_sigmas = 0
+        with our_faults_stay_ours("the steps of a run"):
+            sigmas: Any = self._bind(wrapped, args, kwargs).get("sigmas")
+            num_sigmas = len(sigmas) if hasattr(sigmas, "__len__") else 0
         try:
-            return wrapped(*args, **kwargs)
+            with watched(self._host, guider, run, num_sigmas):
+                return wrapped(*args, **kwargs)
         finally:
             self._host.current_run.reset(token)
             if run is not None:
                 with our_faults_stay_ours("the end of a run"):
                     self._host.end_run(run)
+
+    def execute_prompt(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Mark one prompt."""
+        with our_faults_stay_ours("the start of a prompt"):
+            self._host.books.begin_prompt()
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            with our_faults_stay_ours("the end of a prompt"):
+                self._host.books.end_prompt()
 
     def load_diffusion_model(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a diffusion model came from."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.bypass import BypassCode
 from comfy_xdit_patch.planning.family import CONTROL, FLUX_LAYERS, MEMBERS, Member
+from comfy_xdit_patch.planning.ways_in import WaysIn, origin
 
 BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
 FLUX_LAYERS_MODULE = "comfy.ldm.flux.layers"
@@ -26,26 +27,14 @@ FUNCTIONS = {
     "comfy.ldm.flux.math": ("optimized_attention", "apply_rope", "rope"),
     "comfy.ldm.flux.model": ("timestep_embedding",),
 }
-CARRIED_ARGUMENTS = (
-    "x",
-    "timestep",
-    "context",
-    "y",
-    "guidance",
-    "ref_latents",
-    "ref_latents_method",
-    "control",
-    "attention_mask",
-)
 BLOCK_LISTS = ("double_blocks", "single_blocks")
 # Classes whose ``forward`` runs inside of a block.
 PARTS_OF_BLOCKS = (*BLOCK_CLASSES, "Modulation", "QKNorm")
+OWNERS = ("comfy", "comfy_kitchen", "torch")
 CARRIED_OBJECTS = ("diffusion_model.params.default_ref_method",)
 """Object patches whose value is an argument of the call."""
 CARRIED_HOOKS = ("weight", "transformer_options", "add_models")
 """Types of ComfyUI's hooks: patches of weights, options of the call, models beside this one."""
-# ComfyUI's FLUX reads "input" and "output"; "middle" is always there and never read.
-CARRIED_CONTROLS = ("input", "middle", "output")
 
 
 class Pristine:
@@ -64,6 +53,7 @@ class Pristine:
         layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
         self.bypass = BypassCode(modules)
+        self.ways = WaysIn(modules)
         self.control_class: type[Any] | None = None
         self._members: dict[type[Any], Member] = {}
         self._methods: list[tuple[type[Any], str, Any]] = []
@@ -98,42 +88,54 @@ class Pristine:
                     self._methods += _own_methods(getattr(modules[module], name), ("forward",))
 
     def is_member(self, flux: Any) -> bool:
-        """Whether a model is of one of the family's own classes, and of no subclass."""
-        return type(flux) in self._members and type(flux) is not self.control_class
+        """Whether a model is of one of the family's own classes, or of one made from it."""
+        return self.ways.class_of(flux) is not None
 
     def reads(self, flux: Any, kind: str) -> bool:
         """Whether this model's code, or its blocks', reads a kind of model patch."""
-        codes = [inspect.getattr_static(type(flux), "forward_orig").__code__]
-        codes += [cls.__dict__["forward"].__code__ for cls in self._block_classes]
-        return any(kind in code.co_consts for code in codes)
+        functions = [vars(cls).get("forward_orig") for cls in type(flux).__mro__]
+        functions += [cls.__dict__["forward"] for cls in self._block_classes]
+        codes = [getattr(function, "__code__", None) for function in functions]
+        return any(code is not None and kind in code.co_consts for code in codes)
 
     def check_step(self, flux: Any) -> list[Refusal]:
         """See what others changed in FLUX's code: classes, methods, functions. Every step."""
-        if type(flux) not in self._members:
-            return [Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")]
+        own_class = type(flux) if type(flux) in self._members else self.ways.class_of(flux)
+        if own_class is None:
+            return [Refusal(f"the diffusion model is no FLUX but {origin(flux)}")]
         found = []
+        if own_class is not type(flux):
+            found.append(
+                Refusal(
+                    f"the diffusion model's class was changed to {origin(flux)}",
+                    is_around_blocks=True,
+                )
+            )
         for cls, name, function in self._methods:
             if cls.__dict__.get(name) is not function:
                 found.append(
                     Refusal(
-                        f"{cls.__name__}.{name} was replaced by another extension",
+                        f"{cls.__name__}.{name} was replaced by {origin(cls.__dict__.get(name))}",
                         is_around_blocks=cls.__name__ not in PARTS_OF_BLOCKS,
                     )
                 )
         for module, name, function in self._functions:
             if getattr(module, name, None) is not function:
                 found.append(Refusal(f"{module.__name__}.{name} was replaced by another extension"))
-        for name in self._members[type(flux)].methods:
+        for name in self._members[own_class].methods:
             # An object patch that was taken back leaves the bound original behind as an instance
             # attribute: compare functions, not presence.
             own = flux.__dict__.get(name)
             stock = inspect.getattr_static(type(flux), name, None)
             if own is not None and getattr(own, "__func__", own) is not stock:
                 found.append(
-                    Refusal(f"a node replaced {name} of this model", is_around_blocks=True)
+                    Refusal(
+                        f"a node replaced {name} of this model by {origin(own)}",
+                        is_around_blocks=True,
+                    )
                 )
         found += [
-            Refusal(f"a node replaced a block of this model by {type(block).__name__}")
+            Refusal(f"a node replaced a block of this model by {origin(block)}")
             for block in (*flux.double_blocks, *flux.single_blocks)
             # A compiled block stands in for the one it was made from.
             if type(getattr(block, "_orig_mod", block)) not in self._block_classes
@@ -152,19 +154,40 @@ class Pristine:
             if is_foreign and not is_compiled and module is not flux:
                 found.append(
                     Refusal(
-                        f"a node replaced the forward of {_without_index(name)}",
+                        f"a node replaced the forward of {_without_index(name)} by "
+                        f"{origin(module.__dict__['forward'])}",
                         is_around_blocks=not is_block,
                     )
                 )
-            if module._forward_hooks or module._forward_pre_hooks:
+            hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+            if hooks:
                 found.append(
                     Refusal(
-                        f"a forward hook is set on {_without_index(name) or 'the model'}",
+                        f"a forward hook is set on {_without_index(name) or 'the model'}: "
+                        f"{origin(next(iter(hooks.values())))}",
                         # Hooks of a block as a whole are called around it.
                         is_around_blocks=not is_block or name.count(".") == 1,
                     )
                 )
-        return found
+        return found + self._foreign(flux)
+
+    def _foreign(self, flux: Any) -> list[Refusal]:
+        """Modules around the blocks that are neither ComfyUI's nor of the kinds in the blocks."""
+        named = [(name, type(module)) for name, module in _parts(flux)]
+        in_blocks = {cls.__module__ for name, cls in named if name.split(".")[0] in BLOCK_LISTS}
+        return [
+            Refusal(
+                f"a node put {origin(cls)} in the place of {_without_index(name)}",
+                is_around_blocks=True,
+            )
+            for name, cls in named
+            if cls.__module__.split(".")[0] not in OWNERS and cls.__module__ not in in_blocks
+        ]
+
+
+def _parts(flux: Any) -> Iterator[tuple[str, Any]]:
+    parts = ((name, module) for name, module in flux.named_modules() if module is not flux)
+    return ((name, getattr(module, "_orig_mod", module)) for name, module in parts)
 
 
 def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], str, Any]]:
@@ -179,12 +202,13 @@ def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
     found = []
     if getattr(patcher, "weight_wrapper_patches", None):
         found.append(Refusal("the model has weight wrappers"))
-    if getattr(patcher, "is_injected", False) and not all(
-        bypass.makes(injection)
-        for injections in patcher.injections.values()
-        for injection in injections
-    ):
-        found.append(Refusal("a node injected code into the model's modules"))
+    if getattr(patcher, "is_injected", False):
+        found += [
+            Refusal(f"a node injected code into the model's modules: {origin(injection.inject)}")
+            for injections in patcher.injections.values()
+            for injection in injections
+            if not bypass.makes(injection)
+        ]
     for hook in getattr(getattr(patcher, "current_hooks", None), "hooks", ()):
         kind = getattr(hook.hook_type, "value", hook.hook_type)
         if kind not in CARRIED_HOOKS:
@@ -197,46 +221,12 @@ def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
             continue  # compiled; what it was made from is looked at like any other
         found.append(
             Refusal(
-                f"a node patched {_without_index(key)} of the model",
+                f"a node patched {_without_index(key)} of the model by "
+                f"{origin(patcher.object_patches[key])}",
                 is_around_blocks=bool(path) and path[0] not in BLOCK_LISTS,
             )
         )
     return found
-
-
-def check_arguments(arguments: Mapping[str, Any]) -> list[Refusal]:
-    """See whether the workers can be given everything that this call's result depends on.
-
-    Other keyword arguments than the carried ones are swallowed by ``Flux._forward`` unread; what
-    nodes set in ``transformer_options`` is looked at by ``patching/carried.py``.
-    """
-    found = []
-    if "multigpu_thread_device" in (arguments.get("transformer_options") or {}):
-        found.append(Refusal("ComfyUI's own MultiGPU split is active", Scope.STEP))
-    found += [
-        Refusal(f"a ControlNet has {name} residuals", Scope.STEP)
-        for name in arguments.get("control") or ()
-        if name not in CARRIED_CONTROLS
-    ]
-    return found
-
-
-def check_grad(x: Any) -> list[Refusal]:
-    """See whether this is training: gradients do not cross processes."""
-    import torch
-
-    if torch.is_grad_enabled() and x.requires_grad:
-        return [Refusal("gradients are wanted", Scope.STEP)]
-    return []
-
-
-def check_forward(flux: Any) -> list[Refusal]:
-    """See why a call did not come to ``_forward``, if a node is the reason."""
-    own = vars(flux).get("forward")
-    stock = inspect.getattr_static(type(flux), "forward", None)
-    if own is None or getattr(own, "__func__", own) is stock:
-        return []
-    return [Refusal("a node put a forward of its own on the whole model", Scope.STEP)]
 
 
 def blocking(refusals: Iterable[Refusal]) -> Refusal | None:

@@ -84,10 +84,10 @@ def member_of(flux: Any) -> Member:
     """Return the row of a model of the family.
 
     Raises:
-        KeyError: it is of no class in the table.
+        StopIteration: neither its class nor one that this was made from is in the table.
     """
-    cls = type(flux)
-    return _BY_CLASS[cls.__module__, cls.__name__]
+    names = [(cls.__module__, cls.__name__) for cls in type(flux).__mro__]
+    return next(_BY_CLASS[name] for name in names if name in _BY_CLASS)
 
 
 def num_out_channels(flux: Any, num_in_channels: int) -> int:

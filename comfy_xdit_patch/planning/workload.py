@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit_patch.planning.eligibility import CARRIED_ARGUMENTS
+from comfy_xdit_patch.planning.arguments import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import Workload
 
 if TYPE_CHECKING:

@@ -29,6 +29,10 @@ from comfy_xdit_patch.transport.tensors import (
 SAMPLE_ELEMENTS = 16
 COMPILED = "._orig_mod"
 """In the names of what a compiled module holds."""
+BLOCKS = ("double_blocks.", "single_blocks.")
+SEPARATOR = "-"
+PRESCRIBES = "ComfyAttention"
+"""ComfyUI's class of a module that names an attention function."""
 PREFIX = "diffusion_model."
 """Keys of patches and backups begin with it, names of the module's own tensors do not."""
 
@@ -110,7 +114,7 @@ def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
 
 
 def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: Any = None) -> str:
-    """Return the fingerprint of a diffusion model.
+    """Return the fingerprint of a diffusion model: of its blocks, and of what lies around them.
 
     Args:
         manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
@@ -119,16 +123,19 @@ def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: An
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
-    total = hashlib.sha256()
-    total.update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
+    parts = {is_block: hashlib.sha256() for is_block in (True, False)}
+    parts[True].update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
     classes = {
         compiled_name.replace(COMPILED, ""): type(module)
         for compiled_name, module in flux.named_modules()
         if not hasattr(module, "_orig_mod")  # a compiled module stands in for this one
     }
+    prescribed = prescribed_attention(flux)
     for name, cls in sorted(classes.items()):
-        total.update(f"{name} {class_name(cls)}\n".encode())
+        text = f"{name} {class_name(cls)} {prescribed.get(name, '')}\n"
+        parts[name.startswith(BLOCKS)].update(text.encode())
     for weight in stored_weights(flux, patcher):
+        total = parts[weight.name.startswith(BLOCKS)]
         inner, rest = weight.parts
         total.update(f"{weight.name} {rest}\n".encode())
         for part in sorted(inner):
@@ -138,7 +145,25 @@ def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: An
             for sample in (flat[:SAMPLE_ELEMENTS], flat[-SAMPLE_ELEMENTS:]):
                 plain = weight.cast(sample).cpu().contiguous()
                 total.update(plain.view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    return SEPARATOR.join(part.hexdigest() for part in parts.values())
+
+
+def prescribed_attention(flux: Any) -> dict[str, str]:
+    """Names of the attention functions that a checkpoint prescribes, by module (from 0.39).
+
+    A card that has no such kernel leaves it out: then host and worker would compute otherwise.
+    """
+    return {
+        name.replace(COMPILED, ""): module.function.__name__
+        for name, module in flux.named_modules()
+        if type(module).__name__ == PRESCRIBES and module.function is not None
+    }
+
+
+def agree(theirs: str, ours: str, *, only_blocks: bool) -> bool:
+    """Whether two fingerprints are of the same model, or of the same blocks."""
+    end = 1 if only_blocks else None
+    return theirs.split(SEPARATOR)[:end] == ours.split(SEPARATOR)[:end]
 
 
 def digests(flux: Any) -> dict[str, str]:

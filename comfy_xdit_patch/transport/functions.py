@@ -3,38 +3,40 @@
 Runs in: host and worker.
 
 A node's patch is usually a function inside of a method, with the node's settings in its closure.
-Here it is named by its module and the path to it in the source, which is read again where it
-arrives; its closure's values are carried if they are plain, or functions themselves. Whether the
+Here it is named by its module and its place in the source, which is read again where it arrives;
+its closure's values are carried if they are plain, or functions and modules themselves. Whether the
 code found there is the same is checked.
 
+Functions may refer to each other and to themselves: each has a number, and is made once.
+``torch.compiler.disable`` around a function is left out: nothing is compiled where it arrives.
 ``STATEFUL`` names objects of ComfyUI's own that keep something from one step to the next: they are
 made anew where they arrive, once for each number that the host gives them.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib
-import inspect
-import marshal
-import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.values import (
-    UncarriedValueError,
-    decode_value,
-    encode_value,
-    import_package_of,
-    package_of,
+from comfy_xdit_patch.transport.modules import (
+    canonical_module,
+    code_at,
+    decode_module,
+    digest_of,
+    encode_module,
+    place_of,
 )
+from comfy_xdit_patch.transport.values import UncarriedValueError, decode_value, encode_value
 
 STATEFUL = (("comfy_extras.nodes_flux", "KV_Attn_Input"),)
-LOCALS = ".<locals>."
-OWN_NODES = "comfy_extras"
+DYNAMO = "_torchdynamo_"
+"""What torch's compiler notes on functions begins with it."""
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
 
 Numbers = Callable[[Any], int]
 """Gives a stateful object its number."""
@@ -48,21 +50,30 @@ def is_stateful(value: Any) -> bool:
 
 
 def name_of(value: Any) -> tuple[str, str]:
-    """Module and path of a function, or of an object's class, as other processes find them."""
-    owner = value if isinstance(value, types.FunctionType) else type(value)
-    return canonical_module(owner.__module__), owner.__qualname__
+    """Module and path of a function, or of an object's class, as other processes find them.
 
-
-def canonical_module(name: str) -> str:
-    """Return the name under which another process imports a module.
-
-    ComfyUI loads its own nodes from their files, under the file's bare name.
+    Of a function these are where its code is written: ``functools.wraps`` gives a wrapper the name
+    of what it wraps.
     """
-    file = getattr(sys.modules.get(name), "__file__", None) or ""
-    folder, base = os.path.split(file)
-    if os.path.basename(folder) == OWN_NODES and base.endswith(".py"):
-        return f"{OWN_NODES}.{base[:-3]}"
-    return name
+    if isinstance(value, types.FunctionType):
+        path = getattr(value.__code__, "co_qualname", value.__qualname__)
+        return canonical_module(str(value.__globals__.get("__name__", ""))), path
+    return canonical_module(type(value).__module__), type(value).__qualname__
+
+
+def undisabled(value: Any) -> Any:
+    """What ``torch.compiler.disable`` was put around, or the value itself."""
+    while getattr(value, f"{DYNAMO}disable", False):
+        inner = getattr(value, f"{DYNAMO}orig_callable", None)
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+def closed_over(function: types.FunctionType) -> list[Any]:
+    """What a function's closure holds. A name that was never given a value holds nothing."""
+    return [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
 
 
 def encode_callable(value: Any, numbers: Numbers) -> Tree:
@@ -71,36 +82,7 @@ def encode_callable(value: Any, numbers: Numbers) -> Tree:
     Raises:
         UncarriedValueError: it, or something it closes over, cannot be found or carried.
     """
-    if is_stateful(value):
-        return {"$object": [*name_of(value), numbers(value)]}
-    if not isinstance(value, types.FunctionType):
-        raise UncarriedValueError(f"a {type(value).__name__}")
-    named = sys.modules.get(value.__module__)
-    for name in value.__qualname__.split("."):
-        named = getattr(named, name, None)
-    if named is value:
-        module = canonical_module(value.__module__)
-        return {"$name": [module, value.__qualname__, package_of(module)]}
-    code = value.__code__
-    module, path = value.__globals__.get("__name__", ""), _path_of(value)
-    if _find_code(sys.modules.get(module), path) is not code:
-        raise UncarriedValueError(f"the function {path}, whose source is not found again")
-    cells = [_encode(cell.cell_contents, numbers) for cell in value.__closure__ or ()]
-    return {
-        "$function": {
-            "module": canonical_module(module),
-            "package": package_of(module),
-            "path": path,
-            "digest": _digest(code),
-            "cells": cells,
-            "defaults": [_encode(item, numbers) for item in value.__defaults__ or ()],
-            "attributes": {
-                name: _encode(item, numbers)
-                for name, item in vars(value).items()
-                if isinstance(item, types.FunctionType)
-            },
-        }
-    }
+    return _Encoder(numbers).callable(value)
 
 
 def decode_callable(tree: Tree, objects: Objects) -> Any:
@@ -109,74 +91,158 @@ def decode_callable(tree: Tree, objects: Objects) -> Any:
     Raises:
         UncarriedValueError: the source here is another one.
     """
-    if "$object" in tree:
-        module, name, number = tree["$object"]
-        return objects(number, getattr(importlib.import_module(module), name))
-    if "$name" in tree:
-        module, name, package = tree["$name"]
-        import_package_of(package)
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        return found
-    description = tree["$function"]
-    import_package_of(description["package"])
-    module = importlib.import_module(description["module"])
-    code = _find_code(module, description["path"])
-    if code is None or _digest(code) != description["digest"]:
-        raise UncarriedValueError(f"{description['path']} is another one in this process")
-    function = types.FunctionType(
-        code,
-        vars(module),
-        name=code.co_name,
-        argdefs=tuple(_decode(item, objects) for item in description["defaults"]) or None,
-        closure=tuple(types.CellType(_decode(cell, objects)) for cell in description["cells"]),
-    )
-    for name, item in description["attributes"].items():
-        setattr(function, name, _decode(item, objects))
-    return function
+    return _Decoder(objects).callable(tree)
 
 
-def _encode(value: Any, numbers: Numbers) -> Tree:
-    if isinstance(value, types.FunctionType) or is_stateful(value):
-        return {"$callable": encode_callable(value, numbers)}
-    return {"$value": encode_value(value)}
+class _Encoder:
+    """One tree. A function that was met before is referred to by its number."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
+        self._known: dict[int, int] = {}
+
+    def callable(self, value: Any) -> Tree:
+        value = undisabled(value)
+        if is_stateful(value):
+            return {"$object": [*name_of(value), self._numbers(value)]}
+        if isinstance(value, functools.partial):
+            parts = [value.func, value.args, value.keywords]
+            return {"$partial": [self.value(part) for part in parts]}
+        if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+            raise UncarriedValueError(f"a {type(value).__name__}")
+        if id(value) in self._known:
+            return {"$again": self._known[id(value)]}
+        named = _named(value)
+        if named is not None:
+            return named
+        if not isinstance(value, types.FunctionType):
+            raise UncarriedValueError(f"the function {value.__name__}")
+        return {"$function": self._function(value)}
+
+    def value(self, value: Any) -> Tree:
+        if isinstance(value, FUNCTIONS) or is_stateful(value):
+            return {"$callable": self.callable(value)}
+        if isinstance(value, types.ModuleType):
+            return {"$module": encode_module(value.__name__)}
+        if type(value) is tuple:
+            return {"$items": [self.value(item) for item in value]}
+        if type(value) is dict and all(type(name) is str for name in value):
+            return {"$named": {name: self.value(item) for name, item in value.items()}}
+        return {"$value": encode_value(value)}
+
+    def _function(self, function: types.FunctionType) -> Tree:
+        code = function.__code__
+        module = sys.modules.get(str(function.__globals__.get("__name__")))
+        is_own = module is not None and function.__globals__ is vars(module)
+        place = place_of(code, module) if is_own else None
+        if module is None or place is None:
+            path = name_of(function)[1]
+            raise UncarriedValueError(f"the function {path}, whose source is not found again")
+        number = self._known[id(function)] = len(self._known)
+        return {
+            "number": number,
+            "module": encode_module(module.__name__),
+            "place": list(place),
+            "path": name_of(function)[1],
+            "digest": digest_of(code),
+            "cells": [
+                None if _is_empty(cell) else self.value(cell.cell_contents)
+                for cell in function.__closure__ or ()
+            ],
+            "defaults": self.value(function.__defaults__),
+            "keyword_defaults": self.value(function.__kwdefaults__),
+            "attributes": {
+                name: self.value(item)
+                for name, item in vars(function).items()
+                if not name.startswith(DYNAMO)
+            },
+        }
 
 
-def _decode(tree: Tree, objects: Objects) -> Any:
-    if "$callable" in tree:
-        return decode_callable(tree["$callable"], objects)
-    return decode_value(tree["$value"])
+class _Decoder:
+    """One tree of ``_Encoder``."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._made: dict[int, types.FunctionType] = {}
+
+    def callable(self, tree: Tree) -> Any:
+        ((kind, inner),) = tree.items()
+        if kind == "$object":
+            module, name, number = inner
+            return self._objects(number, getattr(importlib.import_module(module), name))
+        if kind == "$again":
+            return self._made[inner]
+        if kind == "$partial":
+            function, args, keywords = (self.value(part) for part in inner)
+            return functools.partial(function, *args, **keywords)
+        if kind == "$name":
+            return _find(*inner)
+        return self._function(inner)
+
+    def value(self, tree: Tree) -> Any:
+        ((kind, inner),) = tree.items()
+        if kind == "$callable":
+            return self.callable(inner)
+        if kind == "$module":
+            return decode_module(inner)
+        if kind == "$items":
+            return tuple(self.value(item) for item in inner)
+        if kind == "$named":
+            return {name: self.value(item) for name, item in inner.items()}
+        return decode_value(inner)
+
+    def _function(self, description: Tree) -> types.FunctionType:
+        module = decode_module(description["module"])
+        code = code_at(module, tuple(description["place"]))
+        if code is None or digest_of(code) != description["digest"]:
+            raise UncarriedValueError(f"{description['path']} is another one in this process")
+        cells = [types.CellType() for _ in description["cells"]]
+        function = types.FunctionType(code, vars(module), code.co_name, None, tuple(cells))
+        # Made before what it refers to, which may be itself.
+        self._made[description["number"]] = function
+        for cell, tree in zip(cells, description["cells"], strict=True):
+            if tree is not None:
+                cell.cell_contents = self.value(tree)
+        function.__defaults__ = self.value(description["defaults"])
+        function.__kwdefaults__ = self.value(description["keyword_defaults"])
+        for name, item in description["attributes"].items():
+            setattr(function, name, self.value(item))
+        return function
 
 
-def _path_of(function: types.FunctionType) -> str:
-    # ``functools.wraps`` gives a wrapper the name of what it wraps; the code keeps its own.
-    return getattr(function.__code__, "co_qualname", function.__qualname__)
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (asking is the only way to know)
+    except ValueError:
+        return True
+    return False
 
 
-def _find_code(module: types.ModuleType | None, path: str) -> types.CodeType | None:
-    """Find a function's code by the names on the way to it."""
-    outer, *inner = path.split(LOCALS)
+def _named(value: Any) -> Tree | None:
+    """Name a function that its module has under its name; None if it has another one there."""
+    module = sys.modules.get(value.__module__ or "")
     found: Any = module
-    for name in outer.split("."):
-        found = None if found is None else inspect.getattr_static(found, name, None)
-        found = getattr(found, "__func__", found)
-    while found is not None and hasattr(found, "__wrapped__"):
-        if found.__code__.co_name == outer.rpartition(".")[2]:
-            break
-        found = found.__wrapped__
-    code: types.CodeType | None = getattr(found, "__code__", None)
-    for step in inner:
-        if code is None or "." in step:
-            return None
-        candidates = [const for const in _codes_in(code) if const.co_name == step]
-        code = candidates[0] if len(candidates) == 1 else None
-    return code
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    if module is None or found is not value:
+        return None
+    return {"$name": [encode_module(module.__name__), value.__qualname__, _digests(value)]}
 
 
-def _codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    return (const for const in code.co_consts if isinstance(const, types.CodeType))
+def _find(module: Tree, name: str, digests: list[str]) -> Any:
+    found: Any = decode_module(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None or _digests(found) != digests:
+        raise UncarriedValueError(f"{name} is another one in this process")
+    return found
 
 
-def _digest(code: types.CodeType) -> str:
-    return hashlib.sha256(marshal.dumps(code.replace(co_filename=""))).hexdigest()
+def _digests(value: Any) -> list[str]:
+    """Name what a function does, and what the one does that ``functools.wraps`` put it around."""
+    found = []
+    while isinstance(value, types.FunctionType):
+        found.append(digest_of(value.__code__))
+        value = getattr(value, "__wrapped__", None)
+    return found

@@ -2,22 +2,19 @@
 
 Runs in: host and worker.
 
-Classes travel by name and are imported where they arrive. A node pack's modules are imported
-without the pack's ``__init__``, which would register nodes: ComfyUI names a pack's package after
-its directory, so an empty package of that name and path stands in for it.
+Classes travel by name and are imported where they arrive (``modules.py``).
 """
 
 from __future__ import annotations
 
 import enum
-import importlib
 import sys
-import types
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.transport.calls import Tree
+from comfy_xdit_patch.transport.modules import decode_module, encode_module
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -78,34 +75,13 @@ def encode_class(cls: type[Any]) -> Tree:
         found = getattr(found, part, None)
     if found is not cls:
         raise UncarriedValueError(f"the class {cls.__qualname__}, which has no importable name")
-    return [cls.__module__, cls.__qualname__, package_of(cls.__module__)]
+    return [encode_module(cls.__module__), cls.__qualname__]
 
 
 def decode_class(tree: Tree) -> Any:
     """Import a class named by ``encode_class``."""
-    module, name, packages = tree
-    import_package_of(packages)
-    found: Any = importlib.import_module(module)
+    module, name = tree
+    found: Any = decode_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found
-
-
-def package_of(module: str) -> Tree:
-    """Name the packages around a node pack's module, outermost first, and where they lie."""
-    parts = module.split(".")
-    names = [".".join(parts[:n]) for n in range(1, len(parts))]
-    return [
-        [name, [str(path) for path in getattr(sys.modules.get(name), "__path__", ())]]
-        for name in names
-        if "/" in name
-    ]
-
-
-def import_package_of(tree: Tree) -> None:
-    """Put empty packages in the place of a node pack's own."""
-    for name, paths in tree:
-        if name not in sys.modules:
-            stand_in = types.ModuleType(name)
-            stand_in.__path__ = paths
-            sys.modules[name] = stand_in

@@ -19,8 +19,8 @@ from rig.warm import THREADS, start
 RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 
 REFUSED = {
-    "block class": "a node replaced a block of this model by OtherBlock",
-    "block method": "SingleStreamBlock.forward was replaced by another extension",
+    "block class": "a node replaced a block of this model by host_checks.OtherBlock",
+    "block method": "SingleStreamBlock.forward was replaced by host_checks._passing_on.passing_on",
     "attention function": "comfy.ldm.flux.layers.attention was replaced by another extension",
     "optimized attention": (
         "comfy.ldm.flux.math.optimized_attention was replaced by another extension"
@@ -95,6 +95,55 @@ def test_what_a_node_put_around_the_blocks_leaves_them_to_the_ranks(pair: Pair, 
     error, counts = pair.call("plain_call")
     assert counts == {"parallel": 1, "fell_back": {}}
     assert error <= 1e-5
+
+
+WAYS_IN = {
+    "forward of a subclass": 1,
+    "_forward of a subclass": 1,
+    "forward_orig of a subclass": 1,
+    "subclass with nothing of its own": 1,
+    "forward of the class": 1,
+    "forward of the object": 1,
+    "forward that calls ComfyUI's twice": 2,
+    "module around the blocks": 1,
+    "layer around the blocks": 1,
+    "object patch around the blocks": 1,
+}
+
+
+@pytest.mark.parametrize("kind", WAYS_IN)
+def test_a_call_is_seen_whatever_lies_before_the_blocks_and_they_run_on_the_ranks(
+    pair: Pair, kind: str
+) -> None:
+    error, counts = pair.call("disturbed_call", kind=kind)
+    assert counts == {"parallel": WAYS_IN[kind], "fell_back": {}}
+    assert error <= 1e-5
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}
+    assert error <= 1e-5
+
+
+def test_a_run_whose_calls_do_not_come_through_comfyuis_is_counted(pair: Pair) -> None:
+    found = pair.ranks.call("host_checks:direct_call", path=pair.path, kind="blocks")
+    assert found == ["a node calls FLUX's blocks itself: host_checks.direct_call.calling"]
+    found = pair.ranks.call("host_checks:direct_call", path=pair.path, kind="nothing")
+    assert found == ["FLUX was sampled, and none of its calls came here"]
+
+
+def test_a_nodes_own_error_is_its_own(pair: Pair) -> None:
+    """Not a fault of ours; and what has met nothing of ours is not run a second time."""
+    out = str(pair.tmp / "none.pt")
+
+    def call(is_given_tokens: bool) -> dict[str, object]:
+        found: dict[str, object] = pair.ranks.call(
+            "host_checks:failing_call", path=pair.path, out=out, is_given_tokens=is_given_tokens
+        )
+        assert found.pop("raised") == '"of the pack\'s own"'
+        return found
+
+    assert call(False) == {"times": 1, "fell_back": []}
+    reason = "KeyError around the blocks, in host_checks.py, failing"
+    assert call(True) == {"times": 2, "fell_back": [reason]}
 
 
 @pytest.mark.parametrize("kind", ["lora", "edited weight"])

@@ -23,11 +23,12 @@ import pytest
 from rig.breadth import is_whole, one_of_each
 from rig.compare import compare_all
 from rig.environment import RigError
+from rig.feature_graphs import SAMPLER, Draft
 from rig.feature_models import feature_models
 from rig.feature_rows import FALLS_BACK, GATHERED, PACKS, PARALLEL, REFUSED, Row, plain
 from rig.feature_run import ABSENT, COMMON_PACKS, Found, refusal, run_row, write_inputs
 from rig.feature_table import CONTROLS, SECTIONS
-from rig.pair import STRICT, Result, run_stock
+from rig.pair import DEADLINE_S, STRICT, Result, run_stock
 from rig.server import Server
 from rig.trees import Tree
 
@@ -88,6 +89,36 @@ def test_other_rows_become_what_is_written(
     servers: Servers, tree: Tree, num_ranks: int, section: str, record_property: Record
 ) -> None:
     check_ranks(servers, tree, num_ranks, section, record_property, is_strict=False)
+
+
+def test_a_prompt_has_one_line_and_what_was_muted_is_said_after_it(
+    servers: Servers, tree: Tree
+) -> None:
+    def tiled(draft: Draft) -> None:
+        draft.nodes[SAMPLER]["class_type"] = "RigTiledSampler"
+
+    def counted(draft: Draft) -> None:
+        tiled(draft)
+        draft.model("RigCountingAttention")
+
+    ranks = server_for(servers, tree, Row(plain), XDIT_GPUS="cpu:2", **LENIENT)
+    for change, lines in (
+        (tiled, ["xDiT: 4 steps of 2 sampling runs on 2 CPU ranks (ulysses=2), 0 fell back"]),
+        (
+            counted,
+            [
+                "xDiT: 4 steps of 2 sampling runs on one GPU (a node overrides the attention",
+                "xDiT: running on one GPU as ComfyUI does: a node overrides the attention function"
+                " by tiled_sampling.CountingAttention.change.counted",
+            ],
+        ),
+    ):
+        already_logged = len(ranks.log_text())
+        ranks.run(Row(change).graph(), DEADLINE_S)
+        said = [line for line in ranks.log_text()[already_logged:].splitlines() if "xDiT: " in line]
+        said = [line[line.index("xDiT: ") :] for line in said if "model loaded" not in line]
+        assert len(said) == len(lines), said
+        assert all(line.startswith(start) for line, start in zip(said, lines, strict=True)), said
 
 
 def check_ranks(

@@ -133,6 +133,16 @@ def disturbed_call(path: str, out: str, kind: str) -> dict[str, Any]:
         replaced = types.MethodType(_passing_on(type(flux).forward_orig), flux)
         with _attribute(flux, "forward_orig", replaced):
             return _call(path, out)
+    if kind in WAYS_IN:
+        with WAYS_IN[kind](flux):
+            return _call(path, out, patcher)
+    if kind == "object patch around the blocks":
+        patcher.add_object_patch("diffusion_model.pe_embedder", Halved(flux.pe_embedder))
+        try:
+            patcher.patch_model()
+            return _call(path, out, patcher)
+        finally:
+            patcher.unpatch_model()
     if kind == "forward_orig restored":
         # What ComfyUI leaves after an object patch was taken back.
         with _attribute(flux, "forward_orig", flux.forward_orig):
@@ -186,6 +196,104 @@ def disturbed_call(path: str, out: str, kind: str) -> dict[str, Any]:
     raise ValueError(kind)
 
 
+class Halved(torch.nn.Module):
+    """A module of a pack's in the place of ComfyUI's: DyPE's positions are one."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(ids / 2)
+
+
+def _own_code(name: str) -> Callable[..., torch.Tensor]:
+    """A pack's own copy of one of ComfyUI's functions, which does not come to our wrapper."""
+    function = vars(comfy.ldm.flux.model.Flux)[name]
+    function = getattr(function, "__wrapped__", function)
+
+    def own(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return function(self, *args, **kwargs) * 0.98
+
+    return own
+
+
+@contextmanager
+def _own_class(flux: Any, **methods: Any) -> Iterator[None]:
+    stock = type(flux)
+    flux.__class__ = type("Quieter", (stock,), methods)
+    try:
+        yield
+    finally:
+        flux.__class__ = stock
+
+
+def _twice(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A guidance of its own: ComfyUI's forward is called for each part of it."""
+    forward = type(self).forward
+    return forward(self, x, *args, **kwargs) * 0.7 + forward(self, x * 0.9, *args, **kwargs) * 0.3
+
+
+def failing_call(path: str, out: str, is_given_tokens: bool) -> dict[str, Any]:
+    """A call of a model whose ``forward_orig`` is for another ComfyUI, and fails."""
+    flux = forwards.patcher_of(path).model.diffusion_model
+    calls = []
+
+    def failing(self: Any, img: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        calls.append(self.img_in(img) if is_given_tokens else img)
+        raise KeyError("of the pack's own")
+
+    before = dict(_activation().host.totals.fall_backs)
+    raised = ""
+    with _attribute(flux, "forward_orig", types.MethodType(failing, flux)):
+        try:
+            _call(path, out)
+        except KeyError as error:
+            raised = str(error)
+    after = _activation().host.totals.fall_backs
+    fell_back = [reason for reason in after if after[reason] != before.get(reason, 0)]
+    return {"raised": raised, "times": len(calls), "fell_back": fell_back}
+
+
+WAYS_IN: dict[str, Callable[[Any], Any]] = {
+    "forward of a subclass": lambda flux: _own_class(flux, forward=_own_code("_forward")),
+    "_forward of a subclass": lambda flux: _own_class(flux, _forward=_own_code("_forward")),
+    "forward_orig of a subclass": lambda flux: _own_class(
+        flux, forward_orig=_own_code("forward_orig")
+    ),
+    "subclass with nothing of its own": _own_class,
+    "forward of the class": lambda flux: _attribute(type(flux), "forward", _own_code("_forward")),
+    "forward of the object": lambda flux: _attribute(
+        flux, "forward", types.MethodType(_own_code("_forward"), flux)
+    ),
+    "forward that calls ComfyUI's twice": lambda flux: _attribute(
+        flux, "forward", types.MethodType(_twice, flux)
+    ),
+    "module around the blocks": lambda flux: _modules(flux, pe_embedder=Halved(flux.pe_embedder)),
+    "layer around the blocks": lambda flux: _modules(flux, txt_in=Doubled(flux.txt_in)),
+}
+"""What packs put between ComfyUI's call of a model and its blocks."""
+
+
+class Doubled(Halved):
+    """One that has weights, under other names."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(ids) * 2
+
+
+@contextmanager
+def _modules(flux: Any, **modules: Any) -> Iterator[None]:
+    stock = {name: getattr(flux, name) for name in modules}
+    for name, module in modules.items():
+        setattr(flux, name, module)
+    try:
+        yield
+    finally:
+        for name, module in stock.items():
+            setattr(flux, name, module)
+
+
 def _passing_on(function: Callable[..., Any]) -> Callable[..., Any]:
     def passing_on(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -196,6 +304,9 @@ def _passing_on(function: Callable[..., Any]) -> Callable[..., Any]:
 # Every function of ours that ComfyUI's process runs in a call or a run.
 HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.host:Host.forward",
+    "comfy_xdit_patch.patching.host:Host.attempt",
+    "comfy_xdit_patch.patching.host:Host.counted",
+    "comfy_xdit_patch.patching.steps:misplaced",
     "comfy_xdit_patch.patching.steps:ParallelSteps.run",
     "comfy_xdit_patch.patching.steps:carry",
     "comfy_xdit_patch.patching.steps:_checked",
@@ -281,6 +392,38 @@ def _run_of_one_call(path: str, out: str) -> dict[str, Any]:
     wrapper = next(p.wrapper for p in activation.sampling.points if "outer_sample" in p.attribute)
     wrapper(body, guider, (), {})
     return result
+
+
+def direct_call(path: str, kind: str) -> list[str]:
+    """A run in which a node calls parts of the model, or nothing at all; the reasons counted."""
+    import comfy.samplers
+
+    patcher = forwards.patcher_of(path).clone()
+    comfy.model_management.load_models_gpu([patcher])
+    flux = patcher.model.diffusion_model
+
+    def calling(*_: Any) -> None:
+        width = flux.hidden_size
+        img, txt = torch.zeros(1, 4, width), torch.zeros(1, 2, width)
+        pe = flux.pe_embedder(torch.zeros(1, 6, 3))
+        flux.double_blocks[0](img=img, txt=txt, vec=torch.zeros(1, width), pe=pe)
+
+    guider = comfy.samplers.CFGGuider(patcher)
+    if kind == "blocks":
+        patcher.set_model_unet_function_wrapper(calling)
+        guider = comfy.samplers.CFGGuider(patcher)
+
+    def body(noise: Any, latent_image: Any, sampler: Any, sigmas: Any) -> None:
+        if kind == "blocks":
+            with torch.inference_mode():
+                calling()
+
+    before = dict(_activation().host.totals.fall_backs)
+    points = _activation().sampling.points
+    wrapper = next(p.wrapper for p in points if "outer_sample" in p.attribute)
+    wrapper(body, guider, (None, None, None, torch.zeros(3)), {})
+    after = _activation().host.totals.fall_backs
+    return [reason for reason in after if after[reason] != before.get(reason, 0)]
 
 
 def changed_file_call(path: str, out: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def cases() -> Iterator[dict[str, Any]]:
             yield {"dtype": dtype, "sizes": UNEVEN, "mask": mask}
     yield {"dtype": torch.float32, "sizes": UNEVEN, "mask": "pairs", "caches_references": True}
     yield {"dtype": torch.float32, "sizes": UNEVEN, "scale": 0.5}
+    yield {"dtype": torch.float32, "sizes": UNEVEN, "is_prescribed": True}
 
 
 def make_mask(name: str, shape: tuple[int, int, int, int], num_text: int) -> torch.Tensor:
@@ -108,6 +109,21 @@ def comfyui_like(
     return out.transpose(1, 2).flatten(2)
 
 
+def of_a_checkpoint(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **kwargs: Any
+) -> torch.Tensor:
+    """Stand where an attention that a checkpoint prescribes stands; it looks at positions."""
+    return comfyui_like(q, later_is_louder(k), v, heads, **kwargs)
+
+
+def later_is_louder(k: torch.Tensor) -> torch.Tensor:
+    return k * torch.linspace(0.5, 2, k.shape[2], dtype=k.dtype)[None, None, :, None]
+
+
+def not_called(*_: Any, **__: Any) -> torch.Tensor:
+    raise AssertionError("the checkpoint prescribes another function")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One attention, its mask, its arguments, and its result in one process."""
@@ -118,6 +134,7 @@ class Problem:
     k: torch.Tensor
     v: torch.Tensor
     arguments: dict[str, Any]
+    is_prescribed: bool
     expected: torch.Tensor
     error_alone: float
 
@@ -129,6 +146,7 @@ def pose(
     mask: str | None = None,
     caches_references: bool = False,
     scale: float | None = None,
+    is_prescribed: bool = False,
 ) -> Problem:
     heads = sizes["heads"]
     length = sizes["text"] + sizes["image"] + sizes["references"]
@@ -140,15 +158,17 @@ def pose(
     values = None
     if mask is not None:
         values = make_mask(mask, (BATCH, heads, num_queries, length), sizes["text"])
-    expected = whole_attention(q, k, v, values, scale).transpose(1, 2).flatten(2)
-    alone = comfyui_like(q, k, v, heads, mask=values, scale=scale)
+    loud = later_is_louder(k) if is_prescribed else k
+    expected = whole_attention(q, loud, v, values, scale).transpose(1, 2).flatten(2)
+    alone = comfyui_like(q, loud, v, heads, mask=values, scale=scale)
     return Problem(
-        name=mask or "no mask",
+        name=mask or ("prescribed" if is_prescribed else "no mask"),
         sizes=sizes,
         q=q,
         k=k,
         v=v,
         arguments={"mask": values, "skip_reshape": True, "scale": scale},
+        is_prescribed=is_prescribed,
         expected=expected,
         error_alone=relative(alone, expected),
     )
@@ -172,8 +192,13 @@ def solve(
     queries = mine[mine < q.shape[2]]
     shard = q[:, :, queries], k[:, :, mine], v[:, :, mine]
     attention = SequenceAttention(shares=shares, index=rank, groups=groups)
+    run, function = attention, comfyui_like
+    if problem.is_prescribed:
+        if groups.ring is not None:
+            return None
+        run, function = attention.prescribed(of_a_checkpoint), not_called
     for _ in range(2):
-        out = attention(comfyui_like, *shard, problem.sizes["heads"], **problem.arguments)
+        out = run(function, *shard, problem.sizes["heads"], **problem.arguments)
     assert out.dtype == q.dtype
     is_even = problem.sizes["heads"] % plan.ulysses_degree == 0
     is_even = is_even and len({*shares.joint}) == 1 and q.shape == k.shape

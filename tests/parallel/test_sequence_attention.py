@@ -49,6 +49,16 @@ def test_every_plan_gives_attention(
     assert worst["error"] <= BOUNDS[dtype], worst
 
 
+def test_an_attention_that_a_checkpoint_prescribes_is_given_all_tokens_in_order(
+    results: list[dict[str, Any]],
+) -> None:
+    own = [found for found in results if found["case"] == "prescribed"]
+    assert {found["plan"] for found in own} >= {
+        label(plan) for plan in [*PLANS, *WEIGHTED] if plan.ring_degree == 1
+    }
+    assert max(found["error"] for found in own) <= BOUNDS["float32"]
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 def test_a_rank_sends_as_many_bytes_as_the_formula_says(
     results: list[dict[str, Any]],

@@ -80,16 +80,21 @@ ROWS: dict[str, Row] = {
     ),
     "TeaCache and MagCache": through("RigStepCache", outcome=GATHERED, steps=4),
     "TeaCache and MagCache, ControlNet": Row(cached_control, GATHERED, steps=4),
-    "WaveSpeed, first block cache": replaced(
-        "RigFirstBlockCache", "replaced a block of this model by CachedBlocks", steps=4
+    "WaveSpeed, first block cache": through("RigFirstBlockCache", outcome=GATHERED, steps=4),
+    "a list of blocks replaced by one that caches": replaced(
+        "RigBlocksAsOne", "block of this model by replaced_blocks.CachedBlocks", steps=4
     ),
     "PuLID": through("RigIdentity", own_file=True, outcome=GATHERED),
     "PuLID_Flux_ll (patches_replace)": through("RigReplacedBlocks", outcome=GATHERED),
-    "IPAdapter-Flux": replaced("RigAdapter", "a block of this model by AdapterBlock"),
-    "a block around ComfyUI's": replaced("RigWrapping", "a block of this model by WrappingBlock"),
-    "XLabs": replaced("RigProcessor", "a block of this model by ProcessedBlock"),
-    "NAG (node pack)": replaced("RigNegativeGuidance", "a forward of its own on the whole model"),
-    "RES4LYF": replaced("RigOwnClasses", "class was changed to OwnFlux"),
+    "IPAdapter-Flux": replaced("RigAdapter", "block of this model by replaced_blocks.AdapterBlock"),
+    "a block around ComfyUI's": replaced(
+        "RigWrapping", "block of this model by replaced_blocks.WrappingBlock"
+    ),
+    "XLabs": replaced("RigProcessor", "block of this model by replaced_blocks.ProcessedBlock"),
+    "NAG (node pack)": through("RigNegativeGuidance", outcome=GATHERED),
+    "Fluxtapoz": through("RigOwnForward", own_file=True, outcome=GATHERED),
+    "DyPE": through("RigOwnPositions", outcome=GATHERED),
+    "RES4LYF": replaced("RigOwnClasses", "block of this model by replaced_forward.nodes.OwnBlock"),
     "regional attention": Row(
         plain,
         FALLS_BACK,

@@ -15,6 +15,7 @@ import pytest
 
 from comfy_xdit_patch.bootstrap import (
     CONTROL_MODULES,
+    EXECUTION_MODULES,
     SAMPLING_MODULES,
     SERVER_MODULES,
     WORKER_MARK,
@@ -154,7 +155,7 @@ show([found, len(calls)])
 def test_loader_and_spec_of_a_watched_module_are_those_of_an_unwatched_one(comfyui):
     code = """
 import comfy_xdit_patch.bootstrap
-import execution, server
+import nodes, server
 def seen(module):
     spec = module.__spec__
     return [
@@ -162,7 +163,7 @@ def seen(module):
         module.__file__ == spec.origin, spec.has_location, sorted(vars(module.__loader__)),
         sorted(set(vars(module))),
     ]
-show([seen(execution), seen(server), len(calls)])
+show([seen(nodes), seen(server), len(calls)])
 """
     (unwatched, watched, num_calls), _ = run_bare(comfyui, code)
     assert num_calls == 1
@@ -268,7 +269,12 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_the_hook_waits_for_exactly_the_modules_of_the_patch_points():
-    from comfy_xdit_patch.patching.points import control_points, sampling_points, server_points
+    from comfy_xdit_patch.patching.points import (
+        control_points,
+        execution_points,
+        sampling_points,
+        server_points,
+    )
 
     class Any:
         def __getattr__(self, name):
@@ -276,4 +282,5 @@ def test_the_hook_waits_for_exactly_the_modules_of_the_patch_points():
 
     assert {point.module for point in sampling_points(Any())} == SAMPLING_MODULES
     assert {point.module for point in control_points(Any())} == CONTROL_MODULES
+    assert {point.module for point in execution_points(Any())} == EXECUTION_MODULES
     assert {point.module for point in server_points(lambda *_: None)} == SERVER_MODULES

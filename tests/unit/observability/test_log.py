@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from comfy_xdit_patch.observability.log import summary, warn_once
+from comfy_xdit_patch.observability.log import say_unheard, summary, warn_once
 from comfy_xdit_patch.observability.status import RunCounts
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
@@ -64,3 +64,39 @@ def counts(num_parallel, **fall_backs):
 )
 def test_a_run_is_summed_up_in_one_line(run, line):
     assert summary(run.report(ranks=4), device_word="GPUs") == line
+
+
+@pytest.fixture(params=["disable", "root level", "logger level", "handlers"])
+def muted(request, monkeypatch, caplog):
+    """Mute logging as packs do, and undo it by calling the fixture."""
+    log = logging.getLogger("comfy_xdit_patch")
+    if request.param == "disable":
+        logging.disable(logging.CRITICAL)
+        undo = lambda: logging.disable(logging.NOTSET)  # noqa: E731
+    elif request.param == "handlers":
+        handlers = [(handler, handler.level) for handler in logging.getLogger().handlers]
+        for handler, _ in handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+        undo = lambda: [handler.setLevel(level) for handler, level in handlers]  # noqa: E731
+    else:
+        logger = logging.getLogger() if request.param == "root level" else log
+        level = logger.level
+        logger.setLevel(logging.CRITICAL + 1)
+        undo = lambda: logger.setLevel(level)  # noqa: E731
+    yield undo
+    undo()
+
+
+def test_what_nobody_could_hear_is_said_later_and_once(muted, caplog, request):
+    reason = f"a reason of {request.node.name}"
+    for _ in range(2):
+        warn_once(reason)
+    assert caplog.records == []
+    say_unheard()
+    assert caplog.records == [], "nor could it be heard now"
+    muted()
+    for _ in range(2):
+        say_unheard()
+        warn_once(reason)
+    (record,) = caplog.records
+    assert record.getMessage() == f"xDiT: running on one GPU as ComfyUI does: {reason}."

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from comfy_xdit_patch.errors import FallBackError, WorkerError
+from comfy_xdit_patch.errors import FallBackError, NodeError, WorkerError
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 
 _numbers = itertools.count()
@@ -42,6 +42,14 @@ def test_a_fault_of_ours_is_logged_with_its_traceback_and_goes_no_further(
     assert record.levelno == logging.ERROR
     assert where in record.getMessage()
     assert record.exc_info[1] is error
+
+
+def test_a_nodes_own_error_passes_as_the_node_raised_it(interrupt, where, caplog):
+    original = KeyError("of a pack")
+    with pytest.raises(KeyError) as raised, our_faults_stay_ours(where):
+        raise NodeError(original)
+    assert raised.value is original
+    assert caplog.records == []
 
 
 def test_the_same_fault_at_the_same_place_is_logged_once(interrupt, where, caplog):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -53,7 +57,7 @@ def test_an_unknown_patch_inside_of_blocks_is_gathered_for(kind):
     carried = sort({"patches": {kind: [plain_patch]}})
     assert carried.refusals == []
     assert list(carried.tree["patches"]["gathered"]) == [kind]
-    assert carried.gathered == f"a node set a {kind} patch"
+    assert carried.gathered == f"a node set a {kind} patch, {__name__}.plain_patch"
 
 
 def test_a_patch_that_the_model_never_reads_changes_nothing():
@@ -108,3 +112,75 @@ def test_options_that_patches_may_read_are_carried_and_the_others_named():
     carried = other_options(options)
     assert set(carried["values"]) == {"sigmas", "cond_or_uncond", "mine"}
     assert carried["missing"] == ["model"]
+
+
+PACK = """
+import functools
+
+import torch
+
+
+def wrapping(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return wrapper.__wrapped__(*args)
+
+    return wrapper
+
+
+def holding_itself():
+    def kernel(q):
+        return q
+
+    kernel = torch.compiler.disable()(kernel)
+
+    @wrapping
+    def attention(q):
+        return kernel(q)
+
+    return lambda function, q: attention(q)
+
+
+def imitation():
+    def attention_pytorch(function, q):
+        return q.flip(2)
+
+    attention_pytorch.__module__ = "comfy.ldm.modules.attention"
+    attention_pytorch.__qualname__ = "attention_pytorch"
+    return attention_pytorch
+"""
+
+
+@pytest.mark.parametrize("name", ["holding_itself", "imitation"])
+def test_an_override_is_carried_and_given_the_tokens_in_order(name, tmp_path, monkeypatch):
+    # Whatever it holds (itself, a kernel kept from the compiler), and whatever name it has taken.
+    (tmp_path / "some_pack.py").write_text(PACK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    override = getattr(importlib.import_module("some_pack"), name)()
+    carried = sort({"optimized_attention_override": override})
+    del sys.modules["some_pack"]
+    assert carried.refusals == []
+    assert carried.tree["attention"]["wants_order"]
+
+
+def with_a_default(patch):
+    def override(function, q, patch=patch):
+        return patch(q)
+
+    return override
+
+
+def with_an_attribute(patch):
+    def override(function, q):
+        return override.patch(q)
+
+    override.patch = patch
+    return override
+
+
+@pytest.mark.parametrize("held", [with_a_default, with_an_attribute, torch.compiler.disable()])
+def test_what_keeps_something_between_calls_is_seen_wherever_it_is_held(held):
+    for patch in (collecting(), functools.partial(collecting())):
+        override = held(patch)
+        (refusal,) = sort({"optimized_attention_override": override}).refusals
+        assert "may keep something" in refusal.reason

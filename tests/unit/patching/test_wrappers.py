@@ -27,6 +27,15 @@ def interrupt(monkeypatch):
     return cls
 
 
+class Run:
+    """A run of a model that is no FLUX."""
+
+    is_flux = False
+
+    def __str__(self):
+        return "run"
+
+
 class Host:
     """A host that notes what it is told and answers a forward."""
 
@@ -34,6 +43,8 @@ class Host:
         self.settings = SimpleNamespace(strict=strict)
         self.base_model = ContextVar("base_model", default=None)
         self.current_run = ContextVar("current_run", default=None)
+        self.is_inside = ContextVar("is_inside", default=False)
+        self.ways = SimpleNamespace(obstacle=lambda flux: None, class_of=lambda flux: None)
         self.answer = answer
         self.is_held_back = False
         self.hooks = LeftOutHooks()
@@ -56,12 +67,9 @@ class Host:
     def leaves_out_hooks(self, patcher):
         return self.leaves_out and self.hooks.may_be_left_out
 
-    def applied(self, base_model, num_calls):
-        pass
-
     def begin_run(self, patcher):
         self.seen.append("begin")
-        return "run"
+        return Run()
 
     def end_run(self, run):
         self.seen.append(f"end of {run}")
@@ -85,8 +93,13 @@ class FaultyHost(Host):
     def forward(self, flux, arguments, compute):
         raise RuntimeError("planted")
 
-    def applied(self, base_model, num_calls):
+    @property
+    def ways(self):
         raise RuntimeError("planted")
+
+    @ways.setter
+    def ways(self, _):
+        pass
 
     def begin_run(self, patcher):
         raise RuntimeError("planted")
@@ -360,7 +373,7 @@ def test_hooks_that_are_taken_off_or_applied_are_not_made_up_for():
 def test_a_failed_attempt_and_hooks_that_cannot_be_written_are_no_image():
     host = Host(answer=ValueError("ours"))
     patcher = Patcher(host)
-    host.faulted = lambda: None
+    host.refuse = lambda refusal: None
     patcher.patch_hooks("a")
     assert patcher.wrappers.flux_forward(lambda x: list(patcher.written), object(), (1,), {}) == [
         "a"

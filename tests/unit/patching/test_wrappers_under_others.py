@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextvars import ContextVar
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ class Host:
 
     def __init__(self):
         self.seen = []
+        self.is_inside = ContextVar("is_inside", default=False)
 
     def forward(self, flux, arguments, compute):
         self.seen.append({**arguments, "computed": compute()})

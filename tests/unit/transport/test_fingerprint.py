@@ -40,7 +40,25 @@ def model():
 
 def test_equal_models_have_equal_fingerprints():
     assert fingerprint(model()) == fingerprint(model())
-    assert len(fingerprint(model())) == hashlib.sha256().digest_size * 2
+    parts = fingerprint(model()).split("-")
+    assert [len(part) for part in parts] == [hashlib.sha256().digest_size * 2] * 2
+
+
+def test_blocks_agree_whatever_lies_around_them():
+    def with_block(**changes):
+        changed = model()
+        changed.diffusion_model.double_blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3)])
+        torch.nn.init.ones_(changed.diffusion_model.double_blocks[0].weight)
+        torch.nn.init.zeros_(changed.diffusion_model.double_blocks[0].bias)
+        for name, part in changes.items():
+            changed.diffusion_model.set_submodule(name, part)
+        return fingerprint(changed)
+
+    plain, around = with_block(), with_block(inner=torch.nn.Identity())
+    assert module.agree(around, plain, only_blocks=True)
+    assert not module.agree(around, plain, only_blocks=False)
+    inside = with_block(**{"double_blocks.0": torch.nn.Linear(3, 3)})
+    assert not module.agree(inside, plain, only_blocks=True)
 
 
 def change_dtype_choice(m):

@@ -73,7 +73,8 @@ def test_a_node_packs_class_is_imported_without_running_the_pack(tmp_path, monke
         "from .names import NAME\nclass Ops:\n    class Linear:\n        name = NAME\n"
     )
     package = str(directory)
-    tree = [f"{package}.ops", "Ops.Linear", [[package, [str(directory)]]]]
+    file = str(directory / "ops.py")
+    tree = [[f"{package}.ops", file, [[package, [str(directory)]]]], "Ops.Linear"]
     try:
         assert decode_class(tree).name == "here"
         assert isinstance(sys.modules[package], types.ModuleType)

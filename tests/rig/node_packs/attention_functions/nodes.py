@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy.ldm.modules.attention import attention_sub_quad
+import torch
+from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad, wrap_attn
 
 
 class Override:
@@ -32,11 +33,32 @@ class Override:
         raise NotImplementedError
 
 
+def backend_of(kind: str) -> Any:
+    """Choose a kernel as packs do that have several: each is a local function of the same name."""
+    if kind == "whole":
+
+        def kernel(q: Any, k: Any, v: Any, heads: int, *, mask: Any = None, **_: Any) -> Any:
+            return attention_pytorch(q, k, v, heads, mask=mask, skip_reshape=True)
+
+    else:
+
+        def kernel(q: Any, k: Any, v: Any, heads: int, *, mask: Any = None, **_: Any) -> Any:
+            return attention_sub_quad(q, k, v, heads, mask=mask, skip_reshape=True)
+
+    kernel = torch.compiler.disable()(kernel)
+
+    @wrap_attn  # type: ignore[untyped-decorator]
+    def attention(q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> Any:
+        return kernel(q, k, v, heads, mask=mask, **kwargs)
+
+    return attention
+
+
 class OtherBackend(Override):
-    """KJNodes' sage and flash attention: a closure around an attention function."""
+    """KJNodes' sage and flash attention: a closure around an attention function of the pack's."""
 
     def override(self) -> Any:
-        backend = attention_sub_quad
+        backend = backend_of("parts")
 
         def attention_override(func: Any, *args: Any, **kwargs: Any) -> Any:
             return backend.__wrapped__(*args, **kwargs)

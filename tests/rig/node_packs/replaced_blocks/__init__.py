@@ -95,8 +95,8 @@ class CachedBlocks(torch.nn.Module):
         return img, txt
 
 
-class FirstBlockCache(ModelNode):
-    """WaveSpeed: the list of blocks is replaced while the model is called."""
+class BlocksAsOne(ModelNode):
+    """WaveSpeed on models that it does not know: the list of blocks is replaced in each call."""
 
     def change(self, model: Any) -> tuple[Any]:
         model = model.clone()
@@ -206,7 +206,7 @@ class CompiledModel(ModelNode):
 
 
 NODE_CLASS_MAPPINGS = {
-    "RigFirstBlockCache": FirstBlockCache,
+    "RigBlocksAsOne": BlocksAsOne,
     "RigAdapter": Adapter,
     "RigWrapping": Wrapping,
     "RigProcessor": Processor,

@@ -33,15 +33,19 @@ def all_blocks(
     flux: Any,
     after: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     control: Any = None,
+    first: int = 0,
 ) -> Blocks:
-    """Return a function that runs every block; ``after`` sees the image tokens of each."""
+    """Return a function that runs every block; ``after`` sees the image tokens of each.
+
+    ``first`` is the first double block that it runs.
+    """
 
     def residual(kind: str, number: int) -> torch.Tensor | None:
         residuals = (control or {}).get(kind, ())
         return residuals[number] if number < len(residuals) else None
 
     def run(img: torch.Tensor, txt: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        for number, block in enumerate(flux.double_blocks):
+        for number, block in list(enumerate(flux.double_blocks))[first:]:
             img, txt = block(img=img, txt=txt, **given)
             add = residual("input", number)
             if add is not None:
