@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.attributes import own_attribute
+from comfy_xdit_patch.errors import AroundBlocksError, TheirError
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.boundary import is_interrupt
 from comfy_xdit_patch.patching.driven_step import DrivenStep
 from comfy_xdit_patch.patching.remote_tokens import RemoteTokens
 from comfy_xdit_patch.patching.wire import Wire
@@ -64,6 +66,9 @@ class DrivenForward:
             The model's output, and how many blocks ran on the ranks.
 
         Raises:
+            TheirError: the forward raised before it was given anything of ours.
+            AroundBlocksError: it raised later, which it may not do without us.
+            CallRaisedError: a block raised, in every rank.
             WorkerError: the workers are lost.
             PlanError: there are fewer tokens than ranks.
         """
@@ -88,17 +93,26 @@ class DrivenForward:
             for name, stream in EMBEDDERS.items():
                 embed = getattr(flux, name, None)
                 if isinstance(embed, torch.nn.Module):
-                    marked = _marked(embed.forward, stream)
+                    marked = step.marked(embed.forward, stream)
                     stack.enter_context(own_attribute(embed, "forward", marked))
-            out = compute()
+            out = _computed(compute, step)
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
         return out, step.num_blocks
 
 
-def _marked(embed: Callable[..., torch.Tensor], stream: str) -> Callable[..., torch.Tensor]:
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = embed(*args, **kwargs)
-        return RemoteTokens.make(stream, shape=out.shape, like=out, here=out)
-
-    return forward
+def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Tensor:
+    """Run the forward, and tell whose an exception is that comes out of it."""
+    try:
+        out = compute()
+    except Exception as error:
+        if is_interrupt(error) or error is step.error:
+            raise
+        if step.error is None and not step.has_given:
+            raise TheirError(error) from error
+        if step.error is None:
+            raise AroundBlocksError(f"{type(error).__name__}: {error}") from error
+    # A node that goes on after an exception of ours has made its result of something else.
+    if step.error is not None:
+        raise step.error
+    return out

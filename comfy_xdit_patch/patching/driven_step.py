@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.block_arguments import encode_modulation, shares_of_counts
 from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran, short
@@ -59,6 +60,10 @@ class DrivenStep:
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
+        self.has_given = False
+        """Whether anything of ours was given to the forward, which may stumble over it."""
+        self.error: BaseException | None = None
+        """What was raised in ours: it is not the forward's own, whatever becomes of it there."""
         self._busy_seconds: dict[int, float] = {}
 
     def stub(self, block: Any, name: str) -> Callable[..., Any]:
@@ -66,9 +71,32 @@ class DrivenStep:
         signature = inspect.signature(type(block).forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._block(name, signature.bind(block, *args, **kwargs).arguments)
+            self.has_given = True
+            arguments = signature.bind(block, *args, **kwargs).arguments
+            with self._noting_errors():
+                return self._block(name, arguments)
 
         return forward
+
+    def marked(
+        self, embed: Callable[..., torch.Tensor], stream: str
+    ) -> Callable[..., torch.Tensor]:
+        """Return what stands in for the ``forward`` of an embedder."""
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = embed(*args, **kwargs)
+            self.has_given = True
+            return RemoteTokens.make(stream, shape=out.shape, like=out, here=out)
+
+        return forward
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            raise
 
     def _block(self, name: str, arguments: Mapping[str, Any]) -> Any:
         tokens = {key: arguments[key] for key in TOKENS if key in arguments}
@@ -181,6 +209,10 @@ class DrivenStep:
         return value.recipe is not None and value.counts == counts and is_shared_so
 
     def _fetch(self, tokens: RemoteTokens) -> torch.Tensor:
+        with self._noting_errors():
+            return self._fetched(tokens)
+
+    def _fetched(self, tokens: RemoteTokens) -> torch.Tensor:
         assert tokens.recipe is not None
         recipe = encode(tokens.recipe)
         slots = self._wire.slots
@@ -210,28 +242,3 @@ class DrivenStep:
     def _forget(self) -> list[Message]:
         gone, self._gone[:] = self._gone[:], []
         return [Forget(calls=[], objects=[], tokens=gone)] if gone else []
-
-
-def shares_of_counts(flux: Any, counts: Counts, plan: ParallelPlan) -> SequenceShares:
-    """The shares of all ranks in the tokens of one block.
-
-    Raises:
-        PlanError: a rank would hold none.
-    """
-    text, image, reference = counts
-    return plan.sequence_shares(
-        0,
-        num_text_tokens=text,
-        num_image_tokens=image,
-        num_reference_tokens=reference,
-        num_heads=flux.num_heads,
-    )
-
-
-def encode_modulation(value: Any) -> Any:
-    """Turn what modulates a block into tensors, lists and dictionaries."""
-    if isinstance(value, (tuple, list)):
-        return [encode_modulation(item) for item in value]
-    if all(hasattr(value, name) for name in ("shift", "scale", "gate")):
-        return {"$modulation": [value.shift, value.scale, value.gate]}
-    return value

@@ -19,6 +19,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.books import Books
+from comfy_xdit_patch.patching.boundary import theirs
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
@@ -106,9 +107,11 @@ class Host:
         """Return one for other settings, whose workers are new and hold nothing."""
         return Host(settings=settings, pool=self.pool, pristine=self._pristine, before=self)
 
-    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
-        """Note which file a model of ours came from."""
-        self.models.remember(patcher.model, loader, path, options)
+    def model_loaded(
+        self, patcher: Any, loader: str, path: str, options: dict[str, Any], file: str
+    ) -> None:
+        """Note which file a model of ours came from; ``file`` was its identity before."""
+        self.models.remember(patcher.model, loader, path, options, file=file)
 
     def remember_controls(self, modules: Mapping[str, Any]) -> None:
         """Note ComfyUI's own ControlNet code before any node pack changes it."""
@@ -147,6 +150,7 @@ class Host:
 
         Raises:
             FallBackError: ``XDIT_STRICT=1`` and the call cannot be parallel.
+            TheirError: ComfyUI's own code raised.
             InterruptProcessingException: the user cancelled.
         """
         run = self.current_run.get() or Run()
@@ -161,8 +165,12 @@ class Host:
         if not isinstance(outcome, Refusal):
             self._books.count(outcome, run, time.perf_counter() - begin)
             return outcome.out
+        out = None
+        if outcome.has_raised:
+            self.hooks.make_up()
+            out = theirs(compute)()  # and if this raises, that is all there is to say
         self._books.refuse(outcome, run)
-        return None
+        return out
 
     def faulted(self) -> None:
         """Count a step that a fault of ours left to ComfyUI."""

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from comfy_xdit_patch.errors import FallBackError, WorkerError
-from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
+from comfy_xdit_patch.patching.boundary import attempt, our_faults_stay_ours, theirs
 
 _numbers = itertools.count()
 
@@ -74,3 +74,35 @@ def test_without_a_fault_nothing_is_logged(interrupt, where, caplog):
         done.append(1)
     assert done == [1]
     assert caplog.records == []
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_what_a_nodes_code_raises_comes_out_of_an_attempt_unchanged(interrupt, caplog):
+    error = KeyError("sigmas")
+    with pytest.raises(KeyError) as caught:
+        attempt(theirs(raising(error)))
+    assert caught.value is error
+    assert (error.__cause__, error.__context__) == (None, None), "nobody seems to have caught it"
+    assert caplog.records == []
+
+
+def test_a_fault_of_ours_is_kept_and_not_said(interrupt, caplog):
+    fault = ValueError("planted")
+    assert attempt(raising(fault)) == (None, fault)
+    assert attempt(lambda: "out") == ("out", None)
+    assert attempt(theirs(lambda: "out")) == ("out", None)
+    assert caplog.records == []
+
+
+def test_interrupts_and_wanted_errors_pass_an_attempt(interrupt):
+    for call in (raising(interrupt()), theirs(raising(interrupt()))):
+        with pytest.raises(interrupt):
+            attempt(call)
+    with pytest.raises(FallBackError):
+        attempt(raising(FallBackError("no")))
