@@ -48,16 +48,28 @@ class DeclinedError(XditError):
     """The workers are well, and cannot run a node's patch."""
 
 
-class NodeError(XditError):
-    """A node's own code failed while it ran inside of ours; ``original`` is what it raised."""
-
-    def __init__(self, original: Exception) -> None:
-        super().__init__(f"{type(original).__name__}: {original}")
-        self.original = original
-
-
 class CardsFullError(XditError):
     """The workers are well, and a card has no room for a call."""
+
+
+class CallRaisedError(XditError):
+    """The workers are well, and a call raised the same exception, a ``kind``, in each of them."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+class AroundBlocksError(XditError):
+    """The workers are well, and a node's code raised while they ran the blocks for it."""
+
+
+class TheirError(XditError):
+    """ComfyUI's or a node's own code raised ``error``, and nothing of ours has part in it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class FallBackError(XditError):
@@ -90,3 +102,5 @@ class Refusal:
     scope: Scope = Scope.RUN
     is_around_blocks: bool = False
     """The blocks are ComfyUI's own: the workers can run them while the rest runs here."""
+    has_raised: bool = False
+    """The call raised: ComfyUI may do so too, and then its exception is all that is said."""

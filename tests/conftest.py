@@ -23,6 +23,7 @@ TIERS = ("unit", "contract", "parallel", "e2e")
 # Files whose tests share servers, longest first: the last to end should be short.
 SERVERS = {
     "faults": "endurance, fault_matrix, faults, first_image",
+    "mistakes": "whose_fault",
     "emulated": "emulated_cards, emulated_matrix, card_memory, check",
     "": "auto, comfyui_own_execution, equal_to_stock, memory, offline, soak, switching",
     "weights": "hooks, named_strategies, weight_traffic, weights",

@@ -17,11 +17,20 @@ from comfy_xdit_patch.engine.busy import BusyClock
 
 clock = BusyClock()
 _num_begun = 0
+_num_open = 0
 
 
 def num_begun() -> int:
     """How many exchanges this process has begun, in all groups."""
     return _num_begun
+
+
+def is_in_one() -> bool:
+    """Whether an exchange was begun and not ended: it failed, or nobody has waited for it yet.
+
+    A stage's (``stage.py``) are not counted: what one sends, another one receives.
+    """
+    return _num_open > 0
 
 
 def all_to_all(
@@ -33,23 +42,25 @@ def all_to_all(
     group: dist.ProcessGroup,
 ) -> None:
     """Send a part of ``data`` to every rank, and fill ``out`` with what they send. Elements."""
-    _count()
+    _begin()
     with clock.waiting():
         dist.all_to_all_single(out, data, list(received), list(sent), group=group)
+    _end()
 
 
 def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:
     """Fill ``whole`` with the shards of all ranks."""
-    _count()
+    _begin()
     with clock.waiting():
         dist.all_gather_into_tensor(whole, shard, group=group)
+    _end()
 
 
 def all_gather_into_async(
     whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup
 ) -> dist.Work:
     """Begin the same; ``finish`` the work before the tensors are used."""
-    _count()
+    _begin()
     work: dist.Work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
     return work
 
@@ -61,7 +72,7 @@ def pass_on_async(
 
     ``finish`` all the works before ``data`` is changed or ``out`` is read.
     """
-    _count()
+    _begin()
     sends = dist.P2POp(dist.isend, data, dist.get_global_rank(group, to), group)
     receives = dist.P2POp(dist.irecv, out, dist.get_global_rank(group, source), group)
     works: list[dist.Work] = dist.batch_isend_irecv([sends, receives])
@@ -86,24 +97,38 @@ def receive_async(out: torch.Tensor, *, source: int, group: dist.ProcessGroup) -
 
 def all_reduce_sum(data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
     """Make ``data`` the sum of that of all ranks of the group."""
-    _count()
+    _begin()
     dist.all_reduce(data, op=dist.ReduceOp.SUM, group=group)
+    _end()
 
 
 def all_reduce_max(value: torch.Tensor) -> None:
     """Make ``value`` the largest that any rank of the world has."""
-    _count()
+    _begin()
     with clock.waiting():
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    _end()
 
 
 def finish(works: Iterable[dist.Work]) -> None:
-    """Wait for what was begun. On CUDA the stream waits, not the CPU."""
+    """Wait for one exchange that was begun. On CUDA the stream waits, not the CPU."""
     with clock.waiting():
         for work in works:
             work.wait()
+    _end()
 
 
 def _count() -> None:
     global _num_begun
     _num_begun += 1
+
+
+def _begin() -> None:
+    global _num_open
+    _count()
+    _num_open += 1
+
+
+def _end() -> None:
+    global _num_open
+    _num_open -= 1

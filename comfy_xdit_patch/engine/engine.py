@@ -7,39 +7,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 
 import torch
 
-from comfy_xdit_patch.engine import collectives
-from comfy_xdit_patch.engine.control import control_share
-from comfy_xdit_patch.engine.driven import DrivenBlocks
-from comfy_xdit_patch.engine.flux import forward_share
+from comfy_xdit_patch.engine.calls import Answer, Call, Calls
 from comfy_xdit_patch.engine.groups import Groups
-from comfy_xdit_patch.engine.kept_keys import StreamKeys
-from comfy_xdit_patch.engine.patches import ModelPatches, Objects
 from comfy_xdit_patch.engine.placing import Progress
 from comfy_xdit_patch.engine.probe import probe
 from comfy_xdit_patch.engine.resident import Resident
 from comfy_xdit_patch.engine.residents import Residents
-from comfy_xdit_patch.engine.residuals import Residuals
-from comfy_xdit_patch.engine.room import no_room_for
-from comfy_xdit_patch.errors import WorkerError
-from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
-from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
+from comfy_xdit_patch.transport.calls import Forget, Free
+from comfy_xdit_patch.transport.fingerprint import Look
 from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
-from comfy_xdit_patch.transport.replies import (
-    Controlled,
-    Done,
-    Fetched,
-    Loaded,
-    NoRoom,
-    NotLoaded,
-    Ran,
-    Unloaded,
-)
+from comfy_xdit_patch.transport.replies import Loaded, NotLoaded, Unloaded
 from comfy_xdit_patch.transport.slot_map import SlotMap
 
 log = logging.getLogger(__name__)
@@ -50,13 +31,8 @@ class Engine:
 
     def __init__(self, *, groups: Groups, slots: SlotMap) -> None:
         self._groups = groups
-        self._slots = slots
         self._residents = Residents(slots, groups)
-        self._residuals = Residuals()
-        self._objects = Objects()
-        self._driven = DrivenBlocks(groups)
-        self._streams = StreamKeys()
-        self._num_forwards = 0
+        self._calls = Calls(groups=groups, slots=slots, residents=self._residents)
 
     def load(self, message: Load, progress: Progress) -> Loaded | NotLoaded:
         """Hold a model in one state of its weights."""
@@ -64,19 +40,25 @@ class Engine:
         try:
             with torch.inference_mode():  # as ComfyUI loads and patches
                 resident, is_new = self._residents.take(message, progress)
+                return Loaded(
+                    request=message.request,
+                    fingerprint=self._fingerprint(message, resident),
+                    seconds=time.perf_counter() - start,
+                    is_new=is_new,
+                    models=self._residents.numbers,
+                    digests=resident.digests if message.verify else {},
+                    bytes_held=resident.bytes_held,
+                )
         except Exception as error:
             # Loading is no collective: this rank fails alone and can go on.
             log.exception("could not load %s", message.source or "tensors")
             return NotLoaded(message.request, f"{type(error).__name__}: {error}")
-        return Loaded(
-            request=message.request,
-            fingerprint=resident.fingerprint,
-            seconds=time.perf_counter() - start,
-            is_new=is_new,
-            models=self._residents.numbers,
-            digests=resident.digests if message.verify else {},
-            bytes_held=resident.bytes_held,
-        )
+
+    def _fingerprint(self, message: Load, resident: Resident) -> str:
+        if not message.look:
+            return ""
+        seed, parts = message.look
+        return resident.fingerprint.of(Look(seed, parts, self._groups.rank))
 
     def drop(self, models: list[int] | None = None) -> None:
         """Drop models, all of them by default, and give their memory back."""
@@ -97,154 +79,14 @@ class Engine:
         with torch.inference_mode():
             return probe(message, self._groups)
 
-    def forward(self, message: Forward) -> Done | NoRoom:
-        """Compute this rank's share of a call and write its rows to the result slot.
-
-        Collective: every rank gets the same message.
-        """
-        start = time.perf_counter()
-        collectives.clock.start(self._groups.device)
-        resident = self._resident(message.model)
-        plan = ParallelPlan.of_grid(message.grid, message.weights)
-        arguments = self._slots.fetch(message.arguments)
-        patches = self._patches(arguments.pop("patches", None))
-        rank = self._groups.rank
-        if (no_room := no_room_for(message, self._groups.device)) is not None:
-            return no_room
-        # A shard is gathered by all ranks at once, and stages run different blocks.
-        assert resident.blocks is None or plan.pipefusion_degree == 1
-        with torch.inference_mode():
-            sent = resident.begin(plan, self._groups)
-            if resident.blocks is not None:
-                resident.blocks.prefetch_first()
-            rows, bytes_sent = forward_share(
-                resident.flux,
-                arguments,
-                plan=plan,
-                groups=self._groups,
-                # A shard's layers get their scales only when their block begins; where a scale goes
-                # is a matter of rounding.
-                scaled=resident.scaled if resident.is_whole else {},
-                residuals=self._residuals,
-                patches=patches,
-                streams=self._streams,
-                pipeline=message.pipeline,
-            )
-            collectives.clock.launched()
-            bytes_sent += resident.bytes_moved - sent
-            batch = arguments["x"].shape[0]
-            shape = (batch, *rows.shape[1:])
-            bytes_written = 0
-            if plan.writes_rows(rank):
-                first, end = plan.batch_rows(rank, batch)
-                self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
-                bytes_written = rows.nbytes
-        self._num_forwards += 1
-        busy_s = collectives.clock.stop(is_copied_out=True)
-        return Done(
-            request=message.request,
-            num_forwards=self._num_forwards,
-            dtype=str(rows.dtype).removeprefix("torch."),
-            shape=shape,
-            seconds=time.perf_counter() - start,
-            bytes_between_ranks=bytes_sent,
-            bytes_written=bytes_written,
-            busy_seconds=busy_s,
-            is_launch_bound=collectives.clock.is_launch_bound,
-        )
-
-    def control(self, message: Control) -> Controlled:
-        """Compute this rank's tokens of a ControlNet's residuals, and keep them.
-
-        Collective: every rank gets the same message.
-        """
-        start = time.perf_counter()
-        resident = self._resident(message.model)
-        plan = ParallelPlan.of_grid(message.grid, message.weights)
-        arguments = self._slots.fetch(message.arguments)
-        with torch.inference_mode():
-            sent = resident.begin(plan, self._groups)
-            layout, residuals, bytes_sent = control_share(
-                resident.flux, arguments, plan=plan, groups=self._groups
-            )
-            bytes_sent += resident.bytes_moved - sent
-        self._residuals.keep(message.call, residuals)
-        num_rows, features = arguments["x"].shape[0], residuals.tensors[0].shape[-1]
-        return Controlled(
-            request=message.request,
-            layout=layout,
-            dtype=str(residuals.tensors[0].dtype).removeprefix("torch."),
-            shape=(num_rows, sum(residuals.image), features),
-            seconds=time.perf_counter() - start,
-            bytes_between_ranks=bytes_sent,
-        )
+    def compute(self, message: Call) -> Answer:
+        """Compute this rank's share of a call; see ``Calls``."""
+        return self._calls.compute(message)
 
     def free(self, message: Free) -> Unloaded:
         """Free what PipeFusion kept for streams that are over."""
-        self._streams.forget(message.streams)
-        return Unloaded(message.request)
+        return self._calls.free(message)
 
     def forget(self, message: Forget) -> None:
         """Free what the host does not refer to any more."""
-        self._residuals.forget(message.calls)
-        self._objects.forget(message.objects)
-        self._driven.forget(message.tokens)
-
-    def run_block(self, message: RunBlock) -> Ran:
-        """Compute this rank's share of one block, and keep it. Collective."""
-        start = time.perf_counter()
-        collectives.clock.start(self._groups.device)
-        resident = self._resident(message.model)
-        plan = ParallelPlan.of_grid(message.grid, message.weights)
-        with torch.inference_mode():
-            sent = resident.begin(plan, self._groups)
-            _, bytes_sent = self._driven.run(
-                resident.flux.get_submodule(message.block),
-                self._slots.fetch(message.arguments),
-                plan=plan,
-                shares=self._shares(resident, message.counts, plan),
-                scaled={
-                    name: layer
-                    for name, layer in (resident.scaled if resident.is_whole else {}).items()
-                    if name.startswith(f"{message.block}.")
-                },
-                patches=self._patches(message.patches),
-                keep=message.keep,
-            )
-            bytes_sent += resident.bytes_moved - sent
-        self._num_forwards += message.is_first
-        busy_s = collectives.clock.stop(is_copied_out=False)
-        seconds = time.perf_counter() - start
-        return Ran(message.request, self._num_forwards, seconds, bytes_sent, busy_s)
-
-    def fetch(self, message: Fetch) -> Fetched:
-        """Gather tokens that the ranks keep; the first one writes them. Collective."""
-        plan = ParallelPlan.of_grid(message.grid, message.weights)
-        shares = self._shares(self._resident(message.model), message.counts, plan)
-        with torch.inference_mode():
-            tokens, bytes_sent = self._driven.fetch(message.tokens, message.stream, shares)
-            if self._groups.rank == 0:
-                self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
-        return Fetched(message.request, bytes_sent)
-
-    def _shares(
-        self, resident: Resident, counts: Sequence[int], plan: ParallelPlan
-    ) -> SequenceShares:
-        text, image, reference = counts
-        return plan.sequence_shares(
-            self._groups.rank,
-            num_text_tokens=text,
-            num_image_tokens=image,
-            num_reference_tokens=reference,
-            num_heads=resident.flux.num_heads,
-        )
-
-    def _patches(self, tree: Tree) -> ModelPatches | None:
-        return None if tree is None else ModelPatches(tree, self._objects)
-
-    def _resident(self, model: int) -> Resident:
-        with torch.inference_mode():  # ComfyUI may have taken it off, and patches it again
-            resident = self._residents.get(model)
-        if resident is None:
-            raise WorkerError(f"Model {model} is asked for and not held.")
-        return resident
+        self._calls.forget(message)

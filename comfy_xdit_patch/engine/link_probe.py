@@ -107,8 +107,7 @@ class LinkProbe:
                 source=mine[index - 1],
                 group=group,
             )
-            for work in works:
-                work.wait()
+            collectives.finish(works)
         else:
             whole = self._arrived[: part * world_size]
             collectives.all_gather_into(whole, self._sent[:part], group=group)

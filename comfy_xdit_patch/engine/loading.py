@@ -10,7 +10,6 @@ that are cast or patched are memory of a rank's own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.transport.files import file_identity
 from comfy_xdit_patch.transport.messages import ModelSource
 
 
@@ -29,9 +29,7 @@ def load_patcher(source: ModelSource) -> Any:
     """
     import comfy.sd
 
-    stat = os.stat(source.path)
-    if (stat.st_size, stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns):
-        raise WorkerError(f"{source.path} was changed after ComfyUI read it.")
+    _check_file(source)
     options = {
         name: _dtype(value) if name == "dtype" else value for name, value in source.options.items()
     }
@@ -49,7 +47,13 @@ def load_patcher(source: ModelSource) -> Any:
                 model_options=options,
             )[0]
     _check_places(source.path, patcher.model)
+    _check_file(source)
     return patcher
+
+
+def _check_file(source: ModelSource) -> None:
+    if file_identity(source.path) != source.file:
+        raise WorkerError(f"{source.path} was changed after ComfyUI read it.")
 
 
 def _check_places(path: str, model: torch.nn.Module) -> None:

@@ -19,13 +19,14 @@ from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.fingerprint import stored_weights
+from comfy_xdit_patch.transport.fingerprint import Fingerprint, stored_weights
 
 
 @dataclass(slots=True)
 class Resident:
     """One model.
 
+    ``fingerprint`` and ``stored`` keep its weights as they are stored, in the file's own pages.
     ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
     patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
     ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
@@ -34,7 +35,7 @@ class Resident:
     """
 
     patcher: Any
-    fingerprint: str
+    fingerprint: Fingerprint
     stored: dict[str, torch.Tensor]
     current: Any
     scaled: dict[str, Any]

@@ -35,7 +35,7 @@ from comfy_xdit_patch.planning.pipeline import stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.tensor_residency import tensor_degree
 from comfy_xdit_patch.transport.calls import Tree
-from comfy_xdit_patch.transport.fingerprint import PREFIX, digests, fingerprint
+from comfy_xdit_patch.transport.fingerprint import PREFIX, Fingerprint, digests
 from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.packs import PackMap
 from comfy_xdit_patch.transport.patches import decode
@@ -96,8 +96,18 @@ class Residents:
         """Return a model, placed on the device, or None if this rank does not hold it."""
         resident = self._models.get(number)
         if resident is not None:
-            self._place(resident, verify=False, progress=lambda _: None)
+            try:
+                self._place(resident, verify=False, progress=lambda _: None)
+            except BaseException:
+                self.drop([number])
+                raise
         return resident
+
+    def settle(self) -> None:
+        """End the exchange that a call may have left under way when it raised. Collective."""
+        for resident in self._models.values():
+            if resident.blocks is not None:
+                resident.blocks.settle()
 
     def give_way(self) -> None:
         """Give the device's memory back. Models return from the mapped files."""
@@ -204,7 +214,7 @@ class Residents:
         else:
             patcher = build(message.tensors, self._packs.tensor)
         model = patcher.model
-        name = fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
+        name = Fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
         stored = {PREFIX + key: value for key, value in model.diffusion_model.named_parameters()}
         return Resident(
             patcher,

@@ -164,7 +164,7 @@ class ShardedBlocks:
             restore: give the modules whole parameters again, on the device. Collective. Otherwise
                 they keep empty placeholders.
         """
-        self._finish_pending()
+        self.settle()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -204,7 +204,7 @@ class ShardedBlocks:
     def _enter(self, index: int, *_: Any) -> None:
         """Put a block's weights in place, and start the next block's gather."""
         self._expect(index)
-        self._window_in_use = self._finish_pending()
+        self._window_in_use = self.settle()
         views = self._views[self._window_in_use][index]
         for place, view in zip(self._units[index].places, views, strict=True):
             place.owner[place.name] = view
@@ -219,7 +219,7 @@ class ShardedBlocks:
         """Make sure that the gather under way is this block's."""
         if self._pending is None or self._pending.unit != index:
             # First block of a forward, or what was expected is skipped or failed (on all ranks).
-            self._finish_pending()
+            self.settle()
             self._start(index)
 
     def _start(self, index: int) -> None:
@@ -230,7 +230,7 @@ class ShardedBlocks:
         self._pending = _Gather(index, window, work)
         self.bytes_gathered += shard.numel() * (self._world_size - 1)
 
-    def _finish_pending(self) -> int:
+    def settle(self) -> int:
         """Wait for the gather under way, if any; return its window."""
         pending, self._pending = self._pending, None
         if pending is None:

@@ -5,7 +5,8 @@ Runs in: host process. Reads ComfyUI's objects, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
@@ -13,35 +14,74 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.transport.fingerprint import (
     BLOCKS,
+    Fingerprint,
+    Look,
     agree,
     digests,
-    fingerprint,
     is_dynamic,
     stored_weights,
 )
 from comfy_xdit_patch.transport.replies import Loaded
 
-
-def expected_fingerprint(base_model: Any) -> str:
-    """Return the fingerprint of a model's stored weights.
-
-    Raises:
-        ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
-    """
-    patcher = base_model.current_patcher
-    cast = "manual_cast_dtype"
-    return fingerprint(
-        flux_of(base_model),
-        manual_cast_dtype=patcher.object_patches_backup.get(cast, getattr(base_model, cast)),
-        patcher=patcher,
-    )
+CHEAP_BYTES = 128 << 20
+"""So much is read whole in every comparison: a core takes a tenth of a second."""
 
 
-def comparison_with(expected: str, *, only_blocks: bool) -> Callable[[Sequence[Loaded]], bool]:
-    """Return whether all ranks hold what ComfyUI does, as a function of their replies."""
-    return lambda replies: all(
-        agree(reply.fingerprint, expected, only_blocks=only_blocks) for reply in replies
-    )
+class Comparisons:
+    """How closely the ranks' stored weights were compared with ComfyUI's, by a model's number."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._seeds = itertools.count(1)
+        self._versions: dict[int, list[int]] = {}
+
+    def begin(self, base_model: Any, number: int) -> Comparison:
+        """Decide how closely to look: whole at first, and where something was written to since.
+
+        Raises:
+            ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
+        """
+        patcher = base_model.current_patcher
+        cast = "manual_cast_dtype"
+        mine = Fingerprint(
+            flux_of(base_model),
+            manual_cast_dtype=patcher.object_patches_backup.get(cast, getattr(base_model, cast)),
+            patcher=patcher,
+        )
+        # A dynamic host has not read its file, and need not have room for it in memory.
+        is_doubtful = self._versions.get(number) != mine.versions and not is_dynamic(patcher)
+        is_whole = is_doubtful or mine.bytes_of_cpu <= CHEAP_BYTES
+        return Comparison(mine, next(self._seeds), self._world_size, is_whole=is_whole)
+
+    def ended_well(self, number: int, comparison: Comparison) -> None:
+        """Note that the ranks hold what ComfyUI does."""
+        self._versions[number] = comparison.versions
+
+
+class Comparison:
+    """One look at ComfyUI's stored weights, taken while the ranks look at theirs."""
+
+    def __init__(
+        self, mine: Fingerprint, seed: int, world_size: int, *, is_whole: bool = True
+    ) -> None:
+        self._mine = mine
+        self._world_size = world_size
+        self._expected: list[str] = []
+        self.versions = mine.versions
+        self.look = [seed, world_size if is_whole else 0]
+
+    def make(self) -> None:
+        """Look."""
+        seed, parts = self.look
+        ranks = range(self._world_size)
+        self._expected = [self._mine.of(Look(seed, parts, rank)) for rank in ranks]
+
+    def agrees(self, replies: Sequence[Loaded], *, only_blocks: bool) -> bool:
+        """Whether the ranks, in their order, have found the same model, or the same blocks."""
+        return all(
+            agree(reply.fingerprint, mine, only_blocks=only_blocks)
+            for reply, mine in zip(replies, self._expected, strict=True)
+        )
 
 
 def uncast(base_model: Any) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
+from comfy_xdit_patch.errors import CallRaisedError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.log import note_once
 from comfy_xdit_patch.observability.status import Totals
+from comfy_xdit_patch.patching.boundary import theirs
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.holding import LOST, Holding
 from comfy_xdit_patch.patching.memory import SharedMemory
@@ -75,12 +76,12 @@ class ControlNets:
         self._totals = totals
         self._known: weakref.WeakKeyDictionary[Any, ControlModel] = weakref.WeakKeyDictionary()
 
-    def loaded(self, control: Any, path: str, options: dict[str, Any]) -> None:
+    def loaded(self, control: Any, path: str, options: dict[str, Any], *, file: str) -> None:
         """Note which file a ControlNet came from, if it is one for the workers."""
         net = getattr(control, "control_model", None)
         if net is not None and type(net) is self._pristine.control_class:
             model = self._known[net] = ControlModel(control)
-            self._models.remember(model, LOADER, path, options)
+            self._models.remember(model, LOADER, path, options, file=file)
 
     def holds(self, net: Any) -> bool:
         """Whether this is the module of a known ControlNet."""
@@ -107,11 +108,12 @@ class ControlNets:
         """
         outcome = self._forward(net, arguments, compute, run)
         self._memory.ran(net, is_parallel=not isinstance(outcome, Refusal))
-        if isinstance(outcome, Refusal):
-            self._totals.controls_alone[outcome.reason] += 1
-            note_once(f"a ControlNet runs on one GPU: {outcome.reason}")
-            return None
-        return outcome
+        if not isinstance(outcome, Refusal):
+            return outcome
+        out = theirs(compute)() if outcome.has_raised else None
+        self._totals.controls_alone[outcome.reason] += 1
+        note_once(f"a ControlNet runs on one GPU: {outcome.reason}")
+        return out
 
     def _forward(
         self,
@@ -162,6 +164,11 @@ class ControlNets:
             )
         except UncarriedArgumentError as error:
             return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
+        except CallRaisedError as error:
+            self._totals.last_error = str(error)
+            self._holding.forget_what_is_held()
+            reason = f"its call raised {error.kind} on the workers"
+            return Refusal(reason, Scope.STEP, has_raised=True)
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._totals.last_loss_unix_s = time.time()

@@ -11,8 +11,6 @@ this lasts, and asks the ranks.
 from __future__ import annotations
 
 import itertools
-import os
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.attributes import own_attribute
-from comfy_xdit_patch.errors import NodeError, Refusal, Scope, XditError
+from comfy_xdit_patch.errors import AroundBlocksError, TheirError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.boundary import is_interrupt
 from comfy_xdit_patch.patching.driven_step import DrivenStep
@@ -43,8 +41,6 @@ class DrivenForward:
         self._totals = totals
         self._numbers = itertools.count(1)
         self._gone: list[int] = []
-        self._has_given = False
-        """Whether the node's code has tokens of ours in its hands."""
 
     def run(
         self,
@@ -57,7 +53,7 @@ class DrivenForward:
         patches: Tree,
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
         poll: Poll,
-    ) -> tuple[torch.Tensor, int] | Refusal:
+    ) -> tuple[torch.Tensor, int]:
         """Run ComfyUI's own forward with the blocks on all ranks.
 
         Args:
@@ -67,11 +63,12 @@ class DrivenForward:
             carry_options: what such patches may read of a block's ``transformer_options``.
 
         Returns:
-            The model's output, and how many blocks ran on the ranks; or a refusal if a node's code
-            failed on what it was given for tokens.
+            The model's output, and how many blocks ran on the ranks.
 
         Raises:
-            NodeError: a node's code failed before it was given anything of ours.
+            TheirError: the forward raised before it was given anything of ours.
+            AroundBlocksError: it raised later, which it may not do without us.
+            CallRaisedError: a block raised, in every rank.
             WorkerError: the workers are lost.
             PlanError: there are fewer tokens than ranks.
         """
@@ -96,39 +93,26 @@ class DrivenForward:
             for name, stream in EMBEDDERS.items():
                 embed = getattr(flux, name, None)
                 if isinstance(embed, torch.nn.Module):
-                    marked = self._marked(embed.forward, stream)
+                    marked = step.marked(embed.forward, stream)
                     stack.enter_context(own_attribute(embed, "forward", marked))
-            self._has_given = False
-            out = self._compute(compute, step)
-        return out if isinstance(out, Refusal) else (out, step.num_blocks)
-
-    def _compute(
-        self, compute: Callable[[], torch.Tensor], step: DrivenStep
-    ) -> torch.Tensor | Refusal:
-        """Run a node's code: its errors are its own, and ours are not for it to handle."""
-        try:
-            out = compute()
+            out = _computed(compute, step)
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
-        except Exception as error:
-            if step.fault is None and not isinstance(error, XditError) and not is_interrupt(error):
-                if not (self._has_given or step.num_blocks):
-                    raise NodeError(error) from error
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                place = f"{os.path.basename(where.filename)}, {where.name}"
-                return Refusal(f"{type(error).__name__} around the blocks, in {place}", Scope.STEP)
-            if step.fault is None:
-                raise
-        if step.fault is not None:
-            raise step.fault
-        return out
+        return out, step.num_blocks
 
-    def _marked(
-        self, embed: Callable[..., torch.Tensor], stream: str
-    ) -> Callable[..., torch.Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            out = embed(*args, **kwargs)
-            self._has_given = True
-            return RemoteTokens.make(stream, shape=out.shape, like=out, here=out)
 
-        return forward
+def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Tensor:
+    """Run the forward, and tell whose an exception is that comes out of it."""
+    try:
+        out = compute()
+    except Exception as error:
+        if is_interrupt(error) or error is step.error:
+            raise
+        if step.error is None and not step.has_given:
+            raise TheirError(error) from error
+        if step.error is None:
+            raise AroundBlocksError(f"{type(error).__name__}: {error}") from error
+    # A node that goes on after an exception of ours has made its result of something else.
+    if step.error is not None:
+        raise step.error
+    return out

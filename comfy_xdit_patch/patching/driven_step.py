@@ -14,17 +14,10 @@ import torch
 
 from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.remote_tokens import (
-    SEQUENCE_DIM,
-    Counts,
-    Kept,
-    RemoteTokens,
-    encode,
-    encode_modulation,
-)
+from comfy_xdit_patch.patching.block_arguments import encode_modulation, shares_of_counts
+from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Message
 from comfy_xdit_patch.transport.replies import Declined, Fetched, Ran, short
@@ -67,7 +60,10 @@ class DrivenStep:
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
-        self.fault: BaseException | None = None  # of ours, whatever a node's code made of it
+        self.has_given = False
+        """Whether anything of ours was given to the forward, which may stumble over it."""
+        self.error: BaseException | None = None
+        """What was raised in ours: it is not the forward's own, whatever becomes of it there."""
         self._busy_seconds: dict[int, float] = {}
 
     def stub(self, block: Any, name: str) -> Callable[..., Any]:
@@ -75,18 +71,31 @@ class DrivenStep:
         signature = inspect.signature(type(block).forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self.has_given = True
             arguments = signature.bind(block, *args, **kwargs).arguments
-            with self._noted():
+            with self._noting_errors():
                 return self._block(name, arguments)
 
         return forward
 
+    def marked(
+        self, embed: Callable[..., torch.Tensor], stream: str
+    ) -> Callable[..., torch.Tensor]:
+        """Return what stands in for the ``forward`` of an embedder."""
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            out = embed(*args, **kwargs)
+            self.has_given = True
+            return RemoteTokens.make(stream, shape=out.shape, like=out, here=out)
+
+        return forward
+
     @contextmanager
-    def _noted(self) -> Iterator[None]:
+    def _noting_errors(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            self.fault = error
+            self.error = error
             raise
 
     def _block(self, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -145,8 +154,8 @@ class DrivenStep:
                 meanwhile=prove,
             )
         self._constants |= constants
-        self.num_blocks += 1
         self._totals.bytes_to_workers += slots.bytes_written - written
+        self.num_blocks += 1
         for rank, reply in enumerate(replies):
             if isinstance(reply, Declined):
                 raise DeclinedError(short(reply.reason))
@@ -200,12 +209,13 @@ class DrivenStep:
         return value.recipe is not None and value.counts == counts and is_shared_so
 
     def _fetch(self, tokens: RemoteTokens) -> torch.Tensor:
-        with self._noted():
-            return self._numbers_of(tokens)
+        with self._noting_errors():
+            return self._fetched(tokens)
 
-    def _numbers_of(self, tokens: RemoteTokens) -> torch.Tensor:
+    def _fetched(self, tokens: RemoteTokens) -> torch.Tensor:
         assert tokens.recipe is not None
-        recipe, slots = encode(tokens.recipe), self._wire.slots
+        recipe = encode(tokens.recipe)
+        slots = self._wire.slots
         result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
         replies = self._wire.request(
             lambda number: Fetch(
@@ -232,19 +242,3 @@ class DrivenStep:
     def _forget(self) -> list[Message]:
         gone, self._gone[:] = self._gone[:], []
         return [Forget(calls=[], objects=[], tokens=gone)] if gone else []
-
-
-def shares_of_counts(flux: Any, counts: Counts, plan: ParallelPlan) -> SequenceShares:
-    """The shares of all ranks in the tokens of one block.
-
-    Raises:
-        PlanError: a rank would hold none.
-    """
-    text, image, reference = counts
-    return plan.sequence_shares(
-        0,
-        num_text_tokens=text,
-        num_image_tokens=image,
-        num_reference_tokens=reference,
-        num_heads=flux.num_heads,
-    )

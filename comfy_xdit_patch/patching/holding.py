@@ -122,7 +122,12 @@ class Holding:
             WorkerError: the workers are lost.
         """
         run.in_use.add(model)
-        known = run.models.get(id(model)) or self._models.find(model)
+        found = self._models.follow_file(
+            model, run.models.get(id(model)) or self._models.find(model)
+        )
+        if isinstance(found, Refusal):
+            return found
+        known = found
         if plan.tensor_degree > 1:
             refusal = self._no_tensor(model, run, plan.tensor_degree)
             if refusal is not None:
@@ -222,6 +227,14 @@ class Holding:
         if not plan.weights or self._residency.has_room_for_shares(model, workload, plan, dtype):
             return plan
         return replace(plan, weights=())
+
+    def has_changed_file(self, run: Run) -> bool:
+        """Whether the ranks may have read other weights than ComfyUI's in this step."""
+        return any(self._models.has_changed(known) for known in run.models.values())
+
+    def forget_what_is_held(self) -> None:
+        """Have the next run see to it that every rank holds what it should: a call failed there."""
+        self._weights.held.clear()
 
     def state_key(self, known: KnownModel) -> str:
         """Name the state of the weights that every rank holds of a model."""

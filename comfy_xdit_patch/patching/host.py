@@ -19,6 +19,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.balance import PoolBalance
 from comfy_xdit_patch.patching.books import Books
+from comfy_xdit_patch.patching.boundary import theirs
 from comfy_xdit_patch.patching.controls import ControlNets
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
@@ -107,9 +108,11 @@ class Host:
         """Return one for other settings, whose workers are new and hold nothing."""
         return Host(settings=settings, pool=self.pool, pristine=self._pristine, before=self)
 
-    def model_loaded(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
-        """Note which file a model of ours came from."""
-        self.models.remember(patcher.model, loader, path, options)
+    def model_loaded(
+        self, patcher: Any, loader: str, path: str, options: dict[str, Any], file: str
+    ) -> None:
+        """Note which file a model of ours came from; ``file`` was its identity before."""
+        self.models.remember(patcher.model, loader, path, options, file=file)
 
     def remember_controls(self, modules: Mapping[str, Any]) -> None:
         """Note ComfyUI's own ControlNet code before any node pack changes it."""
@@ -148,6 +151,7 @@ class Host:
 
         Raises:
             FallBackError: ``XDIT_STRICT=1`` and the call cannot be parallel.
+            TheirError: ComfyUI's own code raised.
             InterruptProcessingException: the user cancelled.
         """
         run = self.current_run.get() or Run()
@@ -156,7 +160,12 @@ class Host:
         if run.is_around and isinstance(outcome, Refusal):
             return None  # The call around this one has the blocks run, and counts.
         run.num_calls += 1
-        return self.counted(outcome, run, time.perf_counter() - begin)
+        out = None
+        if isinstance(outcome, Refusal) and outcome.has_raised:
+            self.hooks.make_up()
+            out = theirs(compute)()  # and if this raises, that is all there is to say
+        ours = self.counted(outcome, run, time.perf_counter() - begin)
+        return out if ours is None else ours
 
     def attempt(
         self,

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.transport.files import file_identity, is_mapped_here
 from comfy_xdit_patch.transport.messages import ModelSource
 from comfy_xdit_patch.transport.values import PLAIN
 
@@ -37,13 +39,20 @@ class ModelRegistry:
         self._numbers = itertools.count(1)
         self._gone: list[int] = []
 
-    def remember(self, base_model: Any, loader: str, path: str, options: dict[str, Any]) -> None:
+    def remember(
+        self, base_model: Any, loader: str, path: str, options: dict[str, Any], *, file: str
+    ) -> None:
         """Note where a model came from.
 
         Args:
             base_model: ComfyUI's ``BaseModel``, shared by all clones of its patcher.
             options: the loader's ``model_options``.
+            file: the identity of the file before ComfyUI read it; what was written meanwhile, half
+                of it may have read.
         """
+        if not file or file_identity(path) != file:
+            self._number(base_model, None)
+            return
         plain: dict[str, Any] = {}
         for name, value in options.items():
             if isinstance(value, torch.dtype):
@@ -53,13 +62,11 @@ class ModelRegistry:
             else:
                 self._number(base_model, None)  # Another process cannot load it like that.
                 return
-        stat = os.stat(path)
         source = ModelSource(
             loader=loader,
             path=os.path.abspath(path),
             options=plain,
-            size_bytes=stat.st_size,
-            mtime_ns=stat.st_mtime_ns,
+            file=file,
             dtypes=_dtypes(base_model),
         )
         self._number(base_model, source)
@@ -86,6 +93,24 @@ class ModelRegistry:
         if known is not None:
             self._gone.append(known.number)
         return self._number(base_model, None)
+
+    def has_changed(self, known: KnownModel) -> bool:
+        """Whether a model's file is not any more what ComfyUI read."""
+        source = known.source
+        return source is not None and file_identity(source.path) != source.file
+
+    def follow_file(self, base_model: Any, known: KnownModel) -> KnownModel | Refusal:
+        """Return a model as it is to be known now: one whose file has changed has none.
+
+        What ComfyUI holds is then carried, unless it holds pages of the file itself: what is in
+        those is nobody's to say.
+        """
+        if not self.has_changed(known):
+            return known
+        assert known.source is not None
+        if is_mapped_here(known.source.path):
+            return Refusal("the model's file was changed while ComfyUI reads from it")
+        return self.renumber_without_file(base_model)
 
     def take_gone(self) -> list[int]:
         """Numbers of the models that ComfyUI has let go since the last call."""

@@ -19,7 +19,7 @@ import torch
 
 from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
+from comfy_xdit_patch.patching.boundary import attempt, our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.run import Run
@@ -111,17 +111,19 @@ def _call(
     run = host.current_run.get() or Run()
     token, inside = host.current_run.set(run), host.is_inside.set(True)
     before, begin = run.num_calls, time.perf_counter()
-    outcome: Step | Refusal = FAULT
     try:
-        with our_faults_stay_ours("a call around a step", strict=host.settings.strict):
-            run.is_around = run.refusal is None
-            outcome = host.attempt(flux, arguments, compute, run, obstacle=obstacle)
+        run.is_around = run.refusal is None
+        ours = attempt(lambda: host.attempt(flux, arguments, compute, run, obstacle=obstacle))
+        outcome: Step | Refusal = FAULT if ours.fault is not None else ours.out
         run.is_around = False
         if isinstance(outcome, Refusal):
             host.hooks.make_up()
             out = compute()
         else:
             out = outcome.out
+        if ours.fault is not None:
+            with our_faults_stay_ours("a call around a step", strict=host.settings.strict):
+                raise ours.fault
         if run.num_calls == before:
             run.num_calls += 1
             host.counted(outcome, run, time.perf_counter() - begin)

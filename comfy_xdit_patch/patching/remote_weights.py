@@ -13,8 +13,8 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.progress import load_bar
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.comparing import (
-    comparison_with,
-    expected_fingerprint,
+    Comparison,
+    Comparisons,
     is_patched_here,
     uncast,
     verify,
@@ -55,8 +55,9 @@ class RemoteWeights:
         self._totals = totals
         self._models = models
         self._verifies = verifies
+        self._comparisons = Comparisons(wire.pool.world_size)
         self._states = WeightStates(wire.packs)
-        self._held: dict[int, tuple[str, str]] = {}
+        self.held: dict[int, tuple[str, str]] = {}  # state and place, by a model's number
         self.may_hold_any = False
         """Whether the workers may hold a model: one was asked for, and nothing unloaded since."""
         self._failed: dict[tuple[int, str], BackOff] = {}
@@ -64,8 +65,9 @@ class RemoteWeights:
     def follow_generation(self) -> None:
         """New workers hold nothing."""
         if self._wire.follow_generation():
+            self._comparisons = Comparisons(self._wire.pool.world_size)
             self._states = WeightStates(self._wire.packs)
-            self._held.clear()
+            self.held.clear()
             self.may_hold_any = False
             self._totals.weight_bytes.clear()
 
@@ -82,12 +84,12 @@ class RemoteWeights:
         Args:
             place: ``Placement.name``.
         """
-        held = self._held.get(known.number)
+        held = self.held.get(known.number)
         return held is not None and held[1] == place and key in (None, held[0])
 
     def state_key(self, known: KnownModel) -> str:
         """Name the state in which every rank holds this model; empty if none does."""
-        return self._held.get(known.number, ("",))[0]
+        return self.held.get(known.number, ("",))[0]
 
     def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
         """Name what is compared once a run: stored weights, or those in use in each state."""
@@ -124,32 +126,34 @@ class RemoteWeights:
         """
         try:
             if is_compared:
-                replies = self._ask(base_model, known, state, placement, False, poll)
-                if isinstance(replies, Refusal):
-                    return replies
-                self._held[known.number] = state.key, placement.name
-                return known
+                replies = self._ask(base_model, known, state, placement, None, poll)
+                if not isinstance(replies, Refusal):
+                    self.held[known.number] = state.key, placement.name
+                return replies if isinstance(replies, Refusal) else known
             known = self._models.find_loaded(base_model, uncast(base_model))
-            agree = comparison_with(expected_fingerprint(base_model), only_blocks=is_gathered)
-            verifies = self._verifies and is_patched_here(base_model.current_patcher)
-            replies = self._ask(base_model, known, state, placement, verifies, poll)
-            can_rebuild = hasattr(base_model, "model_config")
-            if can_rebuild and not isinstance(replies, Refusal) and not agree(replies):
+            comparison = self._comparisons.begin(base_model, known.number)
+            replies = self._ask(base_model, known, state, placement, comparison, poll)
+            if (
+                not isinstance(replies, Refusal)
+                and not comparison.agrees(replies, only_blocks=is_gathered)
+                and hasattr(base_model, "model_config")  # what a model is rebuilt from
+            ):
                 known = self._models.renumber_without_file(base_model)
-                replies = self._ask(base_model, known, state, placement, verifies, poll)
+                replies = self._ask(base_model, known, state, placement, comparison, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
             return Refusal(f"the model has weights that cannot be carried: {error}")
         except NoRoomError as error:
             return Refusal(f"a model without a file does not fit in memory: {error}")
         if isinstance(replies, Refusal):
             return replies
-        if not agree(replies):
+        if not comparison.agrees(replies, only_blocks=is_gathered):
             return Refusal("the workers cannot rebuild the model that ComfyUI holds")
         found, whole = [reply.digests for reply in replies], placement.plan is None
         refusal = verify(base_model, found, self._totals, whole, only_blocks=is_gathered)
         if refusal is not None:
             return refusal
-        self._held[known.number] = state.key, placement.name
+        self._comparisons.ended_well(known.number, comparison)
+        self.held[known.number] = state.key, placement.name
         return known
 
     def _ask(
@@ -158,20 +162,22 @@ class RemoteWeights:
         known: KnownModel,
         state: WeightState,
         placement: Placement,
-        verifies: bool,
+        comparison: Comparison | None,
         poll: Poll,
     ) -> list[Loaded] | Refusal:
+        verifies = comparison is not None and self._verifies
+        verifies = verifies and is_patched_here(base_model.current_patcher)
         which = known.number, state.key
         if which in self._failed and not self._failed[which].is_over:
             return NOT_LOADED
         tensors = None
-        if known.source is None and known.number not in self._held:
+        if known.source is None and known.number not in self.held:
             packs = self._wire.packs
             written = packs.bytes_written
             tensors = describe(base_model, flux_of(base_model), packs)
             self._totals.bytes_weights += packs.bytes_written - written
         # Unknown until every rank has answered: the user may interrupt the wait.
-        self._held.pop(known.number, None)
+        self.held.pop(known.number, None)
         self.may_hold_any = True
         with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
             replies = self._wire.request(
@@ -182,14 +188,13 @@ class RemoteWeights:
                     tensors=tensors,
                     state=state.tree,
                     key=state.key,
-                    mode=placement.mode,
-                    room_bytes=placement.room_bytes,
                     verify=verifies,
-                    grid=[] if placement.plan is None else list(placement.plan.grid),
-                    weights=[] if placement.plan is None else list(placement.plan.weights),
+                    look=[] if comparison is None else comparison.look,
+                    **placement.fields,
                 ),
                 poll=poll,
                 prepare=self._drop_messages,
+                meanwhile=(lambda: None) if comparison is None else comparison.make,
                 progress=progress,
             )
         loaded = [reply for reply in replies if isinstance(reply, Loaded)]
@@ -214,7 +219,7 @@ class RemoteWeights:
                 max(reply.bytes_held for reply in loaded) / 1e9,
             )
         everywhere = set.intersection(*(set(reply.models) for reply in loaded))
-        self._held = {n: key for n, key in self._held.items() if n in everywhere}
+        self.held = {n: key for n, key in self.held.items() if n in everywhere}
         return loaded
 
     def unload(self) -> None:
@@ -223,10 +228,10 @@ class RemoteWeights:
         Raises:
             WorkerError: the workers are lost.
         """
-        self._held.clear()
+        self.held.clear()
         self._totals.weight_bytes.clear()
         self._wire.packs.drop_kept()
-        self._wire.request(Unload, poll=_no_poll, prepare=self._drop_messages)
+        self._wire.request(Unload, poll=lambda: None, prepare=self._drop_messages)
         self.may_hold_any = False
 
     def give_way(self, ranks: Sequence[int]) -> set[int]:
@@ -236,15 +241,11 @@ class RemoteWeights:
             WorkerError: the workers are lost.
         """
         self._totals.gave_way += 1
-        self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=_no_poll)
-        return set(self._held)
+        self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=lambda: None)
+        return set(self.held)
 
     def _drop_messages(self) -> Sequence[Message]:
         gone = self._models.take_gone()
         for number in gone:
-            self._held.pop(number, None)
+            self.held.pop(number, None)
         return [Drop(gone)] if gone else []
-
-
-def _no_poll() -> None:
-    """Wait without looking for an interrupt: nothing is being sampled."""

@@ -60,6 +60,13 @@ class Placement:
         return self.room_bytes is None or held_bytes <= self.room_bytes
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """Return what a ``Load`` says of it."""
+        grid, weights = ((), ()) if self.plan is None else (self.plan.grid, self.plan.weights)
+        lists = {"grid": list(grid), "weights": list(weights)}
+        return {"mode": self.mode, "room_bytes": self.room_bytes, **lists}
+
+    @property
     def name(self) -> str:
         """Name what every rank holds of the model."""
         stages = "" if self.plan is None else f" {self.plan.grid} {self.plan.weights}"

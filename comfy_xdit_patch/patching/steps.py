@@ -18,25 +18,26 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import (
+    CallRaisedError,
     CardsFullError,
-    DeclinedError,
-    PlanError,
     Refusal,
     Scope,
     WorkerError,
+    XditError,
 )
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
+from comfy_xdit_patch.patching.boundary import theirs
 from comfy_xdit_patch.patching.call_plans import CallPlans
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
-from comfy_xdit_patch.patching.holding import LOST, Holding
+from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.remote import RemoteForward, arguments_of
 from comfy_xdit_patch.patching.run import Run
-from comfy_xdit_patch.patching.step import Step
+from comfy_xdit_patch.patching.step import Step, checked, refusal_of
 from comfy_xdit_patch.planning.arguments import check_arguments, check_grad, misplaced
 from comfy_xdit_patch.planning.eligibility import Pristine, blocking, check_patcher
 from comfy_xdit_patch.planning.family import num_out_channels
@@ -147,7 +148,9 @@ class ParallelSteps:
                 return known
             if kind is not None and kind.trial.way() is Way.ONE:
                 self._hooks.make_up()
-                return Step(self._auto.time_one(kind, compute, arguments["x"].device), is_one=True)
+                return Step(
+                    self._auto.time_one(kind, theirs(compute), arguments["x"].device), is_one=True
+                )
             if not changes:
                 pipeline = None
                 if plan.pipefusion_degree > 1:
@@ -180,10 +183,10 @@ class ParallelSteps:
                 run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
                 if not balance.is_at_rest:
                     kind = None  # Even shares of unequal ranks say nothing about those to come.
-                return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
+                return self._checked(Step(out, gathered_for=carried.gathered, kind=kind), run)
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
-            driven = self._driven.run(
+            out, num_blocks = self._driven.run(
                 flux,
                 compute,
                 model=known.number,
@@ -193,25 +196,23 @@ class ParallelSteps:
                 carry_options=other_options,
                 poll=poll,
             )
-            if isinstance(driven, Refusal):
-                return driven
-            out, num_blocks = driven
             run.counts.plan = plan
             if num_blocks:
                 balance.measured(plan, workload, model=known.number, replan=call.replan)
-            return _checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
-        except WorkerError as error:
-            self._totals.last_error = str(error)
-            self._totals.last_loss_unix_s = time.time()
-            return LOST
-        except DeclinedError as error:
-            return Refusal(f"a node's patch cannot run on the workers: {error}")
-        except CardsFullError:
-            return Refusal("the cards have no room for this call beside the weights")
-        except PlanError:
-            return Refusal("a node left a rank without tokens", Scope.STEP)
-        except UncarriedArgumentError as error:
-            return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+            step = Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0)
+            return self._checked(step, run)
+        except (XditError, UncarriedArgumentError) as error:
+            refusal = refusal_of(error, self._totals)
+            if refusal is None:
+                raise
+            if isinstance(error, CallRaisedError):
+                self._holding.forget_what_is_held()
+            return refusal
+
+    def _checked(self, step: Step, run: Run) -> Step | Refusal:
+        if self._holding.has_changed_file(run):
+            return Refusal("the model's file was changed during this step", Scope.STEP)
+        return checked(step)
 
     def end(self, run: Run) -> None:
         """Have the workers free what they keep for a run."""
@@ -234,11 +235,3 @@ class ParallelSteps:
         if id(thing) not in run.objects:
             run.objects[id(thing)] = thing, next(self._numbers)
         return run.objects[id(thing)][1]
-
-
-def _checked(step: Step) -> Step | Refusal:
-    """Refuse a result that is no image. Whether ComfyUI's own is one, ComfyUI finds out."""
-    # A sum is quicker, and says the same unless half precision overflows in it.
-    if not step.out.sum().isfinite() and not step.out.isfinite().all():
-        return Refusal("the workers' result has NaN or infinity in it")
-    return step

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+from comfy_xdit_patch.errors import CallRaisedError
 from comfy_xdit_patch.transport.answers import check_answers
 from comfy_xdit_patch.transport.messages import Map, Message, Unmap
 from comfy_xdit_patch.transport.packs import PackTable
-from comfy_xdit_patch.transport.replies import Reply
+from comfy_xdit_patch.transport.replies import Raised, Reply, short
 from comfy_xdit_patch.transport.slot import Slot
 from comfy_xdit_patch.transport.slots import SlotTable
 from comfy_xdit_patch.workers.exchange import Poll
@@ -69,6 +70,7 @@ class Wire:
                 says; see ``answers.py``.
 
         Raises:
+            CallRaisedError: the call raised the same exception in every rank.
             WorkerError: the workers are lost.
         """
 
@@ -87,7 +89,7 @@ class Wire:
             check(replies)
 
         try:
-            return self.pool.request(
+            replies = self.pool.request(
                 numbered,
                 poll=poll,
                 prepare=before,
@@ -97,6 +99,9 @@ class Wire:
             )
         finally:
             self._close_fds()
+        if isinstance(replies[0], Raised):
+            raise CallRaisedError(short(replies[0].error), short(replies[0].text))
+        return replies
 
     def _slot_messages(self) -> list[tuple[Message, int | None]]:
         self._fds = self.slots.take_created()

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
+from comfy_xdit_patch.patching.boundary import Attempt, attempt, our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING, nothing_pinned
 from comfy_xdit_patch.patching.outer_calls import FAULT, met, watched
+from comfy_xdit_patch.transport.files import file_identity
 
 Call = Callable[..., Any]
 
@@ -38,38 +39,53 @@ class Wrappers:
         """Compute ``Flux._forward`` on the workers if this call can be parallel."""
         token = self._host.is_inside.set(True)
         try:
-            out = self._attempt_step(wrapped, flux, args, kwargs)
-            if out is not None:
-                return out
+            ours = self._attempt_step(wrapped, flux, args, kwargs)
+            if ours.out is not None:
+                return ours.out
             self._host.hooks.make_up()  # A fault in this is no reason to go on without.
-            return wrapped(*args, **kwargs)
+            out = wrapped(*args, **kwargs)
+            if ours.fault is not None:
+                self._step_faulted(ours.fault)
+            return out
         finally:
             self._host.is_inside.reset(token)
 
-    def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Any:
-        with our_faults_stay_ours("a step", strict=self._strict):
-            return self._host.forward(
+    def _attempt(self, wrapped: Call, flux: Any, args: Any, kwargs: Any) -> Attempt:
+        return attempt(
+            lambda: self._host.forward(
                 flux, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
             )
+        )
+
+    def _step_faulted(self, fault: Exception) -> None:
+        with our_faults_stay_ours("a step", strict=self._strict):
+            raise fault
         with our_faults_stay_ours("counting a fault"):
             self._host.refuse(FAULT)
-        return None
 
     def control_forward(self, wrapped: Call, net: Any, args: Any, kwargs: Any) -> Any:
         """Compute ``ControlNetFlux.forward`` on the workers if they run the model too."""
-        out = None
-        with our_faults_stay_ours("a ControlNet"):
-            out = self._host.control(
+        ours = attempt(
+            lambda: self._host.control(
                 net, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
             )
-        return wrapped(*args, **kwargs) if out is None else out
+        )
+        if ours.out is not None:
+            return ours.out
+        out = wrapped(*args, **kwargs)
+        if ours.fault is not None:
+            with our_faults_stay_ours("a ControlNet"):
+                raise ours.fault
+        return out
 
     def load_controlnet(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a ControlNet came from."""
+        file = self._file_of(wrapped, args, kwargs, "ckpt_path")
         control = wrapped(*args, **kwargs)
         with our_faults_stay_ours("noting a ControlNet's file"):
             call = self._bind(wrapped, args, kwargs)
-            self._host.controls.loaded(control, call["ckpt_path"], call["model_options"])
+            path, options = call["ckpt_path"], call["model_options"]
+            self._host.controls.loaded(control, path, options, file=file)
         return control
 
     def apply_model(self, wrapped: Call, base_model: Any, args: Any, kwargs: Any) -> Any:
@@ -112,24 +128,23 @@ class Wrappers:
 
     def load_diffusion_model(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a diffusion model came from."""
+        file = self._file_of(wrapped, args, kwargs, "unet_path")
         patcher = wrapped(*args, **kwargs)
         with our_faults_stay_ours("noting a model's file"):
             call = self._bind(wrapped, args, kwargs)
-            self._note(patcher, "load_diffusion_model", call["unet_path"], call["model_options"])
+            path, options = call["unet_path"], call["model_options"]
+            self._note(patcher, "load_diffusion_model", path, options, file)
         return patcher
 
     def load_checkpoint(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a checkpoint's diffusion model came from."""
+        file = self._file_of(wrapped, args, kwargs, "ckpt_path")
         loaded = wrapped(*args, **kwargs)
         with our_faults_stay_ours("noting a model's file"):
             if loaded[0] is not None:
                 call = self._bind(wrapped, args, kwargs)
-                self._note(
-                    loaded[0],
-                    "load_checkpoint_guess_config",
-                    call["ckpt_path"],
-                    call["model_options"],
-                )
+                path, options = call["ckpt_path"], call["model_options"]
+                self._note(loaded[0], "load_checkpoint_guess_config", path, options, file)
         return loaded
 
     def free_memory(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
@@ -173,9 +188,17 @@ class Wrappers:
             self._host.hooks.forget(patcher)
         return wrapped(*args, **kwargs)
 
-    def _note(self, patcher: Any, loader: str, path: str, options: dict[str, Any]) -> None:
+    def _file_of(self, wrapped: Call, args: Any, kwargs: Any, name: str) -> str:
+        """Name the file that a loader is about to read; empty for none."""
+        with our_faults_stay_ours("noting a file before it is read"):
+            return file_identity(self._bind(wrapped, args, kwargs)[name])
+        return ""
+
+    def _note(
+        self, patcher: Any, loader: str, path: str, options: dict[str, Any], file: str
+    ) -> None:
         if self._host.is_flux(patcher):
-            self._host.model_loaded(patcher, loader, path, options)
+            self._host.model_loaded(patcher, loader, path, options, file)
             self._get_ready()
 
     def _get_ready(self) -> None:

@@ -24,6 +24,7 @@ from comfy_xdit_patch.transport.replies import (
     Loaded,
     NoRoom,
     NotLoaded,
+    Raised,
     Ran,
     Reply,
     Unloaded,
@@ -33,10 +34,10 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
     Load: (Loaded, NotLoaded),
     Unload: (Unloaded,),
     GiveWay: (Unloaded,),
-    Forward: (Done, Declined),
-    Control: (Controlled,),
-    RunBlock: (Ran, Declined),
-    Fetch: (Fetched,),
+    Forward: (Done, Declined, Raised),
+    Control: (Controlled, Raised),
+    RunBlock: (Ran, Declined, Raised),
+    Fetch: (Fetched, Raised),
     Probe: (Probed, NotProbed),
     Free: (Unloaded,),
 }
@@ -59,7 +60,7 @@ def check_answers(request: Message, replies: Sequence[Reply]) -> None:
         allowed = (*allowed, NoRoom)
     for rank, reply in enumerate(replies):
         # Ranks compute together, so they say the same; a load is each rank's own.
-        if type(reply) not in allowed or (len(kinds) > 1 and kinds & {Declined, NoRoom}):
+        if type(reply) not in allowed or (len(kinds) > 1 and kinds & {Declined, NoRoom, Raised}):
             raise MessageError(
                 f"Rank {rank} answered {type(request).__name__} with {type(reply).__name__}."
             )

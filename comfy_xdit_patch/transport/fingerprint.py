@@ -3,9 +3,9 @@
 Runs in: host and worker.
 
 A worker reads the same file with the same loader, so its model should be the host's. This checks
-that it is: names, shapes, dtypes and classes of everything, and the first and last bytes of every
-tensor. It sees another dtype choice, other operations, a changed file, and any edit of whole
-tensors in the host; reading 24 GB to see more would cost a second of every run.
+that it is: names, shapes, dtypes and classes of everything, and contents. A ``Look`` says how much
+of those: values at ``NUM_SAMPLES`` places of each tensor, others in each look, and of some tensors
+a digest of every byte. What that sees, and with which odds, is in docs/how-it-works.md.
 
 Stored weights are those before any LoRA: where ComfyUI has patched one, its backup counts.
 A hook's patches lie over a LoRA's, so where both have patched a weight, the LoRA's backup counts.
@@ -22,11 +22,12 @@ import torch
 from comfy_xdit_patch.transport.tensors import (
     PLAIN_CLASSES,
     class_name,
+    digest,
     digest_weight,
     flatten,
 )
 
-SAMPLE_ELEMENTS = 16
+NUM_SAMPLES = 2048
 COMPILED = "._orig_mod"
 """In the names of what a compiled module holds."""
 BLOCKS = ("double_blocks.", "single_blocks.")
@@ -113,8 +114,24 @@ def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
     yield from (found[name] for name in sorted(found))
 
 
-def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: Any = None) -> str:
-    """Return the fingerprint of a diffusion model: of its blocks, and of what lies around them.
+class Look(NamedTuple):
+    """How closely contents are looked at.
+
+    ``seed`` chooses the places. With ``parts`` the first tensor of so many, the ``part``, is read
+    whole, and so is each that many further on; 0 reads none whole.
+    """
+
+    seed: int
+    parts: int = 0
+    part: int = 0
+
+    def is_whole(self, number: int) -> bool:
+        """Whether every byte of the weight with this number in the order of names counts."""
+        return self.parts > 0 and number % self.parts == self.part
+
+
+class Fingerprint:
+    """What a diffusion model is, to be named by its contents as often as they are looked at.
 
     Args:
         manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
@@ -123,29 +140,79 @@ def fingerprint(flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: An
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
-    parts = {is_block: hashlib.sha256() for is_block in (True, False)}
-    parts[True].update(f"{flux.dtype} {manual_cast_dtype}\n".encode())
-    classes = {
-        compiled_name.replace(COMPILED, ""): type(module)
-        for compiled_name, module in flux.named_modules()
-        if not hasattr(module, "_orig_mod")  # a compiled module stands in for this one
-    }
-    prescribed = prescribed_attention(flux)
-    for name, cls in sorted(classes.items()):
-        text = f"{name} {class_name(cls)} {prescribed.get(name, '')}\n"
-        parts[name.startswith(BLOCKS)].update(text.encode())
-    for weight in stored_weights(flux, patcher):
-        total = parts[weight.name.startswith(BLOCKS)]
-        inner, rest = weight.parts
-        total.update(f"{weight.name} {rest}\n".encode())
-        for part in sorted(inner):
-            flat = inner[part].reshape(-1)
-            dtype = weight.dtype if weight.is_cast else flat.dtype
-            total.update(f"{part} {tuple(inner[part].size())} {dtype}\n".encode())
-            for sample in (flat[:SAMPLE_ELEMENTS], flat[-SAMPLE_ELEMENTS:]):
-                plain = weight.cast(sample).cpu().contiguous()
-                total.update(plain.view(torch.uint8).numpy().tobytes())
-    return SEPARATOR.join(part.hexdigest() for part in parts.values())
+
+    def __init__(
+        self, flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: Any = None
+    ) -> None:
+        structure = _Halves()
+        structure.update("", f"{flux.dtype} {manual_cast_dtype}\n".encode())
+        classes = {
+            compiled_name.replace(COMPILED, ""): type(module)
+            for compiled_name, module in flux.named_modules()
+            if not hasattr(module, "_orig_mod")  # a compiled module stands in for this one
+        }
+        prescribed = prescribed_attention(flux)
+        for name, cls in sorted(classes.items()):
+            text = f"{name} {class_name(cls)} {prescribed.get(name, '')}\n"
+            structure.update(name, text.encode())
+        self._parts: list[tuple[StoredWeight, torch.Tensor]] = []
+        for weight in stored_weights(flux, patcher):
+            inner, rest = weight.parts
+            structure.update(weight.name, f"{weight.name} {rest}\n".encode())
+            for part in sorted(inner):
+                dtype = weight.dtype if weight.is_cast else inner[part].dtype
+                shape = tuple(inner[part].size())
+                structure.update(weight.name, f"{part} {shape} {dtype}\n".encode())
+                self._parts.append((weight, inner[part]))
+        self._structure = structure
+        self._digests: dict[int, str] = {}
+
+    @property
+    def bytes_of_cpu(self) -> int:
+        """Bytes in CPU memory, where it takes long to read them."""
+        return sum(part.nbytes for _, part in self._parts if part.device.type == "cpu")
+
+    @property
+    def versions(self) -> list[int]:
+        """How often each tensor was written to, where torch counts that."""
+        return [0 if part.is_inference() else part._version for _, part in self._parts]
+
+    def of(self, look: Look) -> str:
+        """Return the fingerprint. What is read whole is read once; contents may not change."""
+        total = self._structure.copy()
+        places = _Places(look.seed)
+        for number, (weight, part) in enumerate(self._parts):
+            if look.is_whole(number):
+                if number not in self._digests:
+                    self._digests[number] = digest(weight.cast(part))
+                total.update(weight.name, self._digests[number].encode())
+                continue
+            flat = part.reshape(-1)
+            size = flat.numel()
+            values = flat if size <= NUM_SAMPLES else flat[places.of(size).to(flat.device)]
+            plain = weight.cast(values).cpu().contiguous()
+            total.update(weight.name, plain.view(torch.uint8).numpy().tobytes())
+        return total.text
+
+
+class _Halves:
+    """One hash of the blocks, with what is said of the model, and one of what lies around them."""
+
+    def __init__(self) -> None:
+        self._hashes = [hashlib.sha256(), hashlib.sha256()]
+
+    def update(self, name: str, data: bytes) -> None:
+        """Add what belongs to a module or weight; "" is the model."""
+        self._hashes[bool(name) and not name.startswith(BLOCKS)].update(data)
+
+    def copy(self) -> _Halves:
+        made = _Halves()
+        made._hashes = [one.copy() for one in self._hashes]
+        return made
+
+    @property
+    def text(self) -> str:
+        return SEPARATOR.join(one.hexdigest() for one in self._hashes)
 
 
 def prescribed_attention(flux: Any) -> dict[str, str]:
@@ -164,6 +231,22 @@ def agree(theirs: str, ours: str, *, only_blocks: bool) -> bool:
     """Whether two fingerprints are of the same model, or of the same blocks."""
     end = 1 if only_blocks else None
     return theirs.split(SEPARATOR)[:end] == ours.split(SEPARATOR)[:end]
+
+
+class _Places:
+    """Places to look at: a tensor is cut into pieces of one length, and one of each is chosen."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shifts = torch.rand(NUM_SAMPLES, generator=generator, dtype=torch.float64)
+        self._pieces = torch.arange(NUM_SAMPLES, dtype=torch.float64) + shifts
+        self._known: dict[int, torch.Tensor] = {}
+
+    def of(self, size: int) -> torch.Tensor:
+        if size not in self._known:
+            places = (self._pieces * (size / NUM_SAMPLES)).long()
+            self._known[size] = places.clamp_(max=size - 1)
+        return self._known[size]
 
 
 def digests(flux: Any) -> dict[str, str]:

@@ -29,6 +29,7 @@ from comfy_xdit_patch.transport.replies import (
     Loading,
     NoRoom,
     NotLoaded,
+    Raised,
     Ran,
     Unloaded,
 )
@@ -50,18 +51,17 @@ class SlotRef:
 class ModelSource:
     """Where a model's weights come from: which of ComfyUI's loaders, on which file.
 
-    ``options`` are the loader's ``model_options`` in plain values (dtypes by name).
-    ``size_bytes`` and ``mtime_ns`` tell a file that was changed after ComfyUI read it. ``uncast``
-    names weights of the diffusion model that keep the file's dtype, whatever their module has.
-    ``dtypes`` are the names of those that ComfyUI chose for the host's card: of the weights, and to
-    compute in, which is empty for the same.
+    ``options`` are the loader's ``model_options`` in plain values (dtypes by name). ``file`` tells
+    a file that was changed after ComfyUI read it (``files.py``). ``uncast`` names weights of the
+    diffusion model that keep the file's dtype, whatever their module has. ``dtypes`` are the names
+    of those that ComfyUI chose for the host's card: of the weights, and to compute in, which is
+    empty for the same.
     """
 
     loader: str
     path: str
     options: dict[str, Any]
-    size_bytes: int
-    mtime_ns: int
+    file: str
     uncast: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
 
@@ -105,7 +105,8 @@ class Load:
     contents. ``mode`` is one of ``planning/residency.py``, and ``room_bytes`` what other models may
     take on the device beside this one, if that is limited. With ``verify`` the reply has a digest
     of every weight in use. ``grid`` and ``weights`` are those of the plan whose stages share the
-    blocks, in the mode ``staged``.
+    blocks, in the mode ``staged``. ``look`` are seed and parts of the ``Look`` (``fingerprint.py``)
+    at the stored weights that the reply's fingerprint is made by; empty for none.
     """
 
     request: int
@@ -117,6 +118,7 @@ class Load:
     mode: str
     room_bytes: int | None
     verify: bool
+    look: list[int] = field(default_factory=list)
     grid: list[int] = field(default_factory=list)
     weights: list[int] = field(default_factory=list)
 
@@ -179,6 +181,7 @@ Message: TypeAlias = (
     | NoRoom
     | Probed
     | NotProbed
+    | Raised
     | Failed
 )
 

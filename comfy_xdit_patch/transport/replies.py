@@ -62,6 +62,7 @@ class Loading:
 class Loaded:
     """The weights are in place. ``fingerprint`` is compared with the host's own model.
 
+    It is empty where no look at the weights was asked for.
     ``is_new`` says that the file was read, ``models`` are all that this rank holds now, and
     ``digests`` name the weights in use, if they were asked for, and ``bytes_held`` is their size on
     this rank.
@@ -164,6 +165,20 @@ class NoRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class Raised:
+    """The call raised an exception here, this rank is well, and so are the others if they say so.
+
+    ``error`` is its class, ``num_exchanges`` those that this rank has made in the call: ranks that
+    raised at the same place have made as many.
+    """
+
+    request: int
+    error: str
+    text: str
+    num_exchanges: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """This rank could not do what it was asked. The worker may still be alive."""
 
@@ -185,5 +200,6 @@ Reply: TypeAlias = (
     | NoRoom
     | Probed
     | NotProbed
+    | Raised
     | Failed
 )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from comfy_xdit_patch.errors import ChannelClosedError, WorkerError
 from comfy_xdit_patch.transport.channel import frame_of, wait_readable
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Alive, Failed, Loading, Reply
+from comfy_xdit_patch.transport.replies import Alive, Failed, Loading, Raised, Reply, short
 from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import (
     POLL_S,
@@ -25,6 +25,9 @@ from comfy_xdit_patch.workers.starting import (
     is_dead_and_silent,
 )
 from comfy_xdit_patch.workers.watch import StepTimes, Watch, kind_of
+
+RAISED_GRACE_S = 5.0
+"""For a rank to raise what another one has raised: it is at most one exchange behind."""
 
 Poll = Callable[[], None]
 """Called about every 20 ms in a wait; an exception it raises (an interrupt) ends the wait."""
@@ -97,6 +100,7 @@ class Exchange:
         watch = Watch(
             [w.rank for w in self._workers], patience_s=self._patience_s, now=time.monotonic()
         )
+        raised_s = math.inf
         while self._outstanding:
             waiting = [w.channel for w in self._workers if w.rank in self._outstanding]
             for channel in wait_readable(waiting, timeout_s=POLL_S):
@@ -111,9 +115,25 @@ class Exchange:
                     watch.heard(worker.rank, math.inf, time.monotonic())
                     replies[worker.rank] = reply  # type: ignore[assignment]
                     self._outstanding.discard(worker.rank)
+                    if isinstance(reply, Raised):
+                        raised_s = min(raised_s, time.monotonic())
             self._check(watch)
+            if time.monotonic() > raised_s + RAISED_GRACE_S:
+                break
             poll()
+        self._check_raised(replies)
         return replies
+
+    def _check_raised(self, replies: Mapping[int, Reply]) -> None:
+        """Raise WorkerError if ranks raised, and not all of them the same at the same place."""
+        raised = {rank: reply for rank, reply in replies.items() if isinstance(reply, Raised)}
+        places = {(reply.error, reply.num_exchanges) for reply in raised.values()}
+        if raised and (len(raised) < len(self._workers) or len(places) > 1):
+            rank, reply = min(raised.items())
+            raise WorkerError(
+                f"Rank {rank} raised an exception, and not every other rank the same: "
+                f"{short(reply.error)}: {short(reply.text)}"
+            )
 
     def _check(self, watch: Watch) -> None:
         """Raise WorkerError if a rank is dead or hangs."""

@@ -34,7 +34,7 @@ from comfy_xdit_patch.transport.messages import (
     Unmap,
 )
 from comfy_xdit_patch.transport.probing import Probe
-from comfy_xdit_patch.transport.replies import Declined, Failed, Loading, Reply, Unloaded
+from comfy_xdit_patch.transport.replies import Failed, Loading, Unloaded
 from comfy_xdit_patch.workers.joining import REPLY_DEADLINE_S, join
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Worker:
             engine.drop(message.models)
         elif isinstance(message, (Forward, Control, RunBlock, Fetch)):
             self._phase = type(message).__name__
-            self._channel.send(_compute(message, engine), deadline_s=REPLY_DEADLINE_S)
+            self._channel.send(engine.compute(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Probe):
             self._phase = "measuring the machine"
             self._channel.send(engine.probe(message), deadline_s=REPLY_DEADLINE_S)
@@ -159,21 +159,6 @@ class Worker:
                 self._channel.send(Loading(request, done), deadline_s=REPLY_DEADLINE_S)
 
         return progress
-
-
-def _compute(message: Forward | Control | RunBlock | Fetch, engine: Engine) -> Reply:
-    from comfy_xdit_patch.engine.patches import PatchRefusedError
-
-    try:
-        if isinstance(message, Forward):
-            return engine.forward(message)
-        if isinstance(message, Control):
-            return engine.control(message)
-        if isinstance(message, RunBlock):
-            return engine.run_block(message)
-        return engine.fetch(message)
-    except PatchRefusedError as error:
-        return Declined(message.request, str(error))
 
 
 def _leave_at_once(code: int) -> NoReturn:

@@ -5,7 +5,6 @@ Runs in: a ComfyUI process of ``process.py``; what would lie on a card lies in C
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ from comfy.weight_adapter import LoRAAdapter
 
 from comfy_xdit_patch.engine.loading import load_patcher
 from comfy_xdit_patch.engine.placing import patches_computed_in
+from comfy_xdit_patch.transport.files import file_identity
 from comfy_xdit_patch.transport.messages import ModelSource
 
 CPU = torch.device("cpu")
@@ -25,12 +25,8 @@ LAYER, RANK = "diffusion_model.0", 4
 
 def uncast_by_a_worker(path: str, uncast: list[str]) -> dict[str, str]:
     """Load a file in fp8 as a worker does; return the dtype of every weight."""
-    stat, options = os.stat(path), {"dtype": "torch.float8_e4m3fn"}
-    patcher = load_patcher(
-        ModelSource(
-            "load_diffusion_model", path, options, stat.st_size, stat.st_mtime_ns, uncast=uncast
-        )
-    )
+    file, options = file_identity(path), {"dtype": "torch.float8_e4m3fn"}
+    patcher = load_patcher(ModelSource("load_diffusion_model", path, options, file, uncast=uncast))
     weights = patcher.model.diffusion_model.named_parameters()
     return {name: str(weight.dtype) for name, weight in weights}
 

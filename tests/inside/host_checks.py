@@ -330,7 +330,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.remote_weights:RemoteWeights.state",
     "comfy_xdit_patch.patching.remote_weights:RemoteWeights.load",
     "comfy_xdit_patch.patching.remote_weights:RemoteWeights._ask",
-    "comfy_xdit_patch.patching.remote_weights:expected_fingerprint",
+    "comfy_xdit_patch.patching.comparing:Comparisons.begin",
     "comfy_xdit_patch.patching.weights:WeightStates.of",
     "comfy_xdit_patch.patching.residency:Residency.place",
     "comfy_xdit_patch.patching.memory:SharedMemory.ran",

@@ -12,8 +12,7 @@ SOURCE = ModelSource(
     loader="load_diffusion_model",
     path="/models/fl\u00fcx \udcff.safetensors",  # a path that is not UTF-8
     options={"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True},
-    size_bytes=23_802_932_552,
-    mtime_ns=1_700_000_000_123_456_789,
+    file="2049:131:23802932552:1700000000123456789:1700000000123456790",
     uncast=["double_blocks.0.img_attn.norm.query_norm.scale"],
     dtypes=["torch.float8_e4m3fn", "torch.bfloat16"],
 )
@@ -129,6 +128,7 @@ MESSAGES = [
     replies.Fetched(request=5, bytes_between_ranks=1 << 20),
     replies.Declined(request=2, reason="KeyError: 'sigmas'"),
     replies.NoRoom(request=2, is_mine=True),
+    replies.Raised(request=2, error="ValueError", text="5 dimensions", num_exchanges=0),
     replies.Controlled(
         request=3,
         layout={"input": [0, 0, None], "output": []},

@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-from comfy_xdit_patch.errors import FallBackError, NodeError, WorkerError
-from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
+from comfy_xdit_patch.errors import FallBackError, WorkerError
+from comfy_xdit_patch.patching.boundary import attempt, our_faults_stay_ours, theirs
 
 _numbers = itertools.count()
 
@@ -44,14 +44,6 @@ def test_a_fault_of_ours_is_logged_with_its_traceback_and_goes_no_further(
     assert record.exc_info[1] is error
 
 
-def test_a_nodes_own_error_passes_as_the_node_raised_it(interrupt, where, caplog):
-    original = KeyError("of a pack")
-    with pytest.raises(KeyError) as raised, our_faults_stay_ours(where):
-        raise NodeError(original)
-    assert raised.value is original
-    assert caplog.records == []
-
-
 def test_the_same_fault_at_the_same_place_is_logged_once(interrupt, where, caplog):
     for error in (ValueError(1), ValueError(2), TypeError(3), ValueError(4)):
         with our_faults_stay_ours(where):
@@ -82,3 +74,35 @@ def test_without_a_fault_nothing_is_logged(interrupt, where, caplog):
         done.append(1)
     assert done == [1]
     assert caplog.records == []
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_what_a_nodes_code_raises_comes_out_of_an_attempt_unchanged(interrupt, caplog):
+    error = KeyError("sigmas")
+    with pytest.raises(KeyError) as caught:
+        attempt(theirs(raising(error)))
+    assert caught.value is error
+    assert (error.__cause__, error.__context__) == (None, None), "nobody seems to have caught it"
+    assert caplog.records == []
+
+
+def test_a_fault_of_ours_is_kept_and_not_said(interrupt, caplog):
+    fault = ValueError("planted")
+    assert attempt(raising(fault)) == (None, fault)
+    assert attempt(lambda: "out") == ("out", None)
+    assert attempt(theirs(lambda: "out")) == ("out", None)
+    assert caplog.records == []
+
+
+def test_interrupts_and_wanted_errors_pass_an_attempt(interrupt):
+    for call in (raising(interrupt()), theirs(raising(interrupt()))):
+        with pytest.raises(interrupt):
+            attempt(call)
+    with pytest.raises(FallBackError):
+        attempt(raising(FallBackError("no")))

@@ -74,7 +74,7 @@ class Host:
     def end_run(self, run):
         self.seen.append(f"end of {run}")
 
-    def model_loaded(self, patcher, loader, path, options):
+    def model_loaded(self, patcher, loader, path, options, file):
         self.seen.append((patcher, loader, path, options))
 
     def is_flux(self, patcher):
@@ -288,13 +288,28 @@ def test_the_users_interrupt_ends_the_step_and_nothing_is_computed(comfy, interr
     assert comfy.calls == []
 
 
-@pytest.mark.parametrize("error", [FallBackError("no"), RuntimeError("planted")])
-def test_with_strict_a_step_that_is_not_parallel_is_an_error(comfy, error):
+@pytest.mark.parametrize(
+    ("error", "calls"), [(FallBackError("no"), []), (RuntimeError("planted"), ["_forward"])]
+)
+def test_with_strict_a_step_that_is_not_parallel_is_an_error(comfy, error, calls):
     flux = comfy.Flux()
     wrappers = Wrappers(Host(answer=error, strict=True))
     with pytest.raises(type(error)):
         wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {})
-    assert comfy.calls == []
+    assert comfy.calls == calls
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_fault_is_none_of_ours_where_comfyui_cannot_compute_the_step_either(strict, caplog):
+    wrappers = Wrappers(Host(answer=RuntimeError("planted"), strict=strict))
+
+    def forward(x):
+        raise ValueError("not enough values to unpack")
+
+    with pytest.raises(ValueError, match="not enough values") as caught:
+        wrappers.flux_forward(forward, object(), (1,), {})
+    assert caught.value.__context__ is None
+    assert caplog.records == []
 
 
 def test_a_model_that_a_worker_has_on_the_same_gpu_gets_next_to_nothing_there(comfy):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comfy_xdit_patch.transport import fingerprint as module
-from comfy_xdit_patch.transport.fingerprint import SAMPLE_ELEMENTS
+from comfy_xdit_patch.transport.fingerprint import NUM_SAMPLES, Fingerprint, Look
 from comfy_xdit_patch.transport.tensors import ForeignTensorError
 
 
@@ -30,8 +30,14 @@ class Flux(torch.nn.Module):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator))
 
 
-def fingerprint(model):
-    return module.fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
+SAMPLED, WHOLE = Look(seed=1), Look(seed=1, parts=1)
+
+
+def fingerprint(model, *, patcher=None, look=SAMPLED):
+    made = Fingerprint(
+        model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype, patcher=patcher
+    )
+    return made.of(look)
 
 
 def model():
@@ -136,11 +142,89 @@ def test_a_change_of_this_kind_is_seen(change):
     assert fingerprint(changed) != fingerprint(model())
 
 
-def test_a_single_element_in_the_middle_of_a_tensor_is_not_read():
-    """The stated limit: reading 24 GB would cost a second of every run."""
-    changed = model()
-    changed.diffusion_model.table[SAMPLE_ELEMENTS + 1] = -1
-    assert fingerprint(changed) == fingerprint(model())
+LARGE = (1024, 512)
+
+
+def large():
+    made = model()
+    generator = torch.Generator().manual_seed(1)
+    made.diffusion_model.register_buffer("large", torch.randn(LARGE, generator=generator))
+    return made
+
+
+def edit(part, *, way):
+    changed = large()
+    way(changed.diffusion_model.large[part])
+    return changed
+
+
+def through_numpy(part):
+    part.numpy()[...] -= 1
+
+
+PARTS = {
+    "an element": (700, slice(333, 334)),
+    "a row": 700,
+    "a column": (slice(None), 333),
+    "a head": slice(700, 764),
+    "one bit": (700, slice(333, 334)),
+}
+WAYS = {
+    "in place": lambda part: part.mul_(2),
+    "through data": lambda part: part.data.add_(1),
+    "through numpy": through_numpy,
+    "its sign": lambda part: part.neg_(),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_look_at_the_whole_sees_every_edit(part, way):
+    assert fingerprint(edit(part, way=way), look=WHOLE) != fingerprint(large(), look=WHOLE)
+
+
+def test_rows_that_changed_places_are_seen():
+    changed = large()
+    weight = changed.diffusion_model.large
+    weight[[3, 700]] = weight[[700, 3]]
+    assert fingerprint(changed, look=WHOLE) != fingerprint(large(), look=WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("part", "odds"),
+    [
+        ("a head", 1.0),
+        ("a column", 1 - (1 - 1 / 512) ** NUM_SAMPLES),
+        ("a row", 1.0),
+        ("an element", NUM_SAMPLES / (1024 * 512)),
+    ],
+)
+def test_a_look_at_samples_sees_an_edit_with_the_odds_that_are_stated(part, odds):
+    """Every run of ``size / NUM_SAMPLES`` elements is cut by the edge of a piece, or is one."""
+    changed, plain = edit(PARTS[part], way=WAYS["its sign"]), large()
+    looks = [Look(seed) for seed in range(60)]
+    seen = sum(fingerprint(changed, look=look) != fingerprint(plain, look=look) for look in looks)
+    assert abs(seen / 60 - odds) < 0.1
+
+
+def test_several_who_look_at_their_parts_see_the_whole_together():
+    changed = large()
+    changed.diffusion_model.large[700, 333] += 1
+    for parts in (1, 2, 3, 7):
+        looks = [Look(5, parts, part) for part in range(parts)]
+        differ = [fingerprint(changed, look=k) != fingerprint(large(), look=k) for k in looks]
+        assert sum(differ) == 1, "one of them has read that tensor whole"
+
+
+def test_what_was_written_to_is_known_where_torch_counts_that():
+    plain = large()
+    before = Fingerprint(plain.diffusion_model, manual_cast_dtype=None).versions
+    plain.diffusion_model.large[5] *= 2
+    assert Fingerprint(plain.diffusion_model, manual_cast_dtype=None).versions != before
+    with torch.inference_mode():
+        made = large()
+        versions = Fingerprint(made.diffusion_model, manual_cast_dtype=None).versions
+    assert set(versions) == {0}, "tensors made in inference mode count nothing"
 
 
 class QuantisedTensor(torch.Tensor):
@@ -204,7 +288,7 @@ def test_the_order_in_which_weights_and_modules_were_registered_does_not_matter(
 def test_a_dynamic_hosts_weights_count_in_the_dtype_that_it_computes_with(dtype):
     host = model()
     patcher = on_a_dynamic_host(host, weight=dtype, bias=dtype)
-    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    found = fingerprint(host, patcher=patcher)
     assert found == fingerprint(model())
     by_name = {w.name: w for w in module.stored_weights(host.diffusion_model, patcher)}
     assert list(by_name) == sorted(by_name)
@@ -218,7 +302,7 @@ def test_on_other_hosts_the_tensors_that_a_node_put_there_count_as_they_are():
     host = model()
     patcher = on_a_dynamic_host(host, weight=torch.float64)
     patcher.is_dynamic = lambda: False
-    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    found = fingerprint(host, patcher=patcher)
     assert found != fingerprint(model())
 
 
@@ -228,7 +312,7 @@ def test_what_was_patched_on_a_dynamic_host_counts_as_it_was_stored():
     inner = host.diffusion_model.inner
     patcher.backup = {"diffusion_model.inner.weight": SimpleNamespace(weight=inner.weight)}
     inner.weight = torch.nn.Parameter(torch.zeros(5, 40))
-    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    found = fingerprint(host, patcher=patcher)
     assert found == fingerprint(model())
 
 
@@ -246,6 +330,6 @@ def test_a_weight_that_a_dynamic_host_brought_to_the_device_uncast_counts_as_it_
     like_it = model()
     bias = like_it.diffusion_model.inner.bias.detach().double()
     like_it.diffusion_model.inner.bias = torch.nn.Parameter(bias)
-    found = module.fingerprint(host.diffusion_model, manual_cast_dtype=None, patcher=patcher)
+    found = fingerprint(host, patcher=patcher)
     assert found == fingerprint(like_it)
     assert found != fingerprint(model())

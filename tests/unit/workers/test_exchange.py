@@ -14,8 +14,8 @@ from comfy_xdit_patch.errors import ExchangeError, WorkerError
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.channel import Channel, frame_of
 from comfy_xdit_patch.transport.messages import Unload
-from comfy_xdit_patch.transport.replies import Failed, Joining
-from comfy_xdit_patch.workers import starting
+from comfy_xdit_patch.transport.replies import Failed, Joining, Raised, Unloaded
+from comfy_xdit_patch.workers import exchange, starting
 from comfy_xdit_patch.workers.exchange import Exchange
 from comfy_xdit_patch.workers.launcher import Worker
 from comfy_xdit_patch.workers.starting import _join_all
@@ -34,12 +34,11 @@ def worker(tmp_path):
     theirs.close()
 
 
-def request(worker):
-    exchange = Exchange([worker], step_timeout_s=60.0)
-    return exchange.request(
+def request(*workers, meanwhile=None):
+    return Exchange(workers, step_timeout_s=60.0).request(
         Unload,
         before=[],
-        meanwhile=lambda: worker.process.kill(),
+        meanwhile=meanwhile or workers[0].process.kill,
         poll=lambda: None,
         progress=lambda _, __: None,
     )
@@ -112,3 +111,38 @@ def test_a_death_in_the_first_exchange_is_one_of_the_exchange(worker, has_met):
     with pytest.raises(WorkerError, match=f"was killed by signal 9 {when}") as caught:
         _join_all([made], time.monotonic() + 60, 60.0)
     assert isinstance(caught.value, ExchangeError) == has_met
+
+
+@pytest.fixture
+def two_workers(worker):
+    """Two ranks, and what they say."""
+    first, theirs = worker
+    ours, others = socket.socketpair()
+    second = Worker(1, first.device, first.process, Channel(ours), first.log_path)
+    yield (first, second), (theirs, others)
+    second.channel.close()
+    others.close()
+
+
+def raised(error="ValueError", num_exchanges=3):
+    return Raised(1, error, "5 dimensions", num_exchanges)
+
+
+def test_what_all_ranks_raise_is_an_answer(two_workers):
+    workers, ends = two_workers
+    for end in ends:
+        end.sendall(frame_of(raised()))
+    assert request(*workers, meanwhile=lambda: None) == [raised(), raised()]
+
+
+@pytest.mark.parametrize(
+    "other", [raised(error="KeyError"), raised(num_exchanges=4), Unloaded(1), None]
+)
+def test_what_one_rank_raises_loses_all(two_workers, monkeypatch, other):
+    monkeypatch.setattr(exchange, "RAISED_GRACE_S", 0.1)
+    workers, ends = two_workers
+    ends[0].sendall(frame_of(raised()))
+    if other is not None:
+        ends[1].sendall(frame_of(other))
+    with pytest.raises(WorkerError, match=r"^Rank 0 raised .*same: ValueError: 5 dimensions$"):
+        request(*workers, meanwhile=lambda: None)
