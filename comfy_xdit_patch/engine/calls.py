@@ -65,12 +65,12 @@ class Calls:
         begun = collectives.num_begun()
         try:
             if isinstance(message, Forward):
-                return self._forward(message)
+                return self.forward(message)
             if isinstance(message, Control):
-                return self._control(message)
+                return self.control(message)
             if isinstance(message, RunBlock):
-                return self._run_block(message)
-            return self._fetch(message)
+                return self.run_block(message)
+            return self.fetch(message)
         except PatchRefusedError as error:
             return Declined(message.request, str(error))
         except Exception as error:  # noqa: BLE001 - whatever ComfyUI's code raises; see the module
@@ -82,7 +82,7 @@ class Calls:
                 groups=self._groups,
             )
 
-    def _forward(self, message: Forward) -> Done | NoRoom:
+    def forward(self, message: Forward) -> Done | NoRoom:
         """Compute this rank's share of a call and write its rows to the result slot.
 
         Collective: every rank gets the same message.
@@ -138,7 +138,7 @@ class Calls:
             is_launch_bound=collectives.clock.is_launch_bound,
         )
 
-    def _control(self, message: Control) -> Controlled:
+    def control(self, message: Control) -> Controlled:
         """Compute this rank's tokens of a ControlNet's residuals, and keep them.
 
         Collective: every rank gets the same message.
@@ -175,7 +175,7 @@ class Calls:
         self._objects.forget(message.objects)
         self._driven.forget(message.tokens)
 
-    def _run_block(self, message: RunBlock) -> Ran:
+    def run_block(self, message: RunBlock) -> Ran:
         """Compute this rank's share of one block, and keep it. Collective."""
         start = time.perf_counter()
         collectives.clock.start(self._groups.device)
@@ -202,7 +202,7 @@ class Calls:
         seconds = time.perf_counter() - start
         return Ran(message.request, self._num_forwards, seconds, bytes_sent, busy_s)
 
-    def _fetch(self, message: Fetch) -> Fetched:
+    def fetch(self, message: Fetch) -> Fetched:
         """Gather tokens that the ranks keep; the first one writes them. Collective."""
         plan = ParallelPlan.of_grid(message.grid, message.weights)
         shares = self._shares(self._resident(message.model), message.counts, plan)

@@ -167,8 +167,9 @@ class ControlNets:
         except CallRaisedError as error:
             self._totals.last_error = str(error)
             self._holding.forget_what_is_held()
-            reason = f"its call raised {error.kind} on the workers"
-            return Refusal(reason, Scope.STEP, has_raised=True)
+            return Refusal(
+                f"its call raised {error.kind} on the workers", Scope.STEP, has_raised=True
+            )
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._totals.last_loss_unix_s = time.time()

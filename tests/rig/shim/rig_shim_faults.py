@@ -166,8 +166,11 @@ def adapt_first_exchange(first_exchange: Any) -> None:
 
 
 def adapt_engine(engine: Any) -> None:
-    cls = engine.Engine
-    around(cls, "drop", "unload")
+    around(engine.Engine, "drop", "unload")
+
+
+def adapt_calls(calls: Any) -> None:
+    cls = calls.Calls
     around(cls, "control", "control")
     around(cls, "run_block", "block")
     forward = cls.forward
@@ -270,6 +273,7 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
         "comfy_xdit_patch.workers.nursery": [adapt_nursery],
         "comfy_xdit_patch.workers.process": [adapt_process],
         "comfy_xdit_patch.workers.environment": [adapt_environment],
+        "comfy_xdit_patch.engine.calls": [adapt_calls],
         "comfy_xdit_patch.engine.engine": [adapt_engine],
         "comfy_xdit_patch.engine.groups": [adapt_groups],
         "comfy_xdit_patch.engine.first_exchange": [adapt_first_exchange],
