@@ -50,3 +50,10 @@ def test_others_may_not(comfyui, name):
 def test_what_a_node_chose_is_not_replaced_even_if_it_is_exact(comfyui):
     comfyui("attention_pytorch")
     assert "a node chose" in no_ring(is_overridden=True).reason
+
+
+def test_an_attention_that_a_checkpoint_prescribes_is_not_replaced(comfyui):
+    comfyui("attention_pytorch")
+    refusal = no_ring(is_prescribed=True)
+    assert refusal is not None
+    assert "the checkpoint prescribes its attention" in refusal.reason

@@ -333,3 +333,28 @@ def test_a_weight_that_a_dynamic_host_brought_to_the_device_uncast_counts_as_it_
     found = fingerprint(host, patcher=patcher)
     assert found == fingerprint(like_it)
     assert found != fingerprint(model())
+
+
+def test_an_attention_that_a_checkpoint_prescribes_is_part_of_it():
+    """A card that lacks the kernel leaves it out: then two processes compute otherwise."""
+
+    class ComfyAttention(torch.nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+    def attention_comfy_kitchen_int8():
+        pass
+
+    def of(function):
+        made = model()
+        block = torch.nn.ModuleDict({"comfy_attention": ComfyAttention(function)})
+        made.diffusion_model.double_blocks = torch.nn.ModuleList([block])
+        return made
+
+    without, with_one = of(None), of(attention_comfy_kitchen_int8)
+    assert not module.agree(fingerprint(without), fingerprint(with_one), only_blocks=True)
+    assert module.prescribed_attention(without.diffusion_model) == {}
+    name = "double_blocks.0.comfy_attention"
+    found = module.prescribed_attention(with_one.diffusion_model)
+    assert found == {name: "attention_comfy_kitchen_int8"}
