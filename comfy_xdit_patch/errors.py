@@ -55,8 +55,8 @@ class CardsFullError(XditError):
 class CallRaisedError(XditError):
     """The workers are well, and a call raised the same exception, a ``kind``, in each of them."""
 
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(f"{kind}: {text}")
+    def __init__(self, text: str, *, kind: str = "an exception") -> None:
+        super().__init__(text)
         self.kind = kind
 
 

@@ -194,11 +194,7 @@ class Host:
         return outcome.out
 
     def refuse(self, refusal: Refusal) -> None:
-        """Count a call that is left to ComfyUI and was not tried.
-
-        Raises:
-            FallBackError: ``XDIT_STRICT=1``.
-        """
+        """Count a call that is left to ComfyUI and was not tried; strict mode: FallBackError."""
         self.books.refuse(refusal, self.current_run.get() or Run())
 
     def control(

@@ -45,12 +45,7 @@ class RemoteWeights:
     def __init__(
         self, wire: Wire, totals: Totals, models: ModelRegistry, *, verifies: bool
     ) -> None:
-        """Prepare.
-
-        Args:
-            verifies: compare the weights in use bit for bit after every load, wherever ComfyUI
-                has patched its own (``XDIT_STRICT=1``).
-        """
+        """Prepare; ``verifies``: weights that ComfyUI patched are compared bit for bit (strict)."""
         self._wire = wire
         self._totals = totals
         self._models = models
@@ -118,8 +113,8 @@ class RemoteWeights:
             is_gathered: the workers run its blocks alone.
 
         Returns:
-            The model as the workers know it now; its number is new where the file has to be loaded
-            with other weights uncast, and where the model is carried, as a node has changed it.
+            The model as the workers know it now; its number is new where the file is loaded with
+            other weights uncast, and where the model is carried, as a node has changed it.
 
         Raises:
             WorkerError: the workers are lost.

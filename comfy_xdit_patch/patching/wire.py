@@ -100,7 +100,8 @@ class Wire:
         finally:
             self._close_fds()
         if isinstance(replies[0], Raised):
-            raise CallRaisedError(short(replies[0].error), short(replies[0].text))
+            kind = short(replies[0].error)
+            raise CallRaisedError(f"{kind}: {short(replies[0].text)}", kind=kind)
         return replies
 
     def _slot_messages(self) -> list[tuple[Message, int | None]]:

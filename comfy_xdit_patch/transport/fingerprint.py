@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from comfy_xdit_patch.transport.places import NUM_SAMPLES, Places
 from comfy_xdit_patch.transport.tensors import (
     PLAIN_CLASSES,
     class_name,
@@ -27,7 +28,6 @@ from comfy_xdit_patch.transport.tensors import (
     flatten,
 )
 
-NUM_SAMPLES = 2048
 COMPILED = "._orig_mod"
 """In the names of what a compiled module holds."""
 BLOCKS = ("double_blocks.", "single_blocks.")
@@ -145,7 +145,7 @@ class Fingerprint:
         self, flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: Any = None
     ) -> None:
         structure = _Halves()
-        structure.update("", f"{flux.dtype} {manual_cast_dtype}\n".encode())
+        structure.update(BLOCKS[0], f"{flux.dtype} {manual_cast_dtype}\n".encode())
         classes = {
             compiled_name.replace(COMPILED, ""): type(module)
             for compiled_name, module in flux.named_modules()
@@ -180,7 +180,7 @@ class Fingerprint:
     def of(self, look: Look) -> str:
         """Return the fingerprint. What is read whole is read once; contents may not change."""
         total = self._structure.copy()
-        places = _Places(look.seed)
+        places = Places(look.seed)
         for number, (weight, part) in enumerate(self._parts):
             if look.is_whole(number):
                 if number not in self._digests:
@@ -196,14 +196,14 @@ class Fingerprint:
 
 
 class _Halves:
-    """One hash of the blocks, with what is said of the model, and one of what lies around them."""
+    """One hash of the blocks, and one of what lies around them."""
 
     def __init__(self) -> None:
         self._hashes = [hashlib.sha256(), hashlib.sha256()]
 
     def update(self, name: str, data: bytes) -> None:
-        """Add what belongs to a module or weight; "" is the model."""
-        self._hashes[bool(name) and not name.startswith(BLOCKS)].update(data)
+        """Add what belongs to a module or weight of this name."""
+        self._hashes[not name.startswith(BLOCKS)].update(data)
 
     def copy(self) -> _Halves:
         made = _Halves()
@@ -231,22 +231,6 @@ def agree(theirs: str, ours: str, *, only_blocks: bool) -> bool:
     """Whether two fingerprints are of the same model, or of the same blocks."""
     end = 1 if only_blocks else None
     return theirs.split(SEPARATOR)[:end] == ours.split(SEPARATOR)[:end]
-
-
-class _Places:
-    """Places to look at: a tensor is cut into pieces of one length, and one of each is chosen."""
-
-    def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        shifts = torch.rand(NUM_SAMPLES, generator=generator, dtype=torch.float64)
-        self._pieces = torch.arange(NUM_SAMPLES, dtype=torch.float64) + shifts
-        self._known: dict[int, torch.Tensor] = {}
-
-    def of(self, size: int) -> torch.Tensor:
-        if size not in self._known:
-            places = (self._pieces * (size / NUM_SAMPLES)).long()
-            self._known[size] = places.clamp_(max=size - 1)
-        return self._known[size]
 
 
 def digests(flux: Any) -> dict[str, str]:

@@ -142,8 +142,7 @@ def test_a_nodes_own_error_is_its_own(pair: Pair) -> None:
         return found
 
     assert call(False) == {"times": 1, "fell_back": []}
-    reason = "KeyError around the blocks, in host_checks.py, failing"
-    assert call(True) == {"times": 2, "fell_back": [reason]}
+    assert call(True) == {"times": 2, "fell_back": []}
 
 
 @pytest.mark.parametrize("kind", ["lora", "edited weight"])
@@ -182,11 +181,10 @@ def test_any_fault_of_ours_costs_no_image(pair: Pair) -> None:
     assert counts == {"parallel": 1, "fell_back": {}}, "the next call is parallel again"
 
 
-def test_a_model_that_the_workers_cannot_load_costs_no_worker(pair: Pair) -> None:
+def test_a_file_that_changed_after_comfyui_read_it_is_carried(pair: Pair) -> None:
     error, counts = pair.call("changed_file_call")
-    assert error == 0
-    assert counts["fell_back"] == {"a worker could not load the model": 1}
-    assert "was changed after ComfyUI read it" in counts["error"]
+    assert error <= 1e-5
+    assert (counts["parallel"], counts["fell_back"]) == (1, {})
     assert counts["state"] == "ready"
     error, counts = pair.call("plain_call")
     assert counts == {"parallel": 1, "fell_back": {}}

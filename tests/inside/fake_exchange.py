@@ -25,7 +25,7 @@ from comfy_xdit_patch.engine.groups import Groups
 
 assert fake_pg
 TIMEOUT_S = 60.0
-NO_EXCHANGE = {"num_begun", "finish"}
+NO_EXCHANGE = {"num_begun", "is_in_one", "finish"}
 """Functions of ``collectives`` that begin nothing."""
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from comfy_xdit_patch.transport import fingerprint as module
-from comfy_xdit_patch.transport.fingerprint import NUM_SAMPLES, Fingerprint, Look
+from comfy_xdit_patch.transport.fingerprint import Fingerprint, Look
+from comfy_xdit_patch.transport.places import NUM_SAMPLES
 from comfy_xdit_patch.transport.tensors import ForeignTensorError
 
 
