@@ -20,6 +20,7 @@ import torch
 from comfy_xdit_patch.attributes import own_attribute
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.boundary import attempt, our_faults_stay_ours
+from comfy_xdit_patch.patching.holding import LOST
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.run import Run
@@ -115,7 +116,10 @@ def _call(
         run.is_around = run.refusal is None
         ours = attempt(lambda: host.attempt(flux, arguments, compute, run, obstacle=obstacle))
         outcome: Step | Refusal = FAULT if ours.fault is not None else ours.out
-        run.is_around = False
+        run.is_around = outcome is LOST  # The run goes on alone, and so does the call within.
+        if run.is_around:
+            run.num_calls += 1
+            host.counted(outcome, run, time.perf_counter() - begin)
         if isinstance(outcome, Refusal):
             host.hooks.make_up()
             out = compute()
