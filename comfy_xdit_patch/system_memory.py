@@ -1,6 +1,6 @@
 """How much CPU memory this process may still take.
 
-Runs in: host. Standard library only.
+Runs in: host, and the doctor's process. Standard library only.
 
 The kernel knows what the machine has free; a container has a limit of its own, which the kernel
 keeps by ending processes. Limits of a control group hold for all groups within it. Files that the

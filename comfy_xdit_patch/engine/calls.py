@@ -6,7 +6,6 @@ Runs in: worker process.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -25,7 +24,6 @@ from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.engine.room import no_room_for
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
 from comfy_xdit_patch.transport.replies import (
     Controlled,
@@ -187,7 +185,9 @@ class Calls:
                 resident.flux.get_submodule(message.block),
                 self._slots.fetch(message.arguments),
                 plan=plan,
-                shares=self._shares(resident, message.counts, plan),
+                shares=plan.shares_of_counts(
+                    self._groups.rank, message.counts, num_heads=resident.flux.num_heads
+                ),
                 scaled={
                     name: layer
                     for name, layer in (resident.scaled if resident.is_whole else {}).items()
@@ -205,24 +205,13 @@ class Calls:
     def fetch(self, message: Fetch) -> Fetched:
         """Gather tokens that the ranks keep; the first one writes them. Collective."""
         plan = ParallelPlan.of_grid(message.grid, message.weights)
-        shares = self._shares(self._resident(message.model), message.counts, plan)
+        flux = self._resident(message.model).flux
+        shares = plan.shares_of_counts(self._groups.rank, message.counts, num_heads=flux.num_heads)
         with torch.inference_mode():
             tokens, bytes_sent = self._driven.fetch(message.tokens, message.stream, shares)
             if self._groups.rank == 0:
                 self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
         return Fetched(message.request, bytes_sent)
-
-    def _shares(
-        self, resident: Resident, counts: Sequence[int], plan: ParallelPlan
-    ) -> SequenceShares:
-        text, image, reference = counts
-        return plan.sequence_shares(
-            self._groups.rank,
-            num_text_tokens=text,
-            num_image_tokens=image,
-            num_reference_tokens=reference,
-            num_heads=resident.flux.num_heads,
-        )
 
     def _patches(self, tree: Tree) -> ModelPatches | None:
         return None if tree is None else ModelPatches(tree, self._objects)

@@ -26,9 +26,8 @@ def our_faults_stay_ours(where: str, *, strict: bool = False) -> Iterator[None]:
     Args:
         strict: let our faults out too (``XDIT_STRICT=1``).
 
-    Three exceptions pass. The user's interrupt, which is an ordinary ``Exception`` in ComfyUI
-    0.3.75 and a ``BaseException`` later. ``FallBackError``, which the user asked for. What a node's
-    own code raised while it ran inside of ours.
+    Two exceptions pass. The user's interrupt, which is an ordinary ``Exception`` in ComfyUI
+    0.3.75 and a ``BaseException`` later. ``FallBackError``, which the user asked for.
     """
     try:
         yield

@@ -23,7 +23,6 @@ from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
-from comfy_xdit_patch.transport.fingerprint import prescribed_attention
 from comfy_xdit_patch.workers.exchange import Poll
 
 
@@ -68,8 +67,6 @@ class CallPlans:
         if changes or carried.tree is not None:
             # A node's code may look at all rows.
             workload = replace(workload, is_batch_divisible=False)
-        if id(flux) not in run.is_prescribed:
-            run.is_prescribed[id(flux)] = bool(prescribed_attention(flux))
         balance = self._holding.balance
         planned = partial(
             plan_call,
@@ -79,7 +76,7 @@ class CallPlans:
             needs_references=carried.keeps_references,
             no_ring=no_ring(
                 is_overridden=carried.overrides_attention,
-                is_prescribed=run.is_prescribed[id(flux)],
+                is_prescribed=run.is_prescribed(flux),
             ),
         )
         weights = balance.weights(run)

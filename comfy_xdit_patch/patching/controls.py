@@ -32,7 +32,6 @@ from comfy_xdit_patch.planning.arguments import check_grad
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.workload import workload_of
-from comfy_xdit_patch.transport.fingerprint import prescribed_attention
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
 
 LOADER = "load_controlnet"
@@ -140,7 +139,7 @@ class ControlNets:
             workload,
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
-            no_ring=no_ring(is_prescribed=bool(prescribed_attention(net))),
+            no_ring=no_ring(is_prescribed=run.is_prescribed(net)),
             weights=self._holding.balance.weights(run),
         )
         if isinstance(plan, Refusal):

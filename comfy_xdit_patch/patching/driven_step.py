@@ -14,8 +14,14 @@ import torch
 
 from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.block_arguments import encode_modulation, shares_of_counts
-from comfy_xdit_patch.patching.remote_tokens import SEQUENCE_DIM, Counts, Kept, RemoteTokens, encode
+from comfy_xdit_patch.patching.remote_tokens import (
+    SEQUENCE_DIM,
+    Counts,
+    Kept,
+    RemoteTokens,
+    encode,
+    encode_modulation,
+)
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
@@ -193,7 +199,7 @@ class DrivenStep:
             visual -= self._num_text_tokens
         num_image = min(visual, self._num_image_tokens)
         counts = (self._num_text_tokens, num_image, visual - num_image)
-        shares_of_counts(self._flux, counts, self._plan)  # or PlanError, here
+        self._plan.shares_of_counts(0, counts, num_heads=self._flux.num_heads)  # or PlanError
         return counts
 
     def _tokens(self, key: str, value: torch.Tensor, counts: Counts) -> Tree:

@@ -169,3 +169,12 @@ def encode(recipe: Recipe) -> Tree:
     if kind == "kept":
         return [kind, parts[0].number]
     return [kind, *(encode(part) for part in parts)]
+
+
+def encode_modulation(value: Any) -> Any:
+    """Turn what modulates a block into tensors, lists and dictionaries."""
+    if isinstance(value, (tuple, list)):
+        return [encode_modulation(item) for item in value]
+    if all(hasattr(value, name) for name in ("shift", "scale", "gate")):
+        return {"$modulation": [value.shift, value.scale, value.gate]}
+    return value

@@ -13,6 +13,7 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import RunCounts
 from comfy_xdit_patch.patching.models import KnownModel
 from comfy_xdit_patch.patching.streams import Streams
+from comfy_xdit_patch.transport.fingerprint import prescribed_attention
 
 
 @dataclass(slots=True)
@@ -31,8 +32,8 @@ class Run:
     """What others hung on single modules of them."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
-    is_prescribed: dict[int, bool] = field(default_factory=dict)
-    """Whether their checkpoints prescribe an attention function."""
+    prescribed: dict[int, bool] = field(default_factory=dict)
+    """Whether checkpoints prescribe an attention function, by the identity of the module."""
     tensor: dict[tuple[int, int], Refusal | None] = field(default_factory=dict)
     """Why their weights cannot be cut into so many parts."""
     needs_residuals: bool = False
@@ -50,3 +51,9 @@ class Run:
     """Those that this run keeps, if it must keep them."""
     streams: Streams = field(default_factory=Streams)
     """PipeFusion's: which of the calls are exact."""
+
+    def is_prescribed(self, module: Any) -> bool:
+        """Whether a checkpoint prescribes an attention function for this model or ControlNet."""
+        if id(module) not in self.prescribed:  # All modules are looked at: not in every step.
+            self.prescribed[id(module)] = bool(prescribed_attention(module))
+        return self.prescribed[id(module)]

@@ -84,10 +84,12 @@ def member_of(flux: Any) -> Member:
     """Return the row of a model of the family.
 
     Raises:
-        StopIteration: neither its class nor one that this was made from is in the table.
+        KeyError: neither its class nor one that this was made from is in the table.
     """
-    names = [(cls.__module__, cls.__name__) for cls in type(flux).__mro__]
-    return next(_BY_CLASS[name] for name in names if name in _BY_CLASS)
+    for cls in type(flux).__mro__:
+        if (cls.__module__, cls.__name__) in _BY_CLASS:
+            return _BY_CLASS[cls.__module__, cls.__name__]
+    raise KeyError(type(flux).__name__)
 
 
 def num_out_channels(flux: Any, num_in_channels: int) -> int:

@@ -194,3 +194,16 @@ class ParallelPlan:
             num_shards=self.sequence_degree,
             ring_degree=self.ring_degree,
         )
+
+    def shares_of_counts(
+        self, rank: int, counts: Sequence[int], *, num_heads: int
+    ) -> SequenceShares:
+        """The same for numbers of text, image and reference tokens, as one block is given them."""
+        text, image, reference = counts
+        return self.sequence_shares(
+            rank,
+            num_text_tokens=text,
+            num_image_tokens=image,
+            num_reference_tokens=reference,
+            num_heads=num_heads,
+        )

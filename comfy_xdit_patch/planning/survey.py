@@ -89,8 +89,7 @@ def query_gpus(fields: str) -> list[list[str]]:
 
 def known_uuids() -> set[str]:
     """UUIDs of all GPUs of the machine, hidden ones too; empty if unknown."""
-    answer = _nvidia_smi(QUERY, end=time.monotonic() + ASK_S, poll=lambda: None)
-    return {uuid for uuid, _ in parse_gpus(answer).values()} if isinstance(answer, str) else set()
+    return {row[1] for row in query_gpus("index,uuid,pci.bus_id") if len(row) == 3}
 
 
 def compute_modes() -> dict[str, str]:

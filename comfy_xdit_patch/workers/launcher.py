@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import subprocess
 import time
@@ -101,7 +100,7 @@ def launch_worker(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     log_path = log_dir / f"worker-{rank}.log"
     variables = worker_variables(device, cpu_threads=cpu_threads, peer_to_peer=peer_to_peer)
-    with theirs, os.fdopen(begin(log_path), "wb") as log_file:
+    with theirs, begin(log_path) as log_file:
         fds = [theirs.fileno(), store_fd, log_file.fileno()]
         process = nursery.fork(rank, variables, fds, end)
     return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from comfy_xdit_patch.errors import WorkerError
 
@@ -44,15 +45,15 @@ def mark_of(log_path: Path, pid: int) -> Path:
     return log_path.with_name(f"{pid}{PID_SUFFIX}")
 
 
-def begin(log_path: Path) -> int:
-    """Begin a log that nobody else may read, and keep the one before; return its descriptor.
+def begin(log_path: Path) -> BinaryIO:
+    """Begin a log that nobody else may read, and keep the one before.
 
     Raises:
         OSError: it cannot be written.
     """
     with contextlib.suppress(FileNotFoundError):
         log_path.replace(log_path.with_name(log_path.name + BEFORE))
-    return os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    return open(log_path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
 class LogDirectory:

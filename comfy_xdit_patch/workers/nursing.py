@@ -89,7 +89,7 @@ class Nursery:
         command = [sys.executable, *flags, "-c", BOOTSTRAP, str(fd), str(os.getpid()), "warm"]
         with contextlib.ExitStack() as on_failure:
             on_failure.enter_context(ours)
-            with theirs, os.fdopen(begin(log_path), "wb") as log_file:
+            with theirs, begin(log_path) as log_file:
                 self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,

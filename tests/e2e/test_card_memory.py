@@ -158,7 +158,7 @@ def test_a_call_without_room_on_a_card_costs_no_rank(tree: Tree, tmp_path: Path)
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif("EMULATED_ALL" not in os.environ, reason="half an hour: EMULATED_ALL=1")
+@pytest.mark.skipif("EMULATED_ALL" not in os.environ, reason="most of an hour: EMULATED_ALL=1")
 @pytest.mark.parametrize("gib", [4, 2.5])
 @pytest.mark.parametrize(
     "arguments",

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.newest_only,
     pytest.mark.thorough,
     pytest.mark.slow,  # every call with a card's tensor passes through Python
-    pytest.mark.skipif("EMULATED_ALL" not in os.environ, reason="an hour: EMULATED_ALL=1"),
+    pytest.mark.skipif("EMULATED_ALL" not in os.environ, reason="an hour and more: EMULATED_ALL=1"),
     pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled"),
 ]
 

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-READ_FIRST = ("all_gather_into_tensor", "all_to_all_single")
+OUT_FIRST = ("all_gather_into_tensor", "all_to_all_single")
 """These take what they write before what they read."""
-EXCHANGES = (*READ_FIRST, "all_gather", "all_reduce", "batch_isend_irecv", "isend", "irecv")
+EXCHANGES = (*OUT_FIRST, "all_gather", "all_reduce", "batch_isend_irecv", "isend", "irecv")
 _current = threading.local()
 
 
@@ -112,7 +112,7 @@ def _on_cards(exchange: Any) -> Any:
                 for n, (one, sends) in enumerate(zip(work, is_send, strict=True))
             ]
         first, *others = (value for value in values.values() if isinstance(value, torch.Tensor))
-        if name in READ_FIRST:
+        if name in OUT_FIRST:
             return Begun(work, others, [first])
         return Begun(work, [first], []) if name == "isend" else Begun(work, [], [first])
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
-import types
 
 import pytest
 
@@ -19,17 +17,6 @@ _numbers = itertools.count()
 def where():
     """Return a place that no other test has named: each is reported once in a process."""
     return f"place {next(_numbers)}"
-
-
-@pytest.fixture(params=[Exception, BaseException], ids=["0.3.75", "0.33.0"])
-def interrupt(request, monkeypatch):
-    """ComfyUI's interrupt, with the base class it has in each version."""
-    cls = type("InterruptProcessingException", (request.param,), {})
-    comfy, management = types.ModuleType("comfy"), types.ModuleType("comfy.model_management")
-    comfy.model_management, management.InterruptProcessingException = management, cls
-    monkeypatch.setitem(sys.modules, "comfy", comfy)
-    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
-    return cls
 
 
 @pytest.mark.parametrize("error", [ValueError("planted"), WorkerError("planted"), KeyError(1)])

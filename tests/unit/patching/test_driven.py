@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +9,7 @@ import pytest
 from comfy_xdit_patch.errors import AroundBlocksError, TheirError, WorkerError
 from comfy_xdit_patch.patching.driven import _computed
 
-
-@pytest.fixture(autouse=True)
-def interrupt(monkeypatch):
-    cls = type("InterruptProcessingException", (Exception,), {})
-    comfy, management = types.ModuleType("comfy"), types.ModuleType("comfy.model_management")
-    comfy.model_management, management.InterruptProcessingException = management, cls
-    monkeypatch.setitem(sys.modules, "comfy", comfy)
-    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
-    return cls
+pytestmark = pytest.mark.usefixtures("interrupt")
 
 
 def step(*, error=None, has_given=True):

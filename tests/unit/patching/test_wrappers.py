@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -15,16 +13,7 @@ from comfy_xdit_patch.patching.hooks import LeftOutHooks
 from comfy_xdit_patch.patching.memory import NEXT_TO_NOTHING
 from comfy_xdit_patch.patching.wrappers import Wrappers
 
-
-@pytest.fixture(autouse=True)
-def interrupt(monkeypatch):
-    """ComfyUI's interrupt, an ordinary exception as in 0.3.75."""
-    cls = type("InterruptProcessingException", (Exception,), {})
-    comfy, management = types.ModuleType("comfy"), types.ModuleType("comfy.model_management")
-    comfy.model_management, management.InterruptProcessingException = management, cls
-    monkeypatch.setitem(sys.modules, "comfy", comfy)
-    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
-    return cls
+pytestmark = pytest.mark.usefixtures("interrupt")
 
 
 class Run:

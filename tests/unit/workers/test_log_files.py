@@ -67,9 +67,8 @@ def test_logs_lie_in_a_private_directory_of_their_own(tmp_path):
 def test_the_logs_of_one_process_before_are_kept(tmp_path):
     log_path = tmp_path / "worker-0.log"
     for text in (b"first", b"second", b"third"):
-        fd = begin(log_path)
-        os.write(fd, text)
-        os.close(fd)
+        with begin(log_path) as log:
+            log.write(text)
     assert log_path.read_text() == "third"
     assert (tmp_path / "worker-0.log.1").read_text() == "second"
     assert mode(log_path) == 0o600
