@@ -13,7 +13,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.holding import LOST, STARTING
 from comfy_xdit_patch.patching.run import Run
-from comfy_xdit_patch.patching.steps import Step
+from comfy_xdit_patch.patching.step import Step
 from comfy_xdit_patch.workers.pool import Pool
 
 log = logging.getLogger("comfy_xdit_patch")

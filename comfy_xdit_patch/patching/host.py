@@ -24,6 +24,7 @@ from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.likeness import Likeness
 from comfy_xdit_patch.patching.measuring import Measuring
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
@@ -82,6 +83,7 @@ class Host:
         auto = Auto(settings, pool, self.measuring)
         self._books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines(wire)
+        self.likeness = Likeness(wire, self._weights.follow_generation)
         self._steps = ParallelSteps(
             self._remote,
             DrivenForward(wire, self.totals),
@@ -91,6 +93,7 @@ class Host:
             hooks=self.hooks,
             auto=auto,
             pipelines=self.pipelines,
+            likeness=self.likeness,
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
@@ -99,6 +102,7 @@ class Host:
             models=self.models,
             pristine=pristine,
             totals=self.totals,
+            likeness=self.likeness,
         )
         self._lock = threading.RLock()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,16 +26,18 @@ from comfy_xdit_patch.errors import (
     WorkerError,
 )
 from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.auto import Auto, Kind
+from comfy_xdit_patch.patching.auto import Auto
 from comfy_xdit_patch.patching.call_plans import CallPlans
 from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import LOST, Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.likeness import Likeness
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.remote import RemoteForward, arguments_of
 from comfy_xdit_patch.patching.run import Run
+from comfy_xdit_patch.patching.step import Step, checked
 from comfy_xdit_patch.planning.eligibility import (
     Pristine,
     blocking,
@@ -48,22 +49,6 @@ from comfy_xdit_patch.planning.eligibility import (
 from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.verdict import Way
 from comfy_xdit_patch.transport.slots import UncarriedArgumentError
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A call that is computed.
-
-    ``gathered_for`` is why a part of it ran here; ``is_empty`` says that no block ran on the
-    workers: a node left them out, or computed them itself. ``is_one``: it ran here, to be timed.
-    """
-
-    out: torch.Tensor
-    gathered_for: str | None = None
-    is_empty: bool = False
-    is_one: bool = False
-    kind: Kind | None = None
-    """Set if the time of the step tells ``auto`` something."""
 
 
 class ParallelSteps:
@@ -80,10 +65,12 @@ class ParallelSteps:
         hooks: LeftOutHooks,
         auto: Auto,
         pipelines: Pipelines,
+        likeness: Likeness,
     ) -> None:
         self._auto = auto
         self._plans = CallPlans(holding, auto=auto, pipelines=pipelines)
         self._remote = remote
+        self._likeness = likeness
         self._driven = driven
         self._holding = holding
         self._pristine = pristine
@@ -134,6 +121,13 @@ class ParallelSteps:
         if refusal is not None:
             return refusal
         refusal = self._holding.come_up(base_model, poll)
+        if refusal is not None:
+            return refusal
+        try:
+            changes += self._likeness.changes(base_model, run, poll)
+        except WorkerError as error:
+            return self._lost(error)
+        refusal = blocking(changes)
         if refusal is not None:
             return refusal
         call = self._plans.of_call(
@@ -189,7 +183,7 @@ class ParallelSteps:
                 run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
                 if not balance.is_at_rest:
                     kind = None  # Even shares of unequal ranks say nothing about those to come.
-                return _checked(Step(out, gathered_for=carried.gathered, kind=kind))
+                return checked(Step(out, gathered_for=carried.gathered, kind=kind))
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
             out, num_blocks = self._driven.run(
@@ -205,11 +199,9 @@ class ParallelSteps:
             run.counts.plan = plan
             if num_blocks:
                 balance.measured(plan, workload, model=known.number, replan=call.replan)
-            return _checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
+            return checked(Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0))
         except WorkerError as error:
-            self._totals.last_error = str(error)
-            self._totals.last_loss_unix_s = time.time()
-            return LOST
+            return self._lost(error)
         except DeclinedError as error:
             return Refusal(f"a node's patch cannot run on the workers: {error}")
         except CardsFullError:
@@ -224,8 +216,12 @@ class ParallelSteps:
         try:
             self._pipelines.end(run)
         except WorkerError as error:
-            self._totals.last_error = str(error)
-            self._totals.last_loss_unix_s = time.time()
+            self._lost(error)
+
+    def _lost(self, error: WorkerError) -> Refusal:
+        self._totals.last_error = str(error)
+        self._totals.last_loss_unix_s = time.time()
+        return LOST
 
     def reaches_us(self, base_model: Any) -> bool:
         """Whether a model's next call comes here as a whole, for all that can be seen now."""
@@ -240,11 +236,3 @@ class ParallelSteps:
         if id(thing) not in run.objects:
             run.objects[id(thing)] = thing, next(self._numbers)
         return run.objects[id(thing)][1]
-
-
-def _checked(step: Step) -> Step | Refusal:
-    """Refuse a result that is no image. Whether ComfyUI's own is one, ComfyUI finds out."""
-    # A sum is quicker, and says the same unless half precision overflows in it.
-    if not step.out.sum().isfinite() and not step.out.isfinite().all():
-        return Refusal("the workers' result has NaN or infinity in it")
-    return step

@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from comfy_xdit_patch.blame import whose
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.planning.bypass import BypassCode
 from comfy_xdit_patch.planning.family import CONTROL, FLUX_LAYERS, MEMBERS, Member
@@ -56,11 +57,7 @@ class Pristine:
     """
 
     def __init__(self, modules: Mapping[str, types.ModuleType]) -> None:
-        """Remember classes, methods and functions.
-
-        Args:
-            modules: ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``.
-        """
+        """Remember them, of ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``."""
         layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
         self.bypass = BypassCode(modules)
@@ -113,16 +110,15 @@ class Pristine:
             return [Refusal(f"the diffusion model's class was changed to {type(flux).__name__}")]
         found = []
         for cls, name, function in self._methods:
-            if cls.__dict__.get(name) is not function:
-                found.append(
-                    Refusal(
-                        f"{cls.__name__}.{name} was replaced by another extension",
-                        is_around_blocks=cls.__name__ not in PARTS_OF_BLOCKS,
-                    )
-                )
+            now = cls.__dict__.get(name)
+            if now is not function:
+                is_around = cls.__name__ not in PARTS_OF_BLOCKS
+                path = f"{cls.__module__}.{cls.__name__}.{name}"
+                found.append(_replaced(path, now, is_around_blocks=is_around))
         for module, name, function in self._functions:
-            if getattr(module, name, None) is not function:
-                found.append(Refusal(f"{module.__name__}.{name} was replaced by another extension"))
+            now = getattr(module, name, None)
+            if now is not function:
+                found.append(_replaced(f"{module.__name__}.{name}", now))
         for name in self._members[type(flux)].methods:
             # An object patch that was taken back leaves the bound original behind as an instance
             # attribute: compare functions, not presence.
@@ -165,6 +161,10 @@ class Pristine:
                     )
                 )
         return found
+
+
+def _replaced(path: str, now: Any, *, is_around_blocks: bool = False) -> Refusal:
+    return Refusal(f"{path} was replaced by {whose(now)}", is_around_blocks=is_around_blocks)
 
 
 def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, get_args
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
+from comfy_xdit_patch.transport.likeness import Follow, Reach, Reached
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
     Alive,
@@ -163,6 +164,8 @@ Message: TypeAlias = (
     | Free
     | Forget
     | Probe
+    | Follow
+    | Reach
     | Stop
     | Joining
     | Joined
@@ -179,6 +182,7 @@ Message: TypeAlias = (
     | NoRoom
     | Probed
     | NotProbed
+    | Reached
     | Failed
 )
 

@@ -20,11 +20,9 @@ RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 
 REFUSED = {
     "block class": "a node replaced a block of this model by OtherBlock",
-    "block method": "SingleStreamBlock.forward was replaced by another extension",
-    "attention function": "comfy.ldm.flux.layers.attention was replaced by another extension",
-    "optimized attention": (
-        "comfy.ldm.flux.math.optimized_attention was replaced by another extension"
-    ),
+    "block method": ("comfy.ldm.flux.layers.SingleStreamBlock.forward was replaced by host_checks"),
+    "attention function": "comfy.ldm.flux.layers.attention was replaced by host_checks",
+    "optimized attention": ("comfy.ldm.flux.math.optimized_attention was replaced by host_checks"),
     "multigpu": "ComfyUI's own MultiGPU split is active",
 }
 # What lies around the blocks, or can be carried: the workers compute the blocks all the same.

@@ -36,6 +36,7 @@ IMPORTERS = {
         "engine/whole_tensor.py",
         "patching/boundary.py",
         "patching/controls.py",
+        "patching/likeness.py",
         "patching/memory.py",
         "patching/residency.py",
         "patching/ring.py",
@@ -120,6 +121,7 @@ IMPORTERS = {
         "patching/remote_control.py",
         "patching/remote_tokens.py",
         "patching/residency.py",
+        "patching/step.py",
         "patching/steps.py",
         "patching/tensor.py",
         "patching/weights.py",
@@ -136,6 +138,7 @@ IMPORTERS = {
         "transport/slot_map.py",
         "transport/slots.py",
         "transport/tensors.py",
+        "transport/torch_settings.py",
         "transport/values.py",
         "workers/joining.py",
         "workers/nursery.py",
@@ -169,6 +172,7 @@ HOLDS_TENSORS = {
         "slot_map",
         "slots",
         "tensors",
+        "torch_settings",
         "values",
     )
 }
@@ -189,21 +193,22 @@ READS_ENVIRONMENT = {
 MAY_IMPORT = {
     "errors": set(),
     "attributes": set(),
+    "blame": set(),
     "strategy": set(),
     "variables": {"strategy"},
     "settings": {"errors", "strategy", "variables"},
     "bootstrap": {"activation"},
-    "planning": {"errors", "settings", "strategy", "variables", "planning"},
-    "transport": {"errors", "transport"},
+    "planning": {"blame", "errors", "settings", "strategy", "variables", "planning"},
+    "transport": {"blame", "errors", "transport"},
     "observability": {
         *("errors", "settings", "strategy", "variables", "planning", "observability"),
     },
     "check": {"errors", "settings", "planning", "observability", "check"},
-    "engine": {"attributes", "errors", "planning", "transport", "engine"},
+    "engine": {"attributes", "blame", "errors", "planning", "transport", "engine"},
     "workers": {"errors", "settings", "bootstrap", "planning", "transport", "engine", "workers"},
     "patching": {
-        *("attributes", "errors", "settings", "strategy", "planning", "transport", "workers"),
-        *("observability", "patching"),
+        *("attributes", "blame", "errors", "settings", "strategy", "planning", "transport"),
+        *("workers", "observability", "patching"),
     },
     "activation": {
         *("bootstrap", "errors", "settings", "planning", "workers", "observability", "patching")

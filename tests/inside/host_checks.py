@@ -198,7 +198,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.patching.host:Host.forward",
     "comfy_xdit_patch.patching.steps:ParallelSteps.run",
     "comfy_xdit_patch.patching.steps:carry",
-    "comfy_xdit_patch.patching.steps:_checked",
+    "comfy_xdit_patch.patching.steps:checked",
     "comfy_xdit_patch.patching.holding:Holding.changes",
     "comfy_xdit_patch.patching.host:Host.begin_run",
     "comfy_xdit_patch.patching.host:Host.end_run",

@@ -125,21 +125,25 @@ def subclass_block(world):
     ("change", "reason", "is_around_blocks"),
     [
         (change_class, "the diffusion model's class was changed to MyFlux", False),
-        (replace_forward_orig, "Flux.forward_orig was replaced by another extension", True),
-        (remove_forward_orig, "Flux.forward_orig was replaced by another extension", True),
+        (replace_forward_orig, f"{__name__}.Flux.forward_orig was replaced by tests", True),
+        (
+            remove_forward_orig,
+            f"{__name__}.Flux.forward_orig was replaced by another extension",
+            True,
+        ),
         (
             replace_block_forward,
-            "SingleStreamBlock.forward was replaced by another extension",
+            f"{__name__}.SingleStreamBlock.forward was replaced by tests",
             False,
         ),
         (
             replace_attention,
-            "comfy.ldm.flux.math.optimized_attention was replaced by another extension",
+            "comfy.ldm.flux.math.optimized_attention was replaced by tests",
             False,
         ),
         (
             replace_embedding,
-            "comfy.ldm.flux.model.timestep_embedding was replaced by another extension",
+            "comfy.ldm.flux.model.timestep_embedding was replaced by tests",
             False,
         ),
         (replace_on_instance, "a node replaced process_img of this model", True),
