@@ -35,7 +35,7 @@ WALKED = (
 )
 """Whose functions are followed. Of others only their own replacement is seen."""
 NOT_COMPUTED_WITH = (
-    *("comfy.memory_management", "comfy.pinned_memory", "comfy_aimdo", "comfy.cli_args"),
+    *("comfy.memory_management", "comfy.pinned_memory", "comfy_aimdo"),
     *("torch.cuda", "torch.xpu", "torch.ops", "torch.jit", "torch.hub"),
     *("logging", "sys", "os", "gc", "threading", "time", "warnings", "weakref", "enum"),
 )
@@ -48,13 +48,10 @@ TENSORS = ("torch:Tensor", "torch.nn.parameter:Parameter")
 WEIGHTS = (
     "comfy.lora:calculate_weight",
     "comfy.model_patcher:LowVramPatch",
-    "comfy.weight_adapter.base:WeightAdapterBase",
-    "comfy.weight_adapter.lora:LoRAAdapter",
-    "comfy.weight_adapter.loha:LoHaAdapter",
-    "comfy.weight_adapter.lokr:LoKrAdapter",
+    *(f"comfy.weight_adapter.{name}" for name in ("base:WeightAdapterBase", "lora:LoRAAdapter")),
+    *(f"comfy.weight_adapter.{name}" for name in ("loha:LoHaAdapter", "lokr:LoKrAdapter")),
+    *(f"comfy.weight_adapter.{name}" for name in ("oft:OFTAdapter", "boft:BOFTAdapter")),
     "comfy.weight_adapter.glora:GLoRAAdapter",
-    "comfy.weight_adapter.oft:OFTAdapter",
-    "comfy.weight_adapter.boft:BOFTAdapter",
 )
 """What weight patches are applied with."""
 BY_TEXT = "comfy_kitchen.backends"
@@ -116,7 +113,7 @@ class _Walk:
         self.add(None)
 
     def names(self) -> Names:
-        """Return all that was found, but for what cannot be described and what is state."""
+        """Return what was found and can be described, but for state."""
         names: Names = {}
         for (container, name), value in self._found.items():
             if (container, name) not in self._texts:
@@ -181,7 +178,7 @@ class _Walk:
                     self._bind(space.__name__, word, vars(space)[word])
                     spaces.append(vars(space)[word])
             elif isinstance(space, dict):  # a table of functions
-                self._todo += [item for item in list(space.values()) if callable(item)]
+                self._todo += filter(callable, list(space.values()))
             elif isinstance(space, argparse.Namespace):  # plain ones are sent, and set here
                 for word in words & vars(space).keys():
                     if not _is_plain(vars(space)[word]):
@@ -193,34 +190,39 @@ class _Walk:
                 self._member(cls, name)
 
     def _class(self, cls: type[Any]) -> None:
-        for one in cls.__mro__[:-1]:
-            self._seen.add(id(one))
-            if one not in self._classes:
-                names = self._classes[one] = frozenset(dir(one))
-                for name in names:
-                    if name in self._words or _is_operator(name):
-                        self._member(one, name)
+        new = [one for one in cls.__mro__ if one not in self._classes and _has_a_name(one)]
+        self._seen.update(map(id, new))
+        self._classes.update((one, frozenset(dir(one))) for one in new)
+        for one in new:
+            for name in self._classes[one]:
+                if name in self._words or _is_operator(name):
+                    self._member(one, name)
 
     def _member(self, cls: type[Any], name: str) -> None:
         """Bind what a class has under a name, and that nothing hides what it inherits."""
         definer = next((one for one in cls.__mro__ if name in vars(one)), object)
-        if definer is object or "<locals>" in cls.__qualname__ or _is_of_family(cls, name):
+        if definer is object or _is_of_family(cls, name):
             return
         for one in cls.__mro__:
-            if one.__flags__ & _IS_HEAP_TYPE and not one.__flags__ & _IS_IMMUTABLE:
+            if one in self._classes:
                 self._bind(f"{one.__module__}:{one.__qualname__}", name, vars(one).get(name))
             if one is definer:
                 return
 
 
-_IS_IMMUTABLE, _IS_HEAP_TYPE = 1 << 8, 1 << 9
-"""Flags of CPython's types: attributes of the first cannot be set, and the second are Python's."""
+_IS_IMMUTABLE, _IS_HEAP_TYPE = 1 << 8, 1 << 9  # flags of CPython's types
 
 
 def _is_empty_table(name: str, value: Any) -> bool:
     """A cache that is not filled yet. torch's hooks of all modules are empty, and no cache."""
     is_table = isinstance(value, (dict, list, set))
     return is_table and not value and not name.startswith("_global_")
+
+
+def _has_a_name(cls: type[Any]) -> bool:
+    """Whether a class can be found and changed by others: no C type, not made in a function."""
+    can_change = cls.__flags__ & _IS_HEAP_TYPE and not cls.__flags__ & _IS_IMMUTABLE
+    return bool(can_change) and found(f"{cls.__module__}:{cls.__qualname__}") is cls
 
 
 def _is_of_family(cls: type[Any], name: str) -> bool:

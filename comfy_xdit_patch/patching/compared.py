@@ -30,7 +30,7 @@ class Compared:
             for container, members in names.items():
                 if container.partition(":")[0] not in sys.modules:
                     continue  # Nobody here has imported it, so nobody has replaced it.
-                owner = vars(found(container))
+                owner = getattr(found(container), "__dict__", {})
                 self._rows += [
                     _Row(container, name, owner, text, is_around_blocks)
                     for name, text in members.items()
