@@ -29,7 +29,7 @@ def inner_of(value: Any) -> Any:
 
 def wrapper_of(value: Any) -> Any:
     """Return the function that wrapt calls around another one; None for what is no such wrapper."""
-    if type(value).__module__.partition(".")[0] != "wrapt":
+    if not type(value).__name__.endswith("FunctionWrapper"):
         return None
     wrapper = getattr(value, "_self_wrapper", None)
     return getattr(wrapper, "__func__", wrapper)

@@ -115,7 +115,11 @@ def _rows() -> dict[str, tuple[Callable[[], Value], Callable[[Value], None]]]:
     ]
     for name, getter, setter in pairs:
         if hasattr(core, getter) and hasattr(core, setter):
-            rows[name] = _pair(getattr(core, getter), getattr(core, setter))
+            rows[name] = _pair(
+                getattr(core, getter),
+                getattr(core, setter),
+                takes_several="reduction" in name and isinstance(getattr(core, getter)(), tuple),
+            )
     if hasattr(core, "_get_fp32_precision_getter"):
         for which in PRECISIONS:
             rows[f"float32 of {' '.join(which)}"] = (
@@ -128,7 +132,7 @@ def _rows() -> dict[str, tuple[Callable[[], Value], Callable[[Value], None]]]:
 
 
 def _pair(
-    get: Callable[[], Any], put: Callable[..., None]
+    get: Callable[[], Any], put: Callable[..., None], *, takes_several: bool
 ) -> tuple[Callable[[], Value], Callable[[Value], None]]:
     def value() -> Value:
         try:
@@ -138,7 +142,7 @@ def _pair(
         return list(found) if isinstance(found, tuple) else found
 
     def setting(value: Value) -> None:
-        if isinstance(get(), tuple):
+        if takes_several:
             put(*value)
         else:
             put(value)

@@ -24,6 +24,7 @@ CHANGED = 1e-4
 EQUAL_IN_BFLOAT16 = 2e-3
 """A shard's products of matrices are rounded otherwise: an autocast to bfloat16 is followed."""
 MECHANISMS = 6
+MOST_PER_STEP_US = 200
 FOLLOWED = ("default_dtype", "autocast", "matmul_precision")
 REASONS = {
     "setting operator": "torch's operator aten/scaled_dot_product_attention",
@@ -94,6 +95,8 @@ def test_whatever_is_changed_for_the_whole_process_is_followed_or_refused(
         if counts != {"parallel": 1, "fell_back": {}} or error(result, changes.plain) > EQUAL:
             wrong[f"after {mutation}"] = error(result, changes.plain), counts
     assert wrong == {}
+    cost, _ = changes.call(changes.ranks, "cost_of_looking")
+    assert cost["least"] < MOST_PER_STEP_US, cost
     # As packs do at their import: before ranks start.
     named = [mutation for mutation in altering if not mutation.startswith("setting")]
     changes.ranks.have(

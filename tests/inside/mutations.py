@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import dis
 import random
+import statistics
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -147,6 +149,23 @@ def differences(path: str, out: str, mutations: list[str]) -> dict[str, Any]:
         likeness = _activation().host.likeness
         names = [item.reason for one in likeness.compared for item in one.changes(is_first=True)]
     return {**counts, "names": names}
+
+
+def cost_of_looking(path: str, out: str) -> dict[str, float]:
+    """Microseconds that a step, and the first step of a run, look at what was replaced."""
+    _call(path, out)
+    host = _activation().host
+    base = forwards.patcher_of(path).model
+    run = host.begin_run()
+    seconds: dict[str, list[float]] = {"run": [], "step": []}
+    for is_first in [True] * 20 + [False] * 500:
+        if is_first:
+            run.code.clear()
+        begin = time.perf_counter()
+        assert host.likeness.changes(base, run, lambda: None) == []
+        seconds["run" if is_first else "step"].append(time.perf_counter() - begin)
+    found = {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
+    return {**found, "least": min(seconds["step"]) * 1e6}
 
 
 @contextlib.contextmanager
