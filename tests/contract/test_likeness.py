@@ -21,8 +21,8 @@ RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 EQUAL = 1e-5
 """Relative error in float32."""
 CHANGED = 1e-4
-EQUAL_IN_BFLOAT16 = 2e-3
-"""A shard's products of matrices are rounded otherwise: an autocast to bfloat16 is followed."""
+EQUAL_IN_BFLOAT16 = 6e-3
+"""Rounding in an autocast to bfloat16, whose step is 7.8e-3, where shards are summed otherwise."""
 MECHANISMS = 6
 MOST_PER_STEP_US = 200
 FOLLOWED = ("default_dtype", "autocast", "matmul_precision")
