@@ -130,7 +130,7 @@ class Activation:
             log.warning("xDiT: one rank makes no image faster; XDIT_GPUS names a single device.")
 
     def _activate_controls(self, host: Host) -> None:
-        host.remember_controls(sys.modules)
+        host.pristine.remember_controls(sys.modules)
         assert self._wrappers is not None, "made with the host"
         self.controls = PatchSet(control_points(self._wrappers))
         misfit = self.controls.install()

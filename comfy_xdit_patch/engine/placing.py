@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.engine.tensor_blocks import TensorBlocks
-from comfy_xdit_patch.engine.weight_sharding import BLOCK_LISTS, Bake, ShardedBlocks
+from comfy_xdit_patch.engine.weight_sharding import Bake, ShardedBlocks
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.transport.fingerprint import PREFIX
 from comfy_xdit_patch.transport.tensors import digest_weight
 

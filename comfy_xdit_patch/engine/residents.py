@@ -29,8 +29,8 @@ from comfy_xdit_patch.engine.placing import (
     place_whole,
 )
 from comfy_xdit_patch.engine.resident import Resident
-from comfy_xdit_patch.engine.staged_blocks import BLOCK_LISTS
 from comfy_xdit_patch.engine.whole_tensor import scaled_layers
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.pipeline import stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.tensor_residency import tensor_degree

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.transport.fingerprint import PREFIX
 
-BLOCK_LISTS = ("double_blocks", "single_blocks")
 """In the order in which blocks are numbered."""
 
 

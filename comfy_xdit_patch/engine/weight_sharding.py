@@ -32,12 +32,12 @@ import torch.distributed as dist
 
 from comfy_xdit_patch.engine import collectives
 from comfy_xdit_patch.engine.flat_layout import ALIGNMENT, FlatLayout, Recipe, round_up
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
 """Takes a weight's name in the diffusion model, and it whole on the device; returns it baked."""
 
 # In the order in which ``Flux.forward_orig`` runs them.
-BLOCK_LISTS = ("double_blocks", "single_blocks")
 NUM_WINDOWS = 2
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.planning.ways_in import origin
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.functions import (
     closed_over,

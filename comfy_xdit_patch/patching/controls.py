@@ -23,6 +23,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.boundary import theirs
 from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.holding import LOST, Holding
+from comfy_xdit_patch.patching.likeness import Likeness
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
@@ -66,6 +67,7 @@ class ControlNets:
         models: ModelRegistry,
         pristine: Pristine,
         totals: Totals,
+        likeness: Likeness,
     ) -> None:
         self._remote = remote
         self._holding = holding
@@ -73,6 +75,7 @@ class ControlNets:
         self._models = models
         self._pristine = pristine
         self._totals = totals
+        self._likeness = likeness
         self._known: weakref.WeakKeyDictionary[Any, ControlModel] = weakref.WeakKeyDictionary()
 
     def loaded(self, control: Any, path: str, options: dict[str, Any], *, file: str) -> None:
@@ -147,6 +150,9 @@ class ControlNets:
         if plan.pipefusion_degree > 1:
             return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
         try:
+            others = self._likeness.changes(model, run, poll)
+            if others:
+                return others[0]
             known = self._holding.hold(
                 model,
                 run,

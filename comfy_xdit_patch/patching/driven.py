@@ -24,7 +24,7 @@ from comfy_xdit_patch.patching.boundary import is_interrupt
 from comfy_xdit_patch.patching.driven_step import DrivenStep
 from comfy_xdit_patch.patching.remote_tokens import RemoteTokens
 from comfy_xdit_patch.patching.wire import Wire
-from comfy_xdit_patch.planning.eligibility import BLOCK_LISTS
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.workers.exchange import Poll

@@ -25,6 +25,7 @@ from comfy_xdit_patch.patching.deferred import Residuals
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.likeness import Likeness
 from comfy_xdit_patch.patching.measuring import Measuring
 from comfy_xdit_patch.patching.memory import EVERYTHING, SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
@@ -62,8 +63,7 @@ class Host:
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
         self.is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
         """Of a call of FLUX that is seen and counted."""
-        self._pristine = pristine
-        self.ways = pristine.ways
+        self.pristine = pristine
         wire = Wire(pool)
         self._remote = RemoteForward(wire, self.totals)
         self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
@@ -84,6 +84,7 @@ class Host:
         auto = Auto(settings, pool, self.measuring)
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines(wire)
+        self.likeness = Likeness(wire, self._weights.follow_generation)
         self._steps = ParallelSteps(
             self._remote,
             DrivenForward(wire, self.totals),
@@ -93,6 +94,7 @@ class Host:
             hooks=self.hooks,
             auto=auto,
             pipelines=self.pipelines,
+            likeness=self.likeness,
         )
         self.controls = ControlNets(
             RemoteControl(wire, self.totals),
@@ -101,22 +103,19 @@ class Host:
             models=self.models,
             pristine=pristine,
             totals=self.totals,
+            likeness=self.likeness,
         )
         self._lock = threading.RLock()
 
     def successor(self, settings: Settings) -> Host:
         """Return one for other settings, whose workers are new and hold nothing."""
-        return Host(settings=settings, pool=self.pool, pristine=self._pristine, before=self)
+        return Host(settings=settings, pool=self.pool, pristine=self.pristine, before=self)
 
     def model_loaded(
         self, patcher: Any, loader: str, path: str, options: dict[str, Any], file: str
     ) -> None:
         """Note which file a model of ours came from; ``file`` was its identity before."""
         self.models.remember(patcher.model, loader, path, options, file=file)
-
-    def remember_controls(self, modules: Mapping[str, Any]) -> None:
-        """Note ComfyUI's own ControlNet code before any node pack changes it."""
-        self._pristine.remember_controls(modules)
 
     def begin_run(self, patcher: Any = None) -> Run:
         """Make the books of a sampling run of a ModelPatcher."""
@@ -128,7 +127,7 @@ class Host:
     def is_flux(self, patcher: Any) -> bool:
         """Whether a ModelPatcher's model is one for the workers."""
         flux = getattr(getattr(patcher, "model", None), "diffusion_model", None)
-        return self._pristine.is_member(flux)
+        return self.pristine.is_member(flux)
 
     def end_run(self, run: Run) -> None:
         """Close the books of a run, and say one line about it if FLUX took part."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.attributes import own_attribute
+from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.boundary import attempt, our_faults_stay_ours
 from comfy_xdit_patch.patching.holding import LOST
@@ -25,7 +26,6 @@ from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.step import Step
-from comfy_xdit_patch.planning.ways_in import origin
 
 FAULT = Refusal("a fault of comfy-xdit-patch, which is in the log", Scope.STEP)
 
@@ -36,7 +36,7 @@ def met(host: Host, base_model: Any) -> Iterator[None]:
     meeting: Any = nullcontext()
     with our_faults_stay_ours("meeting a call"):
         flux = flux_of(base_model)
-        obstacle = host.ways.obstacle(flux)
+        obstacle = host.pristine.ways.obstacle(flux)
         if obstacle is not None:
             meeting = own_attribute(flux, "forward", _forward_of(host, flux, obstacle))
     run = host.current_run.get()
@@ -45,7 +45,7 @@ def met(host: Host, base_model: Any) -> Iterator[None]:
         yield
     with our_faults_stay_ours("a call that was not seen"):
         model = getattr(base_model, "diffusion_model", None)
-        is_theirs = host.ways.class_of(getattr(model, "_orig_mod", model)) is None
+        is_theirs = host.pristine.ways.class_of(getattr(model, "_orig_mod", model)) is None
         if run is not None and run.is_flux and run.num_calls == before and is_theirs:
             name = origin(model)
             host.refuse(Refusal(f"a node put {name} around the whole model", Scope.STEP))
@@ -90,7 +90,7 @@ def _watched_block(host: Host, block: Any, wrapper: Any) -> Callable[..., Any]:
 
 def _forward_of(host: Host, flux: Any, obstacle: Refusal) -> Callable[..., torch.Tensor]:
     theirs = flux.forward
-    signature = host.ways.signature(flux)
+    signature = host.pristine.ways.signature(flux)
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         call = signature.bind(flux, *args, **kwargs)

@@ -30,6 +30,8 @@ class Run:
     """Models of this run as the workers know them, by the identity of their BaseModel."""
     changes: dict[int, list[Refusal]] = field(default_factory=dict)
     """What others hung on single modules of them."""
+    code: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    """Classes of their modules: which code they reach (``likeness.py``)."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
     prescribed: dict[int, bool] = field(default_factory=dict)

@@ -50,12 +50,17 @@ def checked(step: Step) -> Step | Refusal:
     return step
 
 
+def lost(error: WorkerError, totals: Totals) -> Refusal:
+    """Note a loss of the workers, and return it as the reason why ComfyUI computes a call."""
+    totals.last_error = str(error)
+    totals.last_loss_unix_s = time.time()
+    return LOST
+
+
 def refusal_of(error: Exception, totals: Totals) -> Refusal | None:
     """Why ComfyUI computes a call in which this was raised; None for what is a fault of ours."""
     if isinstance(error, WorkerError):
-        totals.last_error = str(error)
-        totals.last_loss_unix_s = time.time()
-        return LOST
+        return lost(error, totals)
     if isinstance(error, CallRaisedError):
         totals.last_error = str(error)
         return Refusal(f"the call raised {error.kind} on the workers", has_raised=True)

@@ -10,7 +10,6 @@ Runs in: host process.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -33,11 +32,12 @@ from comfy_xdit_patch.patching.carried import carry, other_options
 from comfy_xdit_patch.patching.driven import DrivenForward
 from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.hooks import LeftOutHooks
+from comfy_xdit_patch.patching.likeness import Likeness
 from comfy_xdit_patch.patching.models import flux_of
 from comfy_xdit_patch.patching.pipelined import Pipelines
 from comfy_xdit_patch.patching.remote import RemoteForward, arguments_of
 from comfy_xdit_patch.patching.run import Run
-from comfy_xdit_patch.patching.step import Step, checked, refusal_of
+from comfy_xdit_patch.patching.step import Step, checked, lost, refusal_of
 from comfy_xdit_patch.planning.arguments import check_arguments, check_grad, misplaced
 from comfy_xdit_patch.planning.eligibility import Pristine, blocking, check_patcher
 from comfy_xdit_patch.planning.family import num_out_channels
@@ -59,10 +59,12 @@ class ParallelSteps:
         hooks: LeftOutHooks,
         auto: Auto,
         pipelines: Pipelines,
+        likeness: Likeness,
     ) -> None:
         self._auto = auto
         self._plans = CallPlans(holding, auto=auto, pipelines=pipelines)
         self._remote = remote
+        self._likeness = likeness
         self._driven = driven
         self._holding = holding
         self._pristine = pristine
@@ -119,12 +121,16 @@ class ParallelSteps:
             *carried.refusals,
             *self._holding.changes(base_model, run),
         ]
-        refusal = blocking(changes)
-        if is_inner and changes:
-            refusal = changes[0]
+        refusal = blocking(changes, any_of_them=is_inner)
+        if refusal is None:
+            refusal = self._holding.come_up(base_model, poll)
         if refusal is not None:
             return refusal
-        refusal = self._holding.come_up(base_model, poll)
+        try:
+            changes += self._likeness.changes(base_model, run, poll)
+        except WorkerError as error:
+            return lost(error, self._totals)
+        refusal = blocking(changes, any_of_them=is_inner)
         if refusal is not None:
             return refusal
         call = self._plans.of_call(
@@ -219,8 +225,7 @@ class ParallelSteps:
         try:
             self._pipelines.end(run)
         except WorkerError as error:
-            self._totals.last_error = str(error)
-            self._totals.last_loss_unix_s = time.time()
+            lost(error, self._totals)
 
     def reaches_us(self, base_model: Any) -> bool:
         """Whether a model's next call comes here as a whole, for all that can be seen now."""

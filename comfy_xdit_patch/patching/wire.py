@@ -25,11 +25,14 @@ class Wire:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self._fds: Sequence[tuple[Slot, int]] = ()
+        self.pending: list[Message] = []
+        """Without a reply, to be sent before the next request; new workers get none of them."""
         self.generation = 0
         """Of the workers that the shared memory belongs to."""
         self._begin()
 
     def _begin(self) -> None:
+        self.pending = []
         self.slots = SlotTable()
         self.packs = PackTable(self.slots.create, self.slots.drop)
 
@@ -75,7 +78,8 @@ class Wire:
         """
 
         def before() -> Sequence[tuple[Message, int | None]]:
-            extra = [(item, None) for item in prepare()]
+            pending, self.pending = self.pending, []
+            extra = [(item, None) for item in (*pending, *prepare())]
             return [*extra, *self._slot_messages()]
 
         requests: list[Message] = []

@@ -5,31 +5,25 @@ Runs in: host. Reads ComfyUI's objects, changes nothing.
 The workers run ComfyUI's own forward on the model's own file. Whatever a node pack, a LoRA or a
 user changed between the file and this call must therefore be seen here, or the image would
 silently differ: everything is refused that is not known to be carried over. Two scans: a cheap
-one for every step, a full one of all modules once a run.
+one for every step, a full one of all modules once a run. They look at this one model; what was
+changed for the whole process is found by ``patching/likeness.py``.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.bypass import BypassCode
-from comfy_xdit_patch.planning.family import CONTROL, FLUX_LAYERS, MEMBERS, Member
-from comfy_xdit_patch.planning.ways_in import WaysIn, origin
+from comfy_xdit_patch.planning.family import BLOCK_LISTS, CONTROL, MEMBERS
+from comfy_xdit_patch.planning.ways_in import WAYS, WaysIn
 
 BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
 FLUX_LAYERS_MODULE = "comfy.ldm.flux.layers"
-FUNCTIONS = {
-    "comfy.ldm.flux.layers": ("attention", "apply_mod", "timestep_embedding"),
-    "comfy.ldm.flux.math": ("optimized_attention", "apply_rope", "rope"),
-    "comfy.ldm.flux.model": ("timestep_embedding",),
-}
-BLOCK_LISTS = ("double_blocks", "single_blocks")
-# Classes whose ``forward`` runs inside of a block.
-PARTS_OF_BLOCKS = (*BLOCK_CLASSES, "Modulation", "QKNorm")
 OWNERS = ("comfy", "comfy_kitchen", "torch")
 CARRIED_OBJECTS = ("diffusion_model.params.default_ref_method",)
 """Object patches whose value is an argument of the call."""
@@ -38,54 +32,29 @@ CARRIED_HOOKS = ("weight", "transformer_options", "add_models")
 
 
 class Pristine:
-    """ComfyUI's own FLUX code as it was when ComfyUI imported it, before any node pack ran.
+    """ComfyUI's own classes as they were when ComfyUI imported them, before any node pack ran.
 
     ``forward`` and ``_forward`` of a model are not looked at: when our wrapper is reached, whatever
     lies above it has run in this process already. What lies below runs in the workers.
     """
 
     def __init__(self, modules: Mapping[str, types.ModuleType]) -> None:
-        """Remember classes, methods and functions.
-
-        Args:
-            modules: ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``.
-        """
+        """Remember them, of ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``."""
         layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
         self.bypass = BypassCode(modules)
         self.ways = WaysIn(modules)
         self.control_class: type[Any] | None = None
-        self._members: dict[type[Any], Member] = {}
-        self._methods: list[tuple[type[Any], str, Any]] = []
-        self._remember_layers(modules, {FLUX_LAYERS_MODULE: FLUX_LAYERS})
-        for member in MEMBERS:
-            if member.module in modules:
-                self._remember(modules, member)
-        self._functions = [
-            (modules[module], name, getattr(modules[module], name))
-            for module, names in FUNCTIONS.items()
-            for name in names
-            if hasattr(modules[module], name)
-        ]
+        self._members: set[type[Any]] = {
+            getattr(modules[member.module], member.name)
+            for member in MEMBERS
+            if member.module in modules
+        }
 
     def remember_controls(self, modules: Mapping[str, types.ModuleType]) -> None:
         """The same for ComfyUI's ControlNets, which are imported later."""
-        self.control_class = self._remember(modules, CONTROL)
-
-    def _remember(self, modules: Mapping[str, types.ModuleType], member: Member) -> type[Any]:
-        cls: type[Any] = getattr(modules[member.module], member.name)
-        self._members[cls] = member
-        self._methods += _own_methods(cls, member.methods)
-        self._remember_layers(modules, member.layers)
-        return cls
-
-    def _remember_layers(
-        self, modules: Mapping[str, types.ModuleType], layers: Mapping[str, Sequence[str]]
-    ) -> None:
-        for module, names in layers.items():
-            for name in names:
-                if hasattr(modules[module], name):
-                    self._methods += _own_methods(getattr(modules[module], name), ("forward",))
+        self.control_class = getattr(modules[CONTROL.module], CONTROL.name)
+        self._members.add(self.control_class)
 
     def is_member(self, flux: Any) -> bool:
         """Whether a model is of one of the family's own classes, or of one made from it."""
@@ -99,7 +68,7 @@ class Pristine:
         return any(code is not None and kind in code.co_consts for code in codes)
 
     def check_step(self, flux: Any) -> list[Refusal]:
-        """See what others changed in FLUX's code: classes, methods, functions. Every step."""
+        """See what others changed in a model and its blocks. Every step."""
         own_class = type(flux) if type(flux) in self._members else self.ways.class_of(flux)
         if own_class is None:
             return [Refusal(f"the diffusion model is no FLUX but {origin(flux)}")]
@@ -111,29 +80,11 @@ class Pristine:
                     is_around_blocks=True,
                 )
             )
-        for cls, name, function in self._methods:
-            if cls.__dict__.get(name) is not function:
-                found.append(
-                    Refusal(
-                        f"{cls.__name__}.{name} was replaced by {origin(cls.__dict__.get(name))}",
-                        is_around_blocks=cls.__name__ not in PARTS_OF_BLOCKS,
-                    )
-                )
-        for module, name, function in self._functions:
-            if getattr(module, name, None) is not function:
-                found.append(Refusal(f"{module.__name__}.{name} was replaced by another extension"))
-        for name in self._members[own_class].methods:
-            # An object patch that was taken back leaves the bound original behind as an instance
-            # attribute: compare functions, not presence.
-            own = flux.__dict__.get(name)
-            stock = inspect.getattr_static(type(flux), name, None)
-            if own is not None and getattr(own, "__func__", own) is not stock:
-                found.append(
-                    Refusal(
-                        f"a node replaced {name} of this model by {origin(own)}",
-                        is_around_blocks=True,
-                    )
-                )
+        found += [
+            Refusal(f"a node replaced {name} of this model by {origin(own)}", is_around_blocks=True)
+            for name, own in _shadowing(flux)
+            if name not in WAYS
+        ]
         found += [
             Refusal(f"a node replaced a block of this model by {origin(block)}")
             for block in (*flux.double_blocks, *flux.single_blocks)
@@ -159,6 +110,15 @@ class Pristine:
                         is_around_blocks=not is_block,
                     )
                 )
+            if module is not flux:
+                found += [
+                    Refusal(
+                        f"a node replaced {other} of {_without_index(name)} by {origin(own)}",
+                        is_around_blocks=not is_block,
+                    )
+                    for other, own in _shadowing(module)
+                    if other != "forward"
+                ]
             hooks = {**module._forward_hooks, **module._forward_pre_hooks}
             if hooks:
                 found.append(
@@ -190,8 +150,15 @@ def _parts(flux: Any) -> Iterator[tuple[str, Any]]:
     return ((name, getattr(module, "_orig_mod", module)) for name, module in parts)
 
 
-def _own_methods(cls: type[Any], names: Sequence[str]) -> list[tuple[type[Any], str, Any]]:
-    return [(cls, name, cls.__dict__[name]) for name in names if name in cls.__dict__]
+def _shadowing(module: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the methods that a module has of its own, in the place of those of its class."""
+    cls = type(module)
+    for name, own in vars(module).items():
+        stock = inspect.getattr_static(cls, name) if hasattr(cls, name) else None
+        # An object patch that was taken back leaves the bound original behind as an attribute:
+        # compare functions, not presence.
+        if callable(stock) and getattr(own, "__func__", own) is not stock:
+            yield name, own
 
 
 def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
@@ -229,9 +196,13 @@ def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
     return found
 
 
-def blocking(refusals: Iterable[Refusal]) -> Refusal | None:
-    """Return the first refusal that keeps even the blocks from running on the workers."""
-    return next((refusal for refusal in refusals if not refusal.is_around_blocks), None)
+def blocking(refusals: Iterable[Refusal], *, any_of_them: bool = False) -> Refusal | None:
+    """Return the first refusal that keeps even the blocks from running on the workers.
+
+    Args:
+        any_of_them: one that lies around the blocks is in the way too.
+    """
+    return next((one for one in refusals if any_of_them or not one.is_around_blocks), None)
 
 
 def _without_index(name: str) -> str:

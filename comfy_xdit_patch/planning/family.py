@@ -2,81 +2,40 @@
 
 Runs in: host and worker. Names only: nothing of ComfyUI is imported here.
 
-All rows have the same engine. A row says which code of ComfyUI runs in the workers, so that a node
-pack's changes to it are seen, and how the model's tokens reach ``forward_orig``.
+All rows have the same engine. A row says how the model's tokens reach ``forward_orig``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-FLUX_LAYERS = (
-    "DoubleStreamBlock",
-    "SingleStreamBlock",
-    "LastLayer",
-    "EmbedND",
-    "MLPEmbedder",
-    "Modulation",
-    "QKNorm",
-)
+BLOCK_LISTS = ("double_blocks", "single_blocks")
+"""Attributes of a model that hold its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """One class of ComfyUI's.
 
-    ``methods`` are those below ``_forward``, which run in the workers. ``layers`` are its own layer
-    classes by module. ``is_pixel_space``: the model reads pixels, embeds them by a convolution, and
-    has a head that works on patches (Chroma Radiance).
+    ``is_pixel_space``: the model reads pixels, embeds them by a convolution, and has a head that
+    works on patches (Chroma Radiance).
     """
 
     module: str
     name: str
-    methods: tuple[str, ...]
-    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     is_pixel_space: bool = False
 
 
 MEMBERS = (
     # FLUX.1, FLUX.2, Ovis-Image and LongCat-Image.
-    Member("comfy.ldm.flux.model", "Flux", ("forward_orig", "process_img")),
-    Member(
-        "comfy.ldm.chroma.model",
-        "Chroma",
-        ("forward_orig", "get_modulations"),
-        {"comfy.ldm.chroma.layers": ("Approximator", "LastLayer")},
-    ),
-    Member(
-        "comfy.ldm.chroma_radiance.model",
-        "ChromaRadiance",
-        (
-            "forward_orig",
-            "get_modulations",
-            "img_in",
-            "forward_nerf",
-            "forward_tiled_nerf",
-            "radiance_get_override_params",
-        ),
-        {
-            "comfy.ldm.chroma_radiance.layers": (
-                "NerfEmbedder",
-                "NerfGLUBlock",
-                "NerfFinalLayer",
-                "NerfFinalLayerConv",
-            )
-        },
-        is_pixel_space=True,
-    ),
+    Member("comfy.ldm.flux.model", "Flux"),
+    Member("comfy.ldm.chroma.model", "Chroma"),
+    Member("comfy.ldm.chroma_radiance.model", "ChromaRadiance", is_pixel_space=True),
 )
 
 
-CONTROL = Member(
-    "comfy.ldm.flux.controlnet",
-    "ControlNetFlux",
-    ("forward_orig",),
-    {"comfy.ldm.flux.controlnet": ("MistolineCondDownsamplBlock", "MistolineControlnetBlock")},
-)
+CONTROL = Member("comfy.ldm.flux.controlnet", "ControlNetFlux")
 """The ControlNets of XLabs, InstantX, Shakker (Union) and MistoLine: one class of ComfyUI's."""
 
 

@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.sequence_shares import bounds, shard_sizes
 
-BLOCK_LISTS = ("double_blocks", "single_blocks")
 LARGEST_UNIT = 64
 """Columns are cut in multiples of it where they divide: matrix kernels want multiples."""
 

@@ -8,12 +8,12 @@ come there, and nothing would be said: its calls are met one step earlier, at ``
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 from collections.abc import Mapping
 from typing import Any
 
+from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.family import CONTROL, MEMBERS
 
@@ -71,17 +71,6 @@ class WaysIn:
                     is_around_blocks=True,
                 )
         return None
-
-
-def origin(value: Any) -> str:
-    """Say where a function, or an object's class, was written: ``pack.module.Class.function``."""
-    while isinstance(value, functools.partial) or hasattr(value, "__func__"):
-        value = value.func if isinstance(value, functools.partial) else value.__func__
-    owner = value if hasattr(value, "__qualname__") else type(value)
-    name = str(owner.__qualname__).replace(".<locals>", "")
-    # ComfyUI names a pack's module after its path.
-    module = str(getattr(owner, "__module__", "")).rpartition("/")[2]
-    return f"{module}.{name}" if module not in ("", "builtins") else name
 
 
 def _of_class(cls: type[Any], name: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forward, Free, RunBlock
+from comfy_xdit_patch.transport.likeness import Reach, Reached
 from comfy_xdit_patch.transport.messages import GiveWay, Load, Message, Unload
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
@@ -40,6 +41,7 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
     Fetch: (Fetched, Raised),
     Probe: (Probed, NotProbed),
     Free: (Unloaded,),
+    Reach: (Reached,),
 }
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_BLOCKS = 1000

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, get_args
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock, Tree
 from comfy_xdit_patch.transport.fields import checks_of
+from comfy_xdit_patch.transport.likeness import Follow, Reach, Reached
 from comfy_xdit_patch.transport.probing import NotProbed, Probe, Probed
 from comfy_xdit_patch.transport.replies import (
     Alive,
@@ -165,6 +166,8 @@ Message: TypeAlias = (
     | Free
     | Forget
     | Probe
+    | Follow
+    | Reach
     | Stop
     | Joining
     | Joined
@@ -182,6 +185,7 @@ Message: TypeAlias = (
     | Probed
     | NotProbed
     | Raised
+    | Reached
     | Failed
 )
 

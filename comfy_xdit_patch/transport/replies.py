@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from comfy_xdit_patch.transport.likeness import Reached
 from comfy_xdit_patch.transport.probing import NotProbed, Probed
 
 MAX_TEXT_CHARS = 2000
@@ -201,5 +202,6 @@ Reply: TypeAlias = (
     | Probed
     | NotProbed
     | Raised
+    | Reached
     | Failed
 )

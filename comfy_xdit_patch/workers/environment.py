@@ -36,6 +36,8 @@ GPU_THREADS = "4"
 """Of a GPU rank's OpenMP pool. By default each rank would start one for every core of the machine,
 and all of them spin for a while after what a load computes on the CPU."""
 _PLAIN = (bool, int, float, str, type(None))
+_WORKERS_OWN = ("cpu", "disable_pinned_memory")
+"""Options of ComfyUI's that a worker decides; ``restore_host_state`` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +60,32 @@ def capture_host_state(comfyui_root: str) -> HostState:
     import comfy.cli_args
     import comfy.options
 
-    options = vars(comfy.cli_args.args)
-    plain = {
-        name: value
-        for name, value in options.items()
-        if isinstance(value, _PLAIN)
-        or (isinstance(value, list) and all(isinstance(item, _PLAIN) for item in value))
-    }
     return HostState(
         comfyui_root=comfyui_root,
         sys_path=[path for path in sys.path if isinstance(path, str)],
         argv=list(sys.argv),
         parses_arguments=bool(comfy.options.args_parsing),
-        arguments=plain,
+        arguments=plain_arguments(vars(comfy.cli_args.args)),
     )
+
+
+def plain_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ComfyUI's options that are plain data."""
+    return {
+        name: value
+        for name, value in options.items()
+        if isinstance(value, _PLAIN)
+        or (isinstance(value, list) and all(isinstance(item, _PLAIN) for item in value))
+    }
+
+
+def follow_arguments(arguments: Mapping[str, Any]) -> None:
+    """Set ComfyUI's options in a worker as they are in the host now."""
+    import comfy.cli_args
+
+    for name, value in arguments.items():
+        if name not in _WORKERS_OWN:
+            setattr(comfy.cli_args.args, name, value)
 
 
 def restore_host_state(start: Start) -> None:

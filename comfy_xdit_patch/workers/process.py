@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
 from comfy_xdit_patch.transport.calls import Control, Fetch, Forget, Forward, Free, RunBlock
 from comfy_xdit_patch.transport.channel import Channel
+from comfy_xdit_patch.transport.likeness import Follow, Reach, Reached
 from comfy_xdit_patch.transport.messages import (
     Drop,
     GiveWay,
@@ -141,6 +142,12 @@ class Worker:
         elif isinstance(message, Probe):
             self._phase = "measuring the machine"
             self._channel.send(engine.probe(message), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Reach):
+            self._phase = "looking what a model's code reaches"
+            self._channel.send(_reached(message), deadline_s=REPLY_DEADLINE_S)
+        elif isinstance(message, Follow):
+            self._phase = "following the host's settings"
+            _follow(message)
         elif isinstance(message, Forget):
             engine.forget(message)
         elif isinstance(message, Free):
@@ -159,6 +166,22 @@ class Worker:
                 self._channel.send(Loading(request, done), deadline_s=REPLY_DEADLINE_S)
 
         return progress
+
+
+def _reached(message: Reach) -> Reached:
+    from comfy_xdit_patch.engine.reach import reached
+    from comfy_xdit_patch.transport.torch_settings import modes, own_kernels
+
+    in_blocks, around = reached(message.in_blocks, message.around)
+    return Reached(message.request, in_blocks, around, sorted(own_kernels()), modes())
+
+
+def _follow(message: Follow) -> None:
+    from comfy_xdit_patch.transport import torch_settings
+    from comfy_xdit_patch.workers.environment import follow_arguments
+
+    torch_settings.follow(message.torch)
+    follow_arguments(message.arguments)
 
 
 def _leave_at_once(code: int) -> NoReturn:

@@ -20,11 +20,14 @@ RANKS = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": "400"}
 
 REFUSED = {
     "block class": "a node replaced a block of this model by host_checks.OtherBlock",
-    "block method": "SingleStreamBlock.forward was replaced by host_checks._passing_on.passing_on",
-    "attention function": "comfy.ldm.flux.layers.attention was replaced by another extension",
-    "optimized attention": (
-        "comfy.ldm.flux.math.optimized_attention was replaced by another extension"
+    "block method": (
+        "comfy.ldm.flux.layers.SingleStreamBlock.forward was replaced by "
+        "host_checks._passing_on.passing_on"
     ),
+    "attention function": "comfy.ldm.flux.layers.attention was replaced by "
+    "host_checks._passing_on.passing_on",
+    "optimized attention": "comfy.ldm.flux.math.optimized_attention was replaced by "
+    "host_checks._passing_on.passing_on",
     "multigpu": "ComfyUI's own MultiGPU split is active",
 }
 # What lies around the blocks, or can be carried: the workers compute the blocks all the same.

@@ -37,6 +37,7 @@ IMPORTERS = {
         "engine/whole_tensor.py",
         "patching/boundary.py",
         "patching/controls.py",
+        "patching/likeness.py",
         "patching/memory.py",
         "patching/residency.py",
         "patching/ring.py",
@@ -143,6 +144,7 @@ IMPORTERS = {
         "transport/slot_map.py",
         "transport/slots.py",
         "transport/tensors.py",
+        "transport/torch_settings.py",
         "transport/values.py",
         "workers/joining.py",
         "workers/nursery.py",
@@ -177,6 +179,7 @@ HOLDS_TENSORS = {
         "slot_map",
         "slots",
         "tensors",
+        "torch_settings",
         "values",
     )
 }
@@ -197,22 +200,25 @@ READS_ENVIRONMENT = {
 MAY_IMPORT = {
     "errors": set(),
     "attributes": set(),
+    "blame": set(),
     "strategy": set(),
     "variables": {"strategy"},
     "settings": {"errors", "strategy", "variables"},
     "system_memory": set(),
     "bootstrap": {"activation"},
-    "planning": {"errors", "settings", "strategy", "system_memory", "variables", "planning"},
-    "transport": {"errors", "system_memory", "transport"},
+    "planning": {
+        *("blame", "errors", "settings", "strategy", "system_memory", "variables", "planning"),
+    },
+    "transport": {"blame", "errors", "system_memory", "transport"},
     "observability": {
         *("errors", "settings", "strategy", "variables", "planning", "observability"),
     },
     "check": {"errors", "settings", "planning", "observability", "check"},
-    "engine": {"attributes", "errors", "planning", "transport", "engine"},
+    "engine": {"attributes", "blame", "errors", "planning", "transport", "engine"},
     "workers": {"errors", "settings", "bootstrap", "planning", "transport", "engine", "workers"},
     "patching": {
-        *("attributes", "errors", "settings", "strategy", "planning", "transport", "workers"),
-        *("observability", "patching"),
+        *("attributes", "blame", "errors", "settings", "strategy", "planning", "transport"),
+        *("workers", "observability", "patching"),
     },
     "activation": {
         *("bootstrap", "errors", "settings", "planning", "workers", "observability", "patching")

@@ -55,13 +55,13 @@ class Work:
 
     def __init__(self, server: Server, ledger: Ledger) -> None:
         self.server, self.ledger = server, ledger
-        self._number = 0
+        self.number = 0
 
     def make(self, change: Callable[[Graph], Graph] = lambda graph: graph) -> dict[str, Any]:
         """Make a picture, all of its steps parallel; return the status after it."""
-        self._number += 1
+        self.number += 1
         before = self.server.status()
-        self.server.run(change(prompt(self._number)), DEADLINE_S)
+        self.server.run(change(prompt(self.number)), DEADLINE_S)
         status = self.server.status()
         assert status["steps_parallel"] - before["steps_parallel"] == NUM_STEPS, status["last_run"]
         assert status["steps_fell_back"] == before["steps_fell_back"]
@@ -190,7 +190,9 @@ def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
             ways = f"gave way {status['gave_way']}, loads {status['loads']}"
             record_property(what, f"planned {planned}, ranks {held}, peaks {peaks} MiB, {ways}")
             assert max(peaks) <= gib * 1024
-            assert status["loads"] == num_loads, "read again"
+            # Without smart memory ComfyUI unloads all models after each prompt, and so do ranks.
+            all_loads = work.number if "--disable-smart-memory" in arguments else num_loads
+            assert status["loads"] == all_loads, "read again"
 
         make("first", lambda graph: graph, 1)
         make("another prompt", lambda graph: graph, 1)

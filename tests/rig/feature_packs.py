@@ -19,7 +19,7 @@ OWN_FILE = "flux1-dev-own.safetensors"
 GGUF_FILE = "flux1-dev-Q8_0.gguf"
 ATTENTION_PATCHES = ("comfy/ldm/flux/layers.py", "attn1_patch")
 REPLACED = "the workers run ComfyUI's own forward; this pack brings another one"
-GLOBAL = "it replaces a function of ComfyUI for all graphs"
+GLOBAL = "it replaces a function of ComfyUI or torch for all graphs"
 
 
 def through(node: str, *, own_file: bool = False, **values: Any) -> Row:
@@ -98,9 +98,17 @@ ROWS: dict[str, Row] = {
     "regional attention": Row(
         plain,
         FALLS_BACK,
-        "attention was replaced by another extension",
+        "attention was replaced by regional_attention",
         why=GLOBAL,
         pack="regional_attention",
+        same_as_plain="the plain graph of its server has it too",
+    ),
+    "SageAttention3 (torch's attention)": Row(
+        plain,
+        FALLS_BACK,
+        "scaled_dot_product_attention was replaced by torchs_attention",
+        why=GLOBAL,
+        pack="torchs_attention",
         same_as_plain="the plain graph of its server has it too",
     ),
     "unknown attention override": through("RigSharpened"),

@@ -5,7 +5,7 @@ Runs in: the tests.
 
 from __future__ import annotations
 
-from comfy_xdit_patch.transport import calls, messages, probing, replies
+from comfy_xdit_patch.transport import calls, likeness, messages, probing, replies
 from comfy_xdit_patch.transport.messages import ModelSource
 
 SOURCE = ModelSource(
@@ -94,6 +94,15 @@ MESSAGES = [
         result=1,
     ),
     probing.Probe(request=6, budget_s=1.0),
+    likeness.Follow(torch={"default dtype": "torch.float32"}, arguments={"fp16_unet": False}),
+    likeness.Reach(request=7, in_blocks=["comfy.ops:Linear"], around=["comfy.ldm.flux.model:Flux"]),
+    likeness.Reached(
+        request=7,
+        in_blocks={"torch.nn.functional": {"linear": "0123456789abcdef"}},
+        around={},
+        kernels=["aten/mm/CPU"],
+        modes=[],
+    ),
     messages.Stop(),
     replies.Joining(rank=1),
     replies.Joined(

@@ -33,7 +33,8 @@ class Host:
         self.base_model = ContextVar("base_model", default=None)
         self.current_run = ContextVar("current_run", default=None)
         self.is_inside = ContextVar("is_inside", default=False)
-        self.ways = SimpleNamespace(obstacle=lambda flux: None, class_of=lambda flux: None)
+        ways = SimpleNamespace(obstacle=lambda flux: None, class_of=lambda flux: None)
+        self.pristine = SimpleNamespace(ways=ways)
         self.answer = answer
         self.is_held_back = False
         self.hooks = LeftOutHooks()

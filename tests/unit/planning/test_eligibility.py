@@ -84,26 +84,6 @@ def change_class(world):
     world.flux.__class__ = type("MyFlux", (type(world.flux),), {})
 
 
-def replace_forward_orig(world):
-    world.model.Flux.forward_orig = another
-
-
-def remove_forward_orig(world):
-    del world.model.Flux.forward_orig
-
-
-def replace_block_forward(world):
-    world.layers.SingleStreamBlock.forward = another
-
-
-def replace_attention(world):
-    world.math.optimized_attention = another
-
-
-def replace_embedding(world):
-    world.model.timestep_embedding = another
-
-
 def replace_on_instance(world):
     world.flux.process_img = another
 
@@ -121,23 +101,6 @@ def subclass_block(world):
     ("change", "reason", "is_around_blocks"),
     [
         (change_class, f"the diffusion model's class was changed to {HERE}.MyFlux", True),
-        (replace_forward_orig, f"Flux.forward_orig was replaced by {HERE}.another", True),
-        (remove_forward_orig, "Flux.forward_orig was replaced by NoneType", True),
-        (
-            replace_block_forward,
-            f"SingleStreamBlock.forward was replaced by {HERE}.another",
-            False,
-        ),
-        (
-            replace_attention,
-            "comfy.ldm.flux.math.optimized_attention was replaced by another extension",
-            False,
-        ),
-        (
-            replace_embedding,
-            "comfy.ldm.flux.model.timestep_embedding was replaced by another extension",
-            False,
-        ),
         (replace_on_instance, f"a node replaced process_img of this model by {HERE}.another", True),
         (replace_block, f"a node replaced a block of this model by {HERE}.CachedBlock", False),
         (subclass_block, f"a node replaced a block of this model by {HERE}.TimedBlock", False),
@@ -178,6 +141,11 @@ def set_forward_of_block(flux):
     flux.single_blocks[1].forward = another
 
 
+def replace_method_of_norm(flux):
+    flux.single_blocks[0].norm = flux.single_blocks[0].forward
+    type(flux.single_blocks[0]).norm = lambda self: None
+
+
 def hook_block(flux):
     flux.double_blocks[0]._forward_hooks[1] = another
 
@@ -192,6 +160,12 @@ def pre_hook_model(flux):
         (
             set_forward_of_block,
             f"a node replaced the forward of single_blocks.N by {HERE}.another",
+            False,
+        ),
+        (
+            replace_method_of_norm,
+            f"a node replaced norm of single_blocks.N by {HERE}.World.__init__.SingleStreamBlock."
+            "forward",
             False,
         ),
         (hook_block, f"a forward hook is set on double_blocks.N: {HERE}.another", True),
@@ -265,7 +239,7 @@ def test_object_patches_outside_of_the_diffusion_model_are_not_refused():
         ),
         (
             {"object_patches": {"diffusion_model.double_blocks.7.img_mlp": 1}},
-            "a node patched diffusion_model.double_blocks.N.img_mlp of the model by int",
+            "a node patched diffusion_model.double_blocks.N.img_mlp of the model by another int",
         ),
     ],
 )

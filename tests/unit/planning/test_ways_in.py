@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from comfy_xdit_patch.planning.ways_in import WaysIn, origin
+from comfy_xdit_patch.planning.ways_in import WaysIn
 
 HERE = __name__
 
@@ -66,16 +66,3 @@ def test_a_class_made_from_comfyuis_is_of_the_family_and_a_controlnet_is_not(wor
     assert world.ways.obstacle(own()) is None
     assert world.ways.class_of(control()) is None
     assert world.ways.class_of(object()) is None
-
-
-def test_an_origin_is_where_it_was_written():
-    def inner():
-        pass
-
-    assert origin(inner) == f"{HERE}.test_an_origin_is_where_it_was_written.inner"
-    assert origin(functools.partial(another, 1)) == f"{HERE}.another"
-    assert origin(types.MethodType(another, object())) == f"{HERE}.another"
-    assert origin(types.MethodType(functools.partial(another), 1)) == f"{HERE}.another"
-    cls = type("Embedder", (), {"__module__": "/somewhere/custom_nodes/pack.nodes"})
-    assert origin(cls) == origin(cls()) == "pack.nodes.Embedder"
-    assert origin(1) == "int"

@@ -1,0 +1,159 @@
+"""Whether the ranks compute with what ComfyUI's process computes with.
+
+Runs in: host process. Reads modules and classes, changes nothing.
+
+A rank says what a model's code reaches and what each of these things is (``engine/reach.py``). Here
+the same names are looked up: what is another thing here was replaced by somebody, and is refused
+with its name. That is compared once for each generation of ranks; after that only identities are,
+in every step, and what is not the same object any more is described and compared again. Settings of
+torch and of ComfyUI's command line are not refused: they are sent, and the ranks follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from comfy_xdit_patch.blame import origin
+from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.patching.compared import Compared
+from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.patching.run import Run
+from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
+from comfy_xdit_patch.transport import torch_settings
+from comfy_xdit_patch.transport.describing import codes_in, found
+from comfy_xdit_patch.transport.likeness import Follow, Reach, Reached
+from comfy_xdit_patch.workers.environment import plain_arguments
+from comfy_xdit_patch.workers.exchange import Poll
+
+Kind = tuple[tuple[str, ...], tuple[str, ...]]
+"""Classes of a model's modules by ``module:path``: in its blocks, and around them."""
+
+
+class Likeness:
+    """What the ranks of one generation have said, and what is different here."""
+
+    def __init__(self, wire: Wire, follow_generation: Callable[[], object]) -> None:
+        """Prepare.
+
+        Args:
+            follow_generation: called before the ranks are asked anything.
+        """
+        self._wire = wire
+        self._follow_generation = follow_generation
+        self._generation = 0
+        self._compared: dict[Kind, Compared] = {}
+        self._kernels: frozenset[str] = frozenset()
+        self._num_kernels = -1
+        self._modes: list[str] = []
+        self._sent: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    @property
+    def compared(self) -> list[Compared]:
+        """What was compared with these ranks, for each kind of model."""
+        return list(self._compared.values())
+
+    def changes(self, model: Any, run: Run, poll: Poll) -> list[Refusal]:
+        """See what was replaced here, and have the ranks follow settings. Every step.
+
+        Args:
+            model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        self._follow_generation()
+        if self._generation != self._wire.generation:
+            self._generation = self._wire.generation
+            self._compared.clear()
+            self._sent = None
+        self._follow()
+        is_first = id(model) not in run.code
+        if is_first:
+            run.code[id(model)] = _kind_of(flux_of(model))
+        kind = run.code[id(model)]
+        if kind not in self._compared:
+            self._compared[kind] = Compared(self._ask(kind, poll))
+        return [
+            *self._compared[kind].changes(is_first=is_first),
+            *(_of_local_classes(flux_of(model)) if is_first else ()),
+            *self._of_kernels(),
+            *(
+                Refusal(f"{mode} is active around the sampling", Scope.STEP)
+                for mode in torch_settings.modes()
+                if mode not in self._modes
+            ),
+        ]
+
+    def _follow(self) -> None:
+        """Send settings if they are others than the ranks have."""
+        import comfy.cli_args
+
+        now = torch_settings.current(), dict(vars(comfy.cli_args.args))
+        if now != self._sent:
+            self._sent = now
+            self._wire.pending = [Follow(torch=now[0], arguments=plain_arguments(now[1]))]
+
+    def _ask(self, kind: Kind, poll: Poll) -> Reached:
+        in_blocks, around = kind
+        replies = self._wire.request(
+            lambda number: Reach(number, list(in_blocks), list(around)), poll=poll
+        )
+        reached = replies[0]
+        assert isinstance(reached, Reached)
+        self._kernels, self._modes = frozenset(reached.kernels), reached.modes
+        return reached
+
+    def _of_kernels(self) -> list[Refusal]:
+        if torch_settings.num_kernels() == self._num_kernels:
+            return []
+        others = sorted(torch_settings.own_kernels() - self._kernels)
+        if not others:
+            self._num_kernels = torch_settings.num_kernels()
+        return [
+            Refusal(f"torch's operator {name} was replaced by a torch.library") for name in others
+        ]
+
+
+def _kind_of(flux: Any) -> Kind:
+    in_blocks: set[type[Any]] = set()
+    around: set[type[Any]] = {type(flux)}
+    for name, module in flux.named_modules():
+        into = in_blocks if name.split(".")[0] in BLOCK_LISTS else around
+        into.add(type(module))
+        into.update(type(weight) for weight in module._parameters.values() if weight is not None)
+    return _paths(in_blocks), _paths(around - in_blocks)
+
+
+def _paths(classes: Iterable[type[Any]]) -> tuple[str, ...]:
+    """Name classes; those made inside of a function by that function, and what they inherit."""
+    paths = set()
+    for cls in classes:
+        for one in cls.__mro__[:-1]:
+            outer, _, inner = one.__qualname__.partition(".<locals>")
+            paths.add(f"{one.__module__}:{outer}")
+            if not inner:
+                break
+    return tuple(sorted(paths))
+
+
+def _of_local_classes(flux: Any) -> list[Refusal]:
+    """See whether classes that ComfyUI makes inside of a function are as that function made them.
+
+    Ranks make their own. Such a class has no name to compare, so its methods are looked for in the
+    function's code.
+    """
+    refusals = []
+    for cls in {type(module) for module in flux.modules()}:
+        outer, _, inner = cls.__qualname__.partition(".<locals>")
+        if not inner or not cls.__module__.startswith("comfy."):
+            continue
+        function = found(f"{cls.__module__}:{outer}")
+        codes = set(codes_in(function.__code__)) if hasattr(function, "__code__") else set()
+        for name, value in vars(cls).items():
+            code = getattr(value, "__code__", None)
+            path = f"{cls.__name__}.{name}"
+            if code is not None and code not in codes:
+                refusals.append(Refusal(f"{path} was replaced by {origin(value)}"))
+    return refusals
