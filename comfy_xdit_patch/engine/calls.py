@@ -62,6 +62,10 @@ class Calls:
         """
         begun = collectives.num_begun()
         try:
+            if not isinstance(message, Fetch):
+                no_room = no_room_for(message, self._groups.device)
+                if no_room is not None:
+                    return no_room
             if isinstance(message, Forward):
                 return self.forward(message)
             if isinstance(message, Control):
@@ -80,7 +84,7 @@ class Calls:
                 groups=self._groups,
             )
 
-    def forward(self, message: Forward) -> Done | NoRoom:
+    def forward(self, message: Forward) -> Done:
         """Compute this rank's share of a call and write its rows to the result slot.
 
         Collective: every rank gets the same message.
@@ -92,8 +96,6 @@ class Calls:
         arguments = self._slots.fetch(message.arguments)
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
-        if (no_room := no_room_for(message, self._groups.device)) is not None:
-            return no_room
         # A shard is gathered by all ranks at once, and stages run different blocks.
         assert resident.blocks is None or plan.pipefusion_degree == 1
         with torch.inference_mode():

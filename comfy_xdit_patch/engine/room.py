@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from comfy_xdit_patch.engine import collectives
-from comfy_xdit_patch.transport.calls import Forward
+from comfy_xdit_patch.transport.calls import Control, Forward, RunBlock
 from comfy_xdit_patch.transport.replies import NoRoom
 
 
@@ -27,7 +27,7 @@ def has_room(device: torch.device, num_bytes: int) -> bool:
     return False
 
 
-def no_room_for(message: Forward, device: torch.device) -> NoRoom | None:
+def no_room_for(message: Forward | Control | RunBlock, device: torch.device) -> NoRoom | None:
     """Look whether every rank has room for a call, if the host asks for that.
 
     Collective:

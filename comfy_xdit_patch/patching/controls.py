@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import CallRaisedError, Refusal, Scope, WorkerError
+from comfy_xdit_patch.errors import CallRaisedError, CardsFullError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.observability.log import note_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.boundary import theirs
@@ -149,6 +149,9 @@ class ControlNets:
             return plan
         if plan.pipefusion_degree > 1:
             return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
+        refusal = self._holding.come_up(model, poll)
+        if refusal is not None:
+            return refusal
         try:
             others = self._likeness.changes(model, run, poll)
             if others:
@@ -164,9 +167,12 @@ class ControlNets:
             )
             if isinstance(known, Refusal):
                 return known
+            room = self._holding.room_for(model, run, known, plan, workload)
             return self._remote.forward(
-                known.number, arguments, plan=plan, compute=compute, poll=poll
+                known.number, arguments, plan=plan, compute=compute, poll=poll, room=room
             )
+        except CardsFullError:
+            return Refusal("the cards have no room for its call beside the weights", Scope.STEP)
         except UncarriedArgumentError as error:
             return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
         except CallRaisedError as error:

@@ -23,7 +23,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.boundary import is_interrupt
 from comfy_xdit_patch.patching.driven_step import DrivenStep
 from comfy_xdit_patch.patching.remote_tokens import RemoteTokens
-from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.patching.wire import Room, Wire
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
@@ -53,6 +53,7 @@ class DrivenForward:
         patches: Tree,
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
         poll: Poll,
+        room: Room | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Run ComfyUI's own forward with the blocks on all ranks.
 
@@ -61,6 +62,7 @@ class DrivenForward:
             num_image_tokens: of the latent; more image tokens are references.
             patches: those that blocks apply, for the workers, or None.
             carry_options: what such patches may read of a block's ``transformer_options``.
+            room: for a look whether a card has it; None to compute at once.
 
         Returns:
             The model's output, and how many blocks ran on the ranks.
@@ -69,6 +71,7 @@ class DrivenForward:
             TheirError: the forward raised before it was given anything of ours.
             AroundBlocksError: it raised later, which it may not do without us.
             CallRaisedError: a block raised, in every rank.
+            CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
             PlanError: there are fewer tokens than ranks.
         """
@@ -82,6 +85,7 @@ class DrivenForward:
             patches=patches,
             carry_options=carry_options,
             poll=poll,
+            room=room,
             numbers=self._numbers,
             gone=self._gone,
         )

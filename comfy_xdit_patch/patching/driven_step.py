@@ -22,7 +22,7 @@ from comfy_xdit_patch.patching.remote_tokens import (
     encode,
     encode_modulation,
 )
-from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.patching.wire import Room, Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Fetch, Forget, RunBlock, Tree
 from comfy_xdit_patch.transport.messages import Message
@@ -49,6 +49,7 @@ class DrivenStep:
         patches: Tree,
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
         poll: Poll,
+        room: Room | None,
         numbers: Iterator[int],
         gone: list[int],
     ) -> None:
@@ -61,6 +62,7 @@ class DrivenStep:
         self._patches = patches
         self._carry_options = carry_options
         self._poll = poll
+        self._room = room
         self._numbers = numbers
         self._gone = gone
         self._num_text_tokens = 0
@@ -135,30 +137,24 @@ class DrivenStep:
         for value in tokens.values():
             if isinstance(value, RemoteTokens) and not self._is_there(value, counts):
                 value.numbers()
-        is_proved = False
-
-        def prove() -> None:
-            nonlocal is_proved
-            is_proved = slots.prove()
-
-        while not is_proved:
-            replies = self._wire.request(
-                lambda number: RunBlock(
-                    request=number,
-                    model=self._model,
-                    block=name,
-                    grid=list(self._plan.grid),
-                    weights=list(self._plan.weights),
-                    counts=list(counts),
-                    arguments=tree,
-                    patches=self._patches,
-                    keep=keep,
-                    is_first=self.num_blocks == 0,
-                ),
-                poll=self._poll,
-                prepare=prepare,
-                meanwhile=prove,
-            )
+        replies = self._wire.call(
+            lambda number, working_bytes: RunBlock(
+                request=number,
+                model=self._model,
+                block=name,
+                grid=list(self._plan.grid),
+                weights=list(self._plan.weights),
+                counts=list(counts),
+                arguments=tree,
+                patches=self._patches,
+                keep=keep,
+                is_first=self.num_blocks == 0,
+                working_bytes=working_bytes,
+            ),
+            poll=self._poll,
+            prepare=prepare,
+            room=self._room if self.num_blocks == 0 else None,
+        )
         self._constants |= constants
         self._totals.bytes_to_workers += slots.bytes_written - written
         self.num_blocks += 1

@@ -20,6 +20,7 @@ from comfy_xdit_patch.patching.remote_weights import RemoteWeights
 from comfy_xdit_patch.patching.residency import Residency
 from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.tensor import no_tensor_weights
+from comfy_xdit_patch.patching.wire import Room
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.strategy import Strategy
@@ -108,7 +109,7 @@ class Holding:
         is_guest: bool = False,
         is_gathered: bool = False,
     ) -> KnownModel | Refusal:
-        """Have every rank hold a model as its current ModelPatcher has it.
+        """Have every rank hold a model as its current ModelPatcher has it, once they are up.
 
         Args:
             model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
@@ -132,9 +133,6 @@ class Holding:
             refusal = self._no_tensor(model, run, plan.tensor_degree)
             if refusal is not None:
                 return refusal
-        refusal = self.come_up(model, poll)
-        if refusal is not None:
-            return refusal
         self._weights.follow_generation()
         if id(model) not in run.bypass:
             run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
@@ -202,19 +200,21 @@ class Holding:
         patcher = getattr(model, "current_patcher", None)
         return patcher is not None and self._memory.is_held_back(patcher)
 
-    def new_working_bytes(self, known: KnownModel, plan: ParallelPlan, workload: Workload) -> int:
-        """What a call takes on a card beside the weights; 0 if one like it was made already."""
+    def room_for(
+        self, model: Any, run: Run, known: KnownModel, plan: ParallelPlan, workload: Workload
+    ) -> Room:
+        """Say what a call takes on a card beside the weights, and how ComfyUI leaves it that."""
         kind = self._pool.generation, known.number, plan, workload
-        if kind in self._made:
-            return 0
+        num_bytes = 0 if kind in self._made else self._working_bytes.get(known.number, 0)
         self._made.add(kind)
-        return self._working_bytes.get(known.number, 0)
 
-    def empty_cards(self, model: Any, run: Run, num_bytes: int) -> None:
-        """Have ComfyUI leave so much of its card to a call for which there was no room."""
-        self._made.clear()
-        self._memory.empty_cache()
-        self._memory.make_room_for_workers(model, num_bytes, run.in_use)
+        def make(shortage: str) -> None:
+            self._totals.last_error = shortage
+            self._made.clear()
+            self._memory.empty_cache()
+            self._memory.make_room_for_workers(model, num_bytes, run.in_use)
+
+        return Room(num_bytes, make)
 
     def can_time_alone(self, model: Any) -> bool:
         """Whether ComfyUI's own forward would now take what it takes without workers."""

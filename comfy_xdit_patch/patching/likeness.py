@@ -18,7 +18,7 @@ from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.compared import Compared
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.patching.run import Run
+from comfy_xdit_patch.patching.run import Classes, Run
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.transport import torch_settings
@@ -26,9 +26,6 @@ from comfy_xdit_patch.transport.describing import codes_in, found
 from comfy_xdit_patch.transport.likeness import Follow, Reach, Reached
 from comfy_xdit_patch.workers.environment import plain_arguments
 from comfy_xdit_patch.workers.exchange import Poll
-
-Kind = tuple[tuple[str, ...], tuple[str, ...]]
-"""Classes of a model's modules by ``module:path``: in its blocks, and around them."""
 
 
 class Likeness:
@@ -43,7 +40,7 @@ class Likeness:
         self._wire = wire
         self._follow_generation = follow_generation
         self._generation = 0
-        self._compared: dict[Kind, Compared] = {}
+        self._compared: dict[Classes, Compared] = {}
         self._kernels: frozenset[str] = frozenset()
         self._num_kernels = -1
         self._modes: list[str] = []
@@ -71,13 +68,15 @@ class Likeness:
         self._follow()
         is_first = id(model) not in run.code
         if is_first:
-            run.code[id(model)] = _kind_of(flux_of(model))
-        kind = run.code[id(model)]
-        if kind not in self._compared:
-            self._compared[kind] = Compared(self._ask(kind, poll))
+            in_blocks, around = _classes_of(flux_of(model))
+            classes = _paths(in_blocks), _paths(around - in_blocks)
+            run.code[id(model)] = classes, _of_local_classes(in_blocks | around)
+        classes, of_local_classes = run.code[id(model)]
+        if classes not in self._compared:
+            self._compared[classes] = Compared(self._ask(classes, poll))
         return [
-            *self._compared[kind].changes(is_first=is_first),
-            *(_of_local_classes(flux_of(model)) if is_first else ()),
+            *self._compared[classes].changes(is_first=is_first),
+            *of_local_classes,
             *self._of_kernels(),
             *(
                 Refusal(f"{mode} is active around the sampling", Scope.STEP)
@@ -95,8 +94,8 @@ class Likeness:
             self._sent = now
             self._wire.pending = [Follow(torch=now[0], arguments=plain_arguments(now[1]))]
 
-    def _ask(self, kind: Kind, poll: Poll) -> Reached:
-        in_blocks, around = kind
+    def _ask(self, classes: Classes, poll: Poll) -> Reached:
+        in_blocks, around = classes
         replies = self._wire.request(
             lambda number: Reach(number, list(in_blocks), list(around)), poll=poll
         )
@@ -116,14 +115,15 @@ class Likeness:
         ]
 
 
-def _kind_of(flux: Any) -> Kind:
+def _classes_of(flux: Any) -> tuple[set[type[Any]], set[type[Any]]]:
+    """Return the classes of the modules and weights in a model's blocks, and around them."""
     in_blocks: set[type[Any]] = set()
     around: set[type[Any]] = {type(flux)}
     for name, module in flux.named_modules():
         into = in_blocks if name.split(".")[0] in BLOCK_LISTS else around
         into.add(type(module))
         into.update(type(weight) for weight in module._parameters.values() if weight is not None)
-    return _paths(in_blocks), _paths(around - in_blocks)
+    return in_blocks, around
 
 
 def _paths(classes: Iterable[type[Any]]) -> tuple[str, ...]:
@@ -138,14 +138,14 @@ def _paths(classes: Iterable[type[Any]]) -> tuple[str, ...]:
     return tuple(sorted(paths))
 
 
-def _of_local_classes(flux: Any) -> list[Refusal]:
+def _of_local_classes(classes: Iterable[type[Any]]) -> list[Refusal]:
     """See whether classes that ComfyUI makes inside of a function are as that function made them.
 
     Ranks make their own. Such a class has no name to compare, so its methods are looked for in the
     function's code.
     """
     refusals = []
-    for cls in {type(module) for module in flux.modules()}:
+    for cls in classes:
         outer, _, inner = cls.__qualname__.partition(".<locals>")
         if not inner or not cls.__module__.startswith("comfy."):
             continue

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import CardsFullError, DeclinedError
+from comfy_xdit_patch.errors import DeclinedError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.carried import other_options
 from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.pipelined import PipelinedCall
-from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.patching.wire import Room, Wire
 from comfy_xdit_patch.planning.arguments import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Forget, Forward, Tree
 from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.replies import Declined, Done, NoRoom, Reply, short
+from comfy_xdit_patch.transport.replies import Declined, Done, Reply, short
 from comfy_xdit_patch.workers.exchange import Poll
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
@@ -50,7 +50,7 @@ class RemoteForward:
         out_channels: int,
         poll: Poll,
         pipeline: PipelinedCall | None = None,
-        working_bytes: int = 0,
+        room: Room | None = None,
     ) -> torch.Tensor:
         """Compute one call on all ranks.
 
@@ -60,7 +60,7 @@ class RemoteForward:
             patches: of nodes, from ``carried.py``.
             out_channels: channels of the result; its other sizes are those of ``x``.
             pipeline: decides how PipeFusion computes the call.
-            working_bytes: what it takes on a card, for a look whether there is room; 0 for none.
+            room: for a look whether a card has it; None to compute at once.
 
         Returns:
             The model's output, on the device of ``x``, in a tensor of its own.
@@ -114,37 +114,27 @@ class RemoteForward:
                 check_shape(replies[0], shape)
                 result.view(getattr(torch, replies[0].dtype), shape)  # it must fit the slot
 
-        is_proved = False
-
-        def prove() -> None:
-            nonlocal is_proved
-            is_proved = slots.prove()
-
-        while not is_proved:
-            replies = self._wire.request(
-                lambda number: Forward(
-                    request=number,
-                    model=model,
-                    grid=list(plan.grid),
-                    weights=list(plan.weights),
-                    arguments=tree,
-                    result=result.number,
-                    pipeline=stages[-1] if stages else None,
-                    working_bytes=working_bytes,
-                ),
-                poll=poll,
-                prepare=prepare,
-                meanwhile=prove,
-                check=check,
-            )
+        replies = self._wire.call(
+            lambda number, working_bytes: Forward(
+                request=number,
+                model=model,
+                grid=list(plan.grid),
+                weights=list(plan.weights),
+                arguments=tree,
+                result=result.number,
+                pipeline=stages[-1] if stages else None,
+                working_bytes=working_bytes,
+            ),
+            poll=poll,
+            prepare=prepare,
+            room=room,
+            check=check,
+        )
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.bytes_to_workers += self._wire.control_bytes - control
         first = replies[0]
         if isinstance(first, Declined):
             raise DeclinedError(short(first.reason))
-        if isinstance(first, NoRoom):
-            short_of = [rank for rank, reply in enumerate(replies) if reply.is_mine]  # type: ignore[union-attr]
-            raise CardsFullError(f"Ranks {short_of} have no {working_bytes >> 20} MiB for a call.")
         self._count(replies)
         assert isinstance(first, Done)
         shared = result.view(getattr(torch, first.dtype), first.shape)

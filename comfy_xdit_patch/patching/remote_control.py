@@ -15,7 +15,7 @@ import torch
 
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.deferred import ControlCall, DeferredResidual, Residuals
-from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.patching.wire import Room, Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Control, Forget
@@ -44,6 +44,7 @@ class RemoteControl:
         plan: ParallelPlan,
         compute: Callable[[], Residuals],
         poll: Poll,
+        room: Room | None = None,
     ) -> Residuals:
         """Compute one call on all ranks.
 
@@ -51,12 +52,14 @@ class RemoteControl:
             model: number of a ControlNet that every rank holds.
             arguments: the bound arguments of ``ControlNetFlux.forward``.
             compute: ComfyUI's own forward with them.
+            room: for a look whether a card has it; None to compute at once.
 
         Returns:
             What ComfyUI's own forward returns, in residuals that are the workers'.
 
         Raises:
             UncarriedArgumentError: an argument is not of a type that can cross.
+            CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """
         slots = self._wire.slots
@@ -75,27 +78,21 @@ class RemoteControl:
                 if isinstance(reply, Controlled):
                     check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
 
-        is_proved = False
-
-        def prove() -> None:
-            nonlocal is_proved
-            is_proved = slots.prove()
-
-        while not is_proved:
-            replies = self._wire.request(
-                lambda number: Control(
-                    request=number,
-                    model=model,
-                    call=call,
-                    grid=list(plan.grid),
-                    weights=list(plan.weights),
-                    arguments=tree,
-                ),
-                poll=poll,
-                prepare=prepare,
-                meanwhile=prove,
-                check=check,
-            )
+        replies = self._wire.call(
+            lambda number, working_bytes: Control(
+                request=number,
+                model=model,
+                call=call,
+                grid=list(plan.grid),
+                weights=list(plan.weights),
+                arguments=tree,
+                working_bytes=working_bytes,
+            ),
+            poll=poll,
+            prepare=prepare,
+            room=room,
+            check=check,
+        )
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.controls_parallel += 1
         for rank, reply in enumerate(replies):

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import RunCounts
 from comfy_xdit_patch.patching.models import KnownModel
 from comfy_xdit_patch.patching.streams import Streams
 from comfy_xdit_patch.transport.fingerprint import prescribed_attention
+
+Classes: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
+"""Those of a model's modules by ``module:path``: in its blocks, and around them."""
 
 
 @dataclass(slots=True)
@@ -30,8 +33,8 @@ class Run:
     """Models of this run as the workers know them, by the identity of their BaseModel."""
     changes: dict[int, list[Refusal]] = field(default_factory=dict)
     """What others hung on single modules of them."""
-    code: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
-    """Classes of their modules: which code they reach (``likeness.py``)."""
+    code: dict[int, tuple[Classes, list[Refusal]]] = field(default_factory=dict)
+    """Classes of their modules, and what is different in those without a name (``likeness.py``)."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
     prescribed: dict[int, bool] = field(default_factory=dict)

@@ -18,7 +18,6 @@ import torch
 
 from comfy_xdit_patch.errors import (
     CallRaisedError,
-    CardsFullError,
     Refusal,
     Scope,
     WorkerError,
@@ -157,6 +156,7 @@ class ParallelSteps:
                 return Step(
                     self._auto.time_one(kind, theirs(compute), arguments["x"].device), is_one=True
                 )
+            room = self._holding.room_for(base_model, run, known, plan, workload)
             if not changes:
                 pipeline = None
                 if plan.pipefusion_degree > 1:
@@ -168,22 +168,16 @@ class ParallelSteps:
                         model=(known.number, self._holding.state_key(known)),
                         patches=carried.tree,
                     )
-                forward = partial(
-                    self._remote.forward,
+                out = self._remote.forward(
                     known.number,
                     arguments_of(flux, arguments),
+                    plan=plan,
                     patches=carried.tree,
                     out_channels=num_out_channels(flux, arguments["x"].shape[1]),
                     poll=poll,
                     pipeline=pipeline,
+                    room=room,
                 )
-                needed = self._holding.new_working_bytes(known, plan, workload)
-                try:
-                    out = forward(plan=plan, working_bytes=needed)
-                except CardsFullError as error:
-                    self._totals.last_error = str(error)
-                    self._holding.empty_cards(base_model, run, needed)
-                    out = forward(plan=plan, working_bytes=needed)
                 run.counts.plan = plan
                 balance.measured(plan, workload, model=known.number, replan=call.replan)
                 run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
@@ -201,6 +195,7 @@ class ParallelSteps:
                 patches=carried.in_blocks(),
                 carry_options=other_options,
                 poll=poll,
+                room=room,
             )
             run.counts.plan = plan
             if num_blocks:

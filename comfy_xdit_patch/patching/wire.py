@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from comfy_xdit_patch.errors import CallRaisedError
+from comfy_xdit_patch.errors import CallRaisedError, CardsFullError
 from comfy_xdit_patch.transport.answers import check_answers
 from comfy_xdit_patch.transport.messages import Map, Message, Unmap
 from comfy_xdit_patch.transport.packs import PackTable
-from comfy_xdit_patch.transport.replies import Raised, Reply, short
+from comfy_xdit_patch.transport.replies import NoRoom, Raised, Reply, short
 from comfy_xdit_patch.transport.slot import Slot
 from comfy_xdit_patch.transport.slots import SlotTable
 from comfy_xdit_patch.workers.exchange import Poll
 from comfy_xdit_patch.workers.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a call takes on a card beside the weights; 0 if one like it was made already.
+
+    ``make`` has ComfyUI leave so much to it, and is told which ranks had not.
+    """
+
+    num_bytes: int
+    make: Callable[[str], None]
 
 
 class Wire:
@@ -107,6 +119,56 @@ class Wire:
             kind = short(replies[0].error)
             raise CallRaisedError(f"{kind}: {short(replies[0].text)}", kind=kind)
         return replies
+
+    def call(
+        self,
+        message: Callable[[int, int], Message],
+        *,
+        poll: Poll,
+        prepare: Callable[[], Sequence[Message]],
+        room: Room | None = None,
+        check: Callable[[Sequence[Reply]], None] = lambda _: None,
+    ) -> list[Reply]:
+        """Have all ranks compute a call whose arguments lie in slots.
+
+        It is sent again if an argument was taken for that of the call before and is another
+        (``SlotTable.prove``), and once more if a card had no room for it.
+
+        Args:
+            message: makes the request from its number and the bytes for which room is looked for.
+            room: None to compute at once.
+
+        Raises:
+            CardsFullError: there is no room on a card, also after ComfyUI made some.
+            CallRaisedError: the call raised the same exception in every rank.
+            WorkerError: the workers are lost.
+        """
+        num_bytes = room.num_bytes if room is not None else 0
+        is_proved = is_room_made = False
+
+        def prove() -> None:
+            nonlocal is_proved
+            is_proved = self.slots.prove()
+
+        while True:
+            replies = self.request(
+                lambda number: message(number, num_bytes),
+                poll=poll,
+                prepare=prepare,
+                meanwhile=prove,
+                check=check,
+            )
+            if not is_proved:
+                continue
+            if not isinstance(replies[0], NoRoom):
+                return replies
+            short_of = [rank for rank, reply in enumerate(replies) if reply.is_mine]  # type: ignore[union-attr]
+            error = CardsFullError(f"Ranks {short_of} have no {num_bytes >> 20} MiB for a call.")
+            if is_room_made:
+                raise error
+            assert room is not None, "nobody else is asked for room"
+            room.make(str(error))
+            is_room_made = True
 
     def _slot_messages(self) -> list[tuple[Message, int | None]]:
         self._fds = self.slots.take_created()

@@ -58,7 +58,7 @@ def check_answers(request: Message, replies: Sequence[Reply]) -> None:
     """
     kinds = {type(reply) for reply in replies}
     allowed = ANSWERS[type(request)]
-    if isinstance(request, Forward) and request.working_bytes:
+    if getattr(request, "working_bytes", 0):
         allowed = (*allowed, NoRoom)
     for rank, reply in enumerate(replies):
         # Ranks compute together, so they say the same; a load is each rank's own.

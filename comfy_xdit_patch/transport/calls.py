@@ -37,7 +37,10 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One call of a ControlNet, whose residuals stay with the ranks under the number ``call``."""
+    """One call of a ControlNet, whose residuals stay with the ranks under the number ``call``.
+
+    ``working_bytes`` as in ``Forward``.
+    """
 
     request: int
     model: int
@@ -45,6 +48,7 @@ class Control:
     grid: list[int]
     weights: list[int]
     arguments: Tree
+    working_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class RunBlock:
 
     ``counts`` are text, image and reference tokens of all ranks. ``arguments`` are those of the
     block's ``forward``; tokens among them are whole, or recipes of what the ranks keep
-    (``engine/driven.py``). The ranks keep what it returns under the numbers ``keep``.
+    (``engine/driven.py``). The ranks keep what it returns under the numbers ``keep``. The first one
+    of a step has ``working_bytes``, as in ``Forward``.
     """
 
     request: int
@@ -66,6 +71,7 @@ class RunBlock:
     patches: Tree
     keep: list[int]
     is_first: bool
+    working_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

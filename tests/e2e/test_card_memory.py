@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import pytest
 from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.emulated_gpu.emulated_ledger import Ledger
+from rig.feature_models import feature_models
+from rig.feature_run import COMMON_PACKS, write_inputs
+from rig.feature_table import SECTIONS
 from rig.graphs import Graph
 from rig.pair import STRICT
 from rig.server import LEDGER, Server, base_directory
@@ -37,6 +40,7 @@ SIZES = Sizes(hidden=1024, double=4, single=4, variants=True)
 """420 MiB in bf16."""
 DEADLINE_S = 400.0
 NUM_STEPS = 2
+FEATURES = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
 Record = Callable[[str, object], None]
 
 
@@ -78,14 +82,27 @@ class Work:
 
 @contextmanager
 def working(
-    tree: Tree, path: Path, gib: float, *arguments: str, mode: dict[str, str] = STRICT
+    tree: Tree,
+    path: Path,
+    gib: float,
+    *arguments: str,
+    mode: dict[str, str] = STRICT,
+    models: Path | None = None,
+    node_packs: Sequence[Path] = (),
 ) -> Iterator[Work]:
     cards = f"4090:{gib},4090:{gib}"
     env = {"XDIT_GPUS": "0,1", "XDIT_STRATEGY": "ulysses", "EMULATED_CARDS": cards, **mode}
     around = ("--fp32-vae", "--fp32-text-enc")
     with (
-        base_directory(path / "base", models_directory(SIZES)) as base,
-        Server(tree, base, env=env, device="emulated", extra_args=(*around, *arguments)) as server,
+        base_directory(path / "base", models or models_directory(SIZES)) as base,
+        Server(
+            tree,
+            base,
+            env=env,
+            device="emulated",
+            extra_args=(*around, *arguments),
+            node_packs=node_packs,
+        ) as server,
     ):
         yield Work(server, Ledger(base / LEDGER))
 
@@ -136,24 +153,55 @@ def test_on_cards_without_room_for_both_the_rank_leaves_and_returns(
         assert work.ledger.peak(0) <= 2.5 * (1 << 30)
 
 
+def driven(number: int, side: int = 64) -> Graph:
+    """The blocks run on the ranks, and the rest of the forward in ComfyUI."""
+    graph = FEATURES["unknown post_input patch"].graph()
+    return graphs.with_values(graph, seed=number, size=(side, side), steps=NUM_STEPS)
+
+
+def controlled(number: int, side: int = 64) -> Graph:
+    graph = FEATURES["InstantX"].graph()
+    return graphs.with_values(graph, seed=number, size=(side, side), steps=NUM_STEPS)
+
+
 @pytest.mark.thorough
-def test_a_call_without_room_on_a_card_costs_no_rank(tree: Tree, tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", [prompt, driven, controlled])
+def test_a_call_without_room_on_a_card_costs_no_rank(
+    tree: Tree, tmp_path: Path, graph: Callable[..., Graph]
+) -> None:
     """Another program takes what is left of a card. A call of a size that was made goes on."""
     lenient = {"XDIT_START_TIMEOUT": STRICT["XDIT_START_TIMEOUT"], "XDIT_START": "first"}
-    with working(tree, tmp_path, 4, mode=lenient) as work:
-        pids = [rank["pid"] for rank in work.make()["ranks"]]
-        left = (4 << 30) - work.ledger.used(1)
+    common = {} if graph is prompt else {"models": feature_models(), "node_packs": COMMON_PACKS}
+    with working(tree, tmp_path, 4, mode=lenient, **common) as work:
+        write_inputs(work.server)
+
+        def make(number: int, side: int = 64) -> dict[str, Any]:
+            work.server.run(graph(number, side), DEADLINE_S)
+            return work.server.status()
+
+        def parallel(status: dict[str, Any]) -> int:
+            assert status["last_run"]["fall_back_reasons"] == {}, status["last_error"]
+            return status["last_run"]["steps_parallel"]
+
+        status = make(1)
+        assert parallel(status) == NUM_STEPS
+        pids = [rank["pid"] for rank in status["ranks"]]
+        # What the host sends for a call comes beside what it sent for the one before.
+        left = (4 << 30) - work.ledger.used(1) - 2 * MIB
         assert work.ledger.take(1, left, 4 << 30)
-        work.make()
-        work.server.run(prompt(50, side=256), DEADLINE_S)
-        status = work.server.status()
+        assert parallel(make(2)) == NUM_STEPS
+        status = make(50, side=512)
         reasons = {"the cards have no room for this call beside the weights": NUM_STEPS}
         assert status["last_run"]["fall_back_reasons"] == reasons
         assert status["last_error"].startswith("Ranks [1] have no ")
+        alone = status["controls"]["alone"]
+        reason = "the cards have no room for its call beside the weights"
+        # For the rest of the run the model is ComfyUI's alone, and so are its ControlNets.
+        assert alone == ({reason: 1} if graph is controlled else {})
         work.ledger.give_back(1, left)
-        work.server.run(prompt(51, side=256), DEADLINE_S)
-        status = work.server.status()
-        assert status["last_run"]["steps_parallel"] == NUM_STEPS
+        status = make(51, side=512)
+        assert parallel(status) == NUM_STEPS
+        assert status["controls"]["alone"] == alone
         assert [rank["pid"] for rank in status["ranks"]] == pids, "none was lost"
 
 

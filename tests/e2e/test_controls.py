@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 from rig import feature_controls, feature_packs
 from rig.compare import compare_all
+from rig.faults import Fault, Orders
 from rig.feature_models import feature_models
 from rig.feature_rows import PACKS, Row, plain
 from rig.feature_run import write_inputs
@@ -21,6 +22,7 @@ from rig.trees import Tree
 Servers = Callable[..., Server]
 
 DEADLINE_S = 600.0
+STARTING = "the workers are still starting"
 WIDTH, TOKENS = 512, 64  # of the models, and of an image of 128 px
 RESIDUAL_BYTES = WIDTH * TOKENS * 4
 
@@ -62,6 +64,26 @@ def test_no_residual_crosses(
     record_property("bytes per step", {"without": without, "two ControlNets": together})
     assert controls == {"parallel": 2 * row.steps}
     assert together - without < RESIDUAL_BYTES, "a residual, or what could hide one, was sent"
+
+
+@pytest.mark.newest_only
+def test_a_controlnet_that_is_called_while_ranks_start_costs_none(
+    servers: Servers, tree: Tree, orders: Orders
+) -> None:
+    """It comes before the first call of the model, and is the first to ask for them."""
+    env = {"XDIT_GPUS": "cpu:2", "RIG_FAULTS": str(orders.path)}
+    env["XDIT_START_TIMEOUT"] = STRICT["XDIT_START_TIMEOUT"]
+    # The nursery has imported when new ranks are to start.
+    run(servers(tree, **env, **setup()), Row(plain).graph())
+    ranks = servers(tree, **env, XDIT_START="early", **setup())
+    write_inputs(ranks)
+    orders.give(Fault("join", "delay", 0))
+    run(ranks, feature_controls.ROWS["InstantX"].graph())
+    assert not orders.open(), "nothing was delayed"
+    status = ranks.status()
+    assert status["fall_back_reasons"].keys() == {STARTING}
+    assert status["controls"]["alone"].keys() == {STARTING}
+    assert status["last_error"] is None
 
 
 @pytest.mark.newest_only

@@ -5,7 +5,8 @@ Runs in: a ComfyUI process of ``process.py``.
 A mutation is ``mechanism module:path``. The list is made of one traced step, not written by hand:
 functions and methods by whoever called them, under every name that ComfyUI has for them; torch's
 own functions and tensor methods; operators in the code that ran; constants and class attributes
-that it reads; torch's settings. A changed function's floating-point results are scaled.
+that it reads; classes of its modules, before a model is loaded; torch's settings. A changed
+function's floating-point results are scaled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import comfy.sd
 import forwards
 import torch
 from host_checks import CASE, _activation, _call
@@ -73,6 +75,10 @@ def traced(path: str) -> list[str]:
                 note("constant", f"{module.__name__}:{name}")
     for name in {item.__name__ for item in builtins if isinstance(item.__self__, torch.Tensor)}:
         note("tensor method", f"torch:Tensor.{name}")
+    for module in forwards.patcher_of(path).model.diffusion_model.modules():
+        cls = type(module)
+        if "<locals>" not in cls.__qualname__:
+            note("class", f"{cls.__module__}:{cls.__qualname__}")
     kinds["setting"] = set(SETTINGS)
     return _in_turns({kind: sorted(found) for kind, found in sorted(kinds.items())})
 
@@ -133,11 +139,17 @@ def _calls_of(path: str) -> tuple[dict[Any, Any], list[Any]]:
 
 def mutated_call(path: str, out: str, mutation: str) -> dict[str, Any]:
     """One call while something is changed; or the error that it raised."""
+    is_of_class = mutation.startswith("class ")
     with changed(mutation):
         try:
-            return _call(path, out)
+            return _call(path, out, patcher=_fresh(path) if is_of_class else None)
         except BaseException as error:  # noqa: BLE001 - a mutation may break ComfyUI itself
             return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _fresh(path: str) -> Any:
+    """A model of the classes that are there now."""
+    return comfy.sd.load_diffusion_model(path)
 
 
 def differences(path: str, out: str, mutations: list[str]) -> dict[str, Any]:
@@ -158,8 +170,10 @@ def cost_of_looking(path: str, out: str) -> dict[str, float]:
     base = forwards.patcher_of(path).model
     run = host.begin_run()
     seconds: dict[str, list[float]] = {"run": [], "step": []}
-    for is_first in [True] * 20 + [False] * 500:
+    for number in range(3000):
+        is_first = number % 100 == 0
         if is_first:
+            time.sleep(0.1)  # others of this machine have their turns
             run.code.clear()
         begin = time.perf_counter()
         assert host.likeness.changes(base, run, lambda: None) == []
@@ -194,6 +208,9 @@ def changed(mutation: str) -> Iterator[None]:
 
 
 def _changed(value: Any) -> Any:
+    if isinstance(value, type):
+        forward = _scaling(value.forward)
+        return type(value.__name__, (value,), {"forward": forward, "__module__": __name__})
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):

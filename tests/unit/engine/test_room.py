@@ -7,7 +7,7 @@ import torch
 
 from comfy_xdit_patch.engine import room
 from comfy_xdit_patch.engine.room import has_room, no_room_for
-from comfy_xdit_patch.transport.calls import Forward
+from comfy_xdit_patch.transport.calls import Control, Forward, RunBlock
 from comfy_xdit_patch.transport.replies import NoRoom
 
 CPU = torch.device("cpu")
@@ -56,6 +56,19 @@ def test_all_ranks_leave_a_call_for_which_one_has_no_room(card, monkeypatch, fre
     is_short = free < NEEDED
     expected = NoRoom(9, is_short) if is_short or is_other_short else None
     assert no_room_for(forward(NEEDED), CPU) == expected
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Control(9, 1, 1, [1, 1, 2, 1, 1], [], {}, NEEDED),
+        RunBlock(9, 1, "b", [1, 1, 2, 1, 1], [], [1, 1, 0], {}, None, [1], True, NEEDED),
+    ],
+)
+def test_controlnets_and_the_first_block_of_a_step_look_too(card, monkeypatch, call):
+    card(NEEDED - 1)
+    monkeypatch.setattr(room.collectives, "all_reduce_max", lambda flag: flag)
+    assert no_room_for(call, CPU) == NoRoom(9, True)
 
 
 def test_nothing_is_exchanged_for_a_call_like_one_before(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from comfy_xdit_patch.errors import CardsFullError, MessageError, WorkerError
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.remote import RemoteForward
-from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.patching.wire import Room, Wire
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.messages import Map, Unmap
 from comfy_xdit_patch.transport.replies import Done, NoRoom
@@ -72,7 +72,7 @@ def remote(pool):
     return Remote(Wire(pool), Totals())
 
 
-def call(remote, x, patches=None, working_bytes=0, **arguments):
+def call(remote, x, patches=None, room=None, **arguments):
     return remote.forward(
         1,
         {"x": x, **arguments},
@@ -80,7 +80,7 @@ def call(remote, x, patches=None, working_bytes=0, **arguments):
         patches=patches,
         out_channels=x.shape[1],
         poll=lambda: None,
-        working_bytes=working_bytes,
+        room=room,
     )
 
 
@@ -125,14 +125,25 @@ def test_bytes_and_forwards_are_counted(pool):
 
 def test_a_call_for_which_there_is_no_room_costs_no_workers(remote, pool):
     computes = pool.answer_Forward
+    shortages: list[str] = []
+    room = Room(3 << 20, shortages.append)
     pool.answer_Forward = lambda request: NoRoom(request.request, True)
     with pytest.raises(CardsFullError, match=r"^Ranks \[0\] have no 3 MiB for a call\.$"):
-        call(remote, torch.ones(1, 4, 2, 2), working_bytes=3 << 20)
-    assert pool.requests[-1].working_bytes == 3 << 20
+        call(remote, torch.ones(1, 4, 2, 2), room=room)
+    assert [request.working_bytes for request in pool.requests] == [3 << 20] * 2
+    assert shortages == ["Ranks [0] have no 3 MiB for a call."], "asked once, and tried once more"
     with pytest.raises(MessageError):  # the pool makes a lost worker of it
         call(remote, torch.ones(1, 4, 2, 2))  # nobody asked for a look
     pool.answer_Forward = computes
     assert torch.equal(call(remote, torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
+
+
+def test_a_call_goes_on_when_comfyui_has_made_room(remote, pool):
+    computes = pool.answer_Forward
+    pool.answer_Forward = lambda request: NoRoom(request.request, True)
+    room = Room(3 << 20, lambda _: setattr(pool, "answer_Forward", computes))
+    out = call(remote, torch.ones(1, 4, 2, 2), room=room)
+    assert torch.equal(out, torch.full((1, 4, 2, 2), 2.0))
 
 
 def test_new_workers_are_sent_everything_anew(remote, pool):
