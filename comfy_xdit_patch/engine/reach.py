@@ -24,7 +24,9 @@ from typing import Any
 
 from comfy_xdit_patch.blame import inner_of
 from comfy_xdit_patch.engine.code_words import stored_by_functions, words_in
-from comfy_xdit_patch.transport.describing import PLAIN, contents_of, description, found
+from comfy_xdit_patch.planning.ways_in import WAYS
+from comfy_xdit_patch.transport.describing import contents_of, description, found
+from comfy_xdit_patch.transport.likeness import is_plain
 
 Names = dict[str, dict[str, str]]
 """By container (a module, or ``module:path`` of something in it) and name: descriptions."""
@@ -63,8 +65,6 @@ WEIGHTS = (
 """What weight patches are applied with."""
 BY_TEXT = "comfy_kitchen.backends"
 """Modules whose functions are looked up by names that are texts: those of torch's operators."""
-UNSEEN_OF_MEMBERS = ("forward", "_forward")
-"""Of a model of the family: what lies above ``_forward`` has run in the host already."""
 
 
 def reached(in_blocks: Iterable[str], around: Iterable[str]) -> tuple[Names, Names]:
@@ -182,7 +182,7 @@ class _Walk:
                 self._todo += filter(callable, list(space.values()))
             elif isinstance(space, argparse.Namespace):  # plain ones are sent, and set here
                 for word in words & vars(space).keys():
-                    if not _is_plain(vars(space)[word]):
+                    if not is_plain(vars(space)[word]):
                         self._bind("comfy.cli_args:args", word, vars(space)[word])
         new = words - self._words
         self._words |= words
@@ -230,7 +230,8 @@ def _has_a_name(cls: type[Any]) -> bool:
 
 
 def _is_of_family(cls: type[Any], name: str) -> bool:
-    return name in UNSEEN_OF_MEMBERS and "forward_orig" in vars(cls)
+    """Whether it is a model's way in: what lies above ``_forward`` has run in the host already."""
+    return name in WAYS and "forward_orig" in vars(cls)
 
 
 def _is_in(name: str, packages: Iterable[str]) -> bool:
@@ -239,9 +240,3 @@ def _is_in(name: str, packages: Iterable[str]) -> bool:
 
 def _is_operator(name: str) -> bool:
     return name.startswith("__") and name.endswith("__") and not NO_OPERATORS.match(name)
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in PLAIN or (
-        isinstance(value, list) and all(type(item) in PLAIN for item in value)
-    )

@@ -22,6 +22,7 @@ from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.transport.describing import (
     Insides,
+    content_of,
     description,
     description_of_module,
     found,
@@ -93,7 +94,7 @@ class Compared:
 
     def _what_is_inside(self) -> list[Any]:
         of_functions = map(_SET_ON_FUNCTIONS, self._functions)
-        return [*itertools.chain.from_iterable(of_functions), *map(_contents, self._cells)]
+        return [*itertools.chain.from_iterable(of_functions), *map(content_of, self._cells)]
 
 
 def _dict_of(container: Any) -> dict[str, Any]:
@@ -103,13 +104,6 @@ def _dict_of(container: Any) -> dict[str, Any]:
         (names,) = gc.get_referents(names)
     assert type(names) is dict
     return names
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _ABSENT
 
 
 class _Row:

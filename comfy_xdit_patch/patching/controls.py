@@ -10,7 +10,6 @@ ever, and only its residuals are carried: the step itself stays parallel.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,13 +21,14 @@ from comfy_xdit_patch.observability.log import note_once
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.boundary import theirs
 from comfy_xdit_patch.patching.deferred import Residuals
-from comfy_xdit_patch.patching.holding import LOST, Holding
+from comfy_xdit_patch.patching.holding import Holding
 from comfy_xdit_patch.patching.likeness import Likeness
 from comfy_xdit_patch.patching.memory import SharedMemory
 from comfy_xdit_patch.patching.models import ModelRegistry
 from comfy_xdit_patch.patching.remote_control import CARRIED_ARGUMENTS, RemoteControl
 from comfy_xdit_patch.patching.ring import no_ring
 from comfy_xdit_patch.patching.run import Run
+from comfy_xdit_patch.patching.step import lost
 from comfy_xdit_patch.planning.arguments import check_grad
 from comfy_xdit_patch.planning.eligibility import Pristine
 from comfy_xdit_patch.planning.planner import plan_call
@@ -182,7 +182,5 @@ class ControlNets:
                 f"its call raised {error.kind} on the workers", Scope.STEP, has_raised=True
             )
         except WorkerError as error:
-            self._totals.last_error = str(error)
-            self._totals.last_loss_unix_s = time.time()
-            run.refusal = LOST
+            run.refusal = lost(error, self._totals)
             return run.refusal

@@ -101,11 +101,15 @@ class Insides:
 
 def contents_of(function: types.FunctionType) -> Iterator[Any]:
     """Yield what a function closes over."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:
-            yield _EMPTY
+    yield from map(content_of, function.__closure__ or ())
+
+
+def content_of(cell: types.CellType) -> Any:
+    """Return what is in a cell of a closure."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
 
 
 def found(path: str) -> Any:

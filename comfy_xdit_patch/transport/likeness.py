@@ -6,8 +6,18 @@ Runs in: host and worker. No torch. See ``messages.py`` for the encoding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from comfy_xdit_patch.transport.calls import Tree
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def is_plain(option: Any) -> bool:
+    """Whether one of ComfyUI's options is sent to the workers, who set it as it is here."""
+    return isinstance(option, _PLAIN) or (
+        isinstance(option, list) and all(isinstance(item, _PLAIN) for item in option)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from comfy_xdit_patch.bootstrap import WORKER_MARK
 from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.transport.likeness import is_plain
 from comfy_xdit_patch.transport.messages import Start
 
 # ``torchrun`` and other launchers leave these behind; a worker must not join somebody else's job.
@@ -35,7 +36,6 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 GPU_THREADS = "4"
 """Of a GPU rank's OpenMP pool. By default each rank would start one for every core of the machine,
 and all of them spin for a while after what a load computes on the CPU."""
-_PLAIN = (bool, int, float, str, type(None))
 _WORKERS_OWN = ("cpu", "disable_pinned_memory")
 """Options of ComfyUI's that a worker decides; ``restore_host_state`` says why."""
 
@@ -71,12 +71,7 @@ def capture_host_state(comfyui_root: str) -> HostState:
 
 def plain_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of ComfyUI's options that are plain data."""
-    return {
-        name: value
-        for name, value in options.items()
-        if isinstance(value, _PLAIN)
-        or (isinstance(value, list) and all(isinstance(item, _PLAIN) for item in value))
-    }
+    return {name: value for name, value in options.items() if is_plain(value)}
 
 
 def follow_arguments(arguments: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from rig.checkpoints import Sizes, models_directory
 from rig.emulated_gpu.emulated_ledger import Ledger
 from rig.feature_models import feature_models
 from rig.feature_run import COMMON_PACKS, write_inputs
-from rig.feature_table import SECTIONS
+from rig.feature_table import FEATURES
 from rig.graphs import Graph
 from rig.pair import STRICT
 from rig.server import LEDGER, Server, base_directory
@@ -40,7 +40,6 @@ SIZES = Sizes(hidden=1024, double=4, single=4, variants=True)
 """420 MiB in bf16."""
 DEADLINE_S = 400.0
 NUM_STEPS = 2
-FEATURES = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
 Record = Callable[[str, object], None]
 
 

@@ -21,7 +21,7 @@ from rig.environment import RigError
 from rig.feature_models import feature_models
 from rig.feature_rows import PARALLEL
 from rig.feature_run import COMMON_PACKS, ROUNDED, run_row
-from rig.feature_table import SECTIONS
+from rig.feature_table import FEATURES
 from rig.graphs import with_values
 from rig.pair import EQUAL, STRICT, Bound, run, run_pair
 from rig.server import Server
@@ -70,7 +70,6 @@ APPROXIMATE = Bound(max_pixel=255, min_psnr_db=25.0, max_latent_error=1.0)
 IN_BF16 = " in bf16"
 """After the name of a row: what such cards compute in, but for what a graph asks for."""
 ALSO_IN_BF16 = ("fp16 file", "fp16 file + LoRA", "bf16 file, fp32 vectors")
-FEATURES = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
 GRAPHS = (
     "FLUX.1 Kontext",
     "InstantX",

@@ -24,15 +24,17 @@ from typing import Any
 import comfy.sd
 import forwards
 import torch
-from host_checks import CASE, _activation, _call
+from host_checks import CASE, _activation, _attribute, _call
 
 PACKAGES = ("comfy", "comfy_kitchen", "einops", "torch.nn", "torch.functional")
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "truediv", "@": "matmul"}
 SCALE = 0.9
 SETTINGS: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "default_dtype": lambda: _default_dtype(torch.float64),
-    "matmul_precision": lambda: _matmul_precision("medium"),
+    "default_dtype": lambda: _with(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "matmul_precision": lambda: _with(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
     "operator": lambda: _other_kernel("scaled_dot_product_attention"),
     "function_mode": lambda: _Scaling(),
 }
@@ -197,14 +199,8 @@ def changed(mutation: str) -> Iterator[None]:
         owner = getattr(owner, parent)
     before = vars(owner).get(name)
     is_special = isinstance(before, (staticmethod, classmethod))
-    setattr(owner, name, _changed(before if is_special else getattr(owner, name)))
-    try:
+    with _attribute(owner, name, _changed(before if is_special else getattr(owner, name))):
         yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 def _changed(value: Any) -> Any:
@@ -240,23 +236,13 @@ def _scaled(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def _with(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> Iterator[None]:
+    before = get()
+    put(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        put(before)
 
 
 @contextlib.contextmanager

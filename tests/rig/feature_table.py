@@ -23,3 +23,6 @@ SECTIONS: dict[str, dict[str, Row]] = {
     "Samplers, guiders, model nodes": feature_sampling.ROWS | feature_hooks.ROWS,
     NODE_PACKS: feature_packs.ROWS,
 }
+
+FEATURES: dict[str, Row] = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
+"""The same without sections."""
