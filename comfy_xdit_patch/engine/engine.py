@@ -48,6 +48,7 @@ class Engine:
                     models=self._residents.numbers,
                     digests=resident.digests if message.verify else {},
                     bytes_held=resident.bytes_held,
+                    attributes=resident.attributes if is_new and not self._groups.rank else {},
                 )
         except Exception as error:
             # Loading is no collective: this rank fails alone and can go on.

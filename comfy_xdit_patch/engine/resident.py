@@ -20,6 +20,7 @@ from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.transport.calls import Tree
 from comfy_xdit_patch.transport.fingerprint import Fingerprint, stored_weights
+from comfy_xdit_patch.transport.plain_attributes import Attributes
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Resident:
     ``fingerprint`` and ``stored`` keep its weights as they are stored, in the file's own pages.
     ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
     patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
+    ``attributes`` are the plain ones of its modules, as ComfyUI made them.
     ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
     columns, where blocks are cut by those. ``is_placed`` says that the weights in use are on the
     device.
@@ -40,6 +42,7 @@ class Resident:
     current: Any
     scaled: dict[str, Any]
     overlay: Overlay
+    attributes: Attributes
     state: dict[str, Tree] = field(default_factory=dict)
     key: str = ""
     mode: str = "full"

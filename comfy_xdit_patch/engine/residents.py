@@ -39,6 +39,7 @@ from comfy_xdit_patch.transport.fingerprint import PREFIX, Fingerprint, digests
 from comfy_xdit_patch.transport.messages import Load
 from comfy_xdit_patch.transport.packs import PackMap
 from comfy_xdit_patch.transport.patches import decode
+from comfy_xdit_patch.transport.plain_attributes import plain_attributes
 from comfy_xdit_patch.transport.skeleton import build
 from comfy_xdit_patch.transport.slot_map import SlotMap
 
@@ -223,6 +224,7 @@ class Residents:
             patcher,
             scaled_layers(model.diffusion_model),
             Overlay(self._groups.world_size),
+            plain_attributes(model.diffusion_model),
         )
 
 

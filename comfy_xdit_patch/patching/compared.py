@@ -38,6 +38,8 @@ class Compared:
 
     def __init__(self, reached: Reached) -> None:
         self._rows: list[_Row] = []
+        self.found: list[Refusal] = []
+        """What was different at the last look."""
         for names, is_around_blocks in ((reached.in_blocks, False), (reached.around, True)):
             for container, members in names.items():
                 if container.partition(":")[0] not in sys.modules:
@@ -51,7 +53,7 @@ class Compared:
         self._look(self._rows)
 
     def changes(self, *, is_first: bool) -> list[Refusal]:
-        """Return what is different now.
+        """Look, and return what is different now.
 
         Args:
             is_first: look into functions, tables and closures too. Once a run.
@@ -62,12 +64,12 @@ class Compared:
             self._look([row for row in self._rows if row.has_another()])
         if is_first:
             self._look(self._unsettled)
-        return self._refusals
+        return self.found
 
     def _look(self, rows: Iterable[_Row]) -> None:
         if not any([row.look() for row in rows]):
             return
-        self._refusals = [row.refusal for row in self._rows if row.refusal is not None]
+        self.found = [row.refusal for row in self._rows if row.refusal is not None]
         present = [row for row in self._rows if row.value is not _ABSENT]
         self._owners = [row.owner for row in present]
         self._names = [row.name for row in present]

@@ -12,6 +12,7 @@ from typing import Any
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.planning.eligibility import blocking, without_index
 from comfy_xdit_patch.transport.fingerprint import (
     BLOCKS,
     Fingerprint,
@@ -21,6 +22,7 @@ from comfy_xdit_patch.transport.fingerprint import (
     is_dynamic,
     stored_weights,
 )
+from comfy_xdit_patch.transport.plain_attributes import Attributes, changed, plain_attributes
 from comfy_xdit_patch.transport.replies import Loaded
 
 CHEAP_BYTES = 128 << 20
@@ -34,6 +36,7 @@ class Comparisons:
         self._world_size = world_size
         self._seeds = itertools.count(1)
         self._versions: dict[int, list[int]] = {}
+        self._built: dict[int, Attributes] = {}
 
     def begin(self, base_model: Any, number: int) -> Comparison:
         """Decide how closely to look: whole at first, and where something was written to since.
@@ -52,6 +55,29 @@ class Comparisons:
         is_doubtful = self._versions.get(number) != mine.versions and not is_dynamic(patcher)
         is_whole = is_doubtful or mine.bytes_of_cpu <= CHEAP_BYTES
         return Comparison(mine, next(self._seeds), self._world_size, is_whole=is_whole)
+
+    def not_as_built(
+        self, base_model: Any, number: int, attributes: Attributes | None
+    ) -> Refusal | None:
+        """Note what the ranks' modules were built with, if they are new, and compare it."""
+        if attributes is None:
+            return None
+        self._built[number] = attributes
+        changes = self.changed_attributes(base_model, number)
+        return blocking(changes) or next(iter(changes), None)
+
+    def changed_attributes(self, base_model: Any, number: int) -> list[Refusal]:
+        """See which numbers and texts of its modules somebody set. None if no rank has it yet."""
+        if number not in self._built:
+            return []
+        found = [
+            Refusal(
+                f"a node set {without_index(f'{module}.{name}').strip('.')} of this model",
+                is_around_blocks=not module.startswith(BLOCKS),
+            )
+            for module, name in changed(self._built[number], plain_attributes(flux_of(base_model)))
+        ]
+        return list(dict.fromkeys(found))  # once for all blocks
 
     def ended_well(self, number: int, comparison: Comparison) -> None:
         """Note that the ranks hold what ComfyUI does."""

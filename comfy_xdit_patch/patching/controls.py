@@ -168,9 +168,10 @@ class ControlNets:
             if isinstance(known, Refusal):
                 return known
             room = self._holding.room_for(model, run, known, plan, workload)
-            return self._remote.forward(
+            residuals = self._remote.forward(
                 known.number, arguments, plan=plan, compute=compute, poll=poll, room=room
             )
+            return self._likeness.late_change() or residuals
         except CardsFullError:
             return Refusal("the cards have no room for its call beside the weights", Scope.STEP)
         except UncarriedArgumentError as error:

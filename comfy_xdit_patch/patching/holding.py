@@ -117,7 +117,8 @@ class Holding:
             is_gathered: its blocks are all that the workers run.
 
         Returns:
-            The model as the workers know it now.
+            The model as the workers know it now. A refusal is around the blocks if it is known only
+            since they hold the model: then ``changes`` has it too.
 
         Raises:
             WorkerError: the workers are lost.
@@ -130,7 +131,7 @@ class Holding:
             return found
         known = found
         if plan.tensor_degree > 1:
-            refusal = self._no_tensor(model, run, plan.tensor_degree)
+            refusal = no_tensor_weights(model, plan.tensor_degree, run)
             if refusal is not None:
                 return refusal
         self._weights.follow_generation()
@@ -183,17 +184,12 @@ class Holding:
                 poll=poll,
             )
             if isinstance(loaded, Refusal):
+                run.changes.pop(id(model), None)
                 return loaded
             known = run.models[id(model)] = loaded
             run.compared.add((*self._weights.comparison(known, state), part))
         self._working_bytes[known.number] = place.working_bytes
         return known
-
-    def _no_tensor(self, model: Any, run: Run, degree: int) -> Refusal | None:
-        """Why a model's weights cannot be cut. Looked for once a run."""
-        if (id(model), degree) not in run.tensor:
-            run.tensor[id(model), degree] = no_tensor_weights(model, degree)
-        return run.tensor[id(model), degree]
 
     def is_held_back(self, model: Any) -> bool:
         """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""
@@ -241,7 +237,11 @@ class Holding:
         return self._weights.state_key(known)
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:
-        """What others hung on single modules of a model. Looked for once a run."""
+        """What others hung on single modules of a model, or set there. Looked for once a run."""
         if id(model) not in run.changes:
-            run.changes[id(model)] = self._pristine.check_modules(flux_of(model))
+            known = run.models.get(id(model)) or self._models.find(model)
+            run.changes[id(model)] = [
+                *self._pristine.check_modules(flux_of(model)),
+                *self._weights.comparisons.changed_attributes(model, known.number),
+            ]
         return run.changes[id(model)]

@@ -5,20 +5,25 @@ Runs in: host process. Reads modules and classes, changes nothing.
 A rank says what a model's code reaches and what each of these things is (``engine/reach.py``). Here
 the same names are looked up: what is another thing here was replaced by somebody, and is refused
 with its name. That is compared once for each generation of ranks; after that only identities are,
-in every step, and what is not the same object any more is described and compared again. Settings of
-torch and of ComfyUI's command line are not refused: they are sent, and the ranks follow.
+in every step, and what is not the same object any more is described and compared again. The first
+look of a run comes before its first step, the others while the ranks compute: it takes a
+millisecond to ask two thousand names that no cache of the processor holds. Settings of torch and of
+ComfyUI's command line are not refused: they are sent, and the ranks follow. Where a late look finds
+a change, the step is computed here, and the next one begins with a look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
 
 from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.compared import Compared
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.patching.run import Classes, Run
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.wire import Wire
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.transport import torch_settings
@@ -26,6 +31,9 @@ from comfy_xdit_patch.transport.describing import codes_in, found
 from comfy_xdit_patch.transport.likeness import Follow, Reach, Reached
 from comfy_xdit_patch.workers.environment import plain_arguments
 from comfy_xdit_patch.workers.exchange import Poll
+
+Classes: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
+"""Those of a model's modules by ``module:path``: in its blocks, and around them."""
 
 
 class Likeness:
@@ -44,7 +52,13 @@ class Likeness:
         self._kernels: frozenset[str] = frozenset()
         self._num_kernels = -1
         self._modes: list[str] = []
-        self._sent: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._sent: tuple[list[Any], dict[str, Any]] | None = None
+        self._has_changed = False
+        """Whether the last look of this run found something: the next one is no late one."""
+        self._looking: Compared | None = None
+        """What is looked at while the ranks compute."""
+        self._follows = True
+        """Whether the ranks had ComfyUI's settings at the last late look."""
 
     @property
     def compared(self) -> list[Compared]:
@@ -53,6 +67,8 @@ class Likeness:
 
     def changes(self, model: Any, run: Run, poll: Poll) -> list[Refusal]:
         """See what was replaced here, and have the ranks follow settings. Every step.
+
+        Where nothing was at the last look of this run, the next one is ``late_change``.
 
         Args:
             model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
@@ -65,17 +81,27 @@ class Likeness:
             self._generation = self._wire.generation
             self._compared.clear()
             self._sent = None
-        self._follow()
+        if run.code_generation != self._generation:
+            run.code_generation = self._generation
+            run.code.clear()
         is_first = id(model) not in run.code
+        if is_first or self._has_changed:
+            self._follow()
         if is_first:
             in_blocks, around = _classes_of(flux_of(model))
             classes = _paths(in_blocks), _paths(around - in_blocks)
-            run.code[id(model)] = classes, _of_local_classes(in_blocks | around)
-        classes, of_local_classes = run.code[id(model)]
-        if classes not in self._compared:
-            self._compared[classes] = Compared(self._ask(classes, poll))
+            if classes not in self._compared:
+                self._compared[classes] = Compared(self._ask(classes, poll))
+            run.code[id(model)] = self._compared[classes], _of_local_classes(in_blocks | around)
+        compared, of_local_classes = run.code[id(model)]
+        self._looking = None
+        if is_first or self._has_changed:
+            self._has_changed = bool(compared.changes(is_first=is_first))
+        else:
+            self._looking = compared
+            self._wire.owed = partial(self._look, compared)
         return [
-            *self._compared[classes].changes(is_first=is_first),
+            *compared.found,
             *of_local_classes,
             *self._of_kernels(),
             *(
@@ -85,14 +111,33 @@ class Likeness:
             ),
         ]
 
+    def late_change(self) -> Refusal | None:
+        """Return what was changed between this step's start and the one before, if anything was.
+
+        Ranks have computed the step with what was there before.
+        """
+        self._wire.pay()
+        looked_at, self._looking = self._looking, None
+        if looked_at is None or (self._follows and not looked_at.found):
+            return None
+        self._has_changed = True
+        if looked_at.found:
+            return replace(looked_at.found[0], scope=Scope.STEP, is_around_blocks=False)
+        return Refusal(
+            "settings of torch or ComfyUI were changed in the middle of a run", Scope.STEP
+        )
+
+    def _look(self, compared: Compared) -> None:
+        compared.changes(is_first=False)
+        self._follows = self._sent == _settings()
+
     def _follow(self) -> None:
         """Send settings if they are others than the ranks have."""
-        import comfy.cli_args
-
-        now = torch_settings.current(), dict(vars(comfy.cli_args.args))
-        if now != self._sent:
-            self._sent = now
-            self._wire.pending = [Follow(torch=now[0], arguments=plain_arguments(now[1]))]
+        now, options = _settings()
+        if self._sent != (now, options):
+            self._sent = now, dict(options)
+            arguments = plain_arguments(options)
+            self._wire.pending = [Follow(torch=torch_settings.current(), arguments=arguments)]
 
     def _ask(self, classes: Classes, poll: Poll) -> Reached:
         in_blocks, around = classes
@@ -113,6 +158,13 @@ class Likeness:
         return [
             Refusal(f"torch's operator {name} was replaced by a torch.library") for name in others
         ]
+
+
+def _settings() -> tuple[list[Any], dict[str, Any]]:
+    """Return torch's settings and ComfyUI's options, those in the dict that ComfyUI changes."""
+    import comfy.cli_args
+
+    return torch_settings.values(), vars(comfy.cli_args.args)
 
 
 def _classes_of(flux: Any) -> tuple[set[type[Any]], set[type[Any]]]:

@@ -50,7 +50,7 @@ class RemoteWeights:
         self._totals = totals
         self._models = models
         self._verifies = verifies
-        self._comparisons = Comparisons(wire.pool.world_size)
+        self.comparisons = Comparisons(wire.pool.world_size)
         self._states = WeightStates(wire.packs)
         self.held: dict[int, tuple[str, str]] = {}  # state and place, by a model's number
         self.may_hold_any = False
@@ -60,7 +60,7 @@ class RemoteWeights:
     def follow_generation(self) -> None:
         """New workers hold nothing."""
         if self._wire.follow_generation():
-            self._comparisons = Comparisons(self._wire.pool.world_size)
+            self.comparisons = Comparisons(self._wire.pool.world_size)
             self._states = WeightStates(self._wire.packs)
             self.held.clear()
             self.may_hold_any = False
@@ -126,7 +126,7 @@ class RemoteWeights:
                     self.held[known.number] = state.key, placement.name
                 return replies if isinstance(replies, Refusal) else known
             known = self._models.find_loaded(base_model, uncast(base_model))
-            comparison = self._comparisons.begin(base_model, known.number)
+            comparison = self.comparisons.begin(base_model, known.number)
             replies = self._ask(base_model, known, state, placement, comparison, poll)
             if (
                 not isinstance(replies, Refusal)
@@ -147,7 +147,7 @@ class RemoteWeights:
         refusal = verify(base_model, found, self._totals, whole, only_blocks=is_gathered)
         if refusal is not None:
             return refusal
-        self._comparisons.ended_well(known.number, comparison)
+        self.comparisons.ended_well(known.number, comparison)
         self.held[known.number] = state.key, placement.name
         return known
 
@@ -215,7 +215,8 @@ class RemoteWeights:
             )
         everywhere = set.intersection(*(set(reply.models) for reply in loaded))
         self.held = {n: key for n, key in self.held.items() if n in everywhere}
-        return loaded
+        built = loaded[0].attributes if loaded[0].is_new else None
+        return self.comparisons.not_as_built(base_model, known.number, built) or loaded
 
     def unload(self) -> None:
         """Have every rank drop all models.

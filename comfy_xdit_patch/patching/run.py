@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.observability.status import RunCounts
+from comfy_xdit_patch.patching.compared import Compared
 from comfy_xdit_patch.patching.models import KnownModel
 from comfy_xdit_patch.patching.streams import Streams
 from comfy_xdit_patch.transport.fingerprint import prescribed_attention
-
-Classes: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
-"""Those of a model's modules by ``module:path``: in its blocks, and around them."""
 
 
 @dataclass(slots=True)
@@ -33,8 +31,10 @@ class Run:
     """Models of this run as the workers know them, by the identity of their BaseModel."""
     changes: dict[int, list[Refusal]] = field(default_factory=dict)
     """What others hung on single modules of them."""
-    code: dict[int, tuple[Classes, list[Refusal]]] = field(default_factory=dict)
-    """Classes of their modules, and what is different in those without a name (``likeness.py``)."""
+    code: dict[int, tuple[Compared, list[Refusal]]] = field(default_factory=dict)
+    """What their code reaches, and what is different in classes without a name; ``likeness.py``."""
+    code_generation: int = 0
+    """Of the workers that said so."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
     prescribed: dict[int, bool] = field(default_factory=dict)

@@ -149,6 +149,13 @@ class ParallelSteps:
                 poll=poll,
                 is_gathered=bool(changes),
             )
+            if isinstance(known, Refusal) and known.is_around_blocks:
+                # Only what the ranks built told it. It is known now, and their blocks can run.
+                return self.run(
+                    *(flux, arguments, compute, base_model, run),
+                    obstacle=obstacle,
+                    is_inner=is_inner,
+                )
             if isinstance(known, Refusal):
                 return known
             if kind is not None and kind.trial.way() is Way.ONE:
@@ -213,7 +220,7 @@ class ParallelSteps:
     def _checked(self, step: Step, run: Run) -> Step | Refusal:
         if self._holding.has_changed_file(run):
             return Refusal("the model's file was changed during this step", Scope.STEP)
-        return checked(step)
+        return self._likeness.late_change() or checked(step)
 
     def end(self, run: Run) -> None:
         """Have the workers free what they keep for a run."""

@@ -17,6 +17,7 @@ import torch
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.carried import CarriedPatches
 from comfy_xdit_patch.patching.models import flux_of
+from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.tensor_cuts import cuts_of
 from comfy_xdit_patch.transport.fingerprint import PREFIX, unpatched
 from comfy_xdit_patch.transport.slices import can_slice
@@ -53,8 +54,14 @@ def no_tensor_call(
     return None
 
 
-def no_tensor_weights(model: Any, degree: int) -> Refusal | None:
-    """Return why a model's weights cannot be cut, or None."""
+def no_tensor_weights(model: Any, degree: int, run: Run) -> Refusal | None:
+    """Return why a model's weights cannot be cut, or None. Looked for once a run."""
+    if (id(model), degree) not in run.tensor:
+        run.tensor[id(model), degree] = _no_cuts(model, degree)
+    return run.tensor[id(model), degree]
+
+
+def _no_cuts(model: Any, degree: int) -> Refusal | None:
     flux = flux_of(model)
     stored = unpatched(model.current_patcher)
     for block in cuts_of(flux, degree):

@@ -39,12 +39,15 @@ class Wire:
         self._fds: Sequence[tuple[Slot, int]] = ()
         self.pending: list[Message] = []
         """Without a reply, to be sent before the next request; new workers get none of them."""
+        self.owed: Callable[[], object] | None = None
+        """What is done once, while the workers are at the next request."""
         self.generation = 0
         """Of the workers that the shared memory belongs to."""
         self._begin()
 
     def _begin(self) -> None:
         self.pending = []
+        self.owed = None
         self.slots = SlotTable()
         self.packs = PackTable(self.slots.create, self.slots.drop)
 
@@ -94,6 +97,10 @@ class Wire:
             extra = [(item, None) for item in (*pending, *prepare())]
             return [*extra, *self._slot_messages()]
 
+        def during() -> None:
+            meanwhile()
+            self.pay()
+
         requests: list[Message] = []
 
         def numbered(number: int) -> Message:
@@ -109,7 +116,7 @@ class Wire:
                 numbered,
                 poll=poll,
                 prepare=before,
-                meanwhile=meanwhile,
+                meanwhile=during,
                 progress=progress,
                 check=checked,
             )
@@ -119,6 +126,12 @@ class Wire:
             kind = short(replies[0].error)
             raise CallRaisedError(f"{kind}: {short(replies[0].text)}", kind=kind)
         return replies
+
+    def pay(self) -> None:
+        """Do what is owed, if that has not been done."""
+        owed, self.owed = self.owed, None
+        if owed is not None:
+            owed()
 
     def call(
         self,

@@ -105,7 +105,7 @@ class Pristine:
             if is_foreign and not is_compiled and module is not flux:
                 found.append(
                     Refusal(
-                        f"a node replaced the forward of {_without_index(name)} by "
+                        f"a node replaced the forward of {without_index(name)} by "
                         f"{origin(module.__dict__['forward'])}",
                         is_around_blocks=not is_block,
                     )
@@ -113,7 +113,7 @@ class Pristine:
             if module is not flux:
                 found += [
                     Refusal(
-                        f"a node replaced {other} of {_without_index(name)} by {origin(own)}",
+                        f"a node replaced {other} of {without_index(name)} by {origin(own)}",
                         is_around_blocks=not is_block,
                     )
                     for other, own in _shadowing(module)
@@ -123,7 +123,7 @@ class Pristine:
             if hooks:
                 found.append(
                     Refusal(
-                        f"a forward hook is set on {_without_index(name) or 'the model'}: "
+                        f"a forward hook is set on {without_index(name) or 'the model'}: "
                         f"{origin(next(iter(hooks.values())))}",
                         # Hooks of a block as a whole are called around it.
                         is_around_blocks=not is_block or name.count(".") == 1,
@@ -137,7 +137,7 @@ class Pristine:
         in_blocks = {cls.__module__ for name, cls in named if name.split(".")[0] in BLOCK_LISTS}
         return [
             Refusal(
-                f"a node put {origin(cls)} in the place of {_without_index(name)}",
+                f"a node put {origin(cls)} in the place of {without_index(name)}",
                 is_around_blocks=True,
             )
             for name, cls in named
@@ -188,7 +188,7 @@ def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
             continue  # compiled; what it was made from is looked at like any other
         found.append(
             Refusal(
-                f"a node patched {_without_index(key)} of the model by "
+                f"a node patched {without_index(key)} of the model by "
                 f"{origin(patcher.object_patches[key])}",
                 is_around_blocks=bool(path) and path[0] not in BLOCK_LISTS,
             )
@@ -205,6 +205,6 @@ def blocking(refusals: Iterable[Refusal], *, any_of_them: bool = False) -> Refus
     return next((one for one in refusals if any_of_them or not one.is_around_blocks), None)
 
 
-def _without_index(name: str) -> str:
+def without_index(name: str) -> str:
     """``double_blocks.7.img_mlp`` -> ``double_blocks.N.img_mlp``: one reason, not 57."""
     return ".".join("N" if part.isdigit() else part for part in name.split("."))

@@ -66,7 +66,8 @@ class Loaded:
     It is empty where no look at the weights was asked for.
     ``is_new`` says that the file was read, ``models`` are all that this rank holds now, and
     ``digests`` name the weights in use, if they were asked for, and ``bytes_held`` is their size on
-    this rank.
+    this rank. ``attributes`` are the plain ones of its modules (``plain_attributes.py``), from rank
+    0 of a model that is new.
     """
 
     request: int
@@ -76,6 +77,7 @@ class Loaded:
     models: list[int]
     digests: dict[str, str]
     bytes_held: int
+    attributes: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,14 @@ several of these."""
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
+def values() -> list[Value]:
+    """Return this thread's settings, in the order of ``current``."""
+    return [get() for get, _ in _rows().values()]
+
+
 def current() -> dict[str, Value]:
     """Return this thread's settings by name."""
-    return {name: get() for name, (get, _) in _rows().items()}
+    return dict(zip(_rows(), values(), strict=True))
 
 
 def follow(values: Mapping[str, Value]) -> None:

@@ -28,10 +28,14 @@ REFUSED = {
     "host_checks._passing_on.passing_on",
     "optimized attention": "comfy.ldm.flux.math.optimized_attention was replaced by "
     "host_checks._passing_on.passing_on",
+    "number of a block": "a node set double_blocks.N.img_norm1.eps of this model",
     "multigpu": "ComfyUI's own MultiGPU split is active",
 }
 # What lies around the blocks, or can be carried: the workers compute the blocks all the same.
-SHARED = ("forward_orig", "module hook", "attention override", "block patch")
+SHARED = (
+    *("forward_orig", "module hook", "attention override", "block patch"),
+    "number around the blocks",
+)
 
 
 class Pair:

@@ -147,6 +147,12 @@ def disturbed_call(path: str, out: str, kind: str) -> dict[str, Any]:
         # What ComfyUI leaves after an object patch was taken back.
         with _attribute(flux, "forward_orig", flux.forward_orig):
             return _call(path, out)
+    if kind == "number of a block":
+        with _attribute(block.img_norm1, "eps", 0.5):
+            return _call(path, out)
+    if kind == "number around the blocks":
+        with _attribute(flux.pe_embedder, "theta", 100):
+            return _call(path, out)
     if kind == "block class":
         changed = type("OtherBlock", (type(block),), {})
         block.__class__ = changed

@@ -5,8 +5,8 @@ Runs in: a ComfyUI process of ``process.py``.
 A mutation is ``mechanism module:path``. The list is made of one traced step, not written by hand:
 functions and methods by whoever called them, under every name that ComfyUI has for them; torch's
 own functions and tensor methods; operators in the code that ran; constants and class attributes
-that it reads; classes of its modules, before a model is loaded; torch's settings. A changed
-function's floating-point results are scaled.
+that it reads; classes of its modules, before a model is loaded; numbers of its modules, one of each
+kind; torch's settings. A changed function's floating-point results are scaled.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import forwards
 import torch
@@ -77,10 +78,15 @@ def traced(path: str) -> list[str]:
                 note("constant", f"{module.__name__}:{name}")
     for name in {item.__name__ for item in builtins if isinstance(item.__self__, torch.Tensor)}:
         note("tensor method", f"torch:Tensor.{name}")
-    for module in forwards.patcher_of(path).model.diffusion_model.modules():
+    numbers: dict[tuple[type[Any], str], str] = {}
+    for where, module in forwards.patcher_of(path).model.diffusion_model.named_modules():
         cls = type(module)
         if "<locals>" not in cls.__qualname__:
             note("class", f"{cls.__module__}:{cls.__qualname__}")
+        for key, value in vars(module).items():
+            if type(value) in (bool, int, float) and "comfy" not in key and key != "training":
+                numbers.setdefault((cls, key), f"{where}:{key}")
+    kinds["attribute"] = set(numbers.values())
     kinds["setting"] = set(SETTINGS)
     return _in_turns({kind: sorted(found) for kind, found in sorted(kinds.items())})
 
@@ -142,7 +148,8 @@ def _calls_of(path: str) -> tuple[dict[Any, Any], list[Any]]:
 def mutated_call(path: str, out: str, mutation: str) -> dict[str, Any]:
     """One call while something is changed; or the error that it raised."""
     is_of_class = mutation.startswith("class ")
-    with changed(mutation):
+    flux = forwards.patcher_of(path).model.diffusion_model
+    with changed(mutation, flux):
         try:
             return _call(path, out, patcher=_fresh(path) if is_of_class else None)
         except BaseException as error:  # noqa: BLE001 - a mutation may break ComfyUI itself
@@ -166,28 +173,67 @@ def differences(path: str, out: str, mutations: list[str]) -> dict[str, Any]:
 
 
 def cost_of_looking(path: str, out: str) -> dict[str, float]:
-    """Microseconds that a step, and the first step of a run, look at what was replaced."""
+    """Milliseconds in which a run looks before its first step, and a step while ranks compute.
+
+    Medians of looks between which the caches of the processor were used for something else.
+    """
     _call(path, out)
     host = _activation().host
     base = forwards.patcher_of(path).model
     run = host.begin_run()
-    seconds: dict[str, list[float]] = {"run": [], "step": []}
-    for number in range(3000):
-        is_first = number % 100 == 0
+    seconds: dict[str, list[float]] = {"run": [], "before a step": [], "meanwhile": []}
+    others = torch.zeros(16 << 20)
+    for number in range(200):
+        is_first = number % 10 == 0
         if is_first:
-            time.sleep(0.1)  # others of this machine have their turns
             run.code.clear()
+        others += 1
         begin = time.perf_counter()
         assert host.likeness.changes(base, run, lambda: None) == []
-        seconds["run" if is_first else "step"].append(time.perf_counter() - begin)
-    found = {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
-    return {**found, "least": min(seconds["step"]) * 1e6}
+        looked = time.perf_counter()
+        assert host.likeness.late_change() is None
+        if is_first:
+            seconds["run"].append(looked - begin)
+        else:
+            seconds["before a step"].append(looked - begin)
+            seconds["meanwhile"].append(time.perf_counter() - looked)
+    return {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
+
+
+def changed_in_a_run(path: str, out: str, mutation: str) -> dict[str, Any]:
+    """Three calls of one run; something is another one in the last two of them."""
+    patcher = forwards.patcher_of(path)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    host = _activation().host if "comfy_xdit_patch.activation" in sys.modules else None
+    run = host.begin_run() if host else None
+    token = host.current_run.set(run) if host else None
+    results = []
+    with contextlib.ExitStack() as stack, torch.inference_mode():
+        arguments = forwards.inputs(patcher.model, **CASE)
+        for number in range(3):
+            if number == 1:
+                stack.enter_context(changed(mutation))
+            results.append(patcher.model.apply_model(**arguments, transformer_options={}))
+    torch.save(torch.stack(results), out)
+    if host is None:
+        return {}
+    host.current_run.reset(token)
+    host.end_run(run)
+    counts = run.counts
+    return {"parallel": len(counts.parallel_seconds), "fell_back": dict(counts.fall_backs)}
 
 
 @contextlib.contextmanager
-def changed(mutation: str) -> Iterator[None]:
-    """Change one thing while this lasts."""
+def changed(mutation: str, flux: Any = None) -> Iterator[None]:
+    """Change one thing while this lasts, of the model ``flux`` or of the process."""
     kind, _, where = mutation.rpartition(" ")
+    if kind == "attribute":
+        name, _, key = where.partition(":")
+        module = flux.get_submodule(name)
+        with _attribute(module, key, _changed(vars(module)[key])):
+            yield
+        return
     if kind == "setting":
         with SETTINGS[where]():
             yield

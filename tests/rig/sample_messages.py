@@ -124,6 +124,7 @@ MESSAGES = [
         models=[1, 2],
         digests={"img_in.weight": "float32[8x4]:00"},
         bytes_held=1 << 34,
+        attributes={"pe_embedder": {"theta": "[10000]"}},
     ),
     replies.NotLoaded(request=1, error="WorkerError: no memory"),
     replies.Unloaded(request=9),
