@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit_patch import __version__
-from comfy_xdit_patch.bootstrap import (
+from comfy_xdit_patch.errors import Refusal, SettingsError
+from comfy_xdit_patch.marks import (
     CONTROL_MODULES,
     EXECUTION_MODULES,
     SAMPLING_MODULES,
     SERVER_MODULES,
 )
-from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.patching.boundary import our_faults_stay_ours
 from comfy_xdit_patch.patching.host import Host
 from comfy_xdit_patch.patching.patchset import PatchSet

@@ -3,7 +3,8 @@
 Runs in: every Python process of the environment, from ``comfy_xdit_patch.pth``.
 
 Four facts shape this file.
-    It runs in pip, in tests and in tools: standard library only, well under 2 ms, no output.
+    It runs in pip, in tests and in tools: standard library and names only, well under 2 ms, no
+        output.
     ``site`` executes the lines of a .pth file twice in a virtual environment: ``start`` is
         idempotent.
     An exception here, or in an import hook, would break somebody else's program: none escapes.
@@ -14,33 +15,14 @@ Four facts shape this file.
 import os
 import sys
 
+from comfy_xdit_patch.marks import SETS, WORKER_MARK
+
 # ``typing`` alone would cost several times what all of this does, and ``__future__`` a quarter.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
-
-# The modules that the patch points live in; a test keeps this equal to patching/points.py. They
-# are named here so that a process without ComfyUI pays for two sets and no import.
-SAMPLING_MODULES = frozenset(
-    {
-        "comfy.ldm.chroma.model",
-        "comfy.ldm.chroma_radiance.model",
-        "comfy.ldm.flux.model",
-        "comfy.model_base",
-        "comfy.model_management",
-        "comfy.model_patcher",
-        "comfy.samplers",
-        "comfy.sd",
-    }
-)
-CONTROL_MODULES = frozenset({"comfy.controlnet", "comfy.ldm.flux.controlnet"})
-SERVER_MODULES = frozenset({"server"})
-EXECUTION_MODULES = frozenset({"execution"})
-SETS = (SAMPLING_MODULES, CONTROL_MODULES, SERVER_MODULES, EXECUTION_MODULES)
-WORKER_MARK = "_COMFY_XDIT_WORKER"
-"""Set in a worker's environment: a worker imports ComfyUI and must not patch it."""
 
 _finder: "_Finder | None" = None
 

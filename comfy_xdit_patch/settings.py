@@ -14,18 +14,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 from comfy_xdit_patch.errors import SettingsError
-from comfy_xdit_patch.strategy import Strategy, parse_strategy
+from comfy_xdit_patch.strategy import BALANCING, Balancing, Strategy, parse_strategy
 from comfy_xdit_patch.variables import VARIABLES
 
 T = TypeVar("T")
 
-Balancing = Literal["even", "weighted", "adaptive", "least_loaded"]
 OF_XFUSER = ("XDIT_LOGGING_LEVEL",)
 """Variables of the same prefix that xfuser reads."""
-BALANCING: tuple[Balancing, ...] = get_args(Balancing)
 
 
 @dataclass(frozen=True, slots=True)

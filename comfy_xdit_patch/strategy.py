@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 AXES = ("batch", "pipefusion", "ulysses", "ring", "tensor")
 NAMES = ("auto", "ulysses", "ring", "usp", "batch", "tensor", "fsdp", "pipefusion", "off")
@@ -16,6 +17,10 @@ LEGAL = (
     "plan such as batch=2,ulysses=2,tensor=2 or ulysses=4,fsdp=4"
 )
 PLAN = "plan"
+
+Balancing = Literal["even", "weighted", "adaptive", "least_loaded"]
+"""What ``XDIT_BALANCE`` may be."""
+BALANCING: tuple[Balancing, ...] = get_args(Balancing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from comfy_xdit_patch.observability.status import Totals
 from comfy_xdit_patch.patching.left_over import LeftOver
 from comfy_xdit_patch.planning.balance import Balance, Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.settings import Balancing
+from comfy_xdit_patch.strategy import Balancing
 from comfy_xdit_patch.workers.pool import Pool
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ class Holding:
             return found
         known = found
         if plan.tensor_degree > 1:
-            refusal = no_tensor_weights(model, plan.tensor_degree, run)
+            refusal = no_tensor_weights(model, plan.tensor_degree, run.tensor)
             if refusal is not None:
                 return refusal
         self._weights.follow_generation()

@@ -19,8 +19,8 @@ from comfy_xdit_patch.patching.carried import other_options
 from comfy_xdit_patch.patching.deferred import encode_control
 from comfy_xdit_patch.patching.pipelined import PipelinedCall
 from comfy_xdit_patch.patching.wire import Room, Wire
-from comfy_xdit_patch.planning.arguments import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
 from comfy_xdit_patch.transport.answers import check_shape
 from comfy_xdit_patch.transport.calls import Forget, Forward, Tree
 from comfy_xdit_patch.transport.messages import Message

@@ -17,7 +17,6 @@ import torch
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.carried import CarriedPatches
 from comfy_xdit_patch.patching.models import flux_of
-from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.planning.tensor_cuts import cuts_of
 from comfy_xdit_patch.transport.fingerprint import PREFIX, unpatched
 from comfy_xdit_patch.transport.slices import can_slice
@@ -54,11 +53,17 @@ def no_tensor_call(
     return None
 
 
-def no_tensor_weights(model: Any, degree: int, run: Run) -> Refusal | None:
-    """Return why a model's weights cannot be cut, or None. Looked for once a run."""
-    if (id(model), degree) not in run.tensor:
-        run.tensor[id(model), degree] = _no_cuts(model, degree)
-    return run.tensor[id(model), degree]
+def no_tensor_weights(
+    model: Any, degree: int, known: dict[tuple[int, int], Refusal | None]
+) -> Refusal | None:
+    """Return why a model's weights cannot be cut, or None.
+
+    Args:
+        known: what was found in this run, by the model's identity and the degree.
+    """
+    if (id(model), degree) not in known:
+        known[id(model), degree] = _no_cuts(model, degree)
+    return known[id(model), degree]
 
 
 def _no_cuts(model: Any, degree: int) -> Refusal | None:

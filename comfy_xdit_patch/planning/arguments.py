@@ -10,17 +10,6 @@ from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, Scope
 
-CARRIED_ARGUMENTS = (
-    "x",
-    "timestep",
-    "context",
-    "y",
-    "guidance",
-    "ref_latents",
-    "ref_latents_method",
-    "control",
-    "attention_mask",
-)
 # ComfyUI's FLUX reads "input" and "output"; "middle" is always there and never read.
 CARRIED_CONTROLS = ("input", "middle", "output")
 NEEDED = ("x", "timestep", "context")

@@ -21,7 +21,7 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.shares import DAMPING, moved_weights
 from comfy_xdit_patch.planning.work import work_parts
-from comfy_xdit_patch.settings import Balancing
+from comfy_xdit_patch.strategy import Balancing
 
 MIN_GAIN = 0.04
 """Part of a call's time that a change must save: 4 % is what ranks that differ by 8 % lose."""

@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit_patch.planning.arguments import CARRIED_ARGUMENTS
 from comfy_xdit_patch.planning.plan import Workload
 
 if TYPE_CHECKING:
     import torch
+
+CARRIED_ARGUMENTS = (
+    "x",
+    "timestep",
+    "context",
+    "y",
+    "guidance",
+    "ref_latents",
+    "ref_latents_method",
+    "control",
+    "attention_mask",
+)
+"""What a call's result depends on, beside ``transformer_options``."""
 
 
 def workload_of(

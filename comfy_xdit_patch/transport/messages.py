@@ -36,6 +36,8 @@ from comfy_xdit_patch.transport.replies import (
 )
 
 MAX_ERROR_CHARS = 300
+MAX_START_BYTES = 1 << 20
+"""Of one ``Start`` and of what the nursery answers to it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a worker inherits from the host: variables, module search path, ComfyUI's own options.
 
-Runs in: host (``capture_*``, ``worker_variables``), nursery and worker (``restore_*``).
+Runs in: host. ``joining.py`` has the worker's side.
 
 A worker must compute with ComfyUI's own code under the host's own options, so that ops, attention
 backend and dtype rules are the host's. What crosses is a hand-picked list, all of it plain data.
@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from comfy_xdit_patch.bootstrap import WORKER_MARK
+from comfy_xdit_patch.marks import WORKER_MARK
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.likeness import is_plain
-from comfy_xdit_patch.transport.messages import Start
 
 # ``torchrun`` and other launchers leave these behind; a worker must not join somebody else's job.
 _FOREIGN_VARIABLES = (
@@ -36,8 +35,6 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 GPU_THREADS = "4"
 """Of a GPU rank's OpenMP pool. By default each rank would start one for every core of the machine,
 and all of them spin for a while after what a load computes on the CPU."""
-_WORKERS_OWN = ("cpu", "disable_pinned_memory")
-"""Options of ComfyUI's that a worker decides; ``restore_host_state`` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,38 +69,6 @@ def capture_host_state(comfyui_root: str) -> HostState:
 def plain_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of ComfyUI's options that are plain data."""
     return {name: value for name, value in options.items() if is_plain(value)}
-
-
-def follow_arguments(arguments: Mapping[str, Any]) -> None:
-    """Set ComfyUI's options in a worker as they are in the host now."""
-    import comfy.cli_args
-
-    for name, value in arguments.items():
-        if name not in _WORKERS_OWN:
-            setattr(comfy.cli_args.args, name, value)
-
-
-def restore_host_state(start: Start) -> None:
-    """Import ComfyUI in a worker as the host has it: same tree, same options."""
-    sys.path[:] = start.sys_path
-    if start.comfyui_root not in sys.path:
-        sys.path.insert(0, start.comfyui_root)
-    sys.argv[:] = start.argv
-    import comfy.options
-
-    if start.parses_arguments:
-        comfy.options.enable_args_parsing()
-    import comfy.cli_args
-
-    for name, value in start.arguments.items():
-        setattr(comfy.cli_args.args, name, value)
-    if start.num_threads is not None:
-        comfy.cli_args.args.cpu = True
-    # A rank's weights lie in a mapped file, which all ranks share. To pin a page of it would make
-    # that page the rank's own: as many copies of the model in CPU memory as there are ranks.
-    comfy.cli_args.args.disable_pinned_memory = True
-    import comfy.model_management
-    import comfy.sd
 
 
 def is_peer_to_peer_off() -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_patch.transport.channel import Channel
 from comfy_xdit_patch.transport.messages import Start
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from comfy_xdit_patch.engine.groups import Groups
 
 REPLY_DEADLINE_S = 30.0
+_WORKERS_OWN = ("cpu", "disable_pinned_memory")
+"""Options of ComfyUI's that a worker decides; ``restore_host_state`` says why."""
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +56,6 @@ def join(
     if start.num_threads is not None:
         torch.set_num_threads(start.num_threads)
     phase_done("torch", "import of ComfyUI")
-    from comfy_xdit_patch.workers.environment import restore_host_state
-
     restore_host_state(start)
     phase_done("comfyui", "import of the engine")
     import comfy_xdit_patch.engine.engine  # noqa: F401 - here, where the collector is off
@@ -95,3 +96,35 @@ def _memory(device: torch.device) -> tuple[int, int]:
     import torch
 
     return (0, 0) if device.type == "cpu" else torch.cuda.mem_get_info(device)
+
+
+def follow_arguments(arguments: Mapping[str, Any]) -> None:
+    """Set ComfyUI's options in a worker as they are in the host now."""
+    import comfy.cli_args
+
+    for name, value in arguments.items():
+        if name not in _WORKERS_OWN:
+            setattr(comfy.cli_args.args, name, value)
+
+
+def restore_host_state(start: Start) -> None:
+    """Import ComfyUI in a worker as the host has it: same tree, same options."""
+    sys.path[:] = start.sys_path
+    if start.comfyui_root not in sys.path:
+        sys.path.insert(0, start.comfyui_root)
+    sys.argv[:] = start.argv
+    import comfy.options
+
+    if start.parses_arguments:
+        comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    for name, value in start.arguments.items():
+        setattr(comfy.cli_args.args, name, value)
+    if start.num_threads is not None:
+        comfy.cli_args.args.cpu = True
+    # A rank's weights lie in a mapped file, which all ranks share. To pin a page of it would make
+    # that page the rank's own: as many copies of the model in CPU memory as there are ranks.
+    comfy.cli_args.args.disable_pinned_memory = True
+    import comfy.model_management
+    import comfy.sd

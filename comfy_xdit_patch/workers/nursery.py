@@ -27,15 +27,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from comfy_xdit_patch.transport.messages import Start, decode
+from comfy_xdit_patch.transport.messages import MAX_START_BYTES, Start, decode
 from comfy_xdit_patch.workers import process
 
-BOOTSTRAP = (
-    "import sys; sys.path[:1] = [] if sys.path[:1] == [''] else sys.path[:1]; "
-    "from comfy_xdit_patch.workers.nursery import main; main()"
-)
-"""Not ``-m``, which would look for modules in the working directory first."""
-MAX_BYTES = 1 << 20
 FDS_OF_A_RANK = 3
 BEFORE_CUDA = ("torch", "torch._dynamo", "transformers", "einops", "safetensors.torch")
 """What takes long of ComfyUI's imports, and leaves the GPUs alone."""
@@ -94,7 +88,7 @@ def serve(
             if unsound is not None:
                 log.warning("ranks import for themselves: %s", unsound)
                 _start_cold(host, host_pid, ranks.values())
-            data, fds, _, _ = socket.recv_fds(host, MAX_BYTES, FDS_OF_A_RANK)
+            data, fds, _, _ = socket.recv_fds(host, MAX_START_BYTES, FDS_OF_A_RANK)
             if not data:
                 return None
             if fds:
@@ -119,7 +113,7 @@ def warm_up(start: Start) -> None:
             import torch
 
             torch.set_num_threads(1)
-            from comfy_xdit_patch.workers.environment import restore_host_state
+            from comfy_xdit_patch.workers.joining import restore_host_state
 
             restore_host_state(start)
             import comfy_xdit_patch.engine.engine
@@ -145,7 +139,7 @@ def _start_cold(host: socket.socket, host_pid: int, ranks: Iterable[int]) -> NoR
     """Execute this program anew. The process keeps its number, its host and its ranks."""
     host.set_inheritable(True)
     arguments = [str(host.fileno()), str(host_pid), "cold", *map(str, ranks)]
-    command = sys.orig_argv[: sys.orig_argv.index(BOOTSTRAP) + 1]
+    command = sys.orig_argv[: sys.orig_argv.index("-c") + 2]
     os.execv(sys.executable, [*command, *arguments])
 
 

@@ -18,11 +18,15 @@ import time
 from pathlib import Path
 
 from comfy_xdit_patch.errors import WorkerError
-from comfy_xdit_patch.transport.messages import Start, encode
+from comfy_xdit_patch.transport.messages import MAX_START_BYTES, Start, encode
 from comfy_xdit_patch.workers.log_files import begin, mark_of, tail_of
-from comfy_xdit_patch.workers.nursery import BOOTSTRAP, MAX_BYTES
 
 KILLED = -signal.SIGKILL
+BOOTSTRAP = (
+    "import sys; sys.path[:1] = [] if sys.path[:1] == [''] else sys.path[:1]; "
+    "from comfy_xdit_patch.workers.nursery import main; main()"
+)
+"""Not ``-m``, which would look for modules in the working directory first."""
 CODE_S = 5.0
 
 
@@ -173,7 +177,7 @@ class Nursery:
         """Read what it says, with the lock held. Returns at the first word, or the timeout."""
         while self._socket.fileno() >= 0 and _is_readable(self._socket.fileno(), timeout_s):
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, MAX_BYTES, 1)
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_START_BYTES, 1)
             except ConnectionResetError:  # It ended with something unread.
                 return
             if not data:

@@ -178,7 +178,7 @@ def _reached(message: Reach) -> Reached:
 
 def _follow(message: Follow) -> None:
     from comfy_xdit_patch.transport import torch_settings
-    from comfy_xdit_patch.workers.environment import follow_arguments
+    from comfy_xdit_patch.workers.joining import follow_arguments
 
     torch_settings.follow(message.torch)
     follow_arguments(message.arguments)

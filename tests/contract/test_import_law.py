@@ -46,6 +46,7 @@ IMPORTERS = {
         "transport/patches.py",
         "transport/skeleton.py",
         "workers/environment.py",
+        "workers/joining.py",
     },
     "xfuser": set(),
     "diffusers": set(),
@@ -205,7 +206,8 @@ MAY_IMPORT = {
     "variables": {"strategy"},
     "settings": {"errors", "strategy", "variables"},
     "system_memory": set(),
-    "bootstrap": {"activation"},
+    "marks": set(),
+    "bootstrap": {"activation", "marks"},
     "planning": {
         *("blame", "errors", "settings", "strategy", "system_memory", "variables", "planning"),
     },
@@ -215,13 +217,13 @@ MAY_IMPORT = {
     },
     "check": {"errors", "settings", "planning", "observability", "check"},
     "engine": {"attributes", "blame", "errors", "planning", "transport", "engine"},
-    "workers": {"errors", "settings", "bootstrap", "planning", "transport", "engine", "workers"},
+    "workers": {"errors", "settings", "marks", "planning", "transport", "engine", "workers"},
     "patching": {
         *("attributes", "blame", "errors", "settings", "strategy", "planning", "transport"),
         *("workers", "observability", "patching"),
     },
     "activation": {
-        *("bootstrap", "errors", "settings", "planning", "workers", "observability", "patching")
+        *("marks", "errors", "settings", "planning", "workers", "observability", "patching")
     },
     "__main__": {"check", "errors", "observability"},
     "__init__": set(),
@@ -290,10 +292,12 @@ def test_other_modules_of_comfyui_are_never_imported(module):
     assert [i.file for i in IMPORTS if is_of(i.module, module)] == []
 
 
-def test_the_bootstrap_imports_the_standard_library_only():
+def test_the_bootstrap_imports_the_standard_library_and_names_only():
     at_start = [i.module for i in IMPORTS if i.file == "bootstrap.py" and i.at_module_scope]
     assert at_start
-    assert {module.partition(".")[0] for module in at_start} <= set(sys.stdlib_module_names)
+    others = {m for m in at_start if m.partition(".")[0] not in sys.stdlib_module_names}
+    assert others == {f"{OWN}.marks.SETS", f"{OWN}.marks.WORKER_MARK"}
+    assert [i for i in IMPORTS if i.file == "marks.py"] == []
 
 
 def part_of(module: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from comfy_xdit_patch.bootstrap import (
+from comfy_xdit_patch.marks import (
     CONTROL_MODULES,
     EXECUTION_MODULES,
     SAMPLING_MODULES,

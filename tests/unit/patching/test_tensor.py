@@ -9,7 +9,6 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.patching.carried import CarriedPatches
-from comfy_xdit_patch.patching.run import Run
 from comfy_xdit_patch.patching.tensor import no_tensor_call, no_tensor_weights
 
 
@@ -70,21 +69,21 @@ def model(block):
 
 def test_plain_weights_and_one_scale_for_all_are_cut():
     block = Single()
-    assert no_tensor_weights(model(block), 2, Run()) is None
+    assert no_tensor_weights(model(block), 2, {}) is None
     block.linear1.weight = torch.nn.Parameter(block.linear1.weight.to(torch.float8_e4m3fn), False)
     block.linear1.scale_weight = torch.nn.Parameter(torch.ones(()), requires_grad=False)
-    assert no_tensor_weights(model(block), 2, Run()) is None
+    assert no_tensor_weights(model(block), 2, {}) is None
 
 
 def test_a_scale_for_each_row_and_whole_numbers_are_not():
     block = Single()
     block.linear2.scale_weight = torch.nn.Parameter(torch.ones(16), requires_grad=False)
-    refusal = no_tensor_weights(model(block), 2, Run())
+    refusal = no_tensor_weights(model(block), 2, {})
     assert refusal is not None
     assert refusal.reason.endswith("these are quantised in groups")
     block = Single()
     block.linear1.weight = torch.nn.Parameter(torch.zeros(112, 16, dtype=torch.int8), False)
-    assert no_tensor_weights(model(block), 2, Run()) is not None
+    assert no_tensor_weights(model(block), 2, {}) is not None
 
 
 def test_the_stored_weight_counts_and_not_one_that_is_patched():
@@ -93,4 +92,4 @@ def test_the_stored_weight_counts_and_not_one_that_is_patched():
     key = "diffusion_model.single_blocks.0.linear1.weight"
     stored = torch.zeros(112, 16, dtype=torch.int8)
     of_block.current_patcher.backup[key] = SimpleNamespace(weight=stored)
-    assert no_tensor_weights(of_block, 2, Run()) is not None
+    assert no_tensor_weights(of_block, 2, {}) is not None

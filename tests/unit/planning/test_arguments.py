@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.planning.arguments import (
-    CARRIED_ARGUMENTS,
-    check_arguments,
-    check_grad,
-    misplaced,
-)
+from comfy_xdit_patch.planning.arguments import check_arguments, check_grad, misplaced
+from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
 
 x = torch.zeros(1, 4, 2, 2)
 PLAIN = {"x": x, "timestep": x, "context": x}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from comfy_xdit_patch.bootstrap import WORKER_MARK
+from comfy_xdit_patch.marks import WORKER_MARK
 from comfy_xdit_patch.planning.topology import Device
 from comfy_xdit_patch.transport.messages import Start
 from comfy_xdit_patch.workers.environment import (
