@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.check import command as check
 from comfy_xdit_patch.errors import SettingsError
-from comfy_xdit_patch.observability import plan_report, verdict_store
+from comfy_xdit_patch.host.pace import verdict_store
+from comfy_xdit_patch.report import plan_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "plan":
         return _plan(options)
-    from comfy_xdit_patch.observability.doctor import examine
+    from comfy_xdit_patch.report.doctor import examine
 
     report, is_well = examine(comfyui=options.comfyui, url=options.url)
     sys.stdout.write(report + "\n")

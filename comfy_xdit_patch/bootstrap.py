@@ -94,7 +94,7 @@ class _Finder:
             self.ready[name] = root
             names = next(names for names in SETS if name in names)
             if all(self.ready.get(other) == root for other in names):
-                from comfy_xdit_patch import activation
+                from comfy_xdit_patch.host.guest import activation
 
                 activation.modules_ready(names, root)
         except Exception:

@@ -3,7 +3,7 @@
 Runs in: every Python process of the environment; imports nothing.
 """
 
-# The modules that the patch points live in; a test keeps this equal to patching/points.py. They
+# The modules that the patch points live in; a test keeps this equal to host/guest/points.py. They
 # are named here so that a process without ComfyUI pays for two sets and no import.
 SAMPLING_MODULES = frozenset(
     {

@@ -62,7 +62,7 @@ def pages() -> dict[str, str]:
 
 def settings_page() -> str:
     """Return the page of all XDIT_* variables."""
-    from comfy_xdit_patch.variables import VARIABLES
+    from comfy_xdit_patch.settings import VARIABLES
 
     lines = [
         MADE.format(source="comfy_xdit_patch/settings.py"),
@@ -95,7 +95,7 @@ def _no_wrapper(*_: Any) -> None:
 
 def patch_points_page() -> str:
     """Return the page of every attribute of ComfyUI that is touched."""
-    from comfy_xdit_patch.patching.points import (
+    from comfy_xdit_patch.host.guest.points import (
         control_points,
         execution_points,
         sampling_points,
@@ -104,7 +104,7 @@ def patch_points_page() -> str:
 
     stand_in: Any = NoWrappers()
     lines = [
-        MADE.format(source="comfy_xdit_patch/patching/points.py"),
+        MADE.format(source="comfy_xdit_patch/host/guest/points.py"),
         "",
         "# Patch points",
         "",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-from comfy_xdit_patch.planning.survey import ASK_S, query_gpus
+from comfy_xdit_patch.hardware.survey import ASK_S, query_gpus
 
 POLL_S = 0.2
 MEMORY = "uuid,memory.used,memory.total"

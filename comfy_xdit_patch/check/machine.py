@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from comfy_xdit_patch.errors import CheckError
-from comfy_xdit_patch.observability.gpu_report import gpu_faults
-from comfy_xdit_patch.observability.machine_report import place_lines
-from comfy_xdit_patch.planning.survey import survey
-from comfy_xdit_patch.planning.topology import visible_gpus
+from comfy_xdit_patch.hardware.devices import visible_gpus
+from comfy_xdit_patch.hardware.survey import survey
+from comfy_xdit_patch.report.doctor_sections import gpu_faults, place_lines
 
 ASK_DEADLINE_S = 120.0
 MARK = "xdit-check-machine "

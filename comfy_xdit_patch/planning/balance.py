@@ -1,6 +1,7 @@
 """Weights of unequal ranks: learned from what each rank was busy for, changed only for a gain.
 
-Runs in: host. Pure: numbers in, weights out; ``patching/balance.py`` knows pool, runs and devices.
+Runs in: host. Pure: numbers in, weights out; ``host/pace/rank_speeds.py`` knows pool, runs and
+devices.
 
 A rank's speed is its part of a call's work over its busy seconds. Speeds of single calls are noisy,
 and shares that follow noise are worse than even ones. So a change must promise a gain, computed
@@ -14,14 +15,50 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from statistics import fmean, median
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.shares import DAMPING, moved_weights
-from comfy_xdit_patch.planning.work import work_parts
-from comfy_xdit_patch.strategy import Balancing
+from comfy_xdit_patch.planning.sequence_shares import DAMPING, moved_weights
+from comfy_xdit_patch.planning.strategy import Balancing
+
+HEAD_WIDTH = 128
+"""Features of an attention head in the FLUX family."""
+
+REMEMBERED_CALLS = 64
+
+
+@lru_cache(maxsize=REMEMBERED_CALLS)
+def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
+    """Every rank's part of a call's work: its rows, tokens and heads.
+
+    Attention is ``4 S^2 D`` of ``4 S^2 D + 24 D^2 S`` FLOPs in a block; the rest goes by tokens.
+    """
+    num_tokens = (
+        workload.num_text_tokens + workload.num_image_tokens + workload.num_reference_tokens
+    )
+    attention = num_tokens / (6 * HEAD_WIDTH * workload.num_heads + num_tokens)
+    parts = []
+    for rank in range(plan.world_size):
+        first, end = plan.batch_rows(rank, workload.batch_size)
+        shares = plan.sequence_shares(
+            rank,
+            num_text_tokens=workload.num_text_tokens,
+            num_image_tokens=workload.num_image_tokens,
+            num_reference_tokens=workload.num_reference_tokens,
+            num_heads=workload.num_heads,
+        )
+        place = plan.sequence_index(rank)
+        ring_place, near = divmod(place, plan.ulysses_degree)
+        start = ring_place * plan.ulysses_degree
+        queries = sum(shares.joint[start : start + plan.ulysses_degree])
+        linear = (1 - attention) * shares.joint[place] / num_tokens
+        heads = attention * queries / num_tokens * shares.heads[near] / workload.num_heads
+        parts.append((end - first) / workload.batch_size * (linear + heads))
+    return tuple(parts)
+
 
 MIN_GAIN = 0.04
 """Part of a call's time that a change must save: 4 % is what ranks that differ by 8 % lose."""

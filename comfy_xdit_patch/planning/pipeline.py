@@ -13,8 +13,12 @@ is computed once. Ranks that share a stage (ulysses) share each patch, rank afte
 from __future__ import annotations
 
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
-from comfy_xdit_patch.planning.shares import proportional
+from comfy_xdit_patch.planning.sequence_shares import (
+    SequenceShares,
+    bounds,
+    proportional,
+    shard_sizes,
+)
 
 NUM_WARM_UP_CALLS = 1
 """Exact calls at the beginning of each stream. xDiT's default is 1 as well."""

@@ -22,8 +22,13 @@ from math import prod
 
 from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.grid import AXES, ranks_along
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
-from comfy_xdit_patch.planning.shares import proportional, weighted_shares
+from comfy_xdit_patch.planning.sequence_shares import (
+    SequenceShares,
+    bounds,
+    proportional,
+    shard_sizes,
+    weighted_shares,
+)
 
 NAMED = ("batch", "pipefusion", "ulysses", "ring", "tensor")
 """In the order in which a plan's name has them."""

@@ -11,7 +11,7 @@ from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.strategy import AUTO, NAMES, PLAN, Strategy
+from comfy_xdit_patch.planning.strategy import AUTO, NAMES, PLAN, Strategy
 
 FREE = ("auto", "fsdp")
 """Strategies that leave the axes to us."""

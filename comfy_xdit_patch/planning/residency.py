@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.pipeline import most_blocks
+from comfy_xdit_patch.planning.plan import ParallelPlan
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -247,3 +249,57 @@ def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
 def gib(num_bytes: int) -> str:
     """Bytes as GiB with one decimal."""
     return f"{num_bytes / GIB:.1f}"
+
+
+TENSOR = "tensor="
+"""How a rank is told to hold its part of every block: ``tensor=2``, one of two parts."""
+
+
+def tensor_mode(degree: int) -> str:
+    """Name the mode of a model that is cut into so many parts."""
+    return f"{TENSOR}{degree}"
+
+
+def tensor_degree(mode: str) -> int:
+    """Into how many parts a mode cuts each block; 1 for the modes that cut none."""
+    return int(mode.removeprefix(TENSOR)) if mode.startswith(TENSOR) else 1
+
+
+def plan_tensor_residency(
+    model: ModelSizes, load: TokenLoad, degree: int, *, cards: tuple[Card, ...]
+) -> ResidencyPlan | Refusal:
+    """See whether a model fits whose blocks are cut into ``degree`` parts.
+
+    Its activations are counted as if nothing of them were cut, which heads and columns are.
+    """
+    blocks = model.total_bytes - model.outside_blocks_bytes
+    part = replace(model, total_bytes=model.outside_blocks_bytes + -(-blocks // degree))
+    # Ranks that cut the same blocks have the same tokens.
+    whole_tokens = replace(load, num_shards=(load.num_shards or len(cards)) // degree)
+    need = need_of("tensor", part, whole_tokens, cards=cards)
+    if need.fits:
+        return ResidencyPlan((need,))
+    return Refusal(f"the model does not fit on {len(cards)} cards ({need.text})")
+
+
+def residency_of(
+    plan: ParallelPlan,
+    sizes: ModelSizes,
+    load: TokenLoad,
+    *,
+    num_blocks: int,
+    cards: tuple[Card, ...],
+    first: Mode = "full",
+) -> ResidencyPlan | Refusal:
+    """Choose the mode for a plan.
+
+    Args:
+        sizes: of the whole model.
+        first: the user wants this mode or a later one.
+    """
+    if plan.tensor_degree > 1:
+        return plan_tensor_residency(sizes, load, plan.tensor_degree, cards=cards)
+    is_pipeline = plan.pipefusion_degree > 1
+    if is_pipeline:
+        sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
+    return plan_residency(sizes, load, cards=cards, first=first, is_pipeline=is_pipeline)

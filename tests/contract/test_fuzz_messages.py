@@ -13,9 +13,8 @@ from rig.fuzzing import named, nothing_is_left, outcome_of, seeds
 from rig.sample_messages import MESSAGES
 
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError, MessageError
-from comfy_xdit_patch.transport.channel import Channel
-from comfy_xdit_patch.transport.fields import checks_of
-from comfy_xdit_patch.transport.messages import decode
+from comfy_xdit_patch.wire.channel import Channel
+from comfy_xdit_patch.wire.messages.codec import checks_of, decode
 
 
 def test_the_decoder_makes_a_message_of_the_right_types_or_a_message_error() -> None:

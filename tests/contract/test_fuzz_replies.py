@@ -15,21 +15,20 @@ from rig.broken_messages import arriving, broken_frame
 from rig.fuzzing import named, nothing_is_left, outcome_of, seeds
 
 from comfy_xdit_patch.errors import DeclinedError, WorkerError
-from comfy_xdit_patch.observability.status import Totals
-from comfy_xdit_patch.patching.remote import RemoteForward
-from comfy_xdit_patch.patching.remote_control import RemoteControl
-from comfy_xdit_patch.patching.wire import Wire
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.pool.crew import Wire
+from comfy_xdit_patch.host.pool.exchange import Exchange
+from comfy_xdit_patch.host.pool.inheritance import HostState
+from comfy_xdit_patch.host.pool.launcher import Worker
+from comfy_xdit_patch.host.pool.pool import Pool, PoolState
+from comfy_xdit_patch.host.step.controlnets import RemoteControl
+from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.settings import read_settings
-from comfy_xdit_patch.transport import calls, replies
-from comfy_xdit_patch.transport.channel import Channel, frame_of
-from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.workers.environment import HostState
-from comfy_xdit_patch.workers.exchange import Exchange
-from comfy_xdit_patch.workers.launcher import Worker
-from comfy_xdit_patch.workers.pool import Pool
-from comfy_xdit_patch.workers.pool_state import PoolState
+from comfy_xdit_patch.wire.channel import Channel, frame_of
+from comfy_xdit_patch.wire.messages import replies, requests
+from comfy_xdit_patch.wire.messages.codec import Message
 
 NUM_RANKS = 2
 PLAN = ParallelPlan(NUM_RANKS, 1, NUM_RANKS)
@@ -173,7 +172,7 @@ WRONG = [
     dataclasses.replace(DONE, shape=()),
     replies.Ran(1, 1, 0.1, 0, 0.1),
     replies.Unloaded(1),
-    calls.Forward(1, 1, [1, 1, 1, 2, 1], [], {}, 0),
+    requests.Forward(1, 1, [1, 1, 1, 2, 1], [], {}, 0),
     replies.Declined(1, "only this one"),
     replies.NoRoom(1, True),  # nobody asked
 ]

@@ -14,15 +14,15 @@ from rig.broken_messages import arriving, broken_frame
 from rig.fuzzing import named, nothing_is_left, seeds
 from rig.sample_messages import MESSAGES
 
-from comfy_xdit_patch.engine.engine import Engine
-from comfy_xdit_patch.engine.groups import Groups
 from comfy_xdit_patch.errors import ChannelClosedError
-from comfy_xdit_patch.transport import messages, replies
-from comfy_xdit_patch.transport.channel import Channel, frame_of
-from comfy_xdit_patch.transport.messages import Message
-from comfy_xdit_patch.transport.slot_map import SlotMap
-from comfy_xdit_patch.workers import process
-from comfy_xdit_patch.workers.heartbeat import Heartbeat
+from comfy_xdit_patch.wire.channel import Channel, frame_of
+from comfy_xdit_patch.wire.messages import replies, requests
+from comfy_xdit_patch.wire.messages.codec import Message
+from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.worker import process
+from comfy_xdit_patch.worker.engine import Engine
+from comfy_xdit_patch.worker.process import Heartbeat
+from comfy_xdit_patch.worker.ranks.groups import Groups
 
 
 class LeftError(BaseException):
@@ -32,7 +32,7 @@ class LeftError(BaseException):
 class JoinedWorker(process.Worker):
     """A worker that is past its start, alone in its world, without ComfyUI."""
 
-    def _join(self, start: messages.Start) -> Any:
+    def _join(self, start: requests.Start) -> Any:
         slots = SlotMap(torch.device("cpu"))
         timeout = datetime.timedelta(seconds=60)
         groups = Groups(rank=0, world_size=1, device=torch.device("cpu"), step_timeout=timeout)
@@ -46,8 +46,8 @@ def leave(code: int) -> NoReturn:
 
 def test_a_broken_request_ends_the_worker_with_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_leave_at_once", leave)
-    start = next(m for m in MESSAGES if isinstance(m, messages.Start))
-    samples = [m for m in MESSAGES if not isinstance(m, messages.Start)]
+    start = next(m for m in MESSAGES if isinstance(m, requests.Start))
+    samples = [m for m in MESSAGES if not isinstance(m, requests.Start)]
     with nothing_is_left():
         for seed in seeds(300):
             chance = random.Random(seed)
@@ -64,8 +64,8 @@ def test_a_broken_request_ends_the_worker_with_a_report(monkeypatch: pytest.Monk
 
 def assert_left_in_peace(said: list[Message | Exception]) -> None:
     """It was asked to stop, or its host was gone; there was nothing to report."""
-    assert isinstance(said[0], (messages.Start, ChannelClosedError))
-    stops = any(isinstance(message, messages.Stop) for message in said)
+    assert isinstance(said[0], (requests.Start, ChannelClosedError))
+    stops = any(isinstance(message, requests.Stop) for message in said)
     assert stops or isinstance(said[-1], ChannelClosedError)
 
 

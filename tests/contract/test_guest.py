@@ -226,7 +226,7 @@ def test_the_patch_is_active_in_every_import_order(tree: Tree, tmp_path: Path, o
         "import sys; sys.path.insert(0, '.'); sys.argv = ['main.py', '--cpu']\n"
         "import comfy.options; comfy.options.enable_args_parsing()\n"
         f"{order}\n"
-        "from comfy_xdit_patch.activation import ACTIVATION\n"
+        "from comfy_xdit_patch.host.guest.activation import ACTIVATION\n"
         "assert ACTIVATION.sampling.active"
     )
     with (tmp_path / "log").open("w+b") as log:

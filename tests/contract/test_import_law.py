@@ -2,8 +2,7 @@
 
 The bootstrap runs in every Python process. torch imported before ComfyUI makes ComfyUI warn and
 lose its allocator choice. xfuser and diffusers take seconds to import, in every rank, and nothing
-of theirs is needed. A worker that imported ``patching`` would patch the ComfyUI that it computes
-with.
+of theirs is needed. A worker that imported ``host`` would patch the ComfyUI that it computes with.
 """
 
 from __future__ import annotations
@@ -20,135 +19,125 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "comfy_xdit_patch"
 OWN = "comfy_xdit_patch"
-MAX_LINES = 250
+MAX_LINES = 400
 
 # Who imports them, at module scope and inside functions. Equality: a row that is too wide is wrong.
 IMPORTERS = {
-    "wrapt": {"patching/patchset.py"},
+    "wrapt": {"host/guest/patchset.py"},
     "comfy": {
-        "activation.py",
-        "engine/driven.py",
-        "engine/loading.py",
-        "engine/overlay.py",
-        "engine/placing.py",
-        "engine/prescribed.py",
-        "engine/resident.py",
-        "engine/residents.py",
-        "engine/whole_tensor.py",
-        "patching/boundary.py",
-        "patching/controls.py",
-        "patching/likeness.py",
-        "patching/memory.py",
-        "patching/residency.py",
-        "patching/ring.py",
-        "patching/steps.py",
-        "patching/weights.py",
-        "transport/patches.py",
-        "transport/skeleton.py",
-        "workers/environment.py",
-        "workers/joining.py",
+        "host/boundary.py",
+        "host/guest/activation.py",
+        "host/pool/inheritance.py",
+        "host/reading/limits.py",
+        "host/reading/weight_states.py",
+        "host/step/controlnets.py",
+        "host/step/step.py",
+        "host/weights/likeness.py",
+        "host/weights/one_owner.py",
+        "host/weights/residency.py",
+        "wire/skeleton.py",
+        "wire/weight_patches.py",
+        "worker/attention/prescribed.py",
+        "worker/joining.py",
+        "worker/shard/blocks.py",
+        "worker/shard/quantised.py",
+        "worker/weights/loading.py",
+        "worker/weights/overlay.py",
+        "worker/weights/placing.py",
+        "worker/weights/resident.py",
+        "worker/weights/residents.py",
     },
     "xfuser": set(),
     "diffusers": set(),
     "transformers": set(),
     "yunchang": set(),
     "torch.distributed": {
-        "engine/collectives.py",
-        "engine/groups.py",
-        "engine/link_probe.py",
-        "engine/placing.py",
-        "engine/residuals.py",
-        "engine/ring.py",
-        "engine/sequence.py",
-        "engine/tensor_blocks.py",
-        "engine/ulysses.py",
-        "engine/weight_sharding.py",
-        "engine/rank_tokens.py",
-        "engine/patch_attention.py",
-        "engine/stage.py",
+        "worker/attention/ring.py",
+        "worker/attention/ulysses.py",
+        "worker/pipefusion/attention.py",
+        "worker/pipefusion/stage.py",
+        "worker/probe/links.py",
+        "worker/ranks/collectives.py",
+        "worker/ranks/groups.py",
+        "worker/shard/rank_tokens.py",
+        "worker/shard/residuals.py",
+        "worker/weights/placing.py",
+        "worker/weights/sharded_blocks.py",
+        "worker/weights/tensor_blocks.py",
     },
     "torch": {
         "check/machine.py",
         "check/model_file.py",
         "check/nodes_pack/__init__.py",
-        "engine/answering.py",
-        "engine/attention.py",
-        "engine/calibration.py",
-        "engine/calls.py",
-        "engine/busy.py",
-        "engine/collectives.py",
-        "engine/control.py",
-        "engine/driven.py",
-        "engine/engine.py",
-        "engine/first_exchange.py",
-        "engine/flat_layout.py",
-        "engine/flux.py",
-        "engine/groups.py",
-        "engine/link_probe.py",
-        "engine/loading.py",
-        "engine/lse.py",
-        "engine/masks.py",
-        "engine/overlay.py",
-        "engine/patches.py",
-        "engine/pixel_space.py",
-        "engine/prescribed.py",
-        "engine/probe.py",
-        "engine/sharded_sequence.py",
-        "engine/placing.py",
-        "engine/resident.py",
-        "engine/residents.py",
-        "engine/residuals.py",
-        "engine/ring.py",
-        "engine/room.py",
-        "engine/rows.py",
-        "engine/sequence.py",
-        "engine/tensor_blocks.py",
-        "engine/token_order.py",
-        "engine/ulysses.py",
-        "engine/weight_sharding.py",
-        "engine/whole_tensor.py",
-        "engine/rank_tokens.py",
-        "patching/auto.py",
-        "engine/kept_keys.py",
-        "engine/patch_attention.py",
-        "engine/pipelined_sequence.py",
-        "engine/stage.py",
-        "engine/staged_blocks.py",
-        "patching/carried.py",
-        "patching/controls.py",
-        "patching/deferred.py",
-        "patching/driven.py",
-        "patching/driven_step.py",
-        "patching/holding.py",
-        "patching/host.py",
-        "patching/models.py",
-        "patching/outer_calls.py",
-        "patching/step.py",
-        "patching/remote.py",
-        "patching/remote_control.py",
-        "patching/remote_tokens.py",
-        "patching/residency.py",
-        "patching/steps.py",
-        "patching/tensor.py",
-        "patching/weights.py",
-        "patching/wrappers.py",
-        "planning/arguments.py",
-        "planning/topology.py",
+        "hardware/devices.py",
+        "host/guest/host.py",
+        "host/guest/outer_calls.py",
+        "host/guest/wrappers.py",
+        "host/pace/auto.py",
+        "host/reading/arguments.py",
+        "host/reading/limits.py",
+        "host/reading/models.py",
+        "host/reading/node_patches.py",
+        "host/reading/weight_states.py",
+        "host/step/block_calls.py",
+        "host/step/controlnets.py",
+        "host/step/outcome.py",
+        "host/step/residuals_there.py",
+        "host/step/step.py",
+        "host/step/tokens_there.py",
+        "host/step/whole_call.py",
+        "host/weights/holding.py",
+        "host/weights/residency.py",
         "planning/workload.py",
-        "transport/fingerprint.py",
-        "transport/packs.py",
-        "transport/places.py",
-        "transport/patches.py",
-        "transport/skeleton.py",
-        "transport/slices.py",
-        "transport/slot.py",
-        "transport/slot_map.py",
-        "transport/slots.py",
-        "transport/tensors.py",
-        "transport/torch_settings.py",
-        "transport/values.py",
-        "workers/joining.py",
-        "workers/nursery.py",
+        "wire/fingerprint.py",
+        "wire/packs.py",
+        "wire/skeleton.py",
+        "wire/slot_map.py",
+        "wire/slots.py",
+        "wire/tensors.py",
+        "wire/torch_settings.py",
+        "wire/values.py",
+        "wire/weight_patches.py",
+        "worker/answering.py",
+        "worker/attention/attention.py",
+        "worker/attention/lse.py",
+        "worker/attention/masks.py",
+        "worker/attention/prescribed.py",
+        "worker/attention/ring.py",
+        "worker/attention/ulysses.py",
+        "worker/calls.py",
+        "worker/engine.py",
+        "worker/forward.py",
+        "worker/joining.py",
+        "worker/nursery.py",
+        "worker/pipefusion/attention.py",
+        "worker/pipefusion/kept_keys.py",
+        "worker/pipefusion/sequence.py",
+        "worker/pipefusion/stage.py",
+        "worker/probe/links.py",
+        "worker/probe/probe.py",
+        "worker/probe/rank.py",
+        "worker/ranks/collectives.py",
+        "worker/ranks/first_exchange.py",
+        "worker/ranks/groups.py",
+        "worker/room.py",
+        "worker/shard/blocks.py",
+        "worker/shard/controlnet.py",
+        "worker/shard/node_patches.py",
+        "worker/shard/pixel_space.py",
+        "worker/shard/quantised.py",
+        "worker/shard/rank_tokens.py",
+        "worker/shard/residuals.py",
+        "worker/shard/sequence.py",
+        "worker/weights/flat_layout.py",
+        "worker/weights/loading.py",
+        "worker/weights/overlay.py",
+        "worker/weights/placing.py",
+        "worker/weights/resident.py",
+        "worker/weights/residents.py",
+        "worker/weights/sharded_blocks.py",
+        "worker/weights/stage_blocks.py",
+        "worker/weights/tensor_blocks.py",
     },
 }
 # Of those, the files that may do so inside functions only.
@@ -158,30 +147,19 @@ ONLY_IN_FUNCTIONS = {
         "check/machine.py",
         "check/model_file.py",
         "check/nodes_pack/__init__.py",
-        "patching/wrappers.py",
-        "planning/arguments.py",
-        "planning/topology.py",
+        "hardware/devices.py",
+        "host/guest/wrappers.py",
+        "host/reading/arguments.py",
         "planning/workload.py",
-        "workers/joining.py",
+        "worker/joining.py",
     },
 }
-# Outside of ``engine`` and ``patching``, the files that need torch at their import.
+# Outside of ``host`` and ``worker``, the files that need torch at their import.
 HOLDS_TENSORS = {
-    f"transport/{name}.py"
+    f"wire/{name}.py"
     for name in (
-        "fingerprint",
-        "functions",
-        "packs",
-        "places",
-        "patches",
-        "skeleton",
-        "slices",
-        "slot",
-        "slot_map",
-        "slots",
-        "tensors",
-        "torch_settings",
-        "values",
+        *("fingerprint", "functions", "packs", "skeleton", "slot_map", "slots", "tensors"),
+        *("torch_settings", "values", "weight_patches"),
     )
 }
 # Modules of ComfyUI besides ``comfy.*``: none is imported.
@@ -190,44 +168,25 @@ NEVER = ("nodes", "server", "execution", "folder_paths", "app")
 READS_ENVIRONMENT = {
     "check/server.py",  # ComfyUI gets the user's variables, but for ours
     "bootstrap.py",  # before settings.py may be imported
-    "observability/doctor.py",  # shows the variables as the user set them
+    "report/doctor.py",  # shows the variables as the user set them
     "settings.py",
-    "workers/environment.py",
-    "workers/nursery.py",  # becomes a rank: takes over its variables
+    "host/pool/inheritance.py",
+    "worker/nursery.py",  # becomes a rank: takes over its variables
 }
 
-# Which parts of the package a part may import, wherever in its files. "root" is every module that
-# is not in a folder, but for those named here.
-MAY_IMPORT = {
-    "errors": set(),
-    "attributes": set(),
-    "blame": set(),
-    "strategy": set(),
-    "variables": {"strategy"},
-    "settings": {"errors", "strategy", "variables"},
-    "system_memory": set(),
-    "marks": set(),
-    "bootstrap": {"activation", "marks"},
-    "planning": {
-        *("blame", "errors", "settings", "strategy", "system_memory", "variables", "planning"),
-    },
-    "transport": {"blame", "errors", "system_memory", "transport"},
-    "observability": {
-        *("errors", "settings", "strategy", "variables", "planning", "observability"),
-    },
-    "check": {"errors", "settings", "planning", "observability", "check"},
-    "engine": {"attributes", "blame", "errors", "planning", "transport", "engine"},
-    "workers": {"errors", "settings", "marks", "planning", "transport", "engine", "workers"},
-    "patching": {
-        *("attributes", "blame", "errors", "settings", "strategy", "planning", "transport"),
-        *("workers", "observability", "patching"),
-    },
-    "activation": {
-        *("marks", "errors", "settings", "planning", "workers", "observability", "patching")
-    },
-    "__main__": {"check", "errors", "observability"},
-    "__init__": set(),
-}
+# Rooms from the top of the house to its ground: a file imports from its own room and from rooms
+# below. A room is a folder, or a file of the package that lies in none.
+HOUSE = (
+    *("bootstrap", "__main__", "check"),
+    *("host/guest", "host/step", "host/weights", "host/pace", "host/pool", "host", "host/reading"),
+    *("worker", "worker/pipefusion", "worker/weights", "worker/shard", "worker/attention"),
+    *("worker/probe", "worker/ranks"),
+    *("report", "hardware", "settings"),
+    *("planning/cost", "planning", "wire", "wire/messages"),
+    *("system_memory", "blame", "errors", "marks", "__init__"),
+)
+# What runs in ComfyUI's process and what runs in a rank meet in messages.
+WALLS = (("host", "worker"), ("worker", "host"), ("wire", "hardware"), ("planning", "wire"))
 
 
 @dataclass(frozen=True)
@@ -300,32 +259,73 @@ def test_the_bootstrap_imports_the_standard_library_and_names_only():
     assert [i for i in IMPORTS if i.file == "marks.py"] == []
 
 
-def part_of(module: str) -> str:
-    """``comfy_xdit_patch.planning.plan.Workload`` -> ``planning``."""
-    parts = module.split(".")
-    if len(parts) == 1 or not ((PACKAGE / parts[1]).is_dir() or is_module(parts[1])):
-        return "__init__"
-    return parts[1]
+def room_of(file: str) -> str:
+    """``host/step/step.py`` -> ``host/step``; ``errors.py`` -> ``errors``."""
+    folder, _, name = file.rpartition("/")
+    return folder or name.removesuffix(".py")
 
 
-def is_module(name: str) -> bool:
-    return (PACKAGE / f"{name}.py").is_file()
+def file_of(module: str) -> str:
+    """``comfy_xdit_patch.planning.plan.Workload`` -> ``planning/plan.py``."""
+    parts = module.split(".")[1:]
+    for length in range(len(parts), 0, -1):
+        path = "/".join(parts[:length])
+        if (PACKAGE / f"{path}.py").is_file():
+            return f"{path}.py"
+        if (PACKAGE / path).is_dir():
+            return f"{path}/__init__.py"
+    return "__init__.py"
 
 
-def test_parts_of_the_package_import_in_one_direction():
-    wrong = []
-    for found in IMPORTS:
-        if is_of(found.module, OWN):
-            importer = found.file.split("/")[0].removesuffix(".py")
-            imported = part_of(found.module)
-            if imported not in {*MAY_IMPORT[importer], "__init__"}:
-                wrong.append(f"{found.file} imports {found.module}")
-    assert wrong == []
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """Imports from one room into another, by the two rooms."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in IMPORTS:
+        if is_of(one.module, OWN):
+            rooms = room_of(one.file), room_of(file_of(one.module))
+            if rooms[0] != rooms[1]:
+                found.setdefault(rooms, []).append(f"{one.file} imports {one.module}")
+    return found
 
 
-def test_every_part_of_the_package_has_a_row_in_the_table():
-    parts = {name_of(path).split("/")[0].removesuffix(".py") for path in files()}
-    assert parts == set(MAY_IMPORT)
+def test_rooms_import_downwards_and_no_process_imports_the_other(capsys):
+    """``-s`` shows all arrows between rooms."""
+    heights = {room: -index for index, room in enumerate(HOUSE)}
+    found = arrows()
+    for (above, below), imports in sorted(found.items()):
+        print(f"{above:18} -> {below:18} {len(imports)}")  # noqa: T201
+    print(f"{len(found)} arrows between {len(HOUSE)} rooms")  # noqa: T201
+    upwards = [imports for (a, b), imports in found.items() if heights[a] < heights[b]]
+    through_walls = [
+        imports
+        for (a, b), imports in found.items()
+        for one, other in WALLS
+        if a.split("/")[0] == one and b.split("/")[0] == other
+    ]
+    assert upwards == []
+    assert through_walls == []
+
+
+def test_every_room_has_its_place_in_the_house():
+    assert {room_of(name_of(path)) for path in files()} <= {*HOUSE, "check/nodes_pack"}
+
+
+def test_files_import_each_other_in_no_circle():
+    imported: dict[str, set[str]] = {name_of(path): set() for path in files()}
+    for one in IMPORTS:
+        if is_of(one.module, OWN):
+            imported[one.file].add(file_of(one.module))
+    done: set[str] = set()
+
+    def walk(file: str, on_the_way: tuple[str, ...]) -> None:
+        assert file not in on_the_way, f"a circle: {' -> '.join((*on_the_way, file))}"
+        if file not in done:
+            for other in sorted(imported[file] - {file}):
+                walk(other, (*on_the_way, file))
+            done.add(file)
+
+    for file in imported:
+        walk(file, ())
 
 
 def test_settings_are_read_in_one_place():
@@ -344,7 +344,7 @@ def test_what_needs_no_torch_is_imported_without_it():
     modules = [
         f"{OWN}.{name_of(path).removesuffix('.py').replace('/', '.')}"
         for path in files()
-        if not name_of(path).startswith(("patching/", "engine/", "activation", "__main__"))
+        if not name_of(path).startswith(("host/", "worker/", "__main__"))
         and name_of(path) not in HOLDS_TENSORS
     ]
     assert len(modules) > 15

@@ -6,8 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from comfy_xdit_patch.settings import OF_XFUSER, Settings
-from comfy_xdit_patch.variables import VARIABLES
+from comfy_xdit_patch.settings import OF_XFUSER, VARIABLES, Settings
 
 PACKAGE = Path(__file__).resolve().parents[2] / "comfy_xdit_patch"
 NAMES = {

@@ -19,7 +19,7 @@ from rig.outputs import Pixels
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-from comfy_xdit_patch.patching.auto import ONE_IS_FASTER
+from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER
 from comfy_xdit_patch.planning.verdict import NUM_TIMED
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest_only]

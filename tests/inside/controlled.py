@@ -26,7 +26,7 @@ def forward(path: str, control_path: str, out: str, **sizes: Any) -> dict[str, A
     comfy.model_management.load_models_gpu([patcher, control.control_model_wrapped])
     patcher.pre_run()
     arguments = forwards.inputs(patcher.model, **sizes)
-    activation = sys.modules.get("comfy_xdit_patch.activation")
+    activation = sys.modules.get("comfy_xdit_patch.host.guest.activation")
     host = None if activation is None else activation.ACTIVATION.host
     run = token = None
     if host is not None:

@@ -20,10 +20,10 @@ from fake_flux import CARD, MODE, arguments, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from comfy_xdit_patch.engine.flux import forward_share
-from comfy_xdit_patch.engine.kept_keys import StreamKeys
-from comfy_xdit_patch.engine.residuals import Residuals
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.worker.forward import forward_share
+from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
+from comfy_xdit_patch.worker.shard.residuals import Residuals
 
 ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 MOVING = {"cat", "stack", "clone", "copy_", "contiguous", "reshape", "index_select", "to"}

@@ -14,10 +14,10 @@ import comfy.ops
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from comfy_xdit_patch.engine.loading import load_patcher
-from comfy_xdit_patch.engine.placing import patches_computed_in
-from comfy_xdit_patch.transport.files import file_identity
-from comfy_xdit_patch.transport.messages import ModelSource
+from comfy_xdit_patch.wire.files import file_identity
+from comfy_xdit_patch.wire.messages.requests import ModelSource
+from comfy_xdit_patch.worker.weights.loading import load_patcher
+from comfy_xdit_patch.worker.weights.placing import patches_computed_in
 
 CPU = torch.device("cpu")
 LAYER, RANK = "diffusion_model.0", 4

@@ -22,19 +22,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from comfy_xdit_patch.engine import token_order
-from comfy_xdit_patch.engine.flux import forward_share
-from comfy_xdit_patch.engine.kept_keys import StreamKeys
-from comfy_xdit_patch.engine.patches import ModelPatches, Objects
-from comfy_xdit_patch.engine.residuals import Residuals
-from comfy_xdit_patch.engine.staged_blocks import StagedBlocks
-from comfy_xdit_patch.engine.tensor_blocks import TensorBlocks
-from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
 from comfy_xdit_patch.planning.pipeline import num_patches, stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import named_plan
-from comfy_xdit_patch.strategy import parse_strategy
-from comfy_xdit_patch.transport import slices
+from comfy_xdit_patch.planning.strategy import parse_strategy
+from comfy_xdit_patch.wire import tensors as slices
+from comfy_xdit_patch.worker.attention import masks as token_order
+from comfy_xdit_patch.worker.forward import forward_share
+from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
+from comfy_xdit_patch.worker.shard.node_patches import ModelPatches, Objects
+from comfy_xdit_patch.worker.shard.residuals import Residuals
+from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
+from comfy_xdit_patch.worker.weights.stage_blocks import StagedBlocks
+from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
 
 PATCHES = {
     "same_q_k_v": lambda q, k, v, pe, attn_mask, extra_options: {"q": q, "k": k, "v": v, "pe": pe},

@@ -3,7 +3,7 @@
 Runs in: a ComfyUI process of ``process.py``.
 
 torch's own "fake" backend makes the process groups: it connects nobody. The functions of
-``engine/collectives.py`` are replaced; whoever adds one there must add it here.
+``worker/ranks/collectives.py`` are replaced; whoever adds one there must add it here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed import fake_pg  # registers the backend
 
-from comfy_xdit_patch.engine import collectives
-from comfy_xdit_patch.engine import groups as groups_module
-from comfy_xdit_patch.engine.groups import Groups
+from comfy_xdit_patch.worker.ranks import collectives
+from comfy_xdit_patch.worker.ranks import groups as groups_module
+from comfy_xdit_patch.worker.ranks.groups import Groups
 
 assert fake_pg
 TIMEOUT_S = 60.0

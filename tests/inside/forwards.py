@@ -177,7 +177,7 @@ def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
     The latent changes from call to call, the conditioning does not but is a new tensor each time,
     as in ComfyUI's samplers.
     """
-    host = sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
+    host = sys.modules["comfy_xdit_patch.host.guest.activation"].ACTIVATION.host
     patcher = patcher_of(path)
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
@@ -233,5 +233,5 @@ def rank_peak_bytes(path: str, **sizes: Any) -> list[int]:
 
 def status() -> dict[str, Any]:
     """Our status object, or an empty one where our package is switched off."""
-    activation = sys.modules.get("comfy_xdit_patch.activation")
+    activation = sys.modules.get("comfy_xdit_patch.host.guest.activation")
     return activation.ACTIVATION.status() if activation is not None else {}

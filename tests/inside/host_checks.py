@@ -25,7 +25,7 @@ CASE = {"height": 16, "width": 12, "batch": 1, "text_tokens": 256}
 
 def ours_in_process() -> dict[str, Any]:
     """What of ours is in this process: wrapped points and imported modules."""
-    from comfy_xdit_patch.patching.points import sampling_points  # the table only
+    from comfy_xdit_patch.host.guest.points import sampling_points  # the table only
 
     points = sampling_points(types.SimpleNamespace(**dict.fromkeys(WRAPPER_NAMES)))  # type: ignore[arg-type]
     kinds = {}
@@ -34,7 +34,7 @@ def ours_in_process() -> dict[str, Any]:
         kinds[point.name] = type(vars(owner)[name]).__name__
     return {
         "points": kinds,
-        "activation_imported": "comfy_xdit_patch.activation" in sys.modules,
+        "activation_imported": "comfy_xdit_patch.host.guest.activation" in sys.modules,
         "finder": any(type(f).__module__.startswith("comfy_xdit") for f in sys.meta_path),
     }
 
@@ -57,7 +57,7 @@ def modules_of_ours() -> list[str]:
 
 
 def _activation() -> Any:
-    from comfy_xdit_patch.activation import ACTIVATION
+    from comfy_xdit_patch.host.guest.activation import ACTIVATION
 
     return ACTIVATION
 
@@ -67,7 +67,7 @@ def _call(path: str, out: str, patcher: Any = None, **transformer_options: Any) 
     patcher = patcher or forwards.patcher_of(path)
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
-    host = _activation().host if "comfy_xdit_patch.activation" in sys.modules else None
+    host = _activation().host if "comfy_xdit_patch.host.guest.activation" in sys.modules else None
     before = (host.totals.steps_parallel, dict(host.totals.fall_backs)) if host else (0, {})
     with torch.inference_mode():
         arguments = forwards.inputs(patcher.model, **CASE)
@@ -309,53 +309,53 @@ def _passing_on(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Every function of ours that ComfyUI's process runs in a call or a run.
 HOST_FUNCTIONS = (
-    "comfy_xdit_patch.patching.host:Host.forward",
-    "comfy_xdit_patch.patching.host:Host.attempt",
-    "comfy_xdit_patch.patching.host:Host.counted",
-    "comfy_xdit_patch.patching.steps:misplaced",
-    "comfy_xdit_patch.patching.steps:ParallelSteps.run",
-    "comfy_xdit_patch.patching.steps:carry",
-    "comfy_xdit_patch.patching.steps:checked",
-    "comfy_xdit_patch.patching.holding:Holding.changes",
-    "comfy_xdit_patch.patching.holding:Holding.has_changed_file",
-    "comfy_xdit_patch.patching.host:Host.begin_run",
-    "comfy_xdit_patch.patching.host:Host.end_run",
-    "comfy_xdit_patch.patching.call_plans:CallPlans.of_call",
-    "comfy_xdit_patch.patching.call_plans:workload_of",
-    "comfy_xdit_patch.patching.call_plans:plan_call",
-    "comfy_xdit_patch.patching.call_plans:no_ring",
-    "comfy_xdit_patch.patching.auto:Auto.strategy",
-    "comfy_xdit_patch.patching.auto:Auto.kind",
-    "comfy_xdit_patch.patching.auto:Auto.verdict",
-    "comfy_xdit_patch.patching.balance:PoolBalance.weights",
-    "comfy_xdit_patch.patching.balance:PoolBalance.measured",
-    "comfy_xdit_patch.patching.steps:check_arguments",
-    "comfy_xdit_patch.patching.steps:check_patcher",
-    "comfy_xdit_patch.patching.wrappers:Wrappers._bind",
-    "comfy_xdit_patch.patching.remote:RemoteForward.forward",
-    "comfy_xdit_patch.patching.remote:RemoteForward._count",
-    "comfy_xdit_patch.patching.remote_weights:RemoteWeights.state",
-    "comfy_xdit_patch.patching.remote_weights:RemoteWeights.load",
-    "comfy_xdit_patch.patching.remote_weights:RemoteWeights._ask",
-    "comfy_xdit_patch.patching.comparing:Comparisons.begin",
-    "comfy_xdit_patch.patching.weights:WeightStates.of",
-    "comfy_xdit_patch.patching.residency:Residency.place",
-    "comfy_xdit_patch.patching.memory:SharedMemory.ran",
-    "comfy_xdit_patch.patching.holding:Holding.fitting",
-    "comfy_xdit_patch.patching.holding:Holding.hold",
-    "comfy_xdit_patch.patching.wire:Wire.follow_generation",
-    "comfy_xdit_patch.patching.wire:Wire._slot_messages",
-    "comfy_xdit_patch.patching.wire:check_answers",
-    "comfy_xdit_patch.patching.models:ModelRegistry.find",
-    "comfy_xdit_patch.planning.eligibility:Pristine.check_step",
-    "comfy_xdit_patch.planning.eligibility:Pristine.check_modules",
-    "comfy_xdit_patch.transport.slots:SlotTable.place",
-    "comfy_xdit_patch.transport.slots:SlotTable.result_slot",
-    "comfy_xdit_patch.workers.pool:Pool.wait_until_ready",
-    "comfy_xdit_patch.workers.pool:Pool.request",
-    "comfy_xdit_patch.workers.exchange:Exchange._collect",
-    "comfy_xdit_patch.workers.exchange:Exchange._check",
-    "comfy_xdit_patch.workers.exchange:Exchange._send_all",
+    "comfy_xdit_patch.host.guest.host:Host.forward",
+    "comfy_xdit_patch.host.guest.host:Host.attempt",
+    "comfy_xdit_patch.host.guest.host:Host.counted",
+    "comfy_xdit_patch.host.step.step:misplaced",
+    "comfy_xdit_patch.host.step.step:ParallelSteps.run",
+    "comfy_xdit_patch.host.step.step:carry",
+    "comfy_xdit_patch.host.step.step:checked",
+    "comfy_xdit_patch.host.weights.holding:Holding.changes",
+    "comfy_xdit_patch.host.weights.holding:Holding.has_changed_file",
+    "comfy_xdit_patch.host.guest.host:Host.begin_run",
+    "comfy_xdit_patch.host.guest.host:Host.end_run",
+    "comfy_xdit_patch.host.step.call_plans:CallPlans.of_call",
+    "comfy_xdit_patch.host.step.call_plans:workload_of",
+    "comfy_xdit_patch.host.step.call_plans:plan_call",
+    "comfy_xdit_patch.host.step.call_plans:no_ring",
+    "comfy_xdit_patch.host.pace.auto:Auto.strategy",
+    "comfy_xdit_patch.host.pace.auto:Auto.kind",
+    "comfy_xdit_patch.host.pace.auto:Auto.verdict",
+    "comfy_xdit_patch.host.pace.rank_speeds:PoolBalance.weights",
+    "comfy_xdit_patch.host.pace.rank_speeds:PoolBalance.measured",
+    "comfy_xdit_patch.host.step.step:check_arguments",
+    "comfy_xdit_patch.host.step.step:check_patcher",
+    "comfy_xdit_patch.host.guest.wrappers:Wrappers._bind",
+    "comfy_xdit_patch.host.step.whole_call:RemoteForward.forward",
+    "comfy_xdit_patch.host.step.whole_call:RemoteForward._count",
+    "comfy_xdit_patch.host.weights.held:RemoteWeights.state",
+    "comfy_xdit_patch.host.weights.held:RemoteWeights.load",
+    "comfy_xdit_patch.host.weights.held:RemoteWeights._ask",
+    "comfy_xdit_patch.host.reading.comparing:Comparisons.begin",
+    "comfy_xdit_patch.host.reading.weight_states:WeightStates.of",
+    "comfy_xdit_patch.host.weights.residency:Residency.place",
+    "comfy_xdit_patch.host.weights.one_owner:SharedMemory.ran",
+    "comfy_xdit_patch.host.weights.holding:Holding.fitting",
+    "comfy_xdit_patch.host.weights.holding:Holding.hold",
+    "comfy_xdit_patch.host.pool.crew:Wire.follow_generation",
+    "comfy_xdit_patch.host.pool.crew:Wire._slot_messages",
+    "comfy_xdit_patch.host.pool.crew:check_answers",
+    "comfy_xdit_patch.host.reading.models:ModelRegistry.find",
+    "comfy_xdit_patch.host.reading.eligibility:Pristine.check_step",
+    "comfy_xdit_patch.host.reading.eligibility:Pristine.check_modules",
+    "comfy_xdit_patch.wire.slots:SlotTable.place",
+    "comfy_xdit_patch.wire.slots:SlotTable.result_slot",
+    "comfy_xdit_patch.host.pool.pool:Pool.wait_until_ready",
+    "comfy_xdit_patch.host.pool.pool:Pool.request",
+    "comfy_xdit_patch.host.pool.exchange:Exchange._collect",
+    "comfy_xdit_patch.host.pool.exchange:Exchange._check",
+    "comfy_xdit_patch.host.pool.exchange:Exchange._send_all",
 )
 
 

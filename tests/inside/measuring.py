@@ -25,7 +25,7 @@ def measure() -> dict[str, Any]:
 
 
 def _job(patcher: Any, sizes: dict[str, Any]) -> Any:
-    from comfy_xdit_patch.planning.observed_job import job_of
+    from comfy_xdit_patch.planning.cost.job import job_of
     from comfy_xdit_patch.planning.plan import Workload
 
     flux = patcher.model.diffusion_model

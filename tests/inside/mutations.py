@@ -205,7 +205,7 @@ def changed_in_a_run(path: str, out: str, mutation: str) -> dict[str, Any]:
     patcher = forwards.patcher_of(path)
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
-    host = _activation().host if "comfy_xdit_patch.activation" in sys.modules else None
+    host = _activation().host if "comfy_xdit_patch.host.guest.activation" in sys.modules else None
     run = host.begin_run() if host else None
     token = host.current_run.set(run) if host else None
     results = []

@@ -20,7 +20,7 @@ Call = dict[str, Any]
 
 
 def _host() -> Any:
-    activation = sys.modules.get("comfy_xdit_patch.activation")
+    activation = sys.modules.get("comfy_xdit_patch.host.guest.activation")
     return None if activation is None else activation.ACTIVATION.host
 
 

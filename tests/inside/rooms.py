@@ -51,7 +51,7 @@ def _loaded(extra_memory: float) -> Any:
 
 def made_room(needed_bytes: int | None, free_bytes: int) -> dict[str, Any]:
     """Make room for a worker while a model is sampled, a second is a guest's and one is idle."""
-    from comfy_xdit_patch.patching.memory import SharedMemory
+    from comfy_xdit_patch.host.weights.one_owner import SharedMemory
 
     before = list(management.current_loaded_models)
     management.current_loaded_models.clear()
@@ -80,7 +80,7 @@ def made_room(needed_bytes: int | None, free_bytes: int) -> dict[str, Any]:
 
 def loaded_by_a_worker(path: str, loader: str) -> dict[str, Any]:
     """Load as a worker does while ComfyUI finds the device, for which meta stands, better."""
-    from comfy_xdit_patch.engine.loading import mapped_weights
+    from comfy_xdit_patch.worker.weights.loading import mapped_weights
 
     loads: list[Any] = []
 
@@ -109,7 +109,7 @@ def loaded_by_a_worker(path: str, loader: str) -> dict[str, Any]:
 
 def loaded_for_another_card(path: str) -> dict[str, Any]:
     """Load as a worker does whose own card would have ComfyUI choose other dtypes."""
-    from comfy_xdit_patch.engine.loading import mapped_weights
+    from comfy_xdit_patch.worker.weights.loading import mapped_weights
 
     before = management.unet_dtype
     with mapped_weights(dtypes=[torch.float8_e4m3fn, torch.bfloat16]):
@@ -123,8 +123,8 @@ def loaded_for_another_card(path: str) -> dict[str, Any]:
 
 def misplaced() -> str:
     """Say what a worker says of a weight that ComfyUI put somewhere else than in CPU memory."""
-    from comfy_xdit_patch.engine import loading
     from comfy_xdit_patch.errors import WorkerError
+    from comfy_xdit_patch.worker.weights import loading
 
     weight = SimpleNamespace(device=torch.device("cuda", 0))
     model: Any = SimpleNamespace(named_parameters=lambda: [("img_in.weight", weight)])

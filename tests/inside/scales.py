@@ -11,7 +11,7 @@ import comfy.quant_ops
 import torch
 import torch.distributed as dist
 
-from comfy_xdit_patch.engine.whole_tensor import whole_input_scales
+from comfy_xdit_patch.worker.shard.quantised import whole_input_scales
 
 
 def nvfp4_scale(*, rank: int, world_size: int, store: str, dtype: str) -> dict[str, Any]:

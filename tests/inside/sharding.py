@@ -23,7 +23,7 @@ import torch.distributed as dist
 from forwards import inputs, reset_peak, resident
 from safetensors.torch import load_file, save_file
 
-from comfy_xdit_patch.engine.weight_sharding import ShardedBlocks
+from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
 
 SIZES = {"height": 10, "width": 13, "batch": 1, "text_tokens": 77}
 # Moved between versions.

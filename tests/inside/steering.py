@@ -16,12 +16,12 @@ _balances: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDicti
 
 
 def _host() -> Any:
-    return sys.modules["comfy_xdit_patch.activation"].ACTIVATION.host
+    return sys.modules["comfy_xdit_patch.host.guest.activation"].ACTIVATION.host
 
 
 def use_strategy(text: str) -> None:
     """Share calls by this strategy."""
-    from comfy_xdit_patch.strategy import parse_strategy
+    from comfy_xdit_patch.planning.strategy import parse_strategy
 
     _host().holding.strategy = parse_strategy(text)
 
@@ -38,7 +38,7 @@ def use_weights(weights: list[int]) -> None:
 
 def use_balance(name: str, mode: str) -> None:
     """Balance the ranks by the balance of this name, made new at first."""
-    from comfy_xdit_patch.patching.balance import PoolBalance
+    from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
 
     host = _host()
     balances = _balances.setdefault(host, {})

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from comfy_xdit_patch.engine.attention import SequenceAttention
-from comfy_xdit_patch.engine.groups import PlanGroups
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.worker.attention.attention import SequenceAttention
+from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 
 WORLD_SIZE = 8
 DEADLINE = datetime.timedelta(seconds=120)

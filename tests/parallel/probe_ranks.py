@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from comfy_xdit_patch.engine import collectives, first_exchange
-from comfy_xdit_patch.engine.groups import Groups
-from comfy_xdit_patch.engine.probe import probe
 from comfy_xdit_patch.errors import ExchangeError
-from comfy_xdit_patch.transport.messages import encode
-from comfy_xdit_patch.transport.probing import Probe
+from comfy_xdit_patch.wire.messages.codec import encode
+from comfy_xdit_patch.wire.messages.requests import Probe
+from comfy_xdit_patch.worker.probe.probe import probe
+from comfy_xdit_patch.worker.ranks import collectives, first_exchange
+from comfy_xdit_patch.worker.ranks.groups import Groups
 
 BUDGET_S = 1.0
 DELAY_S = 0.04

@@ -20,12 +20,11 @@ from rig.faults import Fault, Orders, is_running
 from rig.server import SHIM
 from rig.trees import Tree
 
-from comfy_xdit_patch.planning.topology import Device
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.pool import start as starting
+from comfy_xdit_patch.host.pool.inheritance import HostState
+from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.settings import read_settings
-from comfy_xdit_patch.workers import starting
-from comfy_xdit_patch.workers.environment import HostState
-from comfy_xdit_patch.workers.pool import Pool
-from comfy_xdit_patch.workers.pool_state import PoolState
 
 pytestmark = [pytest.mark.newest_only, pytest.mark.group("2")]
 

@@ -16,19 +16,19 @@ from inside.client import Inside
 from probe_ranks import DELAY_S
 from rig.trees import Tree
 
-from comfy_xdit_patch.patching.auto import _best
-from comfy_xdit_patch.patching.measuring import RATES, Measuring
-from comfy_xdit_patch.planning.cost import predict
-from comfy_xdit_patch.planning.job import Job
-from comfy_xdit_patch.planning.known_models import FLUX1_DEV
-from comfy_xdit_patch.planning.link_timing import measurements, name_of
-from comfy_xdit_patch.planning.machine import Machine
-from comfy_xdit_patch.planning.model_shape import FLOAT32
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.pace.auto import _best
+from comfy_xdit_patch.host.pace.machine import RATES, Measuring
+from comfy_xdit_patch.planning.cost.asked import parse_asked
+from comfy_xdit_patch.planning.cost.cost import predict
+from comfy_xdit_patch.planning.cost.job import Job
+from comfy_xdit_patch.planning.cost.known_models import FLUX1_DEV
+from comfy_xdit_patch.planning.cost.link_timing import measurements, name_of
+from comfy_xdit_patch.planning.cost.machine import Machine
+from comfy_xdit_patch.planning.cost.model_shape import FLOAT32
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.strategies import parse_asked
-from comfy_xdit_patch.planning.topology import Device
-from comfy_xdit_patch.transport.messages import decode
-from comfy_xdit_patch.transport.replies import Joined
+from comfy_xdit_patch.wire.messages.codec import decode
+from comfy_xdit_patch.wire.messages.replies import Joined
 
 # One after the other, whatever their number of ranks: all were started at once.
 pytestmark = pytest.mark.group("2")

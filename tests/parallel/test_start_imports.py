@@ -43,5 +43,5 @@ def test_a_rank_has_of_the_large_packages_only_what_comfyui_itself_imports(
     for rank in range(2):
         modules = {*(orders.path / f"modules.{rank}").read_text().splitlines()}
         assert "comfy.sd" in modules
-        assert "comfy_xdit_patch.engine.ulysses" in modules
+        assert "comfy_xdit_patch.worker.attention.ulysses" in modules
         assert LARGE & modules == of_comfyui == {"transformers"}

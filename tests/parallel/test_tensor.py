@@ -17,10 +17,10 @@ from rig.trees import Tree
 from safetensors.torch import load_file
 from test_strategies import EVEN, FLOAT32, ODD, following
 
+from comfy_xdit_patch.planning.cost.rank_time import modulation_bytes, tensor_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.planner import named_plan
-from comfy_xdit_patch.planning.traffic import modulation_bytes, tensor_bytes
-from comfy_xdit_patch.strategy import parse_strategy
+from comfy_xdit_patch.planning.strategy import parse_strategy
 
 FP8 = {"options": {"dtype": "float8_e4m3fn"}}
 DEV = {

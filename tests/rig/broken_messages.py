@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy_xdit_patch.errors import ChannelClosedError, MessageError
-from comfy_xdit_patch.transport.channel import MAX_MESSAGE_BYTES
-from comfy_xdit_patch.transport.messages import Message, decode, encode
+from comfy_xdit_patch.wire.channel import MAX_MESSAGE_BYTES
+from comfy_xdit_patch.wire.messages.codec import Message, decode, encode
 
 HEADER = struct.Struct("!I")
 NUMBERS = (0, -1, 1, 2, 255, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63) - 1, 10**400)

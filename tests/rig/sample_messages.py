@@ -5,8 +5,8 @@ Runs in: the tests.
 
 from __future__ import annotations
 
-from comfy_xdit_patch.transport import calls, likeness, messages, probing, replies
-from comfy_xdit_patch.transport.messages import ModelSource
+from comfy_xdit_patch.wire.messages import likeness, replies, requests
+from comfy_xdit_patch.wire.messages.requests import ModelSource
 
 SOURCE = ModelSource(
     loader="load_diffusion_model",
@@ -22,7 +22,7 @@ TREE = {
     "transformer_options": {"rope_options": {"scale_x": 1.5, "shift": float("inf"), "on": True}},
 }
 MESSAGES = [
-    messages.Start(
+    requests.Start(
         comfyui_root="/ComfyUI",
         sys_path=["", "/ComfyUI"],
         argv=["main.py", "--cpu"],
@@ -33,9 +33,9 @@ MESSAGES = [
         join_timeout_s=180.0,
         step_timeout_s=600.0,
     ),
-    messages.Map(slot=3, size_bytes=4096),
-    messages.Unmap(slots=[1, 2]),
-    messages.Load(
+    requests.Map(slot=3, size_bytes=4096),
+    requests.Unmap(slots=[1, 2]),
+    requests.Load(
         request=1,
         model=2,
         source=SOURCE,
@@ -48,10 +48,10 @@ MESSAGES = [
         grid=[1, 2, 1, 1, 1],
         weights=[2, 1],
     ),
-    messages.Unload(request=9),
-    messages.GiveWay(request=9, ranks=[0]),
-    messages.Drop(models=[1, 2]),
-    calls.Forward(
+    requests.Unload(request=9),
+    requests.GiveWay(request=9, ranks=[0]),
+    requests.Drop(models=[1, 2]),
+    requests.Forward(
         request=2,
         model=2,
         grid=[2, 1, 2, 2, 1],
@@ -61,8 +61,8 @@ MESSAGES = [
         pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
         working_bytes=1 << 30,
     ),
-    calls.Free(request=9, streams=[3, 4]),
-    calls.Control(
+    requests.Free(request=9, streams=[3, 4]),
+    requests.Control(
         request=3,
         model=4,
         call=7,
@@ -70,8 +70,8 @@ MESSAGES = [
         weights=[],
         arguments=TREE,
     ),
-    calls.Forget(calls=[5, 6], objects=[1], tokens=[2]),
-    calls.RunBlock(
+    requests.Forget(calls=[5, 6], objects=[1], tokens=[2]),
+    requests.RunBlock(
         request=4,
         model=2,
         block="double_blocks.3",
@@ -83,7 +83,7 @@ MESSAGES = [
         keep=[8, 9],
         is_first=True,
     ),
-    calls.Fetch(
+    requests.Fetch(
         request=5,
         model=2,
         grid=[1, 1, 2, 4, 1],
@@ -93,7 +93,7 @@ MESSAGES = [
         counts=[512, 4096, 0],
         result=1,
     ),
-    probing.Probe(request=6, budget_s=1.0),
+    requests.Probe(request=6, budget_s=1.0),
     likeness.Follow(torch={"default dtype": "torch.float32"}, arguments={"fp16_unet": False}),
     likeness.Reach(request=7, in_blocks=["comfy.ops:Linear"], around=["comfy.ldm.flux.model:Flux"]),
     likeness.Reached(
@@ -103,7 +103,7 @@ MESSAGES = [
         kernels=["aten/mm/CPU"],
         modes=[],
     ),
-    messages.Stop(),
+    requests.Stop(),
     replies.Joining(rank=1),
     replies.Joined(
         rank=1,
@@ -158,13 +158,13 @@ MESSAGES = [
         busy_seconds=0.05,
         is_launch_bound=False,
     ),
-    probing.Probed(
+    replies.Probed(
         request=6,
         together={"linear_flops": 5.1e14, "call_s": 4.5e-6},
         alone={},
         exchanges={"all_to_all 2 1": [[65536.0, 2.1e-5], [1048576.0, 7.4e-5]]},
         seconds=0.93,
     ),
-    probing.NotProbed(request=6, error="OutOfMemoryError: CUDA out of memory"),
+    replies.NotProbed(request=6, error="OutOfMemoryError: CUDA out of memory"),
     replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
 ]

@@ -6,11 +6,10 @@ import random
 from functools import partial
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.balance import Balance
+from comfy_xdit_patch.planning.balance import Balance, work_parts
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import plan_call
-from comfy_xdit_patch.planning.work import work_parts
-from comfy_xdit_patch.strategy import AUTO, Strategy
+from comfy_xdit_patch.planning.strategy import AUTO, Strategy
 
 SPEEDS = ((1, 0.5), (1, 0.9), (1, 0.3), (1, 0.5, 1), (1, 1, 1, 0.5), (2, 1, 0.7, 0.4))
 """Relative speeds of the ranks that are tried."""

@@ -29,7 +29,7 @@ PRELUDE = """
 import json, sys, types
 sys.path[:0] = [{tree!r}, {repo!r}]
 calls = []
-recorder = types.ModuleType("comfy_xdit_patch.activation")
+recorder = types.ModuleType("comfy_xdit_patch.host.guest.activation")
 recorder.modules_ready = lambda names, root: calls.append([sorted(names), root])
 sys.modules[recorder.__name__] = recorder
 def import_all(*names):
@@ -254,7 +254,7 @@ show(len(finders()))
     assert run_bare(comfyui, code, XDIT_STRATEGY="off") == (0, "")
 
 
-def test_a_python_without_comfyui_loads_two_modules_of_ours_and_nothing_else():
+def test_a_python_without_comfyui_loads_three_modules_of_ours_and_nothing_else():
     """The cost at every interpreter start: ``typing`` and what it imports are several ms."""
     code = f"""
 import os, sys  # site, which runs the .pth file, has imported these
@@ -265,11 +265,15 @@ print(*sorted(set(sys.modules) - before))
 """
     command = [sys.executable, "-I", "-S", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env={}, timeout=20)
-    assert done.stdout.split() == ["comfy_xdit_patch", "comfy_xdit_patch.bootstrap"], done.stderr
+    assert done.stdout.split() == [
+        "comfy_xdit_patch",
+        "comfy_xdit_patch.bootstrap",
+        "comfy_xdit_patch.marks",
+    ], done.stderr
 
 
 def test_the_hook_waits_for_exactly_the_modules_of_the_patch_points():
-    from comfy_xdit_patch.patching.points import (
+    from comfy_xdit_patch.host.guest.points import (
         control_points,
         execution_points,
         sampling_points,

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit_patch.errors import SettingsError
+from comfy_xdit_patch.planning.strategy import AUTO, NAMES, Strategy, parse_strategy
 from comfy_xdit_patch.settings import (
+    VARIABLES,
     DeviceRequest,
     cache_directory,
     parse_gpus,
     read_settings,
     unknown_names,
 )
-from comfy_xdit_patch.strategy import AUTO, NAMES, Strategy, parse_strategy
-from comfy_xdit_patch.variables import VARIABLES
 
 
 def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():

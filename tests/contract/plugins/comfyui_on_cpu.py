@@ -16,6 +16,6 @@ def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untype
     """Say whether our package took part, so that a test can check it."""
     import sys
 
-    activation = sys.modules.get("comfy_xdit_patch.activation")
+    activation = sys.modules.get("comfy_xdit_patch.host.guest.activation")
     patch_set = getattr(activation, "ACTIVATION", None) and activation.ACTIVATION.sampling
     terminalreporter.write_line(f"xdit active: {bool(patch_set and patch_set.active)}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def change_settings(variables: Mapping[str, str]) -> None:
     """Go on as if ComfyUI had been started with these XDIT_* variables."""
-    from comfy_xdit_patch.activation import ACTIVATION
+    from comfy_xdit_patch.host.guest.activation import ACTIVATION
     from comfy_xdit_patch.settings import read_settings
 
     for name in [name for name in os.environ if name.startswith("XDIT_")]:

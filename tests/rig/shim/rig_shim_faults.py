@@ -27,7 +27,7 @@ FOREVER_S = 3600.0
 
 def who_is_here() -> str:
     """Who this process is at its start: the host, the nursery of its ranks, or another program."""
-    if any("comfy_xdit_patch.workers.nursery" in word for word in sys.orig_argv):
+    if any("comfy_xdit_patch.worker.nursery" in word for word in sys.orig_argv):
         return "nursery"
     return "host" if "main.py" in sys.orig_argv else "other"
 
@@ -268,17 +268,17 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
         return {}
     if who == "host":
         refuse_memory()
-        return {"comfy_xdit_patch.workers.back_off": [adapt_back_off]}
+        return {"comfy_xdit_patch.host.pool.pool": [adapt_back_off]}
     return {
-        "comfy_xdit_patch.workers.nursery": [adapt_nursery],
-        "comfy_xdit_patch.workers.process": [adapt_process],
-        "comfy_xdit_patch.workers.environment": [adapt_environment],
-        "comfy_xdit_patch.engine.calls": [adapt_calls],
-        "comfy_xdit_patch.engine.engine": [adapt_engine],
-        "comfy_xdit_patch.engine.groups": [adapt_groups],
-        "comfy_xdit_patch.engine.first_exchange": [adapt_first_exchange],
-        "comfy_xdit_patch.engine.residents": [adapt_residents],
-        "comfy_xdit_patch.engine.placing": [adapt_placing],
-        "comfy_xdit_patch.engine.collectives": [adapt_collectives],
-        "comfy_xdit_patch.transport.channel": [adapt_channel],
+        "comfy_xdit_patch.worker.nursery": [adapt_nursery],
+        "comfy_xdit_patch.worker.process": [adapt_process],
+        "comfy_xdit_patch.host.pool.inheritance": [adapt_environment],
+        "comfy_xdit_patch.worker.calls": [adapt_calls],
+        "comfy_xdit_patch.worker.engine": [adapt_engine],
+        "comfy_xdit_patch.worker.ranks.groups": [adapt_groups],
+        "comfy_xdit_patch.worker.ranks.first_exchange": [adapt_first_exchange],
+        "comfy_xdit_patch.worker.weights.residents": [adapt_residents],
+        "comfy_xdit_patch.worker.weights.placing": [adapt_placing],
+        "comfy_xdit_patch.worker.ranks.collectives": [adapt_collectives],
+        "comfy_xdit_patch.wire.channel": [adapt_channel],
     }

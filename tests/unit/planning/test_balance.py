@@ -16,10 +16,10 @@ from comfy_xdit_patch.planning.balance import (
     MOST_CALLS,
     Balance,
     as_weights,
+    work_parts,
 )
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.work import work_parts
-from comfy_xdit_patch.strategy import parse_strategy
+from comfy_xdit_patch.planning.strategy import parse_strategy
 
 TWO_ROWS = Workload(batch_size=2, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 

@@ -10,7 +10,7 @@ import pytest
 from comfy_xdit_patch.errors import Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import check_strategy, legal_strategies, plan_call
-from comfy_xdit_patch.strategy import AUTO, Strategy, parse_strategy
+from comfy_xdit_patch.planning.strategy import AUTO, Strategy, parse_strategy
 
 IMAGE_1024 = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 

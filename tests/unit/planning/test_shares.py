@@ -10,12 +10,13 @@ import random
 import pytest
 
 from comfy_xdit_patch.errors import PlanError
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares, shard_sizes
-from comfy_xdit_patch.planning.shares import (
+from comfy_xdit_patch.planning.sequence_shares import (
     DAMPING,
     SMALLEST_PART,
+    SequenceShares,
     moved_weights,
     proportional,
+    shard_sizes,
     weighted_shares,
 )
 

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.known_models import FLUX1_DEV
-from comfy_xdit_patch.planning.model_shape import PRECISIONS
-from comfy_xdit_patch.planning.residency import GIB, Card, ModelSizes, TokenLoad
-from comfy_xdit_patch.planning.tensor_residency import (
+from comfy_xdit_patch.planning.cost.known_models import FLUX1_DEV
+from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS
+from comfy_xdit_patch.planning.residency import (
+    GIB,
+    Card,
+    ModelSizes,
+    TokenLoad,
     plan_tensor_residency,
     tensor_degree,
     tensor_mode,

@@ -11,8 +11,8 @@ from rig.broken_messages import CHANGES, HEADER, arriving, broken_body, broken_f
 from rig.sample_messages import MESSAGES
 
 from comfy_xdit_patch.errors import ChannelClosedError, MessageError
-from comfy_xdit_patch.transport.channel import MAX_MESSAGE_BYTES, frame_of
-from comfy_xdit_patch.transport.messages import decode, encode
+from comfy_xdit_patch.wire.channel import MAX_MESSAGE_BYTES, frame_of
+from comfy_xdit_patch.wire.messages.codec import decode, encode
 
 SAMPLES = [json.loads(encode(message)) for message in MESSAGES]
 

@@ -1,1 +1,0 @@
-"""One rank's share of the computation."""

@@ -1,0 +1,1 @@
+"""Asks torch and the system which devices there are."""

@@ -1,0 +1,1 @@
+"""What runs in ComfyUI's process."""

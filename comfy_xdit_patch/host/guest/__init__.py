@@ -1,0 +1,1 @@
+"""What is wrapped of ComfyUI, and the way out."""

@@ -1,0 +1,1 @@
+"""Measured: which way a call goes, and which shares the ranks get."""

@@ -1,0 +1,26 @@
+"""A line in ComfyUI's page, at the node that runs.
+
+Runs in: host process.
+
+ComfyUI's server and its executor are looked up and never imported: where they are not, as in a
+program that uses ComfyUI without its server, there is nobody to tell.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from comfy_xdit_patch.host.boundary import our_faults_stay_ours
+
+
+def tell(text: str) -> None:
+    """Show a text at the node that is executed in this thread."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    context_of = getattr(sys.modules.get("comfy_execution.utils"), "get_executing_context", None)
+    page = getattr(server, "instance", None)
+    if page is None or context_of is None:
+        return
+    with our_faults_stay_ours("telling ComfyUI's page"):
+        context = context_of()
+        if context is not None:
+            page.send_progress_text(f"xDiT: {text}", context.node_id)

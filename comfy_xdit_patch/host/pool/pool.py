@@ -1,0 +1,290 @@
+"""Keep one worker for each device, all or none.
+
+Runs in: host process.
+
+    idle -- start() --> starting -- all joined --> ready
+                           ^  |                     |
+             back-off, then|  | one failed, or      | one died, failed or hung
+                           |  v deadline            v
+                          broken <------------------+
+
+Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths; it lives as
+long as the process, because the nursery dies with the *thread* that started it (PR_SET_PDEATHSIG).
+The sampling thread makes requests. ``_calls`` serialises them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from comfy_xdit_patch.errors import WorkerError, XditError
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.pool.exchange import Exchange, Poll
+from comfy_xdit_patch.host.pool.inheritance import HostState
+from comfy_xdit_patch.host.pool.launcher import Worker, dismiss_workers, end_workers
+from comfy_xdit_patch.host.pool.start import POLL_S, SEND_DEADLINE_S, Starter, death_text
+from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.wire.messages.codec import Message
+from comfy_xdit_patch.wire.messages.replies import Joined, Reply
+
+
+class PoolState(enum.Enum):
+    """The state of all workers together."""
+
+    IDLE = "idle"
+    STARTING = "starting"
+    READY = "ready"
+    BROKEN = "broken"
+
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.1
+
+
+class Pool:
+    """All workers of this host. Every rank takes part in every request."""
+
+    def __init__(
+        self, *, devices: Sequence[Device], host_state: HostState, settings: Settings
+    ) -> None:
+        """Prepare; nothing is started."""
+        self.devices = tuple(devices)
+        self.workers: tuple[Worker, ...] = ()
+        self.joined: dict[int, Joined] = {}
+        self.state = PoolState.IDLE
+        self.error: str | None = None
+        self.generation = 0
+        self.start_seconds = 0.0
+        self._settings = settings
+        self._exchange: Exchange | None = None
+        self._changed = threading.Condition()
+        self._calls = threading.RLock()
+        self._keeper: threading.Thread | None = None
+        self._starter = Starter(self.devices, host_state=host_state, settings=settings)
+        self._back_off = BackOff()
+        self._has_worked = False
+
+    @property
+    def world_size(self) -> int:
+        return len(self.devices)
+
+    @property
+    def device_word(self) -> str:
+        """What the ranks run on, for people."""
+        return f"{'CPU rank' if self.devices[0].is_cpu else 'GPU'}{'s'[: self.world_size - 1]}"
+
+    @property
+    def control_bytes(self) -> int:
+        """Bytes of messages sent to the workers that live now."""
+        return self._exchange.bytes_sent if self._exchange else 0
+
+    @property
+    def no_peer_to_peer(self) -> str | None:
+        """Why these devices exchange data through CPU memory; None where they need not."""
+        return self._starter.no_peer_to_peer
+
+    def get_ready(self) -> None:
+        """Have imported, in the background, what a start needs."""
+        with self._changed:
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep, name="xdit-keeper", daemon=True)
+                self._keeper.start()
+
+    def start(self) -> None:
+        """Have the workers started, in the background. No effect when they live or back off."""
+        with self._changed:
+            if self.state in (PoolState.IDLE, PoolState.BROKEN) and self._back_off.is_over:
+                self._set_state(PoolState.STARTING)
+                self.get_ready()
+
+    def wait_until_ready(self, poll: Poll) -> None:
+        """Wait for a start in progress.
+
+        Raises:
+            WorkerError: the workers did not start; the text names rank, phase and cause.
+        """
+        self.start()
+        end = time.monotonic() + self._settings.start_timeout_s + SEND_DEADLINE_S
+        while True:
+            with self._changed:
+                if self.state is PoolState.READY:
+                    return
+                if self.state is not PoolState.STARTING or time.monotonic() > end:
+                    raise WorkerError(self.error or "The workers did not start.")
+                self._changed.wait(POLL_S)
+            poll()
+
+    def request(
+        self,
+        message: Callable[[int], Message],
+        *,
+        poll: Poll,
+        prepare: Callable[[], Sequence[tuple[Message, int | None]]] = lambda: (),
+        meanwhile: Callable[[], None] = lambda: None,
+        progress: Callable[[int, float], None] = lambda _, __: None,
+        check: Callable[[list[Reply]], None] = lambda _: None,
+    ) -> list[Reply]:
+        """Send a request to every rank and return the replies in rank order.
+
+        Args:
+            message: makes the request from its number, after ``prepare`` ran.
+            prepare: runs when no worker is computing any more, so that it may write to shared
+                slots; returns messages to send first, with the file descriptors beside them.
+            meanwhile: runs once while the workers are at it; must not write to shared slots.
+            progress: called with a rank and the part of a load that it has done.
+            check: raises ``MessageError`` for replies that cannot be right.
+
+        Raises:
+            WorkerError: a rank failed, died or hung. All workers have been ended.
+        """
+        while not self._calls.acquire(timeout=POLL_S):
+            poll()
+        try:
+            generation, exchange = self.generation, self._exchange
+            if self.state is not PoolState.READY or exchange is None:
+                raise WorkerError(self.error or "The workers are not running.")
+            try:
+                exchange.settle(poll)
+                replies = exchange.request(
+                    message, before=prepare(), meanwhile=meanwhile, poll=poll, progress=progress
+                )
+                check(replies)
+            except XditError as error:
+                self._break(str(error), generation)
+                raise WorkerError(str(error)) from None
+            return replies
+        finally:
+            self._calls.release()
+
+    def run_succeeded(self) -> None:
+        """A whole run went well: the losses before it do not count any more."""
+        self._back_off.succeeded()
+
+    def change(self, devices: Sequence[Device], settings: Settings) -> None:
+        """End all workers; those that start next are others. The nursery stays."""
+        self._stop_workers()
+        self.devices, self._settings, self.joined = tuple(devices), settings, {}
+        self.error, self._back_off, self._has_worked = None, BackOff(), False
+        self._starter.change(self.devices, settings)
+
+    def stop(self) -> None:
+        """End all workers and the nursery, and stay idle."""
+        self._stop_workers()
+        self._starter.close()
+
+    def _stop_workers(self) -> None:
+        with self._changed:
+            workers, self.workers = self.workers, ()
+            self._set_state(PoolState.IDLE)
+        dismiss_workers(workers)
+
+    # -- the keeper's thread ---------------------------------------------------------------
+
+    def _keep(self) -> None:
+        with contextlib.suppress(OSError, WorkerError):  # A start tries again, and reports it.
+            self._starter.get_ready()
+        while True:
+            try:
+                self._keep_once()
+            except Exception as error:
+                # Without this thread nothing would be started or noticed any more.
+                log.exception("xDiT: a fault of comfy-xdit-patch in the keeper's thread")
+                with self._changed:
+                    self._fail(f"{type(error).__name__}: {error}", AFTER_START_S)
+
+    def _keep_once(self) -> None:
+        with self._changed:
+            if self.state is not PoolState.STARTING:
+                self._changed.wait(WATCH_S)
+            state, generation = self.state, self.generation
+        if state is PoolState.STARTING:
+            self._start_all()
+        elif state is PoolState.READY:
+            dead = [w for w in self.workers if w.process.poll() is not None]
+            if dead and self._calls.acquire(blocking=False):
+                try:
+                    self._break(death_text(dead[0], "while idle"), generation)
+                finally:
+                    self._calls.release()
+        elif state is PoolState.BROKEN and self._has_worked:
+            self.start()  # So on this machine: bring it back for the next run.
+
+    def _start_all(self) -> None:
+        log.info("xDiT: starting %d %s...", self.world_size, self.device_word)
+        try:
+            team = self._starter.start()
+        except WorkerError as error:
+            with self._changed:
+                if self.state is PoolState.STARTING:  # And was not stopped meanwhile.
+                    self._fail(str(error), AFTER_START_S)
+            return
+        with self._changed:
+            if self.state is not PoolState.STARTING:
+                return dismiss_workers(team.workers)
+            self.workers, self.joined = team.workers, team.joined
+            self.start_seconds = team.seconds
+            self._exchange = Exchange(team.workers, step_timeout_s=self._settings.step_timeout_s)
+            self.generation += 1
+            self._has_worked = True
+            self.error = None
+            self._set_state(PoolState.READY)
+        log.info("xDiT: %d workers joined in %.1f s", self.world_size, self.start_seconds)
+
+    # -- either thread ---------------------------------------------------------------------
+
+    def _break(self, reason: str, generation: int) -> None:
+        """End all workers of a generation: half a world computes nothing."""
+        with self._changed:
+            if self.generation != generation or self.state is not PoolState.READY:
+                return
+            workers, self.workers = self.workers, ()
+            self._fail(reason, AFTER_LOSS_S)
+        end_workers(workers, grace_s=0)
+
+    def _fail(self, reason: str, waits_s: Sequence[float]) -> None:
+        self.error = reason
+        self._back_off.failed(waits_s)
+        self._set_state(PoolState.BROKEN)
+        log.error("xDiT: %s", reason)
+
+    def _set_state(self, state: PoolState) -> None:
+        self.state = state
+        self._changed.notify_all()
+
+
+AFTER_LOSS_S = (0.0, 5.0, 30.0, 120.0)
+"""Wait before a restart after workers that had worked were lost; the last value repeats."""
+AFTER_START_S = (30.0, 120.0, 600.0)
+"""The same after a failed start, which costs the user a wait in every run that tries it."""
+
+
+class BackOff:
+    """Waits that get longer with every failure since the last run that went well.
+
+    A single step that went well would not do to forget them: a model that is too large for a card
+    loses a worker in every run, some steps after its start.
+    """
+
+    def __init__(self) -> None:
+        self._num_failures = 0
+        self._end = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether workers may be started."""
+        return time.monotonic() >= self._end
+
+    def failed(self, waits_s: Sequence[float]) -> None:
+        """Begin a wait: one of ``AFTER_LOSS_S`` or ``AFTER_START_S``."""
+        self._end = time.monotonic() + waits_s[min(self._num_failures, len(waits_s) - 1)]
+        self._num_failures += 1
+
+    def succeeded(self) -> None:
+        """A whole run went well."""
+        self._num_failures = 0

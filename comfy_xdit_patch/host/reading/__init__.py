@@ -1,0 +1,1 @@
+"""Reads ComfyUI's objects, changes nothing."""

@@ -1,0 +1,1 @@
+"""One call, decided and computed."""

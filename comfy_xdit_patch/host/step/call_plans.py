@@ -1,0 +1,123 @@
+"""Decide how one call of a FLUX model is shared, or why it is not.
+
+Runs in: host process. Knows settings, balance, PipeFusion's rules and what ``auto`` measured; asks
+nothing of the workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.pace.auto import Auto, Kind
+from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.reading.limits import no_ring, no_tensor_call
+from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.host.step.pipefusion import Pipelines
+from comfy_xdit_patch.host.weights.holding import Holding
+from comfy_xdit_patch.planning.balance import Replan
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.workload import workload_of
+
+
+@dataclass(frozen=True, slots=True)
+class CallPlan:
+    """How a call is shared. ``kind`` is set if its time tells ``auto`` something."""
+
+    plan: ParallelPlan
+    workload: Workload
+    replan: Replan
+    """The plan that other weights of the ranks would give."""
+    kind: Kind | None
+
+
+class CallPlans:
+    """From a call to its plan."""
+
+    def __init__(self, holding: Holding, *, auto: Auto, pipelines: Pipelines) -> None:
+        self._holding = holding
+        self._auto = auto
+        self._pipelines = pipelines
+
+    def of_call(
+        self,
+        flux: Any,
+        arguments: Mapping[str, Any],
+        base_model: Any,
+        run: Run,
+        *,
+        changes: Sequence[Refusal],
+        carried: CarriedPatches,
+        poll: Poll,
+    ) -> CallPlan | Refusal:
+        """Share a call, as the user wants and the ranks can.
+
+        Args:
+            arguments: of ``Flux._forward``, by name.
+            changes: what nodes put around the blocks.
+            carried: patches that go to the workers.
+        """
+        workload = workload_of(flux, arguments)
+        if changes or carried.tree is not None:
+            # A node's code may look at all rows.
+            workload = replace(workload, is_batch_divisible=False)
+        balance = self._holding.balance
+        planned = partial(
+            plan_call,
+            workload,
+            world_size=self._holding.world_size,
+            strategy=self._holding.strategy,
+            needs_references=carried.keeps_references,
+            no_ring=no_ring(
+                is_overridden=carried.overrides_attention,
+                is_prescribed=run.is_prescribed(flux),
+            ),
+        )
+        weights = balance.weights(run)
+        plan = planned(weights=weights)
+        if isinstance(plan, Refusal):
+            return plan
+        better = self._auto.strategy(flux, workload, plan, arguments["x"].dtype, poll)
+        if better is not None:
+            other = planned(strategy=better, weights=weights)
+            if not isinstance(other, Refusal):
+                plan, planned = other, partial(planned, strategy=better)
+        if plan.tensor_degree > 1:
+            refusal = no_tensor_call(arguments, carried, changes)
+            if refusal is not None:
+                return refusal
+        plan = self._holding.fitting(plan, base_model, workload, arguments["x"].dtype)
+        # What ranks keep from step to step is shared so; and ControlNets must follow what is
+        # left of weights that do not suit this call.
+        keeps = carried.keeps_references or plan.pipefusion_degree > 1
+        if keeps or plan.weights != weights:
+            balance.hold(run, plan.weights)
+        if plan.pipefusion_degree > 1:
+            options = arguments.get("transformer_options") or {}
+            refusal = self._pipelines.refusal(
+                flux, options, run=run, plan=plan, changes=changes, carried=carried
+            )
+            if refusal is not None:
+                return refusal
+        if changes and (plan.sequence_degree == 1 or carried.keeps_references):
+            return changes[0]
+        kind = self._auto.kind(flux, workload, plan)
+        refusal = self._auto.verdict(kind)
+        if refusal is not None:
+            return refusal
+        is_plain = not changes and carried.tree is None and arguments.get("control") is None
+        if not is_plain or self._holding.is_held_back(base_model):
+            kind = None
+        # The driver is asked for its memory, and only while that decides something.
+        if kind is not None and kind.trial.verdict is None:
+            kind = kind if self._holding.can_time_alone(base_model) else None
+        return CallPlan(plan, workload, _with(planned), kind)
+
+
+def _with(planned: Callable[..., ParallelPlan | Refusal]) -> Replan:
+    return lambda weights: planned(weights=weights)

@@ -1,0 +1,301 @@
+"""Decide for each call of a ControlNet: on the workers, where its residuals are needed, or here.
+
+Runs in: host process.
+
+A ControlNet that runs on one GPU keeps all others waiting, and its residuals have to be carried to
+them in every step. On the same ranks as the model it takes its share of the time, and each rank
+has just the residuals of its own tokens. Where that is not possible the ControlNet runs here as
+ever, and only its residuals are carried: the step itself stays parallel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import CallRaisedError, CardsFullError, Refusal, Scope, WorkerError
+from comfy_xdit_patch.host.boundary import theirs
+from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.reading.arguments import check_grad
+from comfy_xdit_patch.host.reading.eligibility import Pristine
+from comfy_xdit_patch.host.reading.limits import no_ring
+from comfy_xdit_patch.host.reading.models import ModelRegistry
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.host.step.outcome import lost
+from comfy_xdit_patch.host.step.residuals_there import ControlCall, DeferredResidual, Residuals
+from comfy_xdit_patch.host.weights.holding import Holding
+from comfy_xdit_patch.host.weights.likeness import Likeness
+from comfy_xdit_patch.host.weights.one_owner import SharedMemory
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.workload import workload_of
+from comfy_xdit_patch.report.log import note_once
+from comfy_xdit_patch.report.status import Totals
+from comfy_xdit_patch.wire.messages.answers import check_shape
+from comfy_xdit_patch.wire.messages.codec import Message
+from comfy_xdit_patch.wire.messages.replies import Controlled, Reply
+from comfy_xdit_patch.wire.messages.requests import Control, Forget
+from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+
+LOADER = "load_controlnet"
+
+
+class ControlModel:
+    """A ControlNet's module as the rest of this package sees a model. Keeps nothing alive."""
+
+    def __init__(self, control: Any) -> None:
+        self._net = weakref.ref(control.control_model)
+        self._patcher = weakref.ref(control.control_model_wrapped)
+        self.manual_cast_dtype: torch.dtype | None = control.manual_cast_dtype
+
+    @property
+    def diffusion_model(self) -> Any:
+        return self._net()
+
+    @property
+    def current_patcher(self) -> Any:
+        return self._patcher()
+
+
+class ControlNets:
+    """The ControlNets alive in the host."""
+
+    def __init__(
+        self,
+        remote: RemoteControl,
+        *,
+        holding: Holding,
+        memory: SharedMemory,
+        models: ModelRegistry,
+        pristine: Pristine,
+        totals: Totals,
+        likeness: Likeness,
+    ) -> None:
+        self._remote = remote
+        self._holding = holding
+        self._memory = memory
+        self._models = models
+        self._pristine = pristine
+        self._totals = totals
+        self._likeness = likeness
+        self._known: weakref.WeakKeyDictionary[Any, ControlModel] = weakref.WeakKeyDictionary()
+
+    def loaded(self, control: Any, path: str, options: dict[str, Any], *, file: str) -> None:
+        """Note which file a ControlNet came from, if it is one for the workers."""
+        net = getattr(control, "control_model", None)
+        if net is not None and type(net) is self._pristine.control_class:
+            model = self._known[net] = ControlModel(control)
+            self._models.remember(model, LOADER, path, options, file=file)
+
+    def holds(self, net: Any) -> bool:
+        """Whether this is the module of a known ControlNet."""
+        return isinstance(net, torch.nn.Module) and net in self._known
+
+    def forward(
+        self,
+        net: Any,
+        arguments: Mapping[str, Any],
+        compute: Callable[[], Residuals],
+        run: Run,
+    ) -> Residuals | None:
+        """Compute one call on the workers.
+
+        Args:
+            arguments: the arguments of ``ControlNetFlux.forward`` by name.
+            compute: ComfyUI's own forward with them.
+
+        Returns:
+            What it returns, or None: the caller runs it here. The step stays parallel either way.
+
+        Raises:
+            InterruptProcessingException: the user cancelled.
+        """
+        outcome = self._forward(net, arguments, compute, run)
+        self._memory.ran(net, is_parallel=not isinstance(outcome, Refusal))
+        if not isinstance(outcome, Refusal):
+            return outcome
+        out = theirs(compute)() if outcome.has_raised else None
+        self._totals.controls_alone[outcome.reason] += 1
+        note_once(f"a ControlNet runs on one GPU: {outcome.reason}")
+        return out
+
+    def _forward(
+        self,
+        net: Any,
+        arguments: Mapping[str, Any],
+        compute: Callable[[], Residuals],
+        run: Run,
+    ) -> Residuals | Refusal:
+        import comfy.model_management
+
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        model = self._known.get(net)
+        if model is None or model.current_patcher is None:
+            return Refusal("it did not come from a file of its own", Scope.STEP)
+        changes = (
+            *self._pristine.check_step(net),
+            *self._holding.changes(model, run),
+            *check_grad(arguments["x"]),
+        )
+        if changes:
+            return changes[0]
+        workload = workload_of(net, arguments, names=CARRIED_ARGUMENTS)
+        plan = plan_call(
+            workload,
+            world_size=self._holding.world_size,
+            strategy=self._holding.strategy,
+            no_ring=no_ring(is_prescribed=run.is_prescribed(net)),
+            weights=self._holding.balance.weights(run),
+        )
+        if isinstance(plan, Refusal):
+            return plan
+        if plan.pipefusion_degree > 1:
+            return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
+        refusal = self._holding.come_up(model, poll)
+        if refusal is not None:
+            return refusal
+        try:
+            others = self._likeness.changes(model, run, poll)
+            if others:
+                return others[0]
+            known = self._holding.hold(
+                model,
+                run,
+                workload=workload,
+                plan=plan,
+                dtype=arguments["x"].dtype,
+                poll=poll,
+                is_guest=True,
+            )
+            if isinstance(known, Refusal):
+                return known
+            room = self._holding.room_for(model, run, known, plan, workload)
+            residuals = self._remote.forward(
+                known.number, arguments, plan=plan, compute=compute, poll=poll, room=room
+            )
+            return self._likeness.late_change() or residuals
+        except CardsFullError:
+            return Refusal("the cards have no room for its call beside the weights", Scope.STEP)
+        except UncarriedArgumentError as error:
+            return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
+        except CallRaisedError as error:
+            self._totals.last_error = str(error)
+            self._holding.forget_what_is_held()
+            return Refusal(
+                f"its call raised {error.kind} on the workers", Scope.STEP, has_raised=True
+            )
+        except WorkerError as error:
+            run.refusal = lost(error, self._totals)
+            return run.refusal
+
+
+# Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
+CARRIED_ARGUMENTS = ("x", "timesteps", "context", "y", "guidance", "hint", "control_type")
+
+
+class RemoteControl:
+    """The workers, as a function from a ControlNet's arguments to its residuals."""
+
+    def __init__(self, wire: Wire, totals: Totals) -> None:
+        self._wire = wire
+        self._totals = totals
+        self._numbers = itertools.count(1)
+        self._gone: list[int] = []
+
+    def forward(
+        self,
+        model: int,
+        arguments: Mapping[str, Any],
+        *,
+        plan: ParallelPlan,
+        compute: Callable[[], Residuals],
+        poll: Poll,
+        room: Room | None = None,
+    ) -> Residuals:
+        """Compute one call on all ranks.
+
+        Args:
+            model: number of a ControlNet that every rank holds.
+            arguments: the bound arguments of ``ControlNetFlux.forward``.
+            compute: ComfyUI's own forward with them.
+            room: for a look whether a card has it; None to compute at once.
+
+        Returns:
+            What ComfyUI's own forward returns, in residuals that are the workers'.
+
+        Raises:
+            UncarriedArgumentError: an argument is not of a type that can cross.
+            CardsFullError: there is no room on a card.
+            WorkerError: the workers are lost.
+        """
+        slots = self._wire.slots
+        tree: dict[str, Any] = {}
+        call = next(self._numbers)
+        written = slots.bytes_written
+
+        def prepare() -> Sequence[Message]:
+            paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
+            slots.begin_call({path: arguments[name] for name, path in paths.items()})
+            tree.update({name: slots.place(path, arguments[name]) for name, path in paths.items()})
+            return self._take_gone()
+
+        def check(replies: Sequence[Reply]) -> None:
+            for reply in replies:
+                if isinstance(reply, Controlled):
+                    check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
+
+        replies = self._wire.call(
+            lambda number, working_bytes: Control(
+                request=number,
+                model=model,
+                call=call,
+                grid=list(plan.grid),
+                weights=list(plan.weights),
+                arguments=tree,
+                working_bytes=working_bytes,
+            ),
+            poll=poll,
+            prepare=prepare,
+            room=room,
+            check=check,
+        )
+        self._totals.bytes_to_workers += slots.bytes_written - written
+        self._totals.controls_parallel += 1
+        for rank, reply in enumerate(replies):
+            assert isinstance(reply, Controlled)
+            self._totals.control_seconds[rank] = reply.seconds
+            self._totals.bytes_between_ranks += reply.bytes_between_ranks
+        first = replies[0]
+        assert isinstance(first, Controlled)
+        kept = ControlCall(
+            call,
+            generation=self._wire.generation,
+            plan=plan,
+            layout=first.layout,
+            compute=compute,
+            gone=self._gone,
+        )
+        num_residuals = 1 + max(i for part in first.layout.values() for i in part if i is not None)
+        residuals = [
+            DeferredResidual.make(
+                ("residual", kept, index),
+                shape=first.shape,
+                dtype=getattr(torch, first.dtype),
+                device=arguments["x"].device,
+            )
+            for index in range(num_residuals)
+        ]
+        return {
+            name: tuple(None if i is None else residuals[i] for i in part)
+            for name, part in first.layout.items()
+        }
+
+    def _take_gone(self) -> list[Message]:
+        """Tell the workers which residuals nothing refers to any more."""
+        gone, self._gone[:] = self._gone[:], []
+        return [Forget(calls=gone, objects=[], tokens=[])] if gone else []

@@ -1,0 +1,202 @@
+"""What became of one call: its result, or why there is none; counted, and said once.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import (
+    AroundBlocksError,
+    CallRaisedError,
+    CardsFullError,
+    DeclinedError,
+    FallBackError,
+    PlanError,
+    Refusal,
+    Scope,
+    WorkerError,
+)
+from comfy_xdit_patch.host.pace.auto import Auto, Kind
+from comfy_xdit_patch.host.pool.pool import Pool
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.host.weights.holding import LOST, STARTING
+from comfy_xdit_patch.report.log import say, say_unheard, summary, warn_once
+from comfy_xdit_patch.report.status import RunCounts, Totals
+from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A call that is computed.
+
+    ``gathered_for`` is why a part of it ran here; ``is_empty`` says that no block ran on the
+    workers: a node left them out, or computed them itself. ``is_one``: it ran here, to be timed.
+    """
+
+    out: torch.Tensor
+    gathered_for: str | None = None
+    is_empty: bool = False
+    is_one: bool = False
+    kind: Kind | None = None
+    """Set if the time of the step tells ``auto`` something."""
+
+
+def checked(step: Step) -> Step | Refusal:
+    """Refuse a result that is no image. Whether ComfyUI's own is one, ComfyUI finds out."""
+    # A sum is quicker, and says the same unless half precision overflows in it.
+    if not step.out.sum().isfinite() and not step.out.isfinite().all():
+        return Refusal("the workers' result has NaN or infinity in it")
+    return step
+
+
+def lost(error: WorkerError, totals: Totals) -> Refusal:
+    """Note a loss of the workers, and return it as the reason why ComfyUI computes a call."""
+    totals.last_error = str(error)
+    totals.last_loss_unix_s = time.time()
+    return LOST
+
+
+def refusal_of(error: Exception, totals: Totals) -> Refusal | None:
+    """Why ComfyUI computes a call in which this was raised; None for what is a fault of ours."""
+    if isinstance(error, WorkerError):
+        return lost(error, totals)
+    if isinstance(error, CallRaisedError):
+        totals.last_error = str(error)
+        return Refusal(f"the call raised {error.kind} on the workers", has_raised=True)
+    if isinstance(error, AroundBlocksError):
+        totals.last_error = str(error)
+        return Refusal("a node's code failed while its blocks ran on the workers", has_raised=True)
+    if isinstance(error, DeclinedError):
+        return Refusal(f"a node's patch cannot run on the workers: {error}")
+    if isinstance(error, CardsFullError):
+        return Refusal("the cards have no room for this call beside the weights")
+    if isinstance(error, PlanError):
+        return Refusal("a node left a rank without tokens", Scope.STEP)
+    if isinstance(error, UncarriedArgumentError):
+        return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
+    return None
+
+
+class Books:
+    """The counts of runs, and of all of them together."""
+
+    def __init__(self, totals: Totals, *, pool: Pool, auto: Auto, is_strict: bool) -> None:
+        self._totals = totals
+        self._pool = pool
+        self._auto = auto
+        self._is_strict = is_strict
+        self._of_prompt: dict[str | None, tuple[RunCounts, int]] | None = None
+        """Counts of the prompt that is being executed, and of how many runs, by their plan."""
+
+    def begin_prompt(self) -> None:
+        """Say nothing of single runs from now on: a node that samples tiles makes one for each."""
+        self._of_prompt = {}
+
+    def end_prompt(self) -> None:
+        """Say one line for all runs of a prompt that had the same plan."""
+        prompt, self._of_prompt = self._of_prompt or {}, None
+        for counts, num_runs in prompt.values():
+            self._say(counts, num_runs)
+        say_unheard()
+
+    def refuse(self, refusal: Refusal, run: Run) -> None:
+        """Count a step that ComfyUI computes.
+
+        Raises:
+            FallBackError: ``XDIT_STRICT=1``.
+        """
+        if refusal.scope is Scope.RUN:
+            run.refusal = refusal
+        # Whoever waits for workers has them in a moment, and ControlNets on them.
+        run.needs_residuals = run.needs_residuals or refusal is not STARTING
+        run.counts.fall_backs[refusal.reason] += 1
+        self._totals.fall_backs[refusal.reason] += 1
+        if self._is_strict:
+            error = self._totals.last_error
+            raise FallBackError(
+                f"XDIT_STRICT=1, and this step cannot run in parallel: {refusal.reason}."
+                f"{f' Last error: {error}' if error else ''}"
+            )
+        warn_once(refusal.reason)
+
+    def count(self, step: Step, run: Run, seconds: float) -> None:
+        """Count a step that we computed, and tell ``auto`` what it took."""
+        if step.is_one:
+            run.counts.measured += 1
+            self._totals.steps_measured += 1
+            return
+        self._totals.host_step_seconds = seconds
+        if step.kind is not None:
+            self._auto.took(step.kind, seconds, is_several=True)
+            verdict = step.kind.trial.verdict
+            run.counts.one_seconds = None if verdict is None else verdict.one_s
+        if step.is_empty:
+            run.counts.skipped += 1
+            self._totals.steps_skipped += 1
+            return
+        run.counts.parallel_seconds.append(seconds)
+        self._totals.steps_parallel += 1
+        if step.gathered_for is not None:
+            run.counts.gathered[step.gathered_for] += 1
+            self._totals.steps_gathered += 1
+
+    def close(self, run: Run) -> None:
+        """Close those of a run, and see to a line about it if FLUX took part."""
+        report = run.counts.report(ranks=self._pool.world_size)
+        if not report.steps:
+            return
+        self._totals.runs += 1
+        if report.steps_parallel and LOST.reason not in report.fall_back_reasons:
+            self._pool.run_succeeded()
+        self._totals.last_run = report
+        if self._of_prompt is None:
+            self._say(run.counts, 1)
+            return
+        counts, num_runs = self._of_prompt.get(report.plan, (RunCounts(), 0))
+        counts.add(run.counts)
+        self._of_prompt[report.plan] = counts, num_runs + 1
+
+    def _say(self, counts: RunCounts, num_runs: int) -> None:
+        report = counts.report(ranks=self._pool.world_size)
+        say(summary(report, device_word=self._pool.device_word, num_runs=num_runs))
+
+
+def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
+    """State of the pool and of each rank, as JSON."""
+    last = totals.last_run
+    workers = pool.workers  # Once: the keeper's thread may take them away any time.
+    ranks = []
+    for rank, device in enumerate(pool.devices):
+        joined = pool.joined.get(rank)
+        alive = rank < len(workers) and workers[rank].process.poll() is None
+        ranks.append(
+            {
+                "rank": rank,
+                "pid": joined.pid if joined and alive else None,
+                "device": device.name,
+                "state": "ready" if alive else pool.state.value,
+                "forwards": totals.num_forwards.get(rank, 0),
+                "log": str(workers[rank].log_path) if alive else None,
+                "start_s": joined.seconds if joined else None,
+                "weight_bytes": totals.weight_bytes.get((pool.generation, rank)) if alive else None,
+                "load_s": totals.load_seconds.get(rank),
+                "busy_s": totals.busy_seconds.get(rank),
+                "is_launch_bound": totals.launch_bound.get(rank),
+            }
+        )
+    plan = None
+    if last is not None and last.plan is not None:
+        plan = {"strategy": last.strategy, "world_size": last.ranks, "degrees": last.plan}
+    return {
+        "state": pool.state.value,
+        "reason": pool.error,
+        "plan": plan,
+        "ranks": ranks,
+        "start_s": round(pool.start_seconds, 3),
+    }

@@ -1,0 +1,170 @@
+"""PipeFusion's part of a step: whether a run may use it, and which of its calls are exact.
+
+Runs in: host process. Reads ComfyUI's objects, changes nothing.
+
+PipeFusion is an approximation, and used only where the user named it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.pool.crew import Wire
+from comfy_xdit_patch.host.pool.pool import PoolState
+from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
+from comfy_xdit_patch.host.run import Run, Stream, Streams
+from comfy_xdit_patch.planning.family import member_of
+from comfy_xdit_patch.planning.pipeline import MIN_STEPS, NUM_WARM_UP_CALLS, num_patches
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.wire.messages.requests import Free, Tree
+
+CONDITIONING = ("context", "y", "ref_latents", "ref_latents_method", "attention_mask")
+"""Arguments that are the same in all calls of a stream. ``guidance`` may move like sigma."""
+
+
+@dataclass(slots=True)
+class PipelinedCall:
+    """One call: which stream it belongs to, and whether it must be exact."""
+
+    streams: Streams
+    stream: Stream
+    state: tuple[Any, ...]
+    num_patches: int
+    sigma: float
+    schedule: Sequence[float]
+    is_warm_up: bool = False
+    num_attempts: int = 0
+
+    def tree(self, arguments: Mapping[str, Tree]) -> Tree:
+        """Say how the ranks compute it, once its arguments are in their slots. Counts the call."""
+        # Slots know contents: a tensor that changed has another slot or version.
+        conditioning = [repr(arguments.get(name)) for name in CONDITIONING]
+        if self.num_attempts:
+            # Made again, for it was made with arguments of another call; so are the keys now.
+            self.stream.state = None
+        self.num_attempts += 1
+        self.is_warm_up = self.streams.is_warm_up(
+            self.stream,
+            state=(*self.state, *conditioning, "control" in arguments),
+            sigma=self.sigma,
+            schedule=self.schedule,
+        )
+        return {
+            "stream": self.stream.number,
+            "is_warm_up": self.is_warm_up,
+            "num_patches": self.num_patches,
+        }
+
+
+class Pipelines:
+    """What PipeFusion needs of the host."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._numbers = itertools.count(1)
+        self.num_patches: int | None = None
+        """Set by measurements only."""
+        self.num_warm_up_calls = NUM_WARM_UP_CALLS
+
+    def refusal(
+        self,
+        flux: Any,
+        options: Mapping[str, Any],
+        *,
+        run: Run,
+        plan: ParallelPlan,
+        changes: Sequence[Refusal],
+        carried: CarriedPatches,
+    ) -> Refusal | None:
+        """Return why a run must not use PipeFusion, or None.
+
+        Args:
+            options: ``transformer_options``.
+            changes: what nodes put around the blocks.
+        """
+        why = _why_whole(changes, carried)
+        if why is not None:
+            return Refusal(f"PipeFusion gives nodes no whole tokens, and {why}")
+        if options.get("context_window") is not None:
+            return Refusal("PipeFusion cannot follow a latent that is cut into windows")
+        if member_of(flux).is_pixel_space:
+            return Refusal("PipeFusion does not run models that work on pixels")
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            return Refusal("PipeFusion has to know the sigmas of the run")
+        if len(sigmas) - 1 < MIN_STEPS:
+            return Refusal(f"PipeFusion needs {MIN_STEPS} steps or more")
+        num_blocks = len(flux.double_blocks) + len(flux.single_blocks)
+        if plan.pipefusion_degree > num_blocks:
+            return Refusal(
+                f"pipefusion={plan.pipefusion_degree} is more than the {num_blocks} blocks"
+            )
+        if not run.is_flux:
+            return Refusal("PipeFusion has to know where a run begins and ends")
+        return None
+
+    def of_call(
+        self,
+        run: Run,
+        arguments: Mapping[str, Any],
+        *,
+        plan: ParallelPlan,
+        workload: Workload,
+        model: tuple[int, str],
+        patches: Tree,
+    ) -> PipelinedCall:
+        """Return what decides about a call once its arguments are in their slots.
+
+        Args:
+            model: its number, and the key of its weights.
+        """
+        options = arguments["transformer_options"]
+        patches_of_call = self.num_patches or num_patches(plan, workload)
+        conds = tuple(str(options.get(name)) for name in ("cond_or_uncond", "uuids"))
+        run.streams.num_warm_up_calls = self.num_warm_up_calls
+        return PipelinedCall(
+            streams=run.streams,
+            stream=run.streams.of((model[0], *conds), next(self._numbers)),
+            state=(
+                self._wire.generation,
+                plan,
+                patches_of_call,
+                model,
+                repr(patches),
+                tuple(arguments["x"].shape),
+                # A step that ComfyUI computed itself left no keys on the ranks.
+                sum(run.counts.fall_backs.values()),
+            ),
+            num_patches=patches_of_call,
+            sigma=float(options.get("sigmas", arguments["timestep"]).max()),
+            schedule=options["sample_sigmas"].tolist(),
+        )
+
+    def end(self, run: Run) -> None:
+        """Free what the ranks keep for the streams of a run."""
+        numbers = run.streams.numbers
+        pool = self._wire.pool
+        is_there = pool.state is PoolState.READY and pool.generation == self._wire.generation
+        if numbers and is_there:
+            run.streams.clear()
+            self._wire.request(lambda request: Free(request, numbers), poll=lambda: None)
+
+
+def _why_whole(changes: Sequence[Refusal], carried: CarriedPatches) -> str | None:
+    """Return which node needs all tokens at a time, or leaves out blocks."""
+    if changes:
+        return changes[0].reason
+    if carried.gathered is not None:
+        return carried.gathered
+    if carried.keeps_references:
+        return "a node keeps the keys of references"
+    tree = carried.tree
+    if tree is not None and tree["skip"]:
+        return "a node leaves out blocks"
+    if tree is not None and tree["attention"] is not None and tree["attention"]["wants_order"]:
+        return "a node chose the attention function"
+    return None

@@ -1,0 +1,1 @@
+"""What the ranks hold, and where it lies."""

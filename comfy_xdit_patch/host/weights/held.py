@@ -1,0 +1,248 @@
+"""Have the workers hold the weights that a call needs, and no others than ComfyUI's.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.pool.crew import Wire
+from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.pool.pool import BackOff
+from comfy_xdit_patch.host.reading.comparing import (
+    Comparison,
+    Comparisons,
+    is_patched_here,
+    uncast,
+    verify,
+)
+from comfy_xdit_patch.host.reading.models import KnownModel, ModelRegistry, flux_of
+from comfy_xdit_patch.host.reading.weight_states import BypassHooks, WeightState, WeightStates
+from comfy_xdit_patch.host.weights.residency import Placement
+from comfy_xdit_patch.report.progress import load_bar
+from comfy_xdit_patch.report.status import Totals
+from comfy_xdit_patch.wire.messages.codec import Message
+from comfy_xdit_patch.wire.messages.replies import Loaded, NotLoaded, short
+from comfy_xdit_patch.wire.messages.requests import Drop, GiveWay, Load, Unload
+from comfy_xdit_patch.wire.packs import NoRoomError
+from comfy_xdit_patch.wire.skeleton import describe
+from comfy_xdit_patch.wire.tensors import ForeignTensorError
+from comfy_xdit_patch.wire.values import UncarriedValueError
+
+log = logging.getLogger("comfy_xdit_patch")
+
+NOT_LOADED = Refusal("a worker could not load the model")
+AFTER_LOAD_S = (0.0, 120.0, 600.0)
+"""Wait before a load that failed is tried again, which costs its time in every run that does."""
+
+
+class RemoteWeights:
+    """What every rank holds: models by number, each in one state of its weights."""
+
+    def __init__(
+        self, wire: Wire, totals: Totals, models: ModelRegistry, *, verifies: bool
+    ) -> None:
+        """Prepare; ``verifies``: weights that ComfyUI patched are compared bit for bit (strict)."""
+        self._wire = wire
+        self._totals = totals
+        self._models = models
+        self._verifies = verifies
+        self.comparisons = Comparisons(wire.pool.world_size)
+        self._states = WeightStates(wire.packs)
+        self.held: dict[int, tuple[str, str]] = {}  # state and place, by a model's number
+        self.may_hold_any = False
+        """Whether the workers may hold a model: one was asked for, and nothing unloaded since."""
+        self._failed: dict[tuple[int, str], BackOff] = {}
+
+    def follow_generation(self) -> None:
+        """New workers hold nothing."""
+        if self._wire.follow_generation():
+            self.comparisons = Comparisons(self._wire.pool.world_size)
+            self._states = WeightStates(self._wire.packs)
+            self.held.clear()
+            self.may_hold_any = False
+            self._totals.weight_bytes.clear()
+
+    def state(self, base_model: Any, bypass: BypassHooks) -> WeightState | Refusal:
+        """Return the state of the weights that the model's current ModelPatcher asks for."""
+        written = self._wire.packs.bytes_written
+        state = self._states.of(base_model, bypass)
+        self._totals.bytes_weights += self._wire.packs.bytes_written - written
+        return state
+
+    def holds(self, known: KnownModel, place: str, key: str | None = None) -> bool:
+        """Whether every rank holds this model in this place, and in the state of this key.
+
+        Args:
+            place: ``Placement.name``.
+        """
+        held = self.held.get(known.number)
+        return held is not None and held[1] == place and key in (None, held[0])
+
+    def state_key(self, known: KnownModel) -> str:
+        """Name the state in which every rank holds this model; empty if none does."""
+        return self.held.get(known.number, ("",))[0]
+
+    def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
+        """Name what is compared once a run: stored weights, or those in use in each state."""
+        return known.number, state.key if self._verifies else ""
+
+    @property
+    def bytes_held(self) -> int:
+        """Size of the model that was loaded last, on the rank that has most of it."""
+        return max(self._totals.weight_bytes.values(), default=0)
+
+    def load(
+        self,
+        base_model: Any,
+        known: KnownModel,
+        state: WeightState,
+        placement: Placement,
+        *,
+        is_compared: bool,
+        is_gathered: bool = False,
+        poll: Poll,
+    ) -> KnownModel | Refusal:
+        """Have every rank hold this model in this state, and check that it is the host's.
+
+        Args:
+            is_compared: it was checked already; a hook's patches come and go in every step.
+            is_gathered: the workers run its blocks alone.
+
+        Returns:
+            The model as the workers know it now; its number is new where the file is loaded with
+            other weights uncast, and where the model is carried, as a node has changed it.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        try:
+            if is_compared:
+                replies = self._ask(base_model, known, state, placement, None, poll)
+                if not isinstance(replies, Refusal):
+                    self.held[known.number] = state.key, placement.name
+                return replies if isinstance(replies, Refusal) else known
+            known = self._models.find_loaded(base_model, uncast(base_model))
+            comparison = self.comparisons.begin(base_model, known.number)
+            replies = self._ask(base_model, known, state, placement, comparison, poll)
+            if (
+                not isinstance(replies, Refusal)
+                and not comparison.agrees(replies, only_blocks=is_gathered)
+                and hasattr(base_model, "model_config")  # what a model is rebuilt from
+            ):
+                known = self._models.renumber_without_file(base_model)
+                replies = self._ask(base_model, known, state, placement, comparison, poll)
+        except (ForeignTensorError, UncarriedValueError) as error:
+            return Refusal(f"the model has weights that cannot be carried: {error}")
+        except NoRoomError as error:
+            return Refusal(f"a model without a file does not fit in memory: {error}")
+        if isinstance(replies, Refusal):
+            return replies
+        if not comparison.agrees(replies, only_blocks=is_gathered):
+            return Refusal("the workers cannot rebuild the model that ComfyUI holds")
+        found, whole = [reply.digests for reply in replies], placement.plan is None
+        refusal = verify(base_model, found, self._totals, whole, only_blocks=is_gathered)
+        if refusal is not None:
+            return refusal
+        self.comparisons.ended_well(known.number, comparison)
+        self.held[known.number] = state.key, placement.name
+        return known
+
+    def _ask(
+        self,
+        base_model: Any,
+        known: KnownModel,
+        state: WeightState,
+        placement: Placement,
+        comparison: Comparison | None,
+        poll: Poll,
+    ) -> list[Loaded] | Refusal:
+        verifies = comparison is not None and self._verifies
+        verifies = verifies and is_patched_here(base_model.current_patcher)
+        which = known.number, state.key
+        if which in self._failed and not self._failed[which].is_over:
+            return NOT_LOADED
+        tensors = None
+        if known.source is None and known.number not in self.held:
+            packs = self._wire.packs
+            written = packs.bytes_written
+            tensors = describe(base_model, flux_of(base_model), packs)
+            self._totals.bytes_weights += packs.bytes_written - written
+        # Unknown until every rank has answered: the user may interrupt the wait.
+        self.held.pop(known.number, None)
+        self.may_hold_any = True
+        with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
+            replies = self._wire.request(
+                lambda number: Load(
+                    request=number,
+                    model=known.number,
+                    source=known.source,
+                    tensors=tensors,
+                    state=state.tree,
+                    key=state.key,
+                    verify=verifies,
+                    look=[] if comparison is None else comparison.look,
+                    **placement.fields,
+                ),
+                poll=poll,
+                prepare=self._drop_messages,
+                meanwhile=(lambda: None) if comparison is None else comparison.make,
+                progress=progress,
+            )
+        loaded = [reply for reply in replies if isinstance(reply, Loaded)]
+        for rank, reply in enumerate(replies):
+            if isinstance(reply, NotLoaded):
+                error = f"Rank {rank} could not load the model: {short(reply.error)}"
+                self._totals.last_error = error
+                log.error("xDiT: %s", error)
+                self._failed.setdefault(which, BackOff()).failed(AFTER_LOAD_S)
+                return NOT_LOADED
+            assert isinstance(reply, Loaded)
+            self._totals.load_seconds[rank] = round(reply.seconds, 3)
+            self._totals.weight_bytes[self._wire.generation, rank] = reply.bytes_held
+        self._failed.pop(which, None)
+        if loaded[0].is_new:
+            self._totals.loads += 1
+            log.info(
+                "xDiT: model loaded on %d %s in %.1f s, %.2f GB of weights on each",
+                len(loaded),
+                self._wire.pool.device_word,
+                max(reply.seconds for reply in loaded),
+                max(reply.bytes_held for reply in loaded) / 1e9,
+            )
+        everywhere = set.intersection(*(set(reply.models) for reply in loaded))
+        self.held = {n: key for n, key in self.held.items() if n in everywhere}
+        built = loaded[0].attributes if loaded[0].is_new else None
+        return self.comparisons.not_as_built(base_model, known.number, built) or loaded
+
+    def unload(self) -> None:
+        """Have every rank drop all models.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        self.held.clear()
+        self._totals.weight_bytes.clear()
+        self._wire.packs.drop_kept()
+        self._wire.request(Unload, poll=lambda: None, prepare=self._drop_messages)
+        self.may_hold_any = False
+
+    def give_way(self, ranks: Sequence[int]) -> set[int]:
+        """Have some ranks free their device; return the numbers of the models that all hold.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        self._totals.gave_way += 1
+        self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=lambda: None)
+        return set(self.held)
+
+    def _drop_messages(self) -> Sequence[Message]:
+        gone = self._models.take_gone()
+        for number in gone:
+            self.held.pop(number, None)
+        return [Drop(gone)] if gone else []

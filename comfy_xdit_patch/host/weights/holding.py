@@ -1,0 +1,246 @@
+"""Have the workers ready and holding a model, before one of its calls.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
+from comfy_xdit_patch.host import page
+from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
+from comfy_xdit_patch.host.pool.crew import Room
+from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.pool.pool import Pool, PoolState
+from comfy_xdit_patch.host.reading.eligibility import Pristine
+from comfy_xdit_patch.host.reading.limits import no_tensor_weights
+from comfy_xdit_patch.host.reading.models import KnownModel, ModelRegistry, flux_of
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.host.weights.held import RemoteWeights
+from comfy_xdit_patch.host.weights.one_owner import SharedMemory
+from comfy_xdit_patch.host.weights.residency import Residency
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.strategy import Strategy
+from comfy_xdit_patch.report.status import Totals
+
+LOST = Refusal("a worker was lost")
+STARTING = Refusal("the workers are still starting", Scope.STEP)
+NOT_STARTED = Refusal("the workers did not start")
+
+
+class Holding:
+    """Workers that hold what a call needs."""
+
+    def __init__(
+        self,
+        *,
+        pool: Pool,
+        weights: RemoteWeights,
+        residency: Residency,
+        memory: SharedMemory,
+        totals: Totals,
+        pristine: Pristine,
+        models: ModelRegistry,
+        strategy: Strategy,
+        balance: PoolBalance,
+        waits: bool,
+    ) -> None:
+        self._pool = pool
+        self._weights = weights
+        self._residency = residency
+        self._memory = memory
+        self._totals = totals
+        self._pristine = pristine
+        self._models = models
+        self.world_size = pool.world_size
+        self.strategy = strategy
+        self.balance = balance
+        self._waits = waits
+        """For workers that start, although ComfyUI could compute alone meanwhile."""
+        self._is_start_shown = False
+        """In the page, where it stays until something else is said."""
+        self._working_bytes: dict[int, int] = {}
+        """What the last call of each model takes, by the model's number."""
+        self._made: set[Any] = set()
+        """Kinds of calls for which there was room."""
+
+    def come_up(self, model: Any, poll: Poll) -> Refusal | None:
+        """Have the workers ready; while they start, ComfyUI computes alone if that is quicker.
+
+        It is not where ComfyUI's own copy of the model stays off the GPU that a worker is to have.
+        """
+        pool = self._pool
+        pool.start()
+        if pool.state is PoolState.STARTING:
+            text = f"starting {pool.world_size} {pool.device_word}"
+            self._is_start_shown = True
+            if not (self._waits or self.is_held_back(model)):
+                page.tell(f"{text}, ComfyUI computes alone meanwhile")
+                return STARTING
+            page.tell(f"{text}...")
+        try:
+            pool.wait_until_ready(poll)
+        except WorkerError as error:
+            self._totals.last_error = str(error)
+            self._show_end_of_start(NOT_STARTED.reason)
+            return NOT_STARTED
+        self._show_end_of_start(f"{pool.world_size} {pool.device_word} are ready")
+        return None
+
+    def _show_end_of_start(self, text: str) -> None:
+        if self._is_start_shown:
+            self._is_start_shown = False
+            page.tell(text)
+
+    def hold(
+        self,
+        model: Any,
+        run: Run,
+        *,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        poll: Poll,
+        is_guest: bool = False,
+        is_gathered: bool = False,
+    ) -> KnownModel | Refusal:
+        """Have every rank hold a model as its current ModelPatcher has it, once they are up.
+
+        Args:
+            model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
+            is_guest: the model may not drive another one off the workers' cards.
+            is_gathered: its blocks are all that the workers run.
+
+        Returns:
+            The model as the workers know it now. A refusal is around the blocks if it is known only
+            since they hold the model: then ``changes`` has it too.
+
+        Raises:
+            WorkerError: the workers are lost.
+        """
+        run.in_use.add(model)
+        found = self._models.follow_file(
+            model, run.models.get(id(model)) or self._models.find(model)
+        )
+        if isinstance(found, Refusal):
+            return found
+        known = found
+        if plan.tensor_degree > 1:
+            refusal = no_tensor_weights(model, plan.tensor_degree, run.tensor)
+            if refusal is not None:
+                return refusal
+        self._weights.follow_generation()
+        if id(model) not in run.bypass:
+            run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
+        state = self._weights.state(model, run.bypass[id(model)])
+        if isinstance(state, Refusal):
+            return state
+        place = self._residency.place(
+            model,
+            workload,
+            plan,
+            dtype,
+            first="sharded" if self.strategy.shards_weights and not is_guest else "full",
+        )
+        if isinstance(place, Refusal):
+            return place
+        if state.is_hooked and place.mode != "full":
+            # Each change of hooks would load the shards, or what lies in CPU memory, again.
+            return Refusal("hook-scheduled weight patches need the whole model on every card")
+        if place.mode == "staged" and state.tree["bypass"] is not None:
+            return Refusal("bypass LoRAs need the whole model on every card")
+        if state.tree["bypass"] and plan.tensor_degree > 1:
+            return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
+        can_be_guest = place.mode == "full" or plan.tensor_degree > 1
+        if is_guest and not (can_be_guest and place.leaves(self._weights.bytes_held)):
+            return Refusal("it does not fit on the cards beside the model", Scope.STEP)
+        if not is_guest:
+            self._totals.residency = self._residency.arithmetic
+        if run.generation != self._pool.generation:
+            run.generation = self._pool.generation
+            run.compared.clear()
+        # Also once in every run: the host's weights are compared with the workers' again.
+        is_held = self._weights.holds(known, place.name, state.key)
+        part = "blocks" if is_gathered else "whole"
+        compared = (*self._weights.comparison(known, state), part)
+        is_compared = compared in run.compared
+        is_compared = is_compared and self._weights.holds(known, place.name)
+        if not (is_compared and is_held):
+            if not is_compared:
+                held = (known.number, self._weights.bytes_held) if is_held else None
+                self._memory.make_room_for_workers(model, place.needed_bytes, run.in_use, held=held)
+            loaded = self._weights.load(
+                model,
+                known,
+                state,
+                place,
+                is_compared=is_compared,
+                is_gathered=is_gathered,
+                poll=poll,
+            )
+            if isinstance(loaded, Refusal):
+                run.changes.pop(id(model), None)
+                return loaded
+            known = run.models[id(model)] = loaded
+            run.compared.add((*self._weights.comparison(known, state), part))
+        self._working_bytes[known.number] = place.working_bytes
+        return known
+
+    def is_held_back(self, model: Any) -> bool:
+        """Whether ComfyUI keeps its own copy in CPU memory because a worker has one on its GPU."""
+        patcher = getattr(model, "current_patcher", None)
+        return patcher is not None and self._memory.is_held_back(patcher)
+
+    def room_for(
+        self, model: Any, run: Run, known: KnownModel, plan: ParallelPlan, workload: Workload
+    ) -> Room:
+        """Say what a call takes on a card beside the weights, and how ComfyUI leaves it that."""
+        kind = self._pool.generation, known.number, plan, workload
+        num_bytes = 0 if kind in self._made else self._working_bytes.get(known.number, 0)
+        self._made.add(kind)
+
+        def make(shortage: str) -> None:
+            self._totals.last_error = shortage
+            self._made.clear()
+            self._memory.empty_cache()
+            self._memory.make_room_for_workers(model, num_bytes, run.in_use)
+
+        return Room(num_bytes, make)
+
+    def can_time_alone(self, model: Any) -> bool:
+        """Whether ComfyUI's own forward would now take what it takes without workers."""
+        return self._memory.fits_beside_worker(model.current_patcher)
+
+    def fitting(
+        self, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype
+    ) -> ParallelPlan:
+        """Return a plan, with even shares if larger ones do not fit on their cards."""
+        if not plan.weights or self._residency.has_room_for_shares(model, workload, plan, dtype):
+            return plan
+        return replace(plan, weights=())
+
+    def has_changed_file(self, run: Run) -> bool:
+        """Whether the ranks may have read other weights than ComfyUI's in this step."""
+        return any(self._models.has_changed(known) for known in run.models.values())
+
+    def forget_what_is_held(self) -> None:
+        """Have the next run see to it that every rank holds what it should: a call failed there."""
+        self._weights.held.clear()
+
+    def state_key(self, known: KnownModel) -> str:
+        """Name the state of the weights that every rank holds of a model."""
+        return self._weights.state_key(known)
+
+    def changes(self, model: Any, run: Run) -> list[Refusal]:
+        """What others hung on single modules of a model, or set there. Looked for once a run."""
+        if id(model) not in run.changes:
+            known = run.models.get(id(model)) or self._models.find(model)
+            run.changes[id(model)] = [
+                *self._pristine.check_modules(flux_of(model)),
+                *self._weights.comparisons.changed_attributes(model, known.number),
+            ]
+        return run.changes[id(model)]

@@ -1,0 +1,239 @@
+"""Choose how each model's weights lie on the workers' cards, before they are loaded.
+
+Runs in: host process.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.pool.pool import Pool
+from comfy_xdit_patch.host.reading.models import flux_of
+from comfy_xdit_patch.planning.grid import num_communicators
+from comfy_xdit_patch.planning.pipeline import kept_bytes
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.residency import (
+    CUDA_CONTEXT_BYTES,
+    MODES,
+    NCCL_GROUP_BYTES,
+    PIPELINE_MODES,
+    RESERVED_BYTES,
+    Card,
+    Mode,
+    ModelSizes,
+    ResidencyPlan,
+    TokenLoad,
+    residency_of,
+    tensor_mode,
+)
+from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.wire.fingerprint import stored_weights
+
+_BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one model's weights lie, and what other models may take on a card beside them.
+
+    ``mode`` is one of ``planning/residency.py``, or a ``tensor_mode``. ``room_bytes`` is None where
+    nothing limits it, or where ComfyUI's own manager does.
+    """
+
+    mode: str
+    room_bytes: int | None
+    plan: ParallelPlan | None = None
+    """Whose stages share the blocks, in the mode ``staged``."""
+    needed_bytes: int | None = None
+    """What a rank takes on its card beside the contexts, which are there already."""
+    working_bytes: int = 0
+    """What a call of this size takes of that; 0 where nothing limits it."""
+
+    def leaves(self, held_bytes: int) -> bool:
+        """Whether what is held already fits into the room beside this model."""
+        return self.room_bytes is None or held_bytes <= self.room_bytes
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return what a ``Load`` says of it."""
+        grid, weights = ((), ()) if self.plan is None else (self.plan.grid, self.plan.weights)
+        lists = {"grid": list(grid), "weights": list(weights)}
+        return {"mode": self.mode, "room_bytes": self.room_bytes, **lists}
+
+    @property
+    def name(self) -> str:
+        """Name what every rank holds of the model."""
+        stages = "" if self.plan is None else f" {self.plan.grid} {self.plan.weights}"
+        return f"{self.mode}{stages}"
+
+
+class Residency:
+    """The mode of every model; a mode only changes towards one that needs less."""
+
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        self._budget = settings.gpu_memory_bytes
+        self._pool = pool
+        self._modes: weakref.WeakKeyDictionary[Any, Mode] = weakref.WeakKeyDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Any, ModelSizes] = weakref.WeakKeyDictionary()
+        self.arithmetic: list[str] = []
+        """How the last choice came about."""
+
+    def place(
+        self,
+        base_model: Any,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        *,
+        first: Mode = "full",
+    ) -> Placement | Refusal:
+        """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
+        is_pipeline = plan.pipefusion_degree > 1
+        cut = tensor_mode(plan.tensor_degree) if plan.tensor_degree > 1 else None
+        cards = self._cards()
+        if cards is None:
+            # CPU ranks: ComfyUI counts no RAM, nor do we.
+            stages = Placement("staged", None, plan)
+            return stages if is_pipeline else Placement(cut or first, None)
+        choice = self._choice(base_model, workload, plan, dtype, cards, first)
+        if isinstance(choice, Refusal):
+            return choice
+        self.arithmetic = choice.lines()
+        need = choice.needs[-1]
+        room = max(0, need.card.free_bytes - need.num_bytes)
+        needed = need.num_bytes - CUDA_CONTEXT_BYTES * (2 if need.card.has_host else 1)
+        if cut is not None:
+            return Placement(cut, room, needed_bytes=needed, working_bytes=need.working_bytes)
+        order = PIPELINE_MODES if is_pipeline else MODES
+        before = self._modes.get(base_model, choice.mode)
+        mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
+        self._modes[base_model] = mode
+        staged = plan if mode == "staged" else None
+        return Placement(mode, room, staged, needed, need.working_bytes)
+
+    def has_room_for_shares(
+        self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
+    ) -> bool:
+        """Whether weights lie where they would with even shares: on the cards if they can."""
+        cards = self._cards()
+        if cards is None:
+            return True
+        as_planned, as_even = (
+            self._choice(base_model, workload, shared, dtype, cards)
+            for shared in (plan, replace(plan, weights=()))
+        )
+        if isinstance(as_planned, Refusal) or isinstance(as_even, Refusal):
+            return isinstance(as_even, Refusal)
+        return as_planned.mode == as_even.mode
+
+    def _choice(
+        self,
+        base_model: Any,
+        workload: Workload,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        cards: tuple[Card, ...],
+        first: Mode = "full",
+    ) -> ResidencyPlan | Refusal:
+        if base_model not in self._sizes:
+            self._sizes[base_model] = model_sizes(base_model, dtype)
+        sizes, load = self._sizes[base_model], _load(base_model, workload, plan, dtype)
+        num_blocks = num_blocks_of(base_model)
+        return residency_of(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
+
+    def _cards(self) -> tuple[Card, ...] | None:
+        ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]
+        if self._budget is not None:
+            return tuple(Card(self._budget, self._budget, has_host=r.rank == 0) for r in ranks)
+        if any(rank.total_bytes == 0 for rank in ranks):
+            return None
+        import comfy.model_management
+
+        # --reserve-vram asks for more than the reserve that the plan has already.
+        more = max(0, int(comfy.model_management.extra_reserved_memory()) - RESERVED_BYTES)
+        # On the first card ComfyUI takes and frees memory meanwhile.
+        of_group = max([r.group_bytes for r in ranks if r.rank > 0], default=0) or NCCL_GROUP_BYTES
+        # What contexts and groups take, ComfyUI's among them, is not free any more; the plan counts
+        # it again. Nothing but ComfyUI, which gives way, is taken to be on the first card.
+        there = CUDA_CONTEXT_BYTES + of_group
+        return tuple(
+            Card(
+                total_bytes=r.total_bytes,
+                free_bytes=(r.total_bytes if r.rank == 0 else r.free_bytes + there) - more,
+                has_host=r.rank == 0,
+                group_bytes=of_group,
+            )
+            for r in ranks
+        )
+
+
+def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype) -> TokenLoad:
+    """What the rank with the largest share has to hold."""
+    stride = plan.world_size // plan.batch_degree
+    first_ranks = range(0, plan.world_size, stride)
+    shares = [
+        plan.sequence_shares(
+            rank,
+            num_text_tokens=workload.num_text_tokens,
+            num_image_tokens=workload.num_image_tokens,
+            num_reference_tokens=workload.num_reference_tokens,
+            num_heads=workload.num_heads,
+        )
+        for rank in first_ranks
+    ]
+    rows = [plan.batch_rows(rank, workload.batch_size) for rank in first_ranks]
+    width = flux_of(base_model).hidden_size
+    return TokenLoad(
+        num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
+        num_text_tokens=workload.num_text_tokens,
+        hidden_size=width,
+        num_rows=max(end - first for first, end in rows),
+        bytes_per_value=dtype.itemsize,
+        local_tokens=max(max(of_group.joint) for of_group in shares),
+        num_groups=num_communicators(plan.grid),
+        kept_bytes=kept_bytes(
+            plan,
+            workload,
+            num_blocks=num_blocks_of(base_model),
+            token_bytes=width * dtype.itemsize,
+        ),
+    )
+
+
+def num_blocks_of(base_model: Any) -> int:
+    """Double and single blocks of a model."""
+    flux = flux_of(base_model)
+    return len(flux.double_blocks) + len(flux.single_blocks)
+
+
+def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
+    """Count a model's weights as they are stored, in the dtype that ComfyUI computes with.
+
+    Args:
+        dtype: that the model computes in.
+    """
+    blocks: dict[str, int] = {}
+    outside = cast = 0
+    for weight in stored_weights(flux_of(base_model), base_model.current_patcher):
+        num_bytes = weight.num_bytes
+        block = _BLOCK.match(weight.name)
+        if block is None:
+            outside += num_bytes
+        else:
+            blocks[block[1]] = blocks.get(block[1], 0) + num_bytes
+        # A quantised weight's shape is that of the matrix that it stands for.
+        as_computed = weight.tensor.shape.numel() * dtype.itemsize
+        if num_bytes < as_computed:
+            cast = max(cast, as_computed)
+    return ModelSizes(
+        total_bytes=outside + sum(blocks.values()),
+        largest_block_bytes=max(blocks.values(), default=0),
+        outside_blocks_bytes=outside,
+        cast_bytes=cast,
+    )

@@ -1,1 +1,0 @@
-"""Touching ComfyUI: reversible, checked, listed."""

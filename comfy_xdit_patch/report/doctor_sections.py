@@ -1,0 +1,198 @@
+"""The doctor's sections: memory and its arithmetic, the machine, what keeps GPUs from sharing.
+
+Runs in: the doctor's process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from comfy_xdit_patch.errors import PlanError, Refusal
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.hardware.interconnect import Interconnect
+from comfy_xdit_patch.hardware.survey import compute_modes
+from comfy_xdit_patch.planning.cost.known_models import FLUX1_DEV
+from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS
+from comfy_xdit_patch.planning.grid import num_communicators
+from comfy_xdit_patch.planning.pipeline import kept_bytes
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.planner import FREE, named_plan
+from comfy_xdit_patch.planning.residency import (
+    Card,
+    TokenLoad,
+    gib,
+    residency_of,
+)
+from comfy_xdit_patch.planning.strategy import AUTO, Strategy
+
+DTYPES = ("bf16", "fp8")
+WORLD_SIZES = (2, 4, 8)
+EXAMPLE = TokenLoad(num_image_tokens=4096, num_text_tokens=256, hidden_size=FLUX1_DEV.width)
+AS_A_SEQUENCE = Strategy("ulysses")
+"""Weights lie alike whichever way a free strategy shares rows and tokens."""
+WORKLOAD = Workload(
+    batch_size=EXAMPLE.num_rows,
+    num_text_tokens=EXAMPLE.num_text_tokens,
+    num_image_tokens=EXAMPLE.num_image_tokens,
+    num_heads=FLUX1_DEV.num_heads,
+)
+
+
+def memory_lines(
+    devices: Sequence[Device], budget_bytes: int | None, strategy: Strategy = AUTO
+) -> list[str]:
+    """Say the plans for FLUX.1-dev within the budget in force.
+
+    Args:
+        devices: one for each rank; empty where the settings give none.
+        budget_bytes: ``XDIT_GPU_MEMORY``, or None for what the cards have.
+        strategy: one that fits the devices. Other numbers of cards that it does not fit are left
+            out.
+    """
+    if budget_bytes is not None:
+        world_sizes = sorted({*WORLD_SIZES, len(devices)} - {0})
+        pools = [_cards([budget_bytes] * world_size) for world_size in world_sizes]
+        lines = [f"budget: {gib(budget_bytes)} GiB on each card (XDIT_GPU_MEMORY)"]
+    else:
+        known = [device.memory_bytes for device in devices]
+        sizes = [size for size in known if size is not None]
+        if not devices or len(sizes) < len(known):
+            return ["no budget: this process sees no memory of a GPU. Set XDIT_GPU_MEMORY to plan."]
+        pools = [_cards(sizes)]
+        lines = [f"budget: what the cards have, {', '.join(gib(size) for size in sizes)} GiB"]
+    for cards in pools:
+        try:
+            plan = named_plan(AS_A_SEQUENCE if strategy.name in FREE else strategy, len(cards))
+        except PlanError:
+            continue
+        for dtype in DTYPES:
+            model = FLUX1_DEV.sizes(PRECISIONS[dtype])
+            lines.append(
+                f"FLUX.1-dev {dtype} ({gib(model.total_bytes)} GiB), 1024 x 1024 px, "
+                f"{len(cards)} cards:"
+            )
+            found = residency_of(
+                plan,
+                model,
+                _load(plan),
+                num_blocks=FLUX1_DEV.num_blocks,
+                cards=cards,
+                first="sharded" if strategy.shards_weights else "full",
+            )
+            text = [f"refused: {found.reason}"] if isinstance(found, Refusal) else found.lines()
+            lines += [f"  {line}" for line in text]
+    return lines
+
+
+def _load(plan: ParallelPlan) -> TokenLoad:
+    """The example's tokens; what a pipeline's stages keep is counted besides."""
+    example = replace(EXAMPLE, num_groups=num_communicators(plan.grid))
+    if plan.pipefusion_degree == 1:
+        return example
+    kept = kept_bytes(
+        plan,
+        WORKLOAD,
+        num_blocks=FLUX1_DEV.num_blocks,
+        token_bytes=EXAMPLE.hidden_size * EXAMPLE.bytes_per_value,
+    )
+    num_shards = plan.world_size // plan.pipefusion_degree
+    return replace(example, num_shards=num_shards, kept_bytes=kept)
+
+
+def _cards(sizes: list[int]) -> tuple[Card, ...]:
+    """One card for each rank; ComfyUI's own process computes on the first."""
+    return tuple(Card(size, size, has_host=rank == 0) for rank, size in enumerate(sizes))
+
+
+YES_NO = {True: "peer-to-peer", False: "no peer-to-peer", None: "peer-to-peer unknown"}
+
+
+def place_lines(found: Interconnect) -> list[str]:
+    """Say where each rank's GPU is, and what lies between each two of them."""
+    lines = [
+        f"rank {rank}: PCI {place.pci_id or 'unknown'}, NUMA node "
+        f"{'unknown' if place.numa_node is None else place.numa_node}"
+        for rank, place in enumerate(found.places)
+    ]
+    num_ranks = len(found.places)
+    links: dict[str, list[str]] = {}
+    for a in range(num_ranks):
+        for b in range(a + 1, num_ranks):
+            text = f"{found.path(a, b)}, {YES_NO[found.peers[a][b]]}"
+            links.setdefault(text, []).append(f"{a}-{b}")
+    lines += [f"link {text}: ranks {', '.join(pairs)}" for text, pairs in links.items()]
+    return [*lines, *(f"not found out: {text}" for text in found.unknown)]
+
+
+def measured_lines(machine: Any) -> list[str]:
+    """Say what a running ComfyUI measured, from ``machine`` of its status object."""
+    if not isinstance(machine, dict):
+        return []
+    lines = []
+    if machine.get("peer_to_peer_disabled"):
+        first = str(machine["peer_to_peer_disabled"]).splitlines()[0]
+        lines.append(f"peer-to-peer is switched off, because with it: {first}")
+    if machine.get("not_measured"):
+        lines.append(f"the machine is not measured: {machine['not_measured']}")
+    if not machine.get("ranks"):
+        return lines
+    lines.append(f"machine measured in {machine['measured_in_s']:.1f} s:")
+    named = [(f"rank {rank}", gpu) for rank, gpu in enumerate(machine["ranks"])]
+    if machine.get("rank_0_alone"):
+        named.append(("rank 0 alone", machine["rank_0_alone"]))
+    for name, gpu in named:
+        lines.append(
+            f"  {name}: linears {gpu['linear_tflops']:.3g} TFLOP/s, attention "
+            f"{gpu['attention_tflops']:.3g} TFLOP/s, memory {gpu['memory_gb_per_s']:.3g} GB/s, "
+            f"from CPU memory {gpu['from_host_gb_per_s']:.3g} GB/s"
+        )
+    for link in machine.get("links", ()):
+        a, b = link["ranks"]
+        lines.append(
+            f"  ranks {a}-{b} ({link['kind']}): all-to-all {link['all_to_all_gb_per_s']:.3g} GB/s, "
+            f"ring {link['ring_gb_per_s']:.3g} GB/s, latency {link['latency_us']:.0f} us"
+        )
+    return lines
+
+
+SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY_BYTES = 1 << 30
+"""What NVIDIA's guide to NCCL in containers asks for (``--shm-size=1g``)."""
+ONE_PROCESS = ("Exclusive_Process", "Exclusive_Thread", "Prohibited")
+
+
+def gpu_faults(devices: Sequence[Device], found: Interconnect) -> list[str]:
+    """Say all that is wrong, asking the system."""
+    small = shared_memory_fault(found)
+    return [*mode_faults(devices, compute_modes()), *([] if small is None else [small])]
+
+
+def mode_faults(devices: Sequence[Device], modes: Mapping[str, str]) -> list[str]:
+    """Name the GPUs on which the driver lets no second process compute.
+
+    Args:
+        modes: compute mode by UUID, as ``nvidia-smi`` has it.
+    """
+    return [
+        f"rank {rank}: compute mode {modes[device.uuid]} lets one process at most use the GPU, and "
+        f"ComfyUI and a worker share it. Run `sudo nvidia-smi -i {device.uuid} -c DEFAULT`."
+        for rank, device in enumerate(devices)
+        if device.uuid is not None and modes.get(device.uuid) in ONE_PROCESS
+    ]
+
+
+def shared_memory_fault(found: Interconnect) -> str | None:
+    """Say that /dev/shm is small where data between GPUs passes it: no peer-to-peer."""
+    if not any(is_peer is False for row in found.peers for is_peer in row):
+        return None
+    system = os.statvfs(SHARED_MEMORY)
+    num_bytes = system.f_frsize * system.f_blocks
+    if num_bytes >= SHARED_MEMORY_BYTES:
+        return None
+    return (
+        f"{SHARED_MEMORY} has {num_bytes >> 20} MiB, and data between GPUs without peer-to-peer "
+        "passes it. Give the container more, such as `docker run --shm-size=1g`."
+    )

@@ -1,1 +1,0 @@
-"""How a call and its tensors cross the process boundary."""

@@ -1,0 +1,1 @@
+"""What crosses between the host and the ranks, and how."""

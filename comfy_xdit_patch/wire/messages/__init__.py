@@ -1,0 +1,1 @@
+"""Every message between the host and the ranks."""

@@ -1,0 +1,278 @@
+"""Places for tensors in memory that host and workers share.
+
+Runs in: host; ``slot_map.py`` is the worker's side.
+
+    host                                                    every worker
+    SlotTable.place("context", t) -> SlotRef(slot 3, v 7)   SlotMap.tensor(SlotRef) -> view or
+       writes only if no slot of "context" holds             device copy, made once a version
+       these very bytes already
+
+Facts that shape this file.
+    A slot is an anonymous file (memfd): no name in /dev/shm, no limit of /dev/shm, and the kernel
+        frees it when the last process that maps it ends, however that process ends.
+    ComfyUI makes new conditioning tensors for every step, so identity says nothing: bytes are
+        compared. The first and last ones choose the slot; the rest is compared while the workers
+        compute already, and a call that turns out to have trusted wrongly is made again. Tensors on
+        a GPU are compared there, all of them before the call, for one answer that is waited for.
+    The host writes only while no worker computes, so slots need no lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import MessageError
+from comfy_xdit_patch.wire.messages.requests import SlotRef, Tree
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size."""
+
+
+class Slot:
+    """One piece of shared memory, as seen by this process."""
+
+    def __init__(self, number: int, fd: int, size_bytes: int) -> None:
+        self.number = number
+        self.size_bytes = size_bytes
+        self._memory = mmap.mmap(fd, size_bytes)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], *, offset: int = 0) -> torch.Tensor:
+        """The slot's bytes from ``offset`` on as a tensor; shared, not copied."""
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        if offset + num_bytes > self.size_bytes or min(offset, *shape, 0) < 0:
+            raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
+        return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)
+
+
+def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """Whether two tensors of a kind are alike, as a tensor: nothing is waited for.
+
+    Bytes and not values: a NaN is itself, and -0.0 is not 0.0.
+    """
+    assert other is not None
+    bits = BITS[one.element_size()]
+    return (one.detach().contiguous().view(bits) == other.view(bits)).all()
+
+
+PROBE_BYTES = 4096
+ALWAYS_NEW = ("x", "timestep", "timesteps")
+"""Arguments that no step has from the one before."""
+SLOTS_A_PATH = 4
+"""How many tensors of one argument are kept: cond and uncond of two regions."""
+LARGE_BYTES = 8 << 20
+"""Of larger tensors, such as a ControlNet's residuals, one is kept."""
+
+# A slot that another process made shorter would end this one with SIGBUS.
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
+
+
+class UncarriedArgumentError(TypeError):
+    """A value that can go neither into a message nor into a slot."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    slot: Slot
+    version: int = 0
+    dtype: torch.dtype | None = None
+    shape: tuple[int, ...] = ()
+    device_copy: torch.Tensor | None = None
+    last_used: int = 0
+
+    def seems_to_hold(self, tensor: torch.Tensor) -> bool:
+        """Compare kind and shape, and the first and last bytes."""
+        if self.dtype != tensor.dtype or self.shape != tuple(tensor.shape):
+            return False
+        num_bytes = min(PROBE_BYTES, tensor.nbytes)
+        last = tensor.nbytes - num_bytes
+        return self._same(tensor, 0, num_bytes) and self._same(tensor, last, num_bytes)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Compare everything."""
+        return self._same(tensor, 0, tensor.nbytes)
+
+    def may_hold(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor on a device is like the one here, which is there too."""
+        copy = self.device_copy
+        return copy is not None and (copy.dtype, copy.shape, copy.device) == (
+            tensor.dtype,
+            tensor.shape,
+            tensor.device,
+        )
+
+    def _same(self, tensor: torch.Tensor, start: int, num_bytes: int) -> bool:
+        here = self.slot.view(tensor.dtype, self.shape).data_ptr() + start
+        return bool(_memcmp(here, tensor.data_ptr() + start, num_bytes) == 0)
+
+
+class SlotTable:
+    """The host's side: puts the tensors of a call into slots, and only what changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, list[_Entry]] = {}
+        self._created: list[tuple[Slot, int]] = []
+        self._dropped: list[int] = []
+        self._unproved: list[tuple[_Entry, torch.Tensor]] = []
+        self._placed: dict[int, tuple[torch.Tensor, Tree]] = {}
+        self._found: dict[int, _Entry] = {}
+        self._num_slots = 0
+        self._clock = 0
+        self.bytes_written = 0
+
+    def place(self, path: str, value: Any) -> Tree:
+        """Turn an argument into a tree whose tensors lie in slots.
+
+        Args:
+            path: the argument's name; inner values get ``name.0``, ``name.key``.
+
+        Raises:
+            UncarriedArgumentError: a value of another type is in it.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._place_tensor(path, value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [self.place(f"{path}.{i}", item) for i, item in enumerate(value)]
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: self.place(f"{path}.{key}", item) for key, item in value.items()}
+        raise UncarriedArgumentError(f"{path} is a {type(value).__name__}")
+
+    def begin_call(self, values: Mapping[str, Any] | None = None) -> None:
+        """Forget what an earlier call left unproved because it was never sent.
+
+        Args:
+            values: what is to be placed, by path. A tensor on a device that is not among them is
+                taken to be new, and so are those of ``ALWAYS_NEW``.
+        """
+        self._unproved.clear()
+        self._placed.clear()
+        self._found.clear()
+        pairs = [
+            (tensor, entry)
+            for path, tensor in _device_tensors(values or {})
+            if path.rpartition(".")[2] not in ALWAYS_NEW
+            for entry in self._entries.get(path, ())
+            if entry.may_hold(tensor)
+        ]
+        if pairs:
+            flags = [are_same_bytes(tensor, entry.device_copy) for tensor, entry in pairs]
+            for (tensor, entry), is_same in zip(pairs, torch.stack(flags).tolist(), strict=True):
+                if is_same:
+                    self._found[id(tensor)] = entry
+
+    def prove(self) -> bool:
+        """Compare the rest of every tensor that was taken to be in its slot already.
+
+        Returns:
+            False: one was not. Its slot is given up, and the call must be placed and made again.
+        """
+        unproved, self._unproved = self._unproved, []
+        wrong = [entry for entry, tensor in unproved if not entry.holds(tensor)]
+        for entry in wrong:
+            entry.dtype = None
+        return not wrong
+
+    def result_slot(self, size_bytes: int) -> Slot:
+        """Return the slot for results, large enough."""
+        return self._entry_for("result", size_bytes, max_entries=1).slot
+
+    def take_created(self) -> list[tuple[Slot, int]]:
+        """Slots made since the last call, with their file descriptors, which the caller closes."""
+        created, self._created = self._created, []
+        return created
+
+    def take_dropped(self) -> list[int]:
+        """Numbers of the slots given up since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _place_tensor(self, path: str, tensor: torch.Tensor) -> Tree:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_sparse:
+            raise UncarriedArgumentError(f"{path} is a {type(tensor).__name__}")
+        # A ControlNet hands one residual to many blocks: the same object is sent once.
+        if id(tensor) in self._placed:
+            return self._placed[id(tensor)][1]
+        given, tensor = tensor, tensor.detach().contiguous()
+        self._clock += 1
+        is_here = not _is_on_device(tensor)
+        if is_here:
+            entry = next((e for e in self._entries.get(path, ()) if e.seems_to_hold(tensor)), None)
+        else:
+            entry = self._found.get(id(given))
+        if entry is not None and is_here:
+            self._unproved.append((entry, tensor))
+        if entry is None:
+            entry = self._entry_for(
+                path,
+                max(tensor.nbytes, 1),
+                max_entries=1 if tensor.nbytes > LARGE_BYTES else SLOTS_A_PATH,
+            )
+            entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
+            entry.version += 1
+            entry.dtype, entry.shape = tensor.dtype, tuple(tensor.shape)
+            entry.device_copy = None if is_here else tensor.clone()
+            self.bytes_written += tensor.nbytes
+        entry.last_used = self._clock
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        ref = SlotRef(entry.slot.number, entry.version, dtype, tuple(tensor.shape))
+        tree = {"$slot": [ref.slot, ref.version, ref.dtype, list(ref.shape)]}
+        self._placed[id(given)] = given, tree
+        return tree
+
+    def _entry_for(self, path: str, size_bytes: int, *, max_entries: int) -> _Entry:
+        entries = self._entries.setdefault(path, [])
+        if len(entries) >= max_entries:
+            oldest = min(entries, key=lambda entry: entry.last_used)
+            if oldest.slot.size_bytes >= size_bytes:
+                return oldest
+            entries.remove(oldest)
+            self._dropped.append(oldest.slot.number)
+        entry = _Entry(self.create(size_bytes))
+        entries.append(entry)
+        return entry
+
+    def drop(self, number: int) -> None:
+        """Give up a slot that ``create`` made."""
+        self._dropped.append(number)
+
+    def create(self, size_bytes: int) -> Slot:
+        """Make a slot; ``take_created`` hands it out to be sent."""
+        size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        fd = os.memfd_create("comfy-xdit-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
+        slot = Slot(self._num_slots, fd, size_bytes)
+        self._num_slots += 1
+        self._created.append((slot, fd))
+        return slot
+
+
+def _is_on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _device_tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors on a device in arguments, by the path that ``SlotTable.place`` gives them."""
+    for path, value in values.items():
+        if isinstance(value, torch.Tensor) and _is_on_device(value):
+            yield path, value
+        elif isinstance(value, (list, tuple)):
+            yield from _device_tensors({f"{path}.{i}": item for i, item in enumerate(value)})
+        elif isinstance(value, dict):
+            yield from _device_tensors({f"{path}.{key}": item for key, item in value.items()})

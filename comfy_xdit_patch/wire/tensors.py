@@ -1,0 +1,202 @@
+"""Take weight tensors of every class apart into plain ones, digest them, and put them together.
+
+Runs in: host and worker.
+
+Quantised weights are tensor subclasses, of two kinds: wrappers around plain tensors, which speak
+PyTorch's ``__tensor_flatten__`` protocol (ComfyUI's and comfy_kitchen's QuantizedTensor), and plain
+storage under a class with attributes of its own (ComfyUI-GGUF's GGMLTensor). Neither can be
+compared, copied or pickled as it is; what is inside can.
+
+Parts of a weight are made of plain tensors, and of quantised ones that have one stored float for
+each value and one scale for all of them. Formats with a scale for each row, block or group of
+values, or several values in a byte, are not cut: their blocks need not end where a head or a rank
+does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+DIGEST_CHUNK = 1 << 16
+"""Words at a time, for each thread: few enough for a core's own cache."""
+DEVICE_CHUNK = 1 << 22
+_MASK = (1 << 64) - 1
+# What GGUF's patcher hangs on a weight for the LoRA of the moment: no part of the stored weight.
+_PASSING_ATTRIBUTES = ("patches",)
+
+
+class ForeignTensorError(TypeError):
+    """A weight is of a tensor class that cannot be taken apart."""
+
+
+def flatten(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
+    """Take a weight apart.
+
+    Returns:
+        The plain tensors inside by name (one named "" for a plain tensor), and a text of
+        everything else that the weight's value depends on.
+
+    Raises:
+        ForeignTensorError: its class keeps more than tensors and plain values.
+    """
+    if type(tensor) in PLAIN_CLASSES:
+        return {"": tensor.detach()}, ""
+    kind = class_name(type(tensor))
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        inner = {name: getattr(tensor, name) for name in names}
+        if any(type(t) not in PLAIN_CLASSES for t in inner.values()):
+            raise ForeignTensorError(type(tensor).__name__)
+        return inner, f"{kind} {_text(context, type(tensor))}"
+    attributes = own_attributes(tensor)
+    return {"": plain_storage(tensor)}, f"{kind} {_text(attributes, type(tensor))}"
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """Attributes that a plain-storage subclass keeps beside its bytes."""
+    return {
+        name: value
+        for name, value in sorted(vars(tensor).items())
+        if name not in _PASSING_ATTRIBUTES and not name.startswith("_")
+    }
+
+
+def plain_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a plain-storage subclass, with the sizes that they really have."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
+
+
+def class_name(cls: type[Any]) -> str:
+    """``module.QualifiedName`` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _text(value: Any, owner: type[Any]) -> str:
+    """Spell a value alike in every process.
+
+    Raises:
+        ForeignTensorError: the value is of a type whose text says too little.
+    """
+    if isinstance(value, type):
+        return class_name(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_text(value[k], owner)}" for k in sorted(value)) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ",".join(_text(item, owner) for item in value) + ")"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return str(value)
+    raise ForeignTensorError(owner.__name__)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Name a plain tensor's contents, computed where it lives.
+
+    The sum of its 64-bit words, each mixed with its place, modulo 2**64: made to notice accidents
+    of transport and arithmetic and edits in place, not an adversary. Equal contents have equal
+    digests on every device.
+
+    Mixed, because edits have a structure that plain or weighted sums cancel: the signs of a column
+    of 1024 floats that change are 1024 times 2**63, or 2**31.
+    """
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    num_words = flat.numel() // 8
+    words = _aligned(flat[: num_words * 8]).view(torch.int64)
+    is_cpu = flat.device.type == "cpu"
+    size = DIGEST_CHUNK * torch.get_num_threads() if is_cpu else DEVICE_CHUNK
+    places = torch.arange(min(num_words, size), dtype=torch.int64, device=flat.device) * _ODD[0]
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, num_words, size):
+        chunk = words[start : start + size]
+        mixed = places[: chunk.numel()] + _signed(start * _ODD[0])
+        mixed ^= chunk
+        for factor, shift in ((_ODD[1], 32), (_ODD[2], 29)):
+            mixed *= factor
+            mixed ^= mixed >> shift
+        total += mixed.sum()
+    tail = bytes(flat[num_words * 8 :].cpu().tolist()).hex()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = "x".join(str(size) for size in tensor.size())
+    return f"{dtype}[{shape}]:{int(total) & _MASK:016x}{tail}"
+
+
+def _signed(word: int) -> int:
+    """The same 64 bits as torch has them."""
+    return ((word + (1 << 63)) & _MASK) - (1 << 63)
+
+
+_ODD = tuple(map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)))
+"""Factors of SplitMix64, whose bits are as good as random."""
+
+
+def _aligned(flat: torch.Tensor) -> torch.Tensor:
+    """A view of another word size needs an offset that divides; a copy has it."""
+    return flat if flat.storage_offset() % 8 == 0 and flat.data_ptr() % 8 == 0 else flat.clone()
+
+
+def digest_weight(tensor: torch.Tensor) -> str:
+    """Digest a weight of any class.
+
+    Raises:
+        ForeignTensorError: its class keeps more than tensors and plain values.
+    """
+    inner, rest = flatten(tensor)
+    return " ".join([rest, *(f"{name}={digest(inner[name])}" for name in sorted(inner))]).strip()
+
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def can_slice(weight: torch.Tensor) -> bool:
+    """Whether ``sliced`` can cut a weight of this class and format."""
+    if type(weight) in PLAIN_CLASSES:
+        return weight.is_floating_point()
+    if not hasattr(weight, "__tensor_flatten__"):
+        return False
+    names, _ = weight.__tensor_flatten__()
+    data = [getattr(weight, name) for name in names if _is_data(weight, name)]
+    return len(data) == 1 and data[0].is_floating_point() and data[0].element_size() == 1
+
+
+def sliced(weight: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
+    """Return the parts of a weight between these indices, joined, in memory of their own."""
+    if type(weight) in PLAIN_CLASSES:
+        return _joined(weight.detach(), dim, ranges)
+    names, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner = {}
+    for name in names:
+        part = getattr(weight, name)
+        inner[name] = _joined(part, dim, ranges) if _is_data(weight, name) else part.clone()
+    shape = list(weight.shape)
+    shape[dim] = sum(end - start for start, end in ranges)
+    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    of_shape = _with_shape(context, tuple(weight.shape), tuple(shape))
+    made: torch.Tensor = type(weight).__tensor_unflatten__(  # type: ignore[attr-defined]
+        inner, of_shape, torch.Size(shape), tuple(stride)
+    )
+    return made
+
+
+def _is_data(weight: torch.Tensor, name: str) -> bool:
+    """Whether an inner tensor is the stored values; all others must be a number each."""
+    part = getattr(weight, name)
+    return bool(part.shape == weight.shape) or part.numel() != 1
+
+
+def _joined(tensor: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
+    # As bytes where it is bytes: not every backend joins every kind of float8.
+    data = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    parts = [data.narrow(dim, start, end - start) for start, end in ranges]
+    return torch.cat(parts, dim).view(tensor.dtype)
+
+
+def _with_shape(context: Any, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
+    """The same context for a tensor of another shape (comfy_kitchen keeps the original one)."""
+    if isinstance(context, dict):
+        return {key: _with_shape(value, old, new) for key, value in context.items()}
+    return new if isinstance(context, (tuple, torch.Size)) and tuple(context) == old else context

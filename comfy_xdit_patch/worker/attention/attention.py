@@ -1,0 +1,198 @@
+"""Attention over a sharded sequence: ulysses, a ring, or both (USP).
+
+Runs in: worker process.
+
+Dimension letters in this file
+    B  batch
+    L  local sequence, this rank's shard
+    H  heads
+    K  head width
+
+Ranks that exchange tokens for heads (``ulysses.py``) have all tokens of theirs for some heads each.
+Without a ring these are all tokens there are, and ComfyUI's own attention function runs on them.
+With one, the keys of the other ranks come round (``ring.py``); without all-to-all, each rank is
+alone at its place of the ring.
+
+Attention does not care in which order keys come, so rank order is as good as any; a mask is put
+into that order. RoPE is applied by ComfyUI before attention is called, with this rank's own
+positions.
+
+Source: USP, arXiv:2405.07719. (xfuser's ``USP`` demands equal lengths and heads that divide.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.worker.attention.lse import Bias
+from comfy_xdit_patch.worker.attention.masks import RankMasks, Span, inverse_of, order_of
+from comfy_xdit_patch.worker.attention.ring import ring_attention
+from comfy_xdit_patch.worker.attention.ulysses import HeadExchange
+from comfy_xdit_patch.worker.ranks.groups import PlanGroups
+
+RING_KNOWS = {"skip_reshape", "transformer_options", "_inside_attn_wrapper", "scale"}
+"""Arguments of ComfyUI's attention functions."""
+
+
+class SequenceAttention:
+    """ComfyUI's ``optimized_attention_override`` for one call on one rank."""
+
+    def __init__(
+        self,
+        *,
+        shares: SequenceShares,
+        index: int,
+        groups: PlanGroups,
+        function: Callable[..., torch.Tensor] | None = None,
+        wants_order: bool = False,
+    ) -> None:
+        """Prepare for a call.
+
+        Args:
+            shares: tokens and heads of every rank in the sequence group.
+            index: this rank's place in the group.
+            function: a node's own ``optimized_attention_override``, to run on the local heads.
+            wants_order: give it the tokens in ComfyUI's order.
+        """
+        if function is not None and groups.ring is not None:
+            raise ValueError("A ring has no place for an attention function of a node's.")
+        self._shares = shares
+        self._index = index
+        self._groups = groups
+        self._place = index // shares.ulysses_degree
+        self._exchange = HeadExchange(
+            heads=shares.heads, index=index % shares.ulysses_degree, group=groups.ulysses
+        )
+        self._masks = RankMasks(shares, index)
+        self._function = function
+        self._wants_order = wants_order
+        self._ring_bytes = 0
+
+    def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Return this with an attention of the checkpoint's underneath, unless a node chose one.
+
+        It is given the tokens in ComfyUI's order: what it does with them is not known.
+        """
+        if self._function is not None:
+            return self
+        other = copy.copy(self)
+        other._function, other._wants_order = (lambda _, *args, **kw: function(*args, **kw)), True
+        return other
+
+    @property
+    def bytes_sent(self) -> int:
+        """What this rank sent to the others."""
+        return self._exchange.bytes_sent + self._ring_bytes
+
+    def __call__(
+        self,
+        attention: Callable[..., torch.Tensor],
+        q_BHLK: torch.Tensor,
+        k_BHLK: torch.Tensor,
+        v_BHLK: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run attention on this rank's heads over the whole sequence.
+
+        Args:
+            attention: ComfyUI's function. A ring runs torch's own kernels instead (``lse.py``).
+            mask: of the whole sequence, in ComfyUI's own order of tokens.
+
+        Shapes:
+            q, k, v (B, H, L, K) -> output (B, L, H * K), as ``skip_reshape=True`` has it
+
+        Collective:
+            Every rank of the sequence group must call this, in the same order.
+        """
+        exchange = self._exchange
+        queries, keys = (self._lengths(t.shape[2]) for t in (q_BHLK, k_BHLK))
+        near = self._neighbours(self._place)
+        tokens = queries[near.start : near.stop]
+        if queries == keys:
+            q, k, v = exchange.tokens_for_heads(q_BHLK, k_BHLK, v_BHLK, tokens=tokens)
+        else:
+            (q,) = exchange.tokens_for_heads(q_BHLK, tokens=tokens)
+            k, v = exchange.tokens_for_heads(k_BHLK, v_BHLK, tokens=keys[near.start : near.stop])
+        rows, columns = (Span(near, n == self._shares.joint) for n in (queries, keys))
+        if not exchange.local_heads:
+            out = q.new_empty((q.shape[0], sum(tokens), 0))
+        elif self._groups.ring is not None:
+            out = self._round_the_ring(q, k, v, heads, mask, rows, keys, **kwargs)
+        elif self._wants_order and self._function is not None and queries == keys:
+            ranges = self._masks.ranges(rows)
+            back = inverse_of(ranges, q.device)
+            ordered = (t.index_select(2, back) for t in (q, k, v))
+            out = self._function(attention, *ordered, exchange.local_heads, mask=mask, **kwargs)
+            out = out.index_select(1, order_of(ranges, q.device))
+        else:
+            if mask is not None:
+                mask = self._masks.cut(mask, heads=heads, rows=rows, columns=columns)
+            run = attention if self._function is None else partial(self._function, attention)
+            out = run(q, k, v, exchange.local_heads, mask=mask, **kwargs)
+        return exchange.heads_for_tokens(out, q.shape[3], tokens=tokens)
+
+    def _round_the_ring(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        mask: torch.Tensor | None,
+        rows: Span,
+        keys: tuple[int, ...],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        unknown = {name for name, value in kwargs.items() if value is not None} - RING_KNOWS
+        if unknown:
+            raise ValueError(f"ring attention does not know {sorted(unknown)}")
+        assert self._groups.ring is not None
+
+        def bias_of(place: int) -> Bias | None:
+            if mask is None:
+                return None
+            columns = Span(self._neighbours(place), keys == self._shares.joint)
+            bias: Bias = self._masks.cut(
+                mask,
+                heads=heads,
+                rows=rows,
+                columns=columns,
+                finish=partial(Bias.of, dtype=q.dtype),
+            )
+            return bias
+
+        out, bytes_sent = ring_attention(
+            q,
+            k,
+            v,
+            num_keys=[
+                sum(keys[rank] for rank in self._neighbours(place))
+                for place in range(self._shares.ring_degree)
+            ],
+            index=self._place,
+            group=self._groups.ring,
+            bias_of=bias_of,
+            scale=kwargs.get("scale"),
+        )
+        self._ring_bytes += bytes_sent
+        return out.transpose(1, 2).flatten(2)
+
+    def _neighbours(self, place: int) -> range:
+        """The ranks that exchange tokens for heads with each other, at a place of the ring."""
+        degree = self._shares.ulysses_degree
+        return range(place * degree, (place + 1) * degree)
+
+    def _lengths(self, local: int) -> tuple[int, ...]:
+        """Tokens of every rank: all of them, or all but references whose keys are cached."""
+        without = tuple(map(sum, zip(self._shares.text, self._shares.image, strict=True)))
+        for tokens in (self._shares.joint, without):
+            if tokens[self._index] == local:
+                return tokens
+        raise ValueError(f"{local} tokens are neither {self._shares.joint} nor {without}.")

@@ -1,0 +1,234 @@
+"""One rank's share of calls: of models, of ControlNets, and of single blocks.
+
+Runs in: worker process.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TypeAlias
+
+import torch
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.wire.messages.replies import (
+    Controlled,
+    Declined,
+    Done,
+    Fetched,
+    NoRoom,
+    Raised,
+    Ran,
+    Unloaded,
+)
+from comfy_xdit_patch.wire.messages.requests import (
+    Control,
+    Fetch,
+    Forget,
+    Forward,
+    Free,
+    RunBlock,
+    Tree,
+)
+from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.worker.answering import answer
+from comfy_xdit_patch.worker.forward import forward_share
+from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
+from comfy_xdit_patch.worker.ranks import collectives
+from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.room import no_room_for
+from comfy_xdit_patch.worker.shard.blocks import DrivenBlocks
+from comfy_xdit_patch.worker.shard.controlnet import control_share
+from comfy_xdit_patch.worker.shard.node_patches import ModelPatches, Objects, PatchRefusedError
+from comfy_xdit_patch.worker.shard.residuals import Residuals
+from comfy_xdit_patch.worker.weights.resident import Resident
+from comfy_xdit_patch.worker.weights.residents import Residents
+
+Call: TypeAlias = Forward | Control | RunBlock | Fetch
+Answer: TypeAlias = Done | NoRoom | Controlled | Ran | Fetched | Declined | Raised
+
+
+class Calls:
+    """What a rank computes with the models that it holds, and what it keeps between calls."""
+
+    def __init__(self, *, groups: Groups, slots: SlotMap, residents: Residents) -> None:
+        self._groups = groups
+        self._slots = slots
+        self._residents = residents
+        self._residuals = Residuals()
+        self._objects = Objects()
+        self._driven = DrivenBlocks(groups)
+        self._streams = StreamKeys()
+        self._num_forwards = 0
+
+    def compute(self, message: Call) -> Answer:
+        """Compute this rank's share of a call. Collective: every rank gets the same message.
+
+        Raises:
+            Exception: what the call raised, where this rank cannot know that it is well.
+        """
+        begun = collectives.num_begun()
+        try:
+            if not isinstance(message, Fetch):
+                no_room = no_room_for(message, self._groups.device)
+                if no_room is not None:
+                    return no_room
+            if isinstance(message, Forward):
+                return self.forward(message)
+            if isinstance(message, Control):
+                return self.control(message)
+            if isinstance(message, RunBlock):
+                return self.run_block(message)
+            return self.fetch(message)
+        except PatchRefusedError as error:
+            return Declined(message.request, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever ComfyUI's code raises; see the module
+            return answer(
+                error,
+                message,
+                num_exchanges=collectives.num_begun() - begun,
+                residents=self._residents,
+                groups=self._groups,
+            )
+
+    def forward(self, message: Forward) -> Done:
+        """Compute this rank's share of a call and write its rows to the result slot.
+
+        Collective: every rank gets the same message.
+        """
+        start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
+        resident = self._resident(message.model)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        arguments = self._slots.fetch(message.arguments)
+        patches = self._patches(arguments.pop("patches", None))
+        rank = self._groups.rank
+        # A shard is gathered by all ranks at once, and stages run different blocks.
+        assert resident.blocks is None or plan.pipefusion_degree == 1
+        with torch.inference_mode():
+            sent = resident.begin(plan, self._groups)
+            if resident.blocks is not None:
+                resident.blocks.prefetch_first()
+            rows, bytes_sent = forward_share(
+                resident.flux,
+                arguments,
+                plan=plan,
+                groups=self._groups,
+                # A shard's layers get their scales only when their block begins; where a scale goes
+                # is a matter of rounding.
+                scaled=resident.scaled if resident.is_whole else {},
+                residuals=self._residuals,
+                patches=patches,
+                streams=self._streams,
+                pipeline=message.pipeline,
+            )
+            collectives.clock.launched()
+            bytes_sent += resident.bytes_moved - sent
+            batch = arguments["x"].shape[0]
+            shape = (batch, *rows.shape[1:])
+            bytes_written = 0
+            if plan.writes_rows(rank):
+                first, end = plan.batch_rows(rank, batch)
+                self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
+                bytes_written = rows.nbytes
+        self._num_forwards += 1
+        busy_s = collectives.clock.stop(is_copied_out=True)
+        return Done(
+            request=message.request,
+            num_forwards=self._num_forwards,
+            dtype=str(rows.dtype).removeprefix("torch."),
+            shape=shape,
+            seconds=time.perf_counter() - start,
+            bytes_between_ranks=bytes_sent,
+            bytes_written=bytes_written,
+            busy_seconds=busy_s,
+            is_launch_bound=collectives.clock.is_launch_bound,
+        )
+
+    def control(self, message: Control) -> Controlled:
+        """Compute this rank's tokens of a ControlNet's residuals, and keep them.
+
+        Collective: every rank gets the same message.
+        """
+        start = time.perf_counter()
+        resident = self._resident(message.model)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        arguments = self._slots.fetch(message.arguments)
+        with torch.inference_mode():
+            sent = resident.begin(plan, self._groups)
+            layout, residuals, bytes_sent = control_share(
+                resident.flux, arguments, plan=plan, groups=self._groups
+            )
+            bytes_sent += resident.bytes_moved - sent
+        self._residuals.keep(message.call, residuals)
+        num_rows, features = arguments["x"].shape[0], residuals.tensors[0].shape[-1]
+        return Controlled(
+            request=message.request,
+            layout=layout,
+            dtype=str(residuals.tensors[0].dtype).removeprefix("torch."),
+            shape=(num_rows, sum(residuals.image), features),
+            seconds=time.perf_counter() - start,
+            bytes_between_ranks=bytes_sent,
+        )
+
+    def free(self, message: Free) -> Unloaded:
+        """Free what PipeFusion kept for streams that are over."""
+        self._streams.forget(message.streams)
+        return Unloaded(message.request)
+
+    def forget(self, message: Forget) -> None:
+        """Free what the host does not refer to any more."""
+        self._residuals.forget(message.calls)
+        self._objects.forget(message.objects)
+        self._driven.forget(message.tokens)
+
+    def run_block(self, message: RunBlock) -> Ran:
+        """Compute this rank's share of one block, and keep it. Collective."""
+        start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
+        resident = self._resident(message.model)
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        with torch.inference_mode():
+            sent = resident.begin(plan, self._groups)
+            _, bytes_sent = self._driven.run(
+                resident.flux.get_submodule(message.block),
+                self._slots.fetch(message.arguments),
+                plan=plan,
+                shares=plan.shares_of_counts(
+                    self._groups.rank, message.counts, num_heads=resident.flux.num_heads
+                ),
+                scaled={
+                    name: layer
+                    for name, layer in (resident.scaled if resident.is_whole else {}).items()
+                    if name.startswith(f"{message.block}.")
+                },
+                patches=self._patches(message.patches),
+                keep=message.keep,
+            )
+            bytes_sent += resident.bytes_moved - sent
+        self._num_forwards += message.is_first
+        busy_s = collectives.clock.stop(is_copied_out=False)
+        seconds = time.perf_counter() - start
+        return Ran(message.request, self._num_forwards, seconds, bytes_sent, busy_s)
+
+    def fetch(self, message: Fetch) -> Fetched:
+        """Gather tokens that the ranks keep; the first one writes them. Collective."""
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        flux = self._resident(message.model).flux
+        shares = plan.shares_of_counts(self._groups.rank, message.counts, num_heads=flux.num_heads)
+        with torch.inference_mode():
+            tokens, bytes_sent = self._driven.fetch(message.tokens, message.stream, shares)
+            if self._groups.rank == 0:
+                self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
+        return Fetched(message.request, bytes_sent)
+
+    def _patches(self, tree: Tree) -> ModelPatches | None:
+        return None if tree is None else ModelPatches(tree, self._objects)
+
+    def _resident(self, model: int) -> Resident:
+        with torch.inference_mode():  # ComfyUI may have taken it off, and patches it again
+            resident = self._residents.get(model)
+        if resident is None:
+            raise WorkerError(f"Model {model} is asked for and not held.")
+        return resident

@@ -1,0 +1,1 @@
+"""PipeFusion: blocks in stages, tokens in pipeline patches."""

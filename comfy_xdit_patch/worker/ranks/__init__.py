@@ -1,0 +1,1 @@
+"""The ranks among themselves: groups, and what they exchange."""

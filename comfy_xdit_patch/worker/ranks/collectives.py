@@ -1,0 +1,243 @@
+"""Every exchange of tensors between ranks, and the count of them.
+
+Runs in: worker process.
+
+A rank that waits for another one does so in here and nowhere else. The count tells the host how far
+a rank is, and in a hang, which one is behind. The clock is told of every wait.
+
+How long a rank computes, without what it waits for:
+    CPU     seconds outside of exchanges. A core that another program takes part of counts: the rank
+            is as slow as that.
+    CUDA    a pair of events around every exchange, on the stream that computes: their distance is
+            how long the stream stood still. They are read when the result has been copied out,
+            which the host waits for anyway, or with a later call where nothing is copied out.
+            Where the CPU issues kernels more slowly than the GPU computes them, events measure the
+            CPU: shares of the work change nothing about that.
+
+Only one call runs at a time, so there is one clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+
+Event = torch.cuda.Event
+LAUNCH_PART = 0.8
+"""Part of a call's time that the CPU takes to issue it, from which on the CPU sets the pace."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """The events of one call: its ends, and those of every wait in it."""
+
+    first: Event
+    last: Event
+    waits: list[tuple[Event, Event]] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.last.query())  # type: ignore[no-untyped-call]
+
+    @property
+    def busy_s(self) -> float:
+        waited_ms = sum(first.elapsed_time(last) for first, last in self.waits)
+        return max(0.0, float(self.first.elapsed_time(self.last) - waited_ms) / 1e3)
+
+
+class BusyClock:
+    """One rank's clock; ``collectives.py`` tells it when the rank waits."""
+
+    def __init__(self) -> None:
+        self._start_s = 0.0
+        self._waited_s = 0.0
+        self._call: _Call | None = None
+        self._ended: deque[_Call] = deque()
+        self._spare: list[Event] = []
+        self._launch_s = 0.0
+        self.is_launch_bound = False
+        """Whether the CPU set the pace of the call that was copied out last."""
+
+    def start(self, device: torch.device) -> None:
+        """Begin a call that computes on this device. A call that failed is forgotten."""
+        self._waited_s = 0.0
+        self._start_s = time.perf_counter()
+        self._call = None
+        if device.type == "cuda":
+            self._call = _Call(self._recorded(), self._event())
+
+    def launched(self) -> None:
+        """Note that everything is issued: what comes now waits for the device."""
+        self._launch_s = time.perf_counter() - self._start_s
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Take what is done in here for a wait."""
+        start_s = time.perf_counter()
+        first = None if self._call is None else self._recorded()
+        yield
+        self._waited_s += time.perf_counter() - start_s
+        if self._call is not None and first is not None:
+            self._call.waits.append((first, self._recorded()))
+
+    def stop(self, *, is_copied_out: bool) -> float:
+        """End the call; return its busy seconds.
+
+        Args:
+            is_copied_out: the result was, by a rank of this group at least, so that a CUDA device
+                is done or about to be. Otherwise what is returned is that of the calls which are
+                done by now, and the rest comes with a later one.
+        """
+        call, self._call = self._call, None
+        if call is None:
+            return max(0.0, time.perf_counter() - self._start_s - self._waited_s)
+        call.last.record()
+        self._ended.append(call)
+        if is_copied_out:
+            call.last.synchronize()
+            took_s = float(call.first.elapsed_time(call.last)) / 1e3
+            self.is_launch_bound = self._launch_s > LAUNCH_PART * took_s
+        busy_s = 0.0
+        while self._ended and self._ended[0].is_done:
+            ended = self._ended.popleft()
+            if ended is call or not is_copied_out:
+                busy_s += ended.busy_s
+            # Making events takes longer than recording them.
+            self._spare += [ended.first, ended.last, *chain(*ended.waits)]
+        return busy_s
+
+    def _recorded(self) -> Event:
+        event = self._event()
+        event.record()
+        return event
+
+    def _event(self) -> Event:
+        if self._spare:
+            return self._spare.pop()
+        return Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+clock = BusyClock()
+_num_begun = 0
+_num_open = 0
+
+
+def num_begun() -> int:
+    """How many exchanges this process has begun, in all groups."""
+    return _num_begun
+
+
+def is_in_one() -> bool:
+    """Whether an exchange was begun and not ended: it failed, or nobody has waited for it yet.
+
+    A stage's (``stage.py``) are not counted: what one sends, another one receives.
+    """
+    return _num_open > 0
+
+
+def all_to_all(
+    out: torch.Tensor,
+    data: torch.Tensor,
+    *,
+    received: Sequence[int],
+    sent: Sequence[int],
+    group: dist.ProcessGroup,
+) -> None:
+    """Send a part of ``data`` to every rank, and fill ``out`` with what they send. Elements."""
+    _begin()
+    with clock.waiting():
+        dist.all_to_all_single(out, data, list(received), list(sent), group=group)
+    _end()
+
+
+def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    """Fill ``whole`` with the shards of all ranks."""
+    _begin()
+    with clock.waiting():
+        dist.all_gather_into_tensor(whole, shard, group=group)
+    _end()
+
+
+def all_gather_into_async(
+    whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup
+) -> dist.Work:
+    """Begin the same; ``finish`` the work before the tensors are used."""
+    _begin()
+    work: dist.Work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
+    return work
+
+
+def pass_on_async(
+    out: torch.Tensor, data: torch.Tensor, *, to: int, source: int, group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Begin to send ``data`` to one rank of the group and to fill ``out`` from another.
+
+    ``finish`` all the works before ``data`` is changed or ``out`` is read.
+    """
+    _begin()
+    sends = dist.P2POp(dist.isend, data, dist.get_global_rank(group, to), group)
+    receives = dist.P2POp(dist.irecv, out, dist.get_global_rank(group, source), group)
+    works: list[dist.Work] = dist.batch_isend_irecv([sends, receives])
+    return works
+
+
+def send_async(data: torch.Tensor, *, to: int, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to send to one rank of the group; keep ``data`` as it is until the work is done."""
+    _count()
+    work = dist.isend(data, dist.get_global_rank(group, to), group)
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def receive_async(out: torch.Tensor, *, source: int, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to fill ``out`` from one rank of the group."""
+    _count()
+    work = dist.irecv(out, dist.get_global_rank(group, source), group)
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def all_reduce_sum(data: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    """Make ``data`` the sum of that of all ranks of the group."""
+    _begin()
+    dist.all_reduce(data, op=dist.ReduceOp.SUM, group=group)
+    _end()
+
+
+def all_reduce_max(value: torch.Tensor) -> None:
+    """Make ``value`` the largest that any rank of the world has."""
+    _begin()
+    with clock.waiting():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    _end()
+
+
+def finish(works: Iterable[dist.Work]) -> None:
+    """Wait for one exchange that was begun. On CUDA the stream waits, not the CPU."""
+    with clock.waiting():
+        for work in works:
+            work.wait()
+    _end()
+
+
+def _count() -> None:
+    global _num_begun
+    _num_begun += 1
+
+
+def _begin() -> None:
+    global _num_open
+    _count()
+    _num_open += 1
+
+
+def _end() -> None:
+    global _num_open
+    _num_open -= 1

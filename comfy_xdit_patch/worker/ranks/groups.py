@@ -1,0 +1,196 @@
+"""Process groups of a plan, made by torch.distributed.
+
+Runs in: worker process.
+
+Groups are made once for each grid shape and kept: ComfyUI changes the batch from call to call.
+xfuser's coordinators are not used: each makes a gloo group beside NCCL's, no group of theirs has
+our timeout, and to import them costs a rank seconds.
+
+Gloo listens on a port of the loopback interface for each process group, for as long as the group
+lives, and asks nobody who they are. Measured (torch 2.11): every connection costs the rank a file
+descriptor, also after it was closed, and 20,000 of them ended it. Gloo connects all ranks while a
+group is made, so what comes later is a stranger.
+
+The sockets are gloo's own and stay as they are; a filter of the kernel drops what is sent to them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import logging
+import os
+import socket
+import stat
+import struct
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from comfy_xdit_patch.planning.plan import ParallelPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PlanGroups:
+    """The groups of one rank under one plan. None where an axis has one rank.
+
+    ``sequence`` shares the tokens of a row; ``ulysses`` and ``ring`` are the axes of its own grid.
+    ``pipeline`` has one rank of each stage. ``tensor`` shares heads and columns of the same tokens.
+    """
+
+    sequence: dist.ProcessGroup | None
+    ulysses: dist.ProcessGroup | None
+    ring: dist.ProcessGroup | None
+    pipeline: dist.ProcessGroup | None = None
+    tensor: dist.ProcessGroup | None = None
+
+
+class Groups:
+    """This rank's membership in the world, and in the groups of every plan used so far."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        step_timeout: datetime.timedelta,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self._step_timeout = step_timeout
+        self._by_grid: dict[tuple[int, ...], PlanGroups] = {}
+        self._by_ranks: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        self._weights: dist.ProcessGroup | None = None
+
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """All ranks, as a plan with no other axis than the sequence has them. None: only one."""
+        return self.of_plan(ParallelPlan(self.world_size, 1, self.world_size)).sequence
+
+    @property
+    def weights(self) -> dist.ProcessGroup:
+        """All ranks, for weight shards. Apart from the others: NCCL queues what shares a group."""
+        assert self._weights is not None, "made by join"
+        return self._weights
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        store_fd: int,
+        join_timeout_s: float,
+        step_timeout_s: float,
+    ) -> Groups:
+        """Join the world. Collective: every rank calls this.
+
+        The store is a file without a name that all workers inherited: no port, nothing left
+        behind. (``FileStore`` opens its path anew for every access, which /proc allows; measured:
+        8 gloo ranks join in 0.3 s.)
+        """
+        store = dist.FileStore(f"/proc/self/fd/{store_fd}", world_size)  # type: ignore[attr-defined]
+        store.set_timeout(datetime.timedelta(seconds=join_timeout_s))
+        step_timeout = datetime.timedelta(seconds=step_timeout_s)
+        dist.init_process_group(
+            _backend(device),
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=step_timeout,
+        )
+        groups = cls(rank=rank, world_size=world_size, device=device, step_timeout=step_timeout)
+        groups._weights = groups._new_group(groups._all_ranks)
+        groups._close_the_door()
+        return groups
+
+    def of_plan(self, plan: ParallelPlan) -> PlanGroups:
+        """Return the groups of a plan. Collective when the grid shape is new."""
+        if plan.grid not in self._by_grid:
+            self._by_grid[plan.grid] = self._make(plan)
+            self._close_the_door()
+        return self._by_grid[plan.grid]
+
+    def leave(self) -> None:
+        """Leave all groups."""
+        self._by_grid.clear()
+        self._by_ranks.clear()
+        dist.destroy_process_group()
+
+    def _close_the_door(self) -> None:
+        # NCCL connects ranks when they first use a group, so it cannot be kept from listening.
+        if self.device.type == "cpu":
+            refuse_strangers()
+
+    @property
+    def _all_ranks(self) -> tuple[int, ...]:
+        return tuple(range(self.world_size))
+
+    def _make(self, plan: ParallelPlan) -> PlanGroups:
+        return PlanGroups(
+            sequence=self._group(plan.groups("ring", "ulysses")),
+            ulysses=self._group(plan.groups("ulysses")),
+            ring=self._group(plan.groups("ring")),
+            pipeline=self._group(plan.groups("pipefusion")),
+            tensor=self._group(plan.groups("tensor")),
+        )
+
+    def _group(self, lists: list[tuple[int, ...]]) -> dist.ProcessGroup | None:
+        """Return this rank's group among those lists of ranks; None where each has one rank."""
+        if len(lists) == self.world_size:
+            return None
+        key = tuple(lists)
+        if key == (self._all_ranks,):
+            return dist.group.WORLD  # It is there: one communicator less.
+        if key not in self._by_ranks:
+            # Every rank makes all of them in this order, its own or not: that is torch's rule.
+            made = [self._new_group(ranks) for ranks in lists]
+            self._by_ranks[key] = next(
+                group for group, ranks in zip(made, lists, strict=True) if self.rank in ranks
+            )
+        return self._by_ranks[key]
+
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=self._step_timeout, backend=_backend(self.device)
+        )
+        return group
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+log = logging.getLogger(__name__)
+
+SO_ATTACH_FILTER = 26  # Python does not name it.
+_RETURN_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
+"""A program for the kernel's packet filter (BPF_RET | BPF_K): of each packet, keep 0 bytes."""
+
+
+def refuse_strangers() -> None:
+    """Drop what is sent to any internet socket on which this process listens."""
+    program = ctypes.create_string_buffer(_RETURN_NOTHING, len(_RETURN_NOTHING))
+    packet_filter = struct.pack("HP", 1, ctypes.addressof(program))
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            connection = socket.socket(fileno=os.dup(fd))
+        except OSError:
+            continue  # The descriptor of the listing above, or a thread has just closed it.
+        with connection:
+            if _listens(connection):
+                try:
+                    connection.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, packet_filter)
+                except OSError as error:
+                    log.warning("others on this machine can connect to this rank (%s)", error)
+
+
+def _listens(connection: socket.socket) -> bool:
+    is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+    return is_internet and bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -1,0 +1,1 @@
+"""ComfyUI's own forward on this rank's shard of the tokens."""

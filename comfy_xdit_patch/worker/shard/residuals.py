@@ -1,0 +1,117 @@
+"""A ControlNet's residuals on this rank: kept where they were computed, used where they are kept.
+
+Runs in: worker process.
+
+The host holds a recipe for each residual instead of its numbers (``host/step/residuals_there.py``):
+which tensor of which ControlNet call, and what ComfyUI did to it since (strength, sums of several
+ControlNets). The recipe is followed here on this rank's tokens.
+
+    ["residual", call, index]  ["tensor", t]  ["mul", a, number]  ["add", a, b]  ["to", a, dtype]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens, gather_sequence
+
+Recipe = list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualSet:
+    """What one call of a ControlNet left on this rank.
+
+    ``image`` are the image tokens of every rank in the sequence group; a rank's tensors are
+    (rows, tokens, features), of its own tokens.
+    """
+
+    image: tuple[int, ...]
+    tensors: list[torch.Tensor]
+
+
+class Residuals:
+    """All residuals that this rank keeps, by the number of the ControlNet's call."""
+
+    def __init__(self) -> None:
+        self._sets: dict[int, ResidualSet] = {}
+
+    def keep(self, call: int, residuals: ResidualSet) -> None:
+        self._sets[call] = residuals
+
+    def forget(self, calls: list[int]) -> None:
+        for call in calls:
+            self._sets.pop(call, None)
+
+    def whole(self, control: Mapping[str, Any]) -> dict[str, Any]:
+        """Follow recipes on a rank that has all tokens of its rows."""
+        return _follow(control, lambda call, i: self._sets[call].tensors[i], lambda whole: whole)
+
+    def cut(self, control: Mapping[str, Any], *, mine: RankTokens) -> dict[str, Any]:
+        """Follow recipes on any part of the tokens, where every residual came whole."""
+
+        def residual(call: int, index: int) -> torch.Tensor:
+            raise ValueError(f"Residual {index} of call {call} is not whole on this rank.")
+
+        return _follow(control, residual, lambda whole: mine.own(whole, "image"))
+
+    def own(
+        self,
+        control: Mapping[str, Any],
+        *,
+        shares: SequenceShares,
+        mine: RankTokens,
+        group: dist.ProcessGroup,
+    ) -> dict[str, Any]:
+        """Follow recipes on this rank's tokens.
+
+        Args:
+            control: ``unique`` recipes, and for each of ComfyUI's lists of ``blocks`` which one of
+                them a block takes, or None.
+
+        Collective:
+            Where the ControlNet's call was shared otherwise than this one (it does not see
+            reference tokens), its residuals are gathered and cut anew.
+        """
+
+        def residual(call: int, index: int) -> torch.Tensor:
+            kept = self._sets[call]
+            if kept.image == shares.image:
+                return kept.tensors[index]
+            whole = gather_sequence(kept.tensors[index], sizes=kept.image, group=group)
+            return mine.own(whole, "image")
+
+        return _follow(control, residual, lambda whole: mine.own(whole, "image"))
+
+
+def _follow(
+    control: Mapping[str, Any],
+    residual: Callable[[int, int], torch.Tensor],
+    cut: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, Any]:
+    def value(recipe: Recipe) -> torch.Tensor:
+        kind, first, *rest = recipe
+        if kind == "residual":
+            return residual(first, rest[0])
+        if kind == "tensor":
+            return cut(first)
+        if kind == "mul":
+            return torch.mul(value(first), rest[0])
+        if kind == "add":
+            return value(first) + value(rest[0])
+        if kind == "to":
+            dtype: torch.dtype = getattr(torch, rest[0])
+            return value(first).to(dtype)
+        raise ValueError(f"{kind!r} is not a step of a residual's recipe.")
+
+    unique = [value(recipe) for recipe in control["unique"]]
+    return {
+        name: [None if i is None else unique[i] for i in blocks]
+        for name, blocks in control["blocks"].items()
+    }

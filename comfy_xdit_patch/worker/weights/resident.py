@@ -1,0 +1,145 @@
+"""One model that a rank holds, in one state of its weights.
+
+Runs in: worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.wire.fingerprint import Fingerprint, stored_weights
+from comfy_xdit_patch.wire.messages.requests import Tree
+from comfy_xdit_patch.wire.plain_attributes import Attributes
+from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.weights.overlay import Overlay
+from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
+from comfy_xdit_patch.worker.weights.stage_blocks import StagedBlocks
+from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
+
+
+@dataclass(slots=True)
+class Resident:
+    """One model.
+
+    ``fingerprint`` and ``stored`` keep its weights as they are stored, in the file's own pages.
+    ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
+    patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
+    ``attributes`` are the plain ones of its modules, as ComfyUI made them.
+    ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
+    columns, where blocks are cut by those. ``is_placed`` says that the weights in use are on the
+    device.
+    """
+
+    patcher: Any
+    fingerprint: Fingerprint
+    stored: dict[str, torch.Tensor]
+    current: Any
+    scaled: dict[str, Any]
+    overlay: Overlay
+    attributes: Attributes
+    state: dict[str, Tree] = field(default_factory=dict)
+    key: str = ""
+    mode: str = "full"
+    blocks: ShardedBlocks | None = None
+    tensor: TensorBlocks | None = None
+    is_placed: bool = False
+    digests: dict[str, str] = field(default_factory=dict)
+    staged: StagedBlocks = field(init=False)
+    """Which blocks are in place: those of this rank's stage, or all."""
+
+    def __post_init__(self) -> None:
+        self.staged = StagedBlocks(self.flux)
+
+    @property
+    def flux(self) -> Any:
+        """ComfyUI's ``Flux`` module."""
+        return self.patcher.model.diffusion_model
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ComfyUI's memory manager has placed it, and may take it off."""
+        return self.blocks is None and self.tensor is None
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the weights that this rank uses, shards counted as what they are."""
+        shards = 0 if self.blocks is None else self.blocks.bytes_held
+        return (
+            shards
+            + self.overlay.bytes_held(self.current)
+            + sum(weight.num_bytes for weight in stored_weights(self.flux))
+        )
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that this rank exchanged so far because its blocks are not whole."""
+        sharded = 0 if self.blocks is None else self.blocks.bytes_gathered
+        return sharded + (0 if self.tensor is None else self.tensor.bytes_sent)
+
+    def begin(self, plan: ParallelPlan, groups: Groups) -> int:
+        """Make it ready for a call; return how many bytes its weights have moved so far.
+
+        Raises:
+            WorkerError: its blocks are cut for another plan.
+        """
+        degree = 1 if self.tensor is None else self.tensor.degree
+        if degree != plan.tensor_degree:
+            raise WorkerError(f"The blocks are cut in {degree} and {plan.name} is asked for.")
+        if self.tensor is not None:
+            self.tensor.begin(groups.of_plan(plan).tensor)
+        return self.bytes_moved
+
+    def needs_other_patches(self, state: dict[str, Tree]) -> bool:
+        """Whether a state differs in more than what lies over the patched weights."""
+        names = ("patches", "manual_cast_dtype", "weight_patch_dtype", "force_cast_weights")
+        return any(self.state.get(name) != state[name] for name in names) or not self.state
+
+    def lay_over(
+        self, tensor: Callable[[Tree], torch.Tensor], progress: Callable[[float], None]
+    ) -> None:
+        """Have what the state asks for lie over the patched weights."""
+        self.overlay.apply(
+            self.current, self.state, stored=self.stored, tensor=tensor, progress=progress
+        )
+
+    def keep_stage(self, stage: range | None) -> None:
+        """Have the blocks of a stage only, all of them for None; it must be off the device."""
+        self.staged.keep(stage)
+        self.patcher.size = 0  # ComfyUI counts it once and clones the count.
+
+    def take_off(self) -> None:
+        """Take it off the device: its weights are the file's again, and nothing is moved."""
+        self.is_placed = False
+        self.overlay.take_off(self.current, restore=False)
+        if self.blocks is not None:
+            self.blocks.release(restore=False)
+            self.blocks = None
+        if self.tensor is not None:
+            self.tensor.release()
+            self.tensor = None
+        self._to_file()
+        self.current.detach()
+
+    def follow_comfyui(self) -> None:
+        """See whether ComfyUI took it off the device, in whole or in part, for another one."""
+        model = self.patcher.model
+        if model.current_weight_patches_uuid is None:
+            self.is_placed = False
+            self.overlay.take_off(self.current, restore=False)
+            self._to_file()
+        elif model.model_lowvram and self.mode in ("full", "staged"):
+            self.is_placed = False
+            self.overlay.take_off(self.current, restore=True)
+
+    def _to_file(self) -> None:
+        """Put the stored weights in the place of those on the device, which are so freed."""
+        import comfy.utils
+
+        for key in self.staged.in_place(self.stored):
+            comfy.utils.set_attr_param(self.patcher.model, key, self.stored[key])

@@ -1,0 +1,233 @@
+"""The models that a rank holds, each in one state of its weights.
+
+Runs in: worker process.
+
+    file or packs --load--> stored weights --ComfyUI's patch lists--> weights in use
+
+ComfyUI's own memory manager works in this process as it does in any: it moves a model to the
+device, patches it, and makes room by taking another one off. What it takes off goes back to the
+mapped file and not to a copy in this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import uuid
+from typing import Any
+
+import torch
+
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
+from comfy_xdit_patch.planning.pipeline import stage_blocks
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.residency import tensor_degree
+from comfy_xdit_patch.wire.fingerprint import PREFIX, Fingerprint, digests
+from comfy_xdit_patch.wire.messages.requests import Load, Tree
+from comfy_xdit_patch.wire.packs import PackMap
+from comfy_xdit_patch.wire.plain_attributes import plain_attributes
+from comfy_xdit_patch.wire.skeleton import build
+from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.wire.weight_patches import decode
+from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.quantised import scaled_layers
+from comfy_xdit_patch.worker.weights.loading import load_patcher
+from comfy_xdit_patch.worker.weights.overlay import Overlay
+from comfy_xdit_patch.worker.weights.placing import (
+    Progress,
+    patches_computed_in,
+    place_sharded,
+    place_tensor,
+    place_whole,
+)
+from comfy_xdit_patch.worker.weights.resident import Resident
+
+
+class Residents:
+    """All models of this rank, by number, in the order of their last use."""
+
+    def __init__(self, slots: SlotMap, groups: Groups) -> None:
+        self._packs = PackMap(slots.__getitem__)
+        self._groups = groups
+        self._models: dict[int, Resident] = {}
+
+    @property
+    def numbers(self) -> list[int]:
+        return sorted(self._models)
+
+    def take(self, message: Load, progress: Progress) -> tuple[Resident, bool]:
+        """Hold a model in the state that the message asks for, on the device.
+
+        Returns:
+            The model, and whether it had to be loaded first.
+        """
+        resident = self._models.get(message.model)
+        is_new = resident is None
+        try:
+            if resident is None:
+                resident = self._models[message.model] = self._load(message)
+            # ComfyUI's books hold ModelPatchers weakly: the last one lives until the next is in.
+            before = resident.current
+            stage = self._stage(message, resident)
+            is_same = resident.mode == message.mode and resident.staged.stage == stage
+            if not is_same or resident.needs_other_patches(message.state):
+                is_cut = {resident.mode, message.mode} - {"full", "offload", "staged"}
+                if is_cut or resident.staged.stage != stage:
+                    resident.take_off()
+                    resident.keep_stage(stage)
+                resident.overlay.take_off(resident.current, restore=True)
+                resident.current = self._patched(resident, message.state)
+                resident.mode = message.mode
+                resident.is_placed = False
+            if resident.key != message.key:
+                resident.key, resident.state, resident.digests = message.key, message.state, {}
+            if message.verify and not (resident.digests or resident.is_whole):
+                resident.is_placed = False  # Weights are digested before they are cut.
+            self._make_room(resident, message.room_bytes)
+            self._place(resident, verify=message.verify, progress=progress)
+            del before
+        except BaseException:
+            # Half a state is none: the next request begins with the file.
+            self.drop([message.model])
+            raise
+        return resident, is_new
+
+    def get(self, number: int) -> Resident | None:
+        """Return a model, placed on the device, or None if this rank does not hold it."""
+        resident = self._models.get(number)
+        if resident is not None:
+            try:
+                self._place(resident, verify=False, progress=lambda _: None)
+            except BaseException:
+                self.drop([number])
+                raise
+        return resident
+
+    def settle(self) -> None:
+        """End the exchange that a call may have left under way when it raised. Collective."""
+        for resident in self._models.values():
+            if resident.blocks is not None:
+                resident.blocks.settle()
+
+    def give_way(self) -> None:
+        """Give the device's memory back. Models return from the mapped files."""
+        import comfy.model_management
+
+        for resident in self._models.values():
+            resident.take_off()
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+
+    def drop(self, numbers: list[int] | None = None) -> None:
+        """Forget models, all of them by default, and free their memory."""
+        import comfy.model_management
+
+        for number in self.numbers if numbers is None else numbers:
+            resident = self._models.pop(number, None)
+            if resident is not None:
+                resident.take_off()
+                del resident
+        if not self._models:
+            comfy.model_management.unload_all_models()
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+        # What the C library keeps for later is nobody's: give it back too.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+    def _make_room(self, resident: Resident, room_bytes: int | None) -> None:
+        """Take models off, the one used longest ago first, until the others fit beside this one."""
+        others = [other for other in self._models.values() if other is not resident]
+        size = sum(other.bytes_held for other in others if other.is_placed)
+        for other in others:
+            if room_bytes is None or size <= room_bytes:
+                return
+            if other.is_placed:
+                size -= other.bytes_held
+                other.take_off()
+
+    def _place(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
+        number = next(n for n, other in self._models.items() if other is resident)
+        self._models[number] = self._models.pop(number)  # used last
+        if not resident.is_placed:
+            dtype = resident.state.get("weight_patch_dtype")
+            with patches_computed_in(None if dtype is None else _dtype(dtype)):
+                self._place_patched(resident, verify=verify, progress=progress)
+        resident.lay_over(self._packs.tensor, progress)
+        if verify and not resident.digests:
+            resident.digests = digests(resident.flux)
+
+    def _place_patched(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
+        if resident.mode == "sharded":
+            resident.take_off()
+            resident.blocks = place_sharded(
+                resident.current,
+                group=self._groups.weights,
+                index=self._groups.rank,
+                world_size=self._groups.world_size,
+                digests=resident.digests if verify else None,
+                progress=progress,
+            )
+        elif (degree := tensor_degree(resident.mode)) > 1:
+            resident.take_off()
+            resident.tensor = place_tensor(
+                resident.current,
+                index=self._groups.rank % degree,
+                degree=degree,
+                digests=resident.digests if verify else None,
+                progress=progress,
+            )
+        else:
+            is_complete = resident.mode in ("full", "staged")
+            place_whole(resident.current, is_complete=is_complete, progress=progress)
+        resident.is_placed = True
+        for other in self._models.values():
+            if other is not resident and other.is_whole and other.is_placed:
+                other.follow_comfyui()
+
+    def _stage(self, message: Load, resident: Resident) -> range | None:
+        """Return the blocks that this rank is to have, None for all."""
+        if message.mode != "staged":
+            return None
+        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        num_blocks = sum(len(getattr(resident.flux, name)) for name in BLOCK_LISTS)
+        return stage_blocks(plan, self._groups.rank, num_blocks)
+
+    def _patched(self, resident: Resident, state: Tree) -> Any:
+        """Return a clone of the ModelPatcher with the patches of a state, or itself for none."""
+        patcher = resident.patcher
+        dtype = state["manual_cast_dtype"]
+        if not (state["patches"] or state["force_cast_weights"] or dtype is not None):
+            return patcher
+        current = patcher.clone()
+        current.patches = resident.staged.cut(decode(state["patches"], self._packs.tensor))
+        current.patches_uuid = uuid.uuid4()
+        current.force_cast_weights = state["force_cast_weights"]
+        if dtype is not None:
+            current.add_object_patch("manual_cast_dtype", _dtype(dtype))
+        return current
+
+    def _load(self, message: Load) -> Resident:
+        if message.source is not None:
+            patcher = load_patcher(message.source)
+        else:
+            patcher = build(message.tensors, self._packs.tensor)
+        model = patcher.model
+        name = Fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
+        stored = {PREFIX + key: value for key, value in model.diffusion_model.named_parameters()}
+        return Resident(
+            patcher,
+            name,
+            stored,
+            patcher,
+            scaled_layers(model.diffusion_model),
+            Overlay(self._groups.world_size),
+            plain_attributes(model.diffusion_model),
+        )
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,1 +1,0 @@
-"""Life and death of worker processes."""

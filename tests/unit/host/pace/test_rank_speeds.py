@@ -1,0 +1,89 @@
+"""Weights belong to a generation of workers; a run may hold on to those that it began with."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.report.status import Totals
+
+IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
+
+
+@pytest.fixture
+def pool():
+    return types.SimpleNamespace(
+        world_size=2, generation=1, devices=[Device("cpu")] * 2, workers=()
+    )
+
+
+@pytest.fixture
+def totals():
+    return Totals(busy_seconds={0: 1.0, 1: 2.0})
+
+
+def plan_with(weights):
+    return ParallelPlan(2, 1, 2, weights=weights)
+
+
+def measure(balance, num_calls, run=None):
+    run = run or Run()
+    for _ in range(num_calls):
+        plan = plan_with(balance.weights(run))
+        balance.measured(plan, IMAGE, model=1, replan=plan_with)
+    return run
+
+
+def test_what_ranks_were_busy_for_becomes_weights_and_status(pool, totals):
+    balance = PoolBalance("adaptive", pool, totals)
+    run = measure(balance, 6)
+    assert balance.weights(run)[0] > 1.5 * balance.weights(run)[1]
+    assert totals.to_dict()["balance"] == {"weights": list(balance.weights(run)), "changes": 1}
+
+
+def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(pool, totals):
+    totals.launch_bound = {0: False, 1: True}
+    balance = PoolBalance("adaptive", pool, totals)
+    assert balance.weights(measure(balance, 20)) == ()
+    totals.launch_bound[1] = False
+    assert balance.weights(measure(balance, 6)) != ()
+
+
+def test_a_run_holds_its_weights_while_others_follow(pool, totals):
+    balance = PoolBalance("adaptive", pool, totals)
+    run = Run()
+    balance.hold(run, balance.weights(run))
+    measure(balance, 6, run)
+    assert balance.weights(run) == ()
+    assert balance.weights(Run()) != ()
+
+
+def test_new_workers_begin_with_even_shares(pool, totals):
+    balance = PoolBalance("adaptive", pool, totals)
+    measure(balance, 6)
+    pool.generation = 2
+    assert balance.weights(Run()) == ()
+    assert totals.to_dict()["balance"] == {"weights": [], "changes": 0}
+
+
+def test_a_rank_that_said_nothing_is_no_measurement(pool, totals):
+    del totals.busy_seconds[1]
+    balance = PoolBalance("adaptive", pool, totals)
+    measure(balance, 20)
+    assert totals.share_changes == 0
+
+
+def test_what_others_use_is_looked_at_once_in_a_run(pool, totals, monkeypatch):
+    looks = iter([(1.0, 0.5), (1.0, 0.5), (1.0, 1.0)])
+    balance = PoolBalance("least_loaded", pool, totals)
+    monkeypatch.setattr(balance._left_over, "parts", lambda: next(looks))
+    run = Run()
+    assert [balance.weights(run) for _ in range(3)] == [(1000, 500)] * 3
+    assert balance.weights(Run()) == (1000, 500)
+    assert balance.weights(Run()) == ()
+    assert totals.share_changes == 2

@@ -1,0 +1,65 @@
+"""One line for a prompt, and what became of every step in it."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.host.step.outcome import Books
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.report.status import Totals
+
+
+@pytest.fixture
+def books(caplog):
+    caplog.set_level(logging.INFO)
+    pool = SimpleNamespace(world_size=2, device_word="GPUs", run_succeeded=lambda: None)
+    return Books(Totals(), pool=pool, auto=None, is_strict=False)
+
+
+def close(books, steps, *, ulysses=2, refusals=()):
+    run = Run()
+    run.counts.plan = ParallelPlan(2, 2 // ulysses, ulysses)
+    run.counts.parallel_seconds = [0.05] * steps
+    for reason in refusals:
+        books.refuse(Refusal(reason, Scope.STEP), run)
+    books.close(run)
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+
+
+def test_tiles_of_a_prompt_have_one_line(books, caplog):
+    books.begin_prompt()
+    for number in range(17):
+        close(books, 3, refusals=["a reason of tiles"] * (number == 4))
+    assert lines(caplog) == []
+    books.end_prompt()
+    assert lines(caplog) == [
+        "xDiT: 51 steps of 17 sampling runs on 2 GPUs (ulysses=2), 1 fell back, 50 ms/step "
+        "(a reason of tiles)"
+    ]
+
+
+def test_runs_of_other_plans_have_lines_of_their_own(books, caplog):
+    books.begin_prompt()
+    close(books, 4)
+    close(books, 2, ulysses=1)
+    close(books, 4)
+    books.end_prompt()
+    assert [line.split(", ")[0] for line in lines(caplog)] == [
+        "xDiT: 8 steps of 2 sampling runs on 2 GPUs (ulysses=2)",
+        "xDiT: 2 steps on 2 GPUs (batch=2)",
+    ]
+
+
+def test_a_run_outside_of_a_prompt_has_its_line_at_once(books, caplog):
+    close(books, 4)
+    books.begin_prompt()
+    books.end_prompt()
+    assert lines(caplog) == ["xDiT: 4 steps on 2 GPUs (ulysses=2), 0 fell back, 50 ms/step"]

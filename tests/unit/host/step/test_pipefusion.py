@@ -1,0 +1,210 @@
+"""What the ranks are told of a call, and runs that PipeFusion does not serve."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.host.pool.pool import PoolState
+from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
+from comfy_xdit_patch.host.run import Run
+from comfy_xdit_patch.host.step.pipefusion import Pipelines
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+
+PLAN = ParallelPlan(2, 1, 1, pipefusion_degree=2)
+WORKLOAD = Workload(batch_size=1, num_text_tokens=77, num_image_tokens=64, num_heads=4)
+SIGMAS = torch.linspace(1, 0, 11)
+
+
+class Wire:
+    """Counts requests."""
+
+    def __init__(self):
+        self.generation = 1
+        self.pool = SimpleNamespace(generation=1, state=PoolState.READY)
+        self.requests = []
+
+    def request(self, message, *, poll):
+        self.requests.append(message(1))
+
+
+class Flux:
+    """Has as many blocks as FLUX.1 in tests."""
+
+    double_blocks = single_blocks = (None, None)
+
+
+Flux.__module__, Flux.__name__ = "comfy.ldm.flux.model", "Flux"
+
+
+class Radiance(Flux):
+    """Works on pixels."""
+
+
+Radiance.__module__, Radiance.__name__ = "comfy.ldm.chroma_radiance.model", "ChromaRadiance"
+
+
+@pytest.fixture
+def wire():
+    return Wire()
+
+
+@pytest.fixture
+def pipelines(wire):
+    return Pipelines(wire)
+
+
+def call(pipelines, run, sigma=0.9, tree=None, **changes):
+    options = {
+        "sample_sigmas": SIGMAS,
+        "sigmas": torch.full((1,), sigma),
+        "cond_or_uncond": changes.pop("cond", [0]),
+    }
+    x = torch.zeros(changes.pop("shape", (1, 16, 16, 16)))
+    given = {"plan": PLAN, "workload": WORKLOAD, "model": (1, "key"), "patches": None}
+    arguments = {"x": x, "timestep": x[:1], "transformer_options": options}
+    return pipelines.of_call(run, arguments, **(given | changes)), tree or {"context": 1}
+
+
+def exact(pipelines, run, *calls):
+    found = []
+    for changes in calls:
+        made, tree = call(pipelines, run, **changes)
+        found.append(made.tree(tree)["is_warm_up"])
+    return found
+
+
+def test_the_ranks_are_told_stream_exactness_and_patches(pipelines):
+    run = Run()
+    made, tree = call(pipelines, run)
+    assert made.tree(tree) == {"stream": 1, "is_warm_up": True, "num_patches": 4}
+    made, tree = call(pipelines, run, sigma=0.8)
+    assert made.tree(tree) == {"stream": 1, "is_warm_up": False, "num_patches": 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (1, 16, 16, 18)},
+        {"tree": {"context": 2}},
+        {"tree": {"context": 1, "control": {}}},
+        {"tree": {"context": 1, "attention_mask": 5}},
+        {"model": (1, "other weights")},
+        {"model": (2, "key")},
+        {"patches": {"skip": []}},
+        {"plan": ParallelPlan(2, 1, 1, pipefusion_degree=2, weights=(1, 2))},
+        {"cond": [1]},
+    ],
+    ids=str,
+)
+def test_a_call_is_exact_if_anything_but_the_latent_and_sigma_changed(pipelines, change):
+    assert exact(pipelines, Run(), {}, {}, change) == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["guidance", "x", "timestep"])
+def test_what_moves_in_every_step_makes_no_call_exact(pipelines, name):
+    changed = {"tree": {"context": 1, name: 2}}
+    assert exact(pipelines, Run(), {}, changed) == [True, False]
+
+
+def test_a_new_run_new_workers_and_a_step_that_fell_back_make_a_call_exact(pipelines, wire):
+    run = Run()
+    assert exact(pipelines, run, {}, {}) == [True, False]
+    assert exact(pipelines, Run(), {}) == [True]
+    run.counts.fall_backs["something"] += 1
+    assert exact(pipelines, run, {}, {}) == [True, False]
+    wire.generation = 2
+    assert exact(pipelines, run, {}, {}) == [True, False]
+
+
+def test_a_call_that_is_made_again_is_exact_and_the_next_one_need_not_be(pipelines):
+    run = Run()
+    assert exact(pipelines, run, {}) == [True]
+    made, tree = call(pipelines, run)
+    assert [made.tree(tree)["is_warm_up"] for _ in range(2)] == [False, True]
+    assert exact(pipelines, run, {}) == [False]
+
+
+def test_the_end_of_a_run_frees_its_streams_once(pipelines, wire):
+    run = Run()
+    exact(pipelines, run, {}, {"cond": [1]})
+    for _ in range(2):
+        pipelines.end(run)
+    (message,) = wire.requests
+    assert len(message.streams) == 2
+
+
+def test_nothing_is_asked_of_lost_or_new_workers_or_for_a_run_without_streams(pipelines, wire):
+    pipelines.end(Run())
+    lost = Run()
+    exact(pipelines, lost, {})
+    wire.pool.state = PoolState.BROKEN
+    pipelines.end(lost)
+    wire.pool.state = PoolState.READY
+    run = Run()
+    exact(pipelines, run, {})
+    wire.pool.generation = 2
+    pipelines.end(run)
+    assert wire.requests == []
+
+
+def refusal(pipelines, *, flux=None, plan=PLAN, changes=(), carried=None, is_run=True, **options):
+    options = {"sample_sigmas": SIGMAS, **options}
+    return pipelines.refusal(
+        flux or Flux(),
+        options,
+        run=Run(is_flux=is_run),
+        plan=plan,
+        changes=changes,
+        carried=carried or CarriedPatches(),
+    )
+
+
+def test_a_plain_run_of_five_steps_is_served(pipelines):
+    assert refusal(pipelines) is None
+    assert refusal(pipelines, sample_sigmas=torch.zeros(6)) is None
+
+
+TREE = {"patches": {}, "skip": [], "attention": None}
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ({"sample_sigmas": torch.zeros(5)}, "needs 5 steps or more"),
+        ({"sample_sigmas": None}, "has to know the sigmas"),
+        ({"is_run": False}, "where a run begins and ends"),
+        ({"context_window": object()}, "cut into windows"),
+        ({"flux": Radiance()}, "work on pixels"),
+        ({"plan": ParallelPlan(5, 1, 1, pipefusion_degree=5)}, "pipefusion=5 is more than the 4"),
+        ({"changes": [Refusal("a node replaces blocks")]}, "and a node replaces blocks"),
+        ({"carried": CarriedPatches(gathered="a node set a x patch")}, "a node set a x patch"),
+        ({"carried": CarriedPatches(keeps_references=True)}, "keeps the keys of references"),
+        ({"carried": CarriedPatches(tree=TREE | {"skip": [[]]})}, "leaves out blocks"),
+        (
+            {"carried": CarriedPatches(tree=TREE | {"attention": {"wants_order": True}})},
+            "chose the attention function",
+        ),
+    ],
+)
+def test_a_run_is_refused_with_its_reason(pipelines, what, reason):
+    found = refusal(pipelines, **what)
+    assert isinstance(found, Refusal)
+    assert reason in found.reason
+    assert found.scope is Scope.RUN
+
+
+def test_an_attention_function_that_knows_no_places_is_served(pipelines):
+    tree = TREE | {"attention": {"wants_order": False}}
+    assert refusal(pipelines, carried=CarriedPatches(tree=tree)) is None
+
+
+def test_numbers_of_streams_are_never_used_twice(pipelines):
+    runs = [Run(), Run()]
+    for run, cond in itertools.product(runs, ([0], [1])):
+        exact(pipelines, run, {"cond": cond})
+    assert len({number for run in runs for number in run.streams.numbers}) == 4

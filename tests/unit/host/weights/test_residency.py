@@ -1,0 +1,79 @@
+"""Shares of unequal ranks must not push weights off the cards."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from comfy_xdit_patch.host.weights.residency import Residency, _load, model_sizes
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.residency import GIB, MIB, ModelSizes
+from comfy_xdit_patch.settings import read_settings
+
+IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=65280, num_heads=24)
+SIZES = ModelSizes(
+    total_bytes=22 * GIB, largest_block_bytes=650 * MIB, outside_blocks_bytes=128 * MIB
+)
+EVEN, UNEQUAL = ParallelPlan(2, 1, 2), ParallelPlan(2, 1, 2, weights=(3, 1))
+DTYPE = torch.bfloat16
+
+
+class Model:
+    """A BaseModel, as far as its memory is planned."""
+
+    diffusion_model = types.SimpleNamespace(
+        hidden_size=3072, double_blocks=[None] * 19, single_blocks=[None] * 38
+    )
+
+
+def residency(gib):
+    joined = {rank: types.SimpleNamespace(rank=rank, total_bytes=0) for rank in range(2)}
+    pool = types.SimpleNamespace(world_size=2, joined=joined)
+    settings = read_settings({"XDIT_GPU_MEMORY": str(gib)} if gib else {})
+    made, model = Residency(settings, pool), Model()
+    made._sizes[model] = SIZES
+    return made, model
+
+
+@pytest.mark.parametrize(
+    ("gib", "has_room"),
+    [(80, True), (30.5, False), (26, True), (2, True), (None, True)],
+    ids=["whole anyway", "whole if even", "sharded anyway", "never", "CPU ranks"],
+)
+def test_larger_shares_have_room_where_weights_lie_as_with_even_ones(gib, has_room):
+    made, model = residency(gib)
+    assert made.has_room_for_shares(model, IMAGE, UNEQUAL, DTYPE) == has_room
+    assert made.has_room_for_shares(model, IMAGE, EVEN, DTYPE)
+
+
+@pytest.mark.parametrize(
+    ("plan", "rows", "tokens", "num_rows"),
+    [
+        (EVEN, 1, 32768, 1),
+        (UNEQUAL, 1, 49152, 1),
+        (ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1)), 3, 49152, 2),
+        (ParallelPlan(2, 2, 1), 3, 65536, 2),
+    ],
+)
+def test_the_load_is_that_of_the_rank_that_has_most(plan, rows, tokens, num_rows):
+    workload = Workload(rows, IMAGE.num_text_tokens, IMAGE.num_image_tokens, IMAGE.num_heads)
+    load = _load(Model(), workload, plan, DTYPE)
+    assert (load.local_tokens, load.num_rows) == (tokens, num_rows)
+
+
+def test_weights_are_counted_in_the_dtype_that_a_dynamic_host_computes_with():
+    """ComfyUI's weight_dtype=fp8 on a bf16 file: half of what lies in the host's memory."""
+    flux = torch.nn.Module()
+    flux.double_blocks = torch.nn.ModuleList([torch.nn.Linear(8, 4, dtype=torch.bfloat16)])
+    flux.img_in = torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    for layer in (flux.double_blocks[0], flux.img_in):
+        layer.weight_comfy_model_dtype = layer.bias_comfy_model_dtype = torch.float8_e4m3fn
+    patcher = types.SimpleNamespace(is_dynamic=lambda: True, backup={})
+    sizes = model_sizes(
+        types.SimpleNamespace(diffusion_model=flux, current_patcher=patcher), torch.bfloat16
+    )
+    assert sizes == ModelSizes(
+        total_bytes=40, largest_block_bytes=36, outside_blocks_bytes=4, cast_bytes=64
+    )

@@ -1,0 +1,77 @@
+"""What plans take on a card."""
+
+from __future__ import annotations
+
+import pytest
+from rig.published import make_job
+
+from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate
+from comfy_xdit_patch.planning.cost.choice import need, streamed_bytes
+from comfy_xdit_patch.planning.cost.known_machines import machine_of
+from comfy_xdit_patch.planning.residency import GIB
+
+BLOCKS = 2 * (11_901_408_320 - 64_124_992)
+OUTSIDE = 2 * 64_124_992
+
+
+def costs(plan, gpus="4xl20", **job):
+    found = need(plan, make_job(**job), machine_of(gpus))
+    return {cost.what: cost.num_bytes for cost in found.costs}
+
+
+@pytest.mark.parametrize("plan", [Candidate(pipefusion=4), Candidate(tensor=4)])
+def test_stages_and_columns_divide_the_blocks(plan):
+    assert costs(plan)["weights"] == OUTSIDE + BLOCKS // 4
+
+
+def test_sharing_tokens_does_not_divide_the_weights():
+    assert costs(Candidate(ulysses=4))["weights"] == OUTSIDE + BLOCKS
+
+
+def test_sharded_weights_are_those_of_the_doctor():
+    assert (
+        costs(Candidate(ulysses=4, weights="sharded"))["1/4 of the blocks' weights"] == BLOCKS // 4
+    )
+
+
+def test_pipefusion_keeps_keys_and_values_of_its_stage():
+    whole = 2 * 57 * 4352 * 3072 * 2
+    kept = costs(Candidate(pipefusion=4))["keys and values of the step before"]
+    assert kept == pytest.approx(whole / 4, rel=0.06)  # 15 of 57 blocks
+    both = costs(Candidate(pipefusion=2, ulysses=2))["keys and values of the step before"]
+    assert both == pytest.approx(whole / 4, rel=0.06)
+    assert "keys and values of the step before" not in costs(Candidate(ulysses=4))
+
+
+def test_the_host_has_a_context_where_workers_compute():
+    context = "CUDA context of ComfyUI's own process"
+    assert context in costs(Candidate(ulysses=4))
+    assert context not in costs(SINGLE, gpus="1xl20")
+
+
+def test_rows_are_shared_like_tokens():
+    rows = costs(Candidate(batch=4), rows=4)
+    tokens = costs(Candidate(ulysses=4), rows=4)
+    assert rows == tokens
+
+
+def test_one_gpu_streams_what_does_not_fit():
+    job, card = make_job("flux2-dev"), machine_of("1x4090")
+    overflow = need(SINGLE, job, card).num_bytes - card.gpus[0].memory_bytes
+    assert streamed_bytes(SINGLE, job, card) == overflow
+    assert overflow / GIB == pytest.approx(39, abs=1)
+    assert streamed_bytes(SINGLE, make_job(), machine_of("1xl20")) == 0
+
+
+def test_workers_that_offload_stream_all_blocks():
+    plan = Candidate(ulysses=2, weights="offload")
+    assert streamed_bytes(plan, make_job(), machine_of("2x4090")) == BLOCKS
+    assert streamed_bytes(Candidate(ulysses=2), make_job(), machine_of("2xl20")) == 0
+
+
+def test_cut_blocks_hold_all_tokens_that_they_compute():
+    both = [costs(plan) for plan in (Candidate(ulysses=2), Candidate(ulysses=2, tensor=2))]
+    assert both[0].pop("weights") > both[1].pop("weights")
+    one, three = both[0].pop("NCCL, 1 group(s)"), both[1].pop("NCCL, 3 group(s)")
+    assert three == 3 * one, "of all ranks, of the sequence and of the cuts"
+    assert both[0] == both[1]
