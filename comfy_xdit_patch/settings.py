@@ -26,6 +26,10 @@ GPUS_LEGAL = (
 )
 
 
+OF_XFUSER = ("XDIT_LOGGING_LEVEL",)
+"""Variables of the same prefix that xfuser reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Variable:
     """One XDIT_* variable: what a user may write and what it means."""
@@ -140,9 +144,6 @@ VARIABLES = (
 
 
 T = TypeVar("T")
-
-OF_XFUSER = ("XDIT_LOGGING_LEVEL",)
-"""Variables of the same prefix that xfuser reads."""
 
 
 @dataclass(frozen=True, slots=True)

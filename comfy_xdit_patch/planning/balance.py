@@ -30,6 +30,25 @@ HEAD_WIDTH = 128
 REMEMBERED_CALLS = 64
 
 
+MIN_GAIN = 0.04
+"""Part of a call's time that a change must save: 4 % is what ranks that differ by 8 % lose."""
+LARGE_GAIN = 0.12
+NUM_ERRORS = 2.0
+"""How many standard errors of the slowest rank's speed a gain must promise beyond its least."""
+ERROR_PER_DEVIATION = 1.4826 * 1.2533
+"""Of normal noise: from the median deviation to the standard one, and from the error of a mean to
+that of a median."""
+EVEN_RATIO = 1.05
+"""Weights closer to each other than this are even."""
+NOTABLE = 0.1
+"""Part of a device that others must take or give back before that is followed."""
+MAX_RATIO = 100.0
+"""No measurement: busy seconds of ranks further apart."""
+SCALE = 1000
+"""The largest weight, as a whole number."""
+REMEMBERED_KINDS = 64
+
+
 @lru_cache(maxsize=REMEMBERED_CALLS)
 def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
     """Every rank's part of a call's work: its rows, tokens and heads.
@@ -60,33 +79,9 @@ def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
     return tuple(parts)
 
 
-MIN_GAIN = 0.04
-"""Part of a call's time that a change must save: 4 % is what ranks that differ by 8 % lose."""
-
-LARGE_GAIN = 0.12
 FEW_CALLS, MANY_CALLS, MOST_CALLS = 3, 5, 40
 """Calls that a large and a small gain must be seen in at least, and how many are remembered."""
 
-NUM_ERRORS = 2.0
-"""How many standard errors of the slowest rank's speed a gain must promise beyond its least."""
-
-ERROR_PER_DEVIATION = 1.4826 * 1.2533
-"""Of normal noise: from the median deviation to the standard one, and from the error of a mean to
-that of a median."""
-
-EVEN_RATIO = 1.05
-"""Weights closer to each other than this are even."""
-
-NOTABLE = 0.1
-"""Part of a device that others must take or give back before that is followed."""
-
-MAX_RATIO = 100.0
-"""No measurement: busy seconds of ranks further apart."""
-
-SCALE = 1000
-"""The largest weight, as a whole number."""
-
-REMEMBERED_KINDS = 64
 
 Replan = Callable[[tuple[int, ...]], ParallelPlan | Refusal]
 """The plan that a call would have with other weights."""

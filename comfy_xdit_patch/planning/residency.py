@@ -54,6 +54,10 @@ MODE_NAMES = {
 }
 
 
+TENSOR = "tensor="
+"""How a rank is told to hold its part of every block: ``tensor=2``, one of two parts."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """A diffusion model's weights in bytes, as they are stored."""
@@ -249,10 +253,6 @@ def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
 def gib(num_bytes: int) -> str:
     """Bytes as GiB with one decimal."""
     return f"{num_bytes / GIB:.1f}"
-
-
-TENSOR = "tensor="
-"""How a rank is told to hold its part of every block: ``tensor=2``, one of two parts."""
 
 
 def tensor_mode(degree: int) -> str:

@@ -41,6 +41,13 @@ WORKLOAD = Workload(
 )
 
 
+YES_NO = {True: "peer-to-peer", False: "no peer-to-peer", None: "peer-to-peer unknown"}
+SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY_BYTES = 1 << 30
+"""What NVIDIA's guide to NCCL in containers asks for (``--shm-size=1g``)."""
+ONE_PROCESS = ("Exclusive_Process", "Exclusive_Thread", "Prohibited")
+
+
 def memory_lines(
     devices: Sequence[Device], budget_bytes: int | None, strategy: Strategy = AUTO
 ) -> list[str]:
@@ -107,9 +114,6 @@ def _cards(sizes: list[int]) -> tuple[Card, ...]:
     return tuple(Card(size, size, has_host=rank == 0) for rank, size in enumerate(sizes))
 
 
-YES_NO = {True: "peer-to-peer", False: "no peer-to-peer", None: "peer-to-peer unknown"}
-
-
 def place_lines(found: Interconnect) -> list[str]:
     """Say where each rank's GPU is, and what lies between each two of them."""
     lines = [
@@ -156,12 +160,6 @@ def measured_lines(machine: Any) -> list[str]:
             f"ring {link['ring_gb_per_s']:.3g} GB/s, latency {link['latency_us']:.0f} us"
         )
     return lines
-
-
-SHARED_MEMORY = "/dev/shm"
-SHARED_MEMORY_BYTES = 1 << 30
-"""What NVIDIA's guide to NCCL in containers asks for (``--shm-size=1g``)."""
-ONE_PROCESS = ("Exclusive_Process", "Exclusive_Thread", "Prohibited")
 
 
 def gpu_faults(devices: Sequence[Device], found: Interconnect) -> list[str]:

@@ -37,6 +37,10 @@ PREFIX = "diffusion_model."
 """Keys of patches and backups begin with it, names of the module's own tensors do not."""
 
 
+NUM_SAMPLES = 2048
+"""Places in each tensor."""
+
+
 def unpatched(patcher: Any) -> dict[str, torch.Tensor]:
     """Return the tensors that a ModelPatcher put aside before it patched them, by key."""
     before_hooks = {key: kept[0] for key, kept in getattr(patcher, "hook_backup", {}).items()}
@@ -239,10 +243,6 @@ def digests(flux: Any) -> dict[str, str]:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
     return {weight.name: digest_weight(weight.tensor) for weight in stored_weights(flux)}
-
-
-NUM_SAMPLES = 2048
-"""Places in each tensor."""
 
 
 class Places:

@@ -36,6 +36,17 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size."""
 
 
+PROBE_BYTES = 4096
+ALWAYS_NEW = ("x", "timestep", "timesteps")
+"""Arguments that no step has from the one before."""
+SLOTS_A_PATH = 4
+"""How many tensors of one argument are kept: cond and uncond of two regions."""
+LARGE_BYTES = 8 << 20
+"""Of larger tensors, such as a ControlNet's residuals, one is kept."""
+# A slot that another process made shorter would end this one with SIGBUS.
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
 class Slot:
     """One piece of shared memory, as seen by this process."""
 
@@ -64,17 +75,6 @@ def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tenso
     bits = BITS[one.element_size()]
     return (one.detach().contiguous().view(bits) == other.view(bits)).all()
 
-
-PROBE_BYTES = 4096
-ALWAYS_NEW = ("x", "timestep", "timesteps")
-"""Arguments that no step has from the one before."""
-SLOTS_A_PATH = 4
-"""How many tensors of one argument are kept: cond and uncond of two regions."""
-LARGE_BYTES = 8 << 20
-"""Of larger tensors, such as a ControlNet's residuals, one is kept."""
-
-# A slot that another process made shorter would end this one with SIGBUS.
-SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

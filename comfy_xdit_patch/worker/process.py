@@ -58,6 +58,10 @@ PROGRESS_S = 0.25
 log = logging.getLogger(__name__)
 
 
+BEAT_S = 0.25
+SEND_DEADLINE_S = 30.0
+
+
 class Worker:
     """The serve loop of one rank."""
 
@@ -225,10 +229,6 @@ def serve(rank: int, channel_fd: int, store_fd: int, host_pid: int) -> NoReturn:
         _leave_at_once(1)
     Worker(rank=rank, channel=channel, store_fd=store_fd).run()
     _leave_at_once(0)
-
-
-BEAT_S = 0.25
-SEND_DEADLINE_S = 30.0
 
 
 class Heartbeat:

@@ -31,6 +31,35 @@ from comfy_xdit_patch.wire.messages.likeness import is_plain
 _STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 
 
+WALKED = (
+    *("comfy", "comfy_kitchen", "einops"),
+    *("torch.nn", "torch.functional", "torch._tensor", "torch.overrides"),
+)
+"""Whose functions are followed. Of others only their own replacement is seen."""
+NOT_COMPUTED_WITH = (
+    *("comfy.memory_management", "comfy.pinned_memory", "comfy_aimdo"),
+    *("torch.cuda", "torch.xpu", "torch.ops", "torch.jit", "torch.hub"),
+    *("logging", "sys", "os", "gc", "threading", "time", "warnings", "weakref", "enum"),
+)
+"""Where weights lie, and what is said: no part of a result. comfy-aimdo is on in the host only."""
+MANAGEMENT = "comfy.model_management"
+TORCHS_OWN = ("torch.nn.modules.module:Module", "__init__")
+"""torch.compile puts a function of its own here, which counts modules."""
+TENSORS = ("torch:Tensor", "torch.nn.parameter:Parameter", "einops._backends:TorchBackend")
+"""What every code has to do with; einops looks for its own among subclasses."""
+WEIGHTS = (
+    "comfy.lora:calculate_weight",
+    "comfy.model_patcher:LowVramPatch",
+    *(f"comfy.weight_adapter.{name}" for name in ("base:WeightAdapterBase", "lora:LoRAAdapter")),
+    *(f"comfy.weight_adapter.{name}" for name in ("loha:LoHaAdapter", "lokr:LoKrAdapter")),
+    *(f"comfy.weight_adapter.{name}" for name in ("oft:OFTAdapter", "boft:BOFTAdapter")),
+    *("comfy.weight_adapter.glora:GLoRAAdapter", "comfy.weight_adapter.bypass:BypassForwardHook"),
+)
+"""What weight patches are applied with."""
+BY_TEXT = "comfy_kitchen.backends"
+"""Modules whose functions are looked up by names that are texts: those of torch's operators."""
+
+
 def words_in(code: types.CodeType) -> Iterator[str]:
     """Yield the names of globals and attributes in a function's code, and in functions in it."""
     for one in codes_in(code):
@@ -52,40 +81,13 @@ def stored_by_functions(module: types.ModuleType) -> set[str]:
 Names = dict[str, dict[str, str]]
 """By container (a module, or ``module:path`` of something in it) and name: descriptions."""
 
-WALKED = (
-    *("comfy", "comfy_kitchen", "einops"),
-    *("torch.nn", "torch.functional", "torch._tensor", "torch.overrides"),
-)
-"""Whose functions are followed. Of others only their own replacement is seen."""
-NOT_COMPUTED_WITH = (
-    *("comfy.memory_management", "comfy.pinned_memory", "comfy_aimdo"),
-    *("torch.cuda", "torch.xpu", "torch.ops", "torch.jit", "torch.hub"),
-    *("logging", "sys", "os", "gc", "threading", "time", "warnings", "weakref", "enum"),
-)
-"""Where weights lie, and what is said: no part of a result. comfy-aimdo is on in the host only."""
 WHERE = re.compile("pin|cache|stream|free|load|mmap|memory|sync|evict|interrupt|get_torch_device")
 """The same among the names of ``comfy.model_management``."""
-MANAGEMENT = "comfy.model_management"
 NO_OPERATORS = re.compile(
     "__(doc|module|dict|weakref|annotations|qualname|repr|str|format|hash|dir|sizeof"
     "|getstate|setstate|reduce|reduce_ex|copy|deepcopy|init_subclass|subclasshook)__"
 )
 """What a forward does not call: texts, copies."""
-TORCHS_OWN = ("torch.nn.modules.module:Module", "__init__")
-"""torch.compile puts a function of its own here, which counts modules."""
-TENSORS = ("torch:Tensor", "torch.nn.parameter:Parameter", "einops._backends:TorchBackend")
-"""What every code has to do with; einops looks for its own among subclasses."""
-WEIGHTS = (
-    "comfy.lora:calculate_weight",
-    "comfy.model_patcher:LowVramPatch",
-    *(f"comfy.weight_adapter.{name}" for name in ("base:WeightAdapterBase", "lora:LoRAAdapter")),
-    *(f"comfy.weight_adapter.{name}" for name in ("loha:LoHaAdapter", "lokr:LoKrAdapter")),
-    *(f"comfy.weight_adapter.{name}" for name in ("oft:OFTAdapter", "boft:BOFTAdapter")),
-    *("comfy.weight_adapter.glora:GLoRAAdapter", "comfy.weight_adapter.bypass:BypassForwardHook"),
-)
-"""What weight patches are applied with."""
-BY_TEXT = "comfy_kitchen.backends"
-"""Modules whose functions are looked up by names that are texts: those of torch's operators."""
 
 
 def reached(in_blocks: Iterable[str], around: Iterable[str]) -> tuple[Names, Names]:

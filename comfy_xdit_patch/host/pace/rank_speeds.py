@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from comfy_xdit_patch.host.run import Run
 
 
+LEAST = 0.5
+MIN_PERIOD_S = 0.2
+"""Kernel clocks tick 100 times a second: a shorter period says too little."""
+
+
 class PoolBalance:
     """The balance of the workers that live now."""
 
@@ -86,10 +91,6 @@ class PoolBalance:
         self._totals.weights = self.current.weights
         self._totals.share_changes = self.current.num_changes
 
-
-LEAST = 0.5
-MIN_PERIOD_S = 0.2
-"""Kernel clocks tick 100 times a second: a shorter period says too little."""
 
 Ticks = dict[int, float]
 

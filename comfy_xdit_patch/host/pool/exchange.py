@@ -2,8 +2,6 @@
 
 Runs in: host process. One request at a time; ``pool.py`` sees to that.
 
-No clock of its own, no process: ``exchange.py`` tells it what it hears.
-
 A rank is *silent* when not even its heartbeat comes: its process is stopped, or so short of memory
 that it does not run. The ranks are *stuck* when all hearts beat and nobody gets on: a collective
 that one of them never enters, a driver that does not answer. What counts as getting on is a rank's
@@ -46,6 +44,15 @@ RAISED_GRACE_S = 5.0
 
 Poll = Callable[[], None]
 """Called about every 20 ms in a wait; an exception it raises (an interrupt) ends the wait."""
+
+
+SILENCE_S = 10.0
+"""Forty heartbeats. A thread that gets no CPU for this long is on a machine that does not work."""
+MIN_PATIENCE_S = 20.0
+SLACK = 10.0
+STALL_S = 1.0
+"""A host that did not look for this long was itself stopped: what it missed accuses nobody."""
+REMEMBERED_KINDS = 64
 
 
 class Exchange:
@@ -173,15 +180,6 @@ class Exchange:
                 raise WorkerError(death_text(lost, "during a request"))
             raise WorkerError(failure_text(worker, message))
         return message
-
-
-SILENCE_S = 10.0
-"""Forty heartbeats. A thread that gets no CPU for this long is on a machine that does not work."""
-MIN_PATIENCE_S = 20.0
-SLACK = 10.0
-STALL_S = 1.0
-"""A host that did not look for this long was itself stopped: what it missed accuses nobody."""
-REMEMBERED_KINDS = 64
 
 
 class StepTimes:

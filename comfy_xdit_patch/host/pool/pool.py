@@ -32,6 +32,12 @@ from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import Joined, Reply
 
+WATCH_S = 0.1
+AFTER_LOSS_S = (0.0, 5.0, 30.0, 120.0)
+"""Wait before a restart after workers that had worked were lost; the last value repeats."""
+AFTER_START_S = (30.0, 120.0, 600.0)
+"""The same after a failed start, which costs the user a wait in every run that tries it."""
+
 
 class PoolState(enum.Enum):
     """The state of all workers together."""
@@ -43,8 +49,6 @@ class PoolState(enum.Enum):
 
 
 log = logging.getLogger(__name__)
-
-WATCH_S = 0.1
 
 
 class Pool:
@@ -256,12 +260,6 @@ class Pool:
     def _set_state(self, state: PoolState) -> None:
         self.state = state
         self._changed.notify_all()
-
-
-AFTER_LOSS_S = (0.0, 5.0, 30.0, 120.0)
-"""Wait before a restart after workers that had worked were lost; the last value repeats."""
-AFTER_START_S = (30.0, 120.0, 600.0)
-"""The same after a failed start, which costs the user a wait in every run that tries it."""
 
 
 class BackOff:

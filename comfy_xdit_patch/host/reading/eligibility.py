@@ -34,6 +34,9 @@ CARRIED_HOOKS = ("weight", "transformer_options", "add_models")
 """Types of ComfyUI's hooks: patches of weights, options of the call, models beside this one."""
 
 
+MODULE = "comfy.weight_adapter.bypass"
+
+
 class Pristine:
     """ComfyUI's own classes as they were when ComfyUI imported them, before any node pack ran.
 
@@ -211,9 +214,6 @@ def blocking(refusals: Iterable[Refusal], *, any_of_them: bool = False) -> Refus
 def without_index(name: str) -> str:
     """``double_blocks.7.img_mlp`` -> ``double_blocks.N.img_mlp``: one reason, not 57."""
     return ".".join("N" if part.isdigit() else part for part in name.split("."))
-
-
-MODULE = "comfy.weight_adapter.bypass"
 
 
 class BypassCode:

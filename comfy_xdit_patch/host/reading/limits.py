@@ -35,6 +35,9 @@ EXACT = {
 }
 
 
+HEADS_DIM = 1  # of a mask (B, H, S, S)
+
+
 def no_ring(*, is_overridden: bool = False, is_prescribed: bool = False) -> Refusal | None:
     """Return why a ring must not be used, or None.
 
@@ -52,9 +55,6 @@ def no_ring(*, is_overridden: bool = False, is_prescribed: bool = False) -> Refu
     if name not in EXACT:
         return Refusal(f"ComfyUI was started with {name}, which a ring cannot use", Scope.STEP)
     return None
-
-
-HEADS_DIM = 1  # of a mask (B, H, S, S)
 
 
 def no_tensor_call(

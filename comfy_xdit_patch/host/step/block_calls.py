@@ -42,6 +42,11 @@ EMBEDDERS = {"img_in": "image", "txt_in": "text"}
 """What the first block is given: ComfyUI's blocks change it in place, and so must ours."""
 
 
+TOKENS = {"img": "image", "txt": "text", "x": "joint"}
+CONSTANT = ("pe", "attn_mask")
+"""Arguments that are the same tensor for all blocks of a step."""
+
+
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
 
@@ -129,11 +134,6 @@ def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Te
     if step.error is not None:
         raise step.error
     return out
-
-
-TOKENS = {"img": "image", "txt": "text", "x": "joint"}
-CONSTANT = ("pe", "attn_mask")
-"""Arguments that are the same tensor for all blocks of a step."""
 
 
 class DrivenStep:

@@ -45,6 +45,10 @@ from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 LOADER = "load_controlnet"
 
 
+# Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
+CARRIED_ARGUMENTS = ("x", "timesteps", "context", "y", "guidance", "hint", "control_type")
+
+
 class ControlModel:
     """A ControlNet's module as the rest of this package sees a model. Keeps nothing alive."""
 
@@ -192,10 +196,6 @@ class ControlNets:
         except WorkerError as error:
             run.refusal = lost(error, self._totals)
             return run.refusal
-
-
-# Other keyword arguments are swallowed by ``ControlNetFlux.forward`` unread.
-CARRIED_ARGUMENTS = ("x", "timesteps", "context", "y", "guidance", "hint", "control_type")
 
 
 class RemoteControl:

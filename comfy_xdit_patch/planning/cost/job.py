@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
+NUM_STEPS = 20
+"""No plan that ``auto`` may take depends on it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """How kernels reach the GPU.
@@ -60,10 +64,6 @@ class Job:
     @property
     def num_tokens(self) -> int:
         return num_tokens(self.workload)
-
-
-NUM_STEPS = 20
-"""No plan that ``auto`` may take depends on it."""
 
 
 def job_of(flux: Any, workload: Workload, *, num_bytes: int, dtype: torch.dtype) -> Job:

@@ -66,6 +66,11 @@ INT_LIMIT = 1 << 63
 bytes without an exception of its own."""
 
 
+MAX_ERROR_CHARS = 300
+MAX_START_BYTES = 1 << 20
+"""Of one ``Start`` and of what the nursery answers to it."""
+
+
 def checks_of(cls: type[Any]) -> dict[str, Check]:
     """Return the check of each field of a dataclass."""
     return {name: check_of(hint) for name, hint in typing.get_type_hints(cls).items()}
@@ -98,11 +103,6 @@ def check_of(hint: Any) -> Check:
 
 def _is_int(value: Any) -> bool:
     return type(value) is int and -INT_LIMIT <= value < INT_LIMIT
-
-
-MAX_ERROR_CHARS = 300
-MAX_START_BYTES = 1 << 20
-"""Of one ``Start`` and of what the nursery answers to it."""
 
 
 Message: TypeAlias = (

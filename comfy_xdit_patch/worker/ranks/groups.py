@@ -30,6 +30,8 @@ import torch.distributed as dist
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
+SO_ATTACH_FILTER = 26  # Python does not name it.
+
 
 @dataclass(frozen=True, slots=True)
 class PlanGroups:
@@ -167,7 +169,6 @@ def _backend(device: torch.device) -> str:
 
 log = logging.getLogger(__name__)
 
-SO_ATTACH_FILTER = 26  # Python does not name it.
 _RETURN_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
 """A program for the kernel's packet filter (BPF_RET | BPF_K): of each packet, keep 0 bytes."""
 
