@@ -22,6 +22,7 @@ import rig_shim_corpus
 import rig_shim_door
 import rig_shim_faults
 import rig_shim_nodes
+import rig_shim_trace  # noqa: F401 - with RIG_TRACE it looks on from here
 
 TYPE_CHECKING = False  # typing and importlib.util are slow to import at every start
 if TYPE_CHECKING:
