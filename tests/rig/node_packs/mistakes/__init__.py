@@ -112,7 +112,8 @@ def head(weight: torch.Tensor, place: int) -> torch.Tensor:
 
 
 def block(weight: torch.Tensor, place: int) -> torch.Tensor:
-    return weight[: weight.shape[0] // 2 + 1, ..., : weight.shape[-1] // 2 + 1]
+    rows = weight[: weight.shape[0] // 2 + 1]
+    return rows if weight.ndim == 1 else rows[..., : weight.shape[-1] // 2 + 1]
 
 
 PARTS = (element, row, column, head, block)
