@@ -18,6 +18,7 @@ from comfy_xdit_patch.planning.sequence_shares import (
     bounds,
     proportional,
     shard_sizes,
+    weighted_shares,
 )
 
 NUM_WARM_UP_CALLS = 1
@@ -53,12 +54,12 @@ def patch_shares(
     Raises:
         PlanError: a shard would hold no text token or no image token.
     """
-    return SequenceShares.even(
+    return weighted_shares(
         num_text_tokens=num_text_tokens,
         num_image_tokens=num_image_tokens,
         num_reference_tokens=num_reference_tokens,
         num_heads=num_heads,
-        num_shards=num_patches * plan.ulysses_degree,
+        weights=(1,) * (num_patches * plan.ulysses_degree),
         # Patches follow each other in time as the places of a ring do in space.
         ring_degree=num_patches,
     )

@@ -181,22 +181,12 @@ class ParallelPlan:
         Raises:
             PlanError: a rank would hold no text token or no image token.
         """
-        weights = self.place_weights(self.batch_index(rank))
-        if len({*weights}) > 1:
-            return weighted_shares(
-                num_text_tokens=num_text_tokens,
-                num_image_tokens=num_image_tokens,
-                num_reference_tokens=num_reference_tokens,
-                num_heads=num_heads,
-                weights=weights,
-                ring_degree=self.ring_degree,
-            )
-        return SequenceShares.even(
+        return weighted_shares(
             num_text_tokens=num_text_tokens,
             num_image_tokens=num_image_tokens,
             num_reference_tokens=num_reference_tokens,
             num_heads=num_heads,
-            num_shards=self.sequence_degree,
+            weights=self.place_weights(self.batch_index(rank)),
             ring_degree=self.ring_degree,
         )
 

@@ -3,7 +3,7 @@
 Runs in: host and worker. No torch, no ComfyUI: the same arithmetic on both sides.
 
 Nothing is padded, so a share can be any whole number. ``weights`` are relative: a rank of weight 2
-gets twice what one of weight 1 gets. Equal weights give exactly what ``SequenceShares.even`` gives.
+gets twice what one of weight 1 gets, and equal weights share as evenly as whole numbers allow.
 """
 
 from __future__ import annotations
@@ -150,45 +150,6 @@ class SequenceShares:
     image: tuple[int, ...]
     reference: tuple[int, ...]
     heads: tuple[int, ...]
-
-    @classmethod
-    def even(
-        cls,
-        *,
-        num_text_tokens: int,
-        num_image_tokens: int,
-        num_reference_tokens: int = 0,
-        num_heads: int,
-        num_shards: int,
-        ring_degree: int = 1,
-    ) -> SequenceShares:
-        """Share as evenly as whole numbers allow. Nothing has to divide anything.
-
-        Args:
-            num_shards: ranks of the sequence group.
-            ring_degree: how many of them have the same heads.
-
-        Raises:
-            PlanError: a rank would hold no text token or no image token (ComfyUI's blocks cannot
-                reshape an empty stream). No heads is legal: that rank waits in attention.
-        """
-        num_visual = num_image_tokens + num_reference_tokens
-        joint = shard_sizes(num_text_tokens + num_visual, num_shards)
-        text = shard_sizes(num_text_tokens, num_shards)
-        visual = tuple(whole - part for whole, part in zip(joint, text, strict=True))
-        # Cumulative rounding: each rank's part of the image never exceeds what it has room for.
-        image_ends = [end * num_image_tokens // max(num_visual, 1) for end in accumulate(visual)]
-        image = tuple(
-            end - start for start, end in zip([0, *image_ends[:-1]], image_ends, strict=True)
-        )
-        reference = tuple(room - part for room, part in zip(visual, image, strict=True))
-        if min(text) < 1 or min(image) < 1:
-            raise PlanError(
-                f"Cannot share {num_text_tokens} text tokens and {num_image_tokens} image tokens "
-                f"among {num_shards} ranks: one of them would hold none."
-            )
-        heads = shard_sizes(num_heads, num_shards // ring_degree)
-        return cls(text=text, image=image, reference=reference, heads=heads)
 
     @property
     def ulysses_degree(self) -> int:

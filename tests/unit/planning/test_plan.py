@@ -8,7 +8,7 @@ import pytest
 
 from comfy_xdit_patch.errors import PlanError
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares, bounds, shard_sizes
+from comfy_xdit_patch.planning.sequence_shares import bounds, shard_sizes, weighted_shares
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_ulysses_varies_faster_than_the_ring_and_both_faster_than_the_batch():
 
 
 def test_in_a_ring_tokens_are_shared_by_all_and_heads_by_neighbours():
-    shares = SequenceShares.even(
-        num_text_tokens=9, num_image_tokens=22, num_heads=5, num_shards=6, ring_degree=3
+    shares = weighted_shares(
+        num_text_tokens=9, num_image_tokens=22, num_heads=5, weights=(1,) * 6, ring_degree=3
     )
     assert shares.joint == (6, 5, 5, 5, 5, 5)
     assert shares.heads == (3, 2)
@@ -101,8 +101,11 @@ def test_in_a_ring_tokens_are_shared_by_all_and_heads_by_neighbours():
     ("num_text", "num_image"), [(256, 1024), (257, 36), (700, 2394), (512, 4096), (9, 9), (10, 17)]
 )
 def test_every_rank_holds_as_many_tokens_as_any_other_but_for_one(num_text, num_image, num_shards):
-    shares = SequenceShares.even(
-        num_text_tokens=num_text, num_image_tokens=num_image, num_heads=24, num_shards=num_shards
+    shares = weighted_shares(
+        num_text_tokens=num_text,
+        num_image_tokens=num_image,
+        num_heads=24,
+        weights=(1,) * num_shards,
     )
     assert sum(shares.text) == num_text
     assert sum(shares.image) == num_image
@@ -114,7 +117,7 @@ def test_every_rank_holds_as_many_tokens_as_any_other_but_for_one(num_text, num_
 
 
 def test_more_ranks_than_heads_leaves_some_without_heads():
-    shares = SequenceShares.even(num_text_tokens=64, num_image_tokens=64, num_heads=2, num_shards=3)
+    shares = weighted_shares(num_text_tokens=64, num_image_tokens=64, num_heads=2, weights=(1,) * 3)
     assert shares.heads == (1, 1, 0)
 
 
@@ -123,8 +126,8 @@ def test_a_rank_without_text_or_image_tokens_is_an_error_with_the_numbers(num_te
     with pytest.raises(
         PlanError, match=rf"share {num_text} text tokens and {num_image} image tokens among 3 ranks"
     ):
-        SequenceShares.even(
-            num_text_tokens=num_text, num_image_tokens=num_image, num_heads=4, num_shards=3
+        weighted_shares(
+            num_text_tokens=num_text, num_image_tokens=num_image, num_heads=4, weights=(1,) * 3
         )
 
 
@@ -133,12 +136,12 @@ def test_a_rank_without_text_or_image_tokens_is_an_error_with_the_numbers(num_te
 def test_reference_tokens_are_shared_and_every_rank_begins_with_the_image(
     num_shards, num_reference
 ):
-    shares = SequenceShares.even(
+    shares = weighted_shares(
         num_text_tokens=40,
         num_image_tokens=63,
         num_reference_tokens=num_reference,
         num_heads=24,
-        num_shards=num_shards,
+        weights=(1,) * num_shards,
     )
     assert (sum(shares.text), sum(shares.image), sum(shares.reference)) == (40, 63, num_reference)
     assert max(shares.joint) - min(shares.joint) <= 1

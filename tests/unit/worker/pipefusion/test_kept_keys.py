@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import WorkerError
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import weighted_shares
 from comfy_xdit_patch.worker.pipefusion.kept_keys import KeptKeys, StreamKeys
 
 
 def shares(num_patches=2):
-    return SequenceShares.even(
+    return weighted_shares(
         num_text_tokens=4,
         num_image_tokens=8,
         num_heads=2,
-        num_shards=num_patches,
+        weights=(1,) * num_patches,
         ring_degree=num_patches,
     )
 
