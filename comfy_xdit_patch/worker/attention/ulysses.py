@@ -9,10 +9,16 @@ Dimension letters in this file
     H  heads
     G  local heads, those that this rank computes attention for
     K  head width
+    R  ranks that exchange
+    T  tensors that are exchanged together
+    D  features: heads times head width
 
 One all-to-all turns (all heads, my tokens) into (my heads, all tokens), and a second one turns what
 attention makes of it back. Both have unequal splits, so no length and no head count has to divide
 anything, and nothing is padded. Every rank knows all sizes from the plan; none is communicated.
+
+Each tensor is copied once on each way, by one kernel where all ranks have as many heads: what is
+launched does not grow with the ranks then. Unequal heads take a kernel for each rank.
 
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
@@ -45,6 +51,7 @@ class HeadExchange:
         self._index = index
         self._group = group
         self.local_heads = heads[index]
+        self._are_heads_even = len({*heads}) == 1
         self.bytes_sent = 0
 
     def tokens_for_heads(
@@ -57,20 +64,28 @@ class HeadExchange:
         row = len(qkv_BHLK) * batch * width
         sent = [length * row * heads for heads in self._heads]
         wire = qkv_BHLK[0].new_empty(sum(sent))
-        # Each head range of q, k and v is copied once, straight to its place on the wire.
-        for (start, end), chunk in zip(self._head_bounds, torch.split(wire, sent), strict=True):
+        if self._are_heads_even:
+            ranks = len(self._heads)
             torch.stack(
-                [t[:, start:end].permute(2, 0, 1, 3) for t in qkv_BHLK],
-                dim=1,
-                out=chunk.view(length, len(qkv_BHLK), batch, end - start, width),
+                [t.view(batch, ranks, -1, length, width).permute(1, 3, 0, 2, 4) for t in qkv_BHLK],
+                dim=2,
+                out=wire.view(ranks, length, len(qkv_BHLK), batch, self.local_heads, width),
             )
+        else:
+            # Each head range of q, k and v is copied once, straight to its place on the wire.
+            for (start, end), chunk in zip(self._head_bounds, torch.split(wire, sent), strict=True):
+                torch.stack(
+                    [t[:, start:end].permute(2, 0, 1, 3) for t in qkv_BHLK],
+                    dim=1,
+                    out=chunk.view(length, len(qkv_BHLK), batch, end - start, width),
+                )
         received = self._all_to_all(
             wire, self._group, sent=sent, received=[n * row * self.local_heads for n in tokens]
         )
-        del wire, chunk
+        del wire
         # Shards follow each other along S, so what arrives is whole already, in rank order.
         whole_STBGK = received.view(sum(tokens), len(qkv_BHLK), batch, self.local_heads, width)
-        return tuple(t_SBGK.permute(1, 2, 0, 3) for t_SBGK in whole_STBGK.unbind(1))
+        return whole_STBGK.permute(1, 2, 3, 0, 4).unbind(0)
 
     def heads_for_tokens(
         self, out_BSD: torch.Tensor, width: int, *, tokens: tuple[int, ...]
@@ -86,6 +101,9 @@ class HeadExchange:
             sent=[n * batch * out_BSD.shape[2] for n in tokens],
             received=sizes,
         )
+        if self._are_heads_even:
+            shards_RLBD = received.view(len(self._heads), local_tokens, batch, -1)
+            return shards_RLBD.permute(2, 1, 0, 3).reshape(batch, local_tokens, -1)
         parts = torch.split(received, sizes)
         return torch.cat(
             [part.view(local_tokens, batch, -1) for part in parts if part.numel()], dim=2
