@@ -138,8 +138,8 @@ def adapt_process(process: Any) -> None:
     around(process, "serve", "start")
 
 
-def adapt_environment(environment: Any) -> None:
-    around(environment, "restore_host_state", "import")
+def adapt_joining(joining: Any) -> None:
+    around(joining, "restore_host_state", "import")
 
 
 def adapt_groups(groups: Any) -> None:
@@ -272,7 +272,7 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
     return {
         "comfy_xdit_patch.worker.nursery": [adapt_nursery],
         "comfy_xdit_patch.worker.process": [adapt_process],
-        "comfy_xdit_patch.host.pool.inheritance": [adapt_environment],
+        "comfy_xdit_patch.worker.joining": [adapt_joining],
         "comfy_xdit_patch.worker.calls": [adapt_calls],
         "comfy_xdit_patch.worker.engine": [adapt_engine],
         "comfy_xdit_patch.worker.ranks.groups": [adapt_groups],
