@@ -83,6 +83,8 @@ Names = dict[str, dict[str, str]]
 
 WHERE = re.compile("pin|cache|stream|free|load|mmap|memory|sync|evict|interrupt|get_torch_device")
 """The same among the names of ``comfy.model_management``."""
+EXPORT = "dlpack"
+"""In names: what hands a tensor's memory to another library as it is."""
 NO_OPERATORS = re.compile(
     "__(doc|module|dict|weakref|annotations|qualname|repr|str|format|hash|dir|sizeof"
     "|getstate|setstate|reduce|reduce_ex|copy|deepcopy|init_subclass|subclasshook)__"
@@ -175,6 +177,8 @@ class _Walk:
         if _is_in(container.partition(":")[0], NOT_COMPUTED_WITH):
             return
         if (container == MANAGEMENT and WHERE.search(name)) or (container, name) == TORCHS_OWN:
+            return
+        if EXPORT in name:
             return
         if (container, name) not in self._found:
             self._found[container, name] = value

@@ -171,6 +171,8 @@ def detail_daemon(nodes: Nodes) -> None:
 
 PACKS = (
     RealPack("ComfyUI-KJNodes", through("PathchSageAttentionKJ", sage_attention="auto")),
+    RealPack("ComfyUI-KJNodes", through("CFGZeroStarAndInit", use_zero_init=False)),
+    RealPack("ComfyUI-KJNodes", through("TorchCompileModelFluxAdvancedV2", backend="inductor")),
     RealPack("ComfyUI-TeaCache", through("TeaCache", model_type="flux")),
     RealPack("Comfy-WaveSpeed", through("ApplyFBCacheOnModel", residual_diff_threshold=0.3)),
     RealPack("ComfyUI-GGUF", another_loader("UnetLoaderGGUF", unet_name=GGUF_FILE)),

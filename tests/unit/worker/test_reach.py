@@ -28,9 +28,13 @@ def made(by):
 scaled = made(2.0)
 TABLE = {"scaled": scaled}
 
+def wrap_for_dlpack(x):
+    return x
+
 def helper(x, shift=0.0):
     global CALLS
     CALLS += 1
+    wrap_for_dlpack(x)
     return other.root(x) * FACTOR + len(CACHE) + TABLE["scaled"](scaled(x))
 
 def unused(x):
@@ -76,9 +80,9 @@ def test_functions_constants_and_methods_are_reached(names) -> None:
     assert {"__mul__"} <= set(in_blocks["comfy.reach:Block"])
 
 
-def test_state_and_what_nobody_calls_are_not(names) -> None:
+def test_state_what_nobody_calls_and_exports_of_memory_are_not(names) -> None:
     in_blocks, around = names
-    assert not {"CALLS", "CACHE", "unused"} & {
+    assert not {"CALLS", "CACHE", "unused", "wrap_for_dlpack"} & {
         *in_blocks["comfy.reach"],
         *around["comfy.reach:Head"],
     }

@@ -2,12 +2,14 @@
 
 Runs in: a ComfyUI process of a test server.
 
-ComfyUI-MultiGPU does so: functions of ``model_management`` are replaced and not called any more.
+ComfyUI-MultiGPU does so: functions of ``model_management`` are replaced and not called any more,
+the stream that a device has and the export of a tensor's memory are wrapped.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -32,6 +34,21 @@ def load_models_gpu(models: Any, *args: Any, **kwargs: Any) -> None:
     ORIGINAL_LOAD(models, *args, **kwargs)
 
 
+def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    return guarded
+
+
+try:
+    import comfy_kitchen.backends.cuda as kernels
+except ImportError:  # ComfyUI 0.3.75 does without
+    kernels = None
+if hasattr(kernels, "_wrap_for_dlpack"):
+    kernels._wrap_for_dlpack = wrapped(kernels._wrap_for_dlpack)
+if hasattr(mm, "current_stream"):
+    mm.current_stream = wrapped(mm.current_stream)
 mm.get_torch_device = get_torch_device
 mm.soft_empty_cache = soft_empty_cache
 mm.load_models_gpu = load_models_gpu
