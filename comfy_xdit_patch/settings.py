@@ -147,7 +147,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceRequest:
+class AskedDevices:
     """What ``XDIT_GPUS`` asks for.
 
     ``indices`` are as ComfyUI's own process sees the GPUs, after ``--cuda-device``.
@@ -163,7 +163,7 @@ class DeviceRequest:
 class Settings:
     """All settings of this process, checked."""
 
-    gpus: DeviceRequest
+    gpus: AskedDevices
     strategy: Strategy
     balance: Balancing
     gpu_memory_bytes: int | None
@@ -236,7 +236,7 @@ def cache_directory(environ: Mapping[str, str] | None = None) -> Path | None:
         return None
 
 
-def parse_gpus(value: str) -> DeviceRequest:
+def parse_gpus(value: str) -> AskedDevices:
     """Parse ``XDIT_GPUS``.
 
     Raises:
@@ -244,19 +244,19 @@ def parse_gpus(value: str) -> DeviceRequest:
     """
     text = value.strip()
     if text.lower() == "all":
-        return DeviceRequest("all")
+        return AskedDevices("all")
     if match := re.fullmatch(r"cpu:([1-9]\d{0,2})", text.lower()):
-        return DeviceRequest("cpu", count=int(match[1]))
+        return AskedDevices("cpu", count=int(match[1]))
     if re.fullmatch(r"\d{1,3}", text):
-        return DeviceRequest("count", count=int(text)) if int(text) else DeviceRequest("off")
+        return AskedDevices("count", count=int(text)) if int(text) else AskedDevices("off")
     items = tuple(item.strip() for item in text.rstrip(",").split(","))
     if all(re.fullmatch(r"\d{1,3}", item) for item in items):
         indices = tuple(int(item) for item in items)
         if len(set(indices)) == len(indices):
-            return DeviceRequest("indices", indices=indices)
+            return AskedDevices("indices", indices=indices)
     is_uuids = all(re.fullmatch(r"GPU-[0-9a-fA-F-]{4,}", item) for item in items)
     if is_uuids and len({item.lower() for item in items}) == len(items):
-        return DeviceRequest("uuids", uuids=items)
+        return AskedDevices("uuids", uuids=items)
     raise ValueError(value)
 
 

@@ -58,16 +58,16 @@ class HeadExchange:
         sent = [length * row * heads for heads in self._heads]
         wire = qkv_BHLK[0].new_empty(sum(sent))
         # Each head range of q, k and v is copied once, straight to its place on the wire.
-        for (start, end), chunk in zip(self._head_bounds, torch.split(wire, sent), strict=True):
+        for (start, end), part in zip(self._head_bounds, torch.split(wire, sent), strict=True):
             torch.stack(
                 [t[:, start:end].permute(2, 0, 1, 3) for t in qkv_BHLK],
                 dim=1,
-                out=chunk.view(length, len(qkv_BHLK), batch, end - start, width),
+                out=part.view(length, len(qkv_BHLK), batch, end - start, width),
             )
         received = self._all_to_all(
             wire, self._group, sent=sent, received=[n * row * self.local_heads for n in tokens]
         )
-        del wire, chunk
+        del wire, part
         # Shards follow each other along S, so what arrives is whole already, in rank order.
         whole_STBGK = received.view(sum(tokens), len(qkv_BHLK), batch, self.local_heads, width)
         return tuple(t_SBGK.permute(1, 2, 0, 3) for t_SBGK in whole_STBGK.unbind(1))
