@@ -237,11 +237,37 @@ def test_every_link_between_pages_leads_somewhere():
     assert broken == []
 
 
+def named_files(page: Path) -> set[str]:
+    """The files that a page names in code marks; those of the package with or without its name."""
+    rooms = "|".join(sorted(path.name for path in PACKAGE.iterdir() if path.is_dir()))
+    text = page.read_text()
+    short = re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", text)
+    whole = re.findall(r"`((?:comfy_xdit_patch|tests|docs)/[\w./-]+)`", text)
+    return {*whole, *(f"{PACKAGE.name}/{name}" for name in short)}
+
+
 def test_every_file_that_the_docs_name_exists():
-    named = {
-        (page.name, name)
-        for page in DOCS.rglob("*.md")
-        for name in re.findall(r"`((?:comfy_xdit_patch|tests|docs)/[\w./-]+)`", page.read_text())
-    }
-    assert len(named) > 10
+    named = {(page.name, name) for page in DOCS.rglob("*.md") for name in named_files(page)}
+    assert len(named) > 100
     assert [pair for pair in named if not (REPO / pair[1]).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["host/step/step.py", "host/step/call_plans.py", "worker/calls.py", "worker/forward.py"]
+)
+def test_the_page_on_one_step_names_every_file_that_a_step_enters(name):
+    tree = ast.parse((PACKAGE / name).read_text())
+    modules = [
+        path
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name)
+        for path in (
+            f"{node.module}".replace(".", "/") + ".py",
+            *(f"{node.module}.{alias.name}".replace(".", "/") + ".py" for alias in node.names),
+        )
+        if (REPO / path).exists()
+    ]
+    page = DOCS / "how-it-works.md"
+    assert len(modules) > 5
+    text = page.read_text()
+    assert [path for path in modules if path.removeprefix(f"{PACKAGE.name}/") not in text] == []
