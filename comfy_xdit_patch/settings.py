@@ -215,7 +215,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """XDIT_* variables that nobody reads, most for a typing error in the name, each with a hint."""
+    """XDIT_* variables that nothing reads, mostly misspelt, each with a hint."""
     known = [variable.name for variable in VARIABLES]
     hints = {}
     for name in sorted(os.environ if environ is None else environ):

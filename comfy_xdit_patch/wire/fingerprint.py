@@ -177,7 +177,7 @@ class Fingerprint:
 
     @property
     def versions(self) -> list[int]:
-        """How often each tensor was written to, where torch counts that."""
+        """How often each tensor was written to, where torch counts writes."""
         return [0 if part.is_inference() else part._version for _, part in self._parts]
 
     def of(self, look: Look) -> str:

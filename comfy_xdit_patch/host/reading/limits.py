@@ -6,9 +6,9 @@ A ring joins parts of attention by their log-sum-exp, which no attention functio
 returns; torch's own kernels run in its place (docs/adr/0014). That is the same up to rounding for
 functions that are exact, and something else for those that are not, or that somebody chose.
 
-Of the blocks' weights each rank has a part (``worker/weights/tensor_blocks.py``), and so has
-whatever runs inside of them: a node's patch sees some of the heads. Patches and weights for which a
-part is not what the whole would be are refused.
+With ``tensor`` each rank has a part of the blocks' weights (``worker/weights/tensor_blocks.py``),
+and code inside of the blocks sees that part: a node's patch sees some of the heads. Patches and
+weights that need the whole are refused.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class HeadExchange:
         """Prepare.
 
         Args:
-            heads: of every rank that exchanges.
-            group: of these ranks; None where this one is alone, and nothing is exchanged.
+            heads: how many heads each rank of the group takes.
+            group: the ranks that exchange; None where this rank is alone and exchanges nothing.
         """
         self._heads = heads
         self._head_bounds = bounds(heads)

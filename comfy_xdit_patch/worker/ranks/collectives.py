@@ -85,7 +85,7 @@ class BusyClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Take what is done in here for a wait."""
+        """Count the time that this lasts as a wait for other ranks."""
         start_s = time.perf_counter()
         first = None if self._call is None else self._recorded()
         yield

@@ -91,7 +91,7 @@ class ModelPatches:
 
 
 class Missing:
-    """Stands for an option that could not be carried: whoever uses it is not served."""
+    """Stands for an option that could not be carried: a patch that uses it is refused."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -166,7 +166,7 @@ def _after_attention(patch: Any, tokens: RankTokens) -> Any:
 def _with_whole_image(
     extra_options: Mapping[str, Any], length: int, tokens: RankTokens
 ) -> dict[str, Any]:
-    """Where the image's tokens are among all."""
+    """Say where the image's tokens are among all tokens."""
     return {**extra_options, "img_slice": [tokens.num_text_tokens, length]}
 
 

@@ -5,8 +5,8 @@ Runs in: worker process.
     file or packs --load--> stored weights --ComfyUI's patch lists--> weights in use
 
 ComfyUI's own memory manager works in this process as it does in any: it moves a model to the
-device, patches it, and makes room by taking another one off. What it takes off goes back to the
-mapped file and not to a copy in this process.
+device, patches it, and makes room by taking another model off. A model that is taken off has its
+weights in the mapped file again, and no copy of them in this process.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Residents:
             self._place(resident, verify=message.verify, progress=progress)
             del before
         except BaseException:
-            # Half a state is none: the next request begins with the file.
+            # Drop a state that is half made: the next request begins with the file.
             self.drop([message.model])
             raise
         return resident, is_new
@@ -131,13 +131,13 @@ class Residents:
             comfy.model_management.unload_all_models()
         gc.collect()
         comfy.model_management.soft_empty_cache()
-        # What the C library keeps for later is nobody's: give it back too.
+        # The C library keeps freed memory for later: give that back too.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
     def _make_room(self, resident: Resident, room_bytes: int | None) -> None:
-        """Take models off, the one used longest ago first, until the others fit beside this one."""
+        """Take models off, the one used longest ago first, until the rest fit beside this model."""
         others = [other for other in self._models.values() if other is not resident]
         size = sum(other.bytes_held for other in others if other.is_placed)
         for other in others:

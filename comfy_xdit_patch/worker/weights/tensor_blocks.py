@@ -27,7 +27,7 @@ from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.shard.rank_tokens import gather_sequence
 
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
-"""Takes a weight's name in the model, and it whole on the device; returns it baked."""
+"""Takes a weight's name in the model and the whole weight, on the device; returns it patched."""
 
 
 class TensorBlocks:
@@ -62,7 +62,7 @@ class TensorBlocks:
         self._group = group
 
     def release(self) -> None:
-        """Let ComfyUI's blocks be as they were. Their weights are the caller's to put back."""
+        """Undo what was changed in ComfyUI's blocks. The caller puts their weights back."""
         for hook in self._hooks:
             hook.remove()
         for owner, name, value in self._whole:
