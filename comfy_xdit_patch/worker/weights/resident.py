@@ -32,7 +32,7 @@ class Resident:
     patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
     ``attributes`` are the plain ones of its modules, as ComfyUI made them.
     ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
-    columns, where blocks are cut by those. ``is_placed`` says that the weights in use are on the
+    columns, where blocks are cut by those. ``is_on_device`` says that the weights in use are on the
     device.
     """
 
@@ -48,7 +48,7 @@ class Resident:
     mode: str = "full"
     blocks: ShardedBlocks | None = None
     tensor: TensorBlocks | None = None
-    is_placed: bool = False
+    is_on_device: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
     """Which blocks are in place: those of this rank's stage, or all."""
@@ -115,7 +115,7 @@ class Resident:
 
     def take_off(self) -> None:
         """Take the model off the device: its weights are the file's again, and nothing is moved."""
-        self.is_placed = False
+        self.is_on_device = False
         self.overlay.take_off(self.current, restore=False)
         if self.blocks is not None:
             self.blocks.release(restore=False)
@@ -130,11 +130,11 @@ class Resident:
         """See whether ComfyUI took the model off the device, in whole or in part, for another."""
         model = self.patcher.model
         if model.current_weight_patches_uuid is None:
-            self.is_placed = False
+            self.is_on_device = False
             self.overlay.take_off(self.current, restore=False)
             self._to_file()
         elif model.model_lowvram and self.mode in ("full", "staged"):
-            self.is_placed = False
+            self.is_on_device = False
             self.overlay.take_off(self.current, restore=True)
 
     def _to_file(self) -> None:
