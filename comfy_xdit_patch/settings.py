@@ -80,8 +80,8 @@ VARIABLES = (
         "about as fast as each other keep even shares. `least_loaded`: as `adaptive`, and at the "
         "start of a run the shares also follow what other programs took of each rank's device "
         "just before: of a GPU's time (asked of NVML, process by process) or else of its memory "
-        "when the worker started, of a CPU rank's cores; at most half is taken off, which is what"
-        " a device that two programs share leaves. Shares say where a token is computed, so the "
+        "when the worker started, of a CPU rank's cores; at most half is taken off, as if two"
+        " programs shared the device evenly. Shares say where a token is computed, so the "
         "image is the same, up to rounding. While a node keeps something on the ranks from step "
         "to step, shares stay as they are until the run ends; and they stay even where a larger "
         "one would not fit on its card beside the weights.",
