@@ -80,8 +80,8 @@ VARIABLES = (
         "about as fast as each other keep even shares. `least_loaded`: as `adaptive`, and at the "
         "start of a run the shares also follow what other programs took of each rank's device "
         "just before: of a GPU's time (asked of NVML, process by process) or else of its memory "
-        "when the worker started, of a CPU rank's cores; at most half is taken off, which is what"
-        " a device that two programs share leaves. Shares say where a token is computed, so the "
+        "when the worker started, of a CPU rank's cores; at most half is taken off, as if two"
+        " programs shared the device evenly. Shares say where a token is computed, so the "
         "image is the same, up to rounding. While a node keeps something on the ranks from step "
         "to step, shares stay as they are until the run ends; and they stay even where a larger "
         "one would not fit on its card beside the weights.",
@@ -147,7 +147,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceRequest:
+class AskedDevices:
     """What ``XDIT_GPUS`` asks for.
 
     ``indices`` are as ComfyUI's own process sees the GPUs, after ``--cuda-device``.
@@ -163,7 +163,7 @@ class DeviceRequest:
 class Settings:
     """All settings of this process, checked."""
 
-    gpus: DeviceRequest
+    gpus: AskedDevices
     strategy: Strategy
     balance: Balancing
     gpu_memory_bytes: int | None
@@ -215,7 +215,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """XDIT_* variables that nobody reads, most for a typing error in the name, each with a hint."""
+    """XDIT_* variables that nothing reads, mostly misspelt, each with a hint."""
     known = [variable.name for variable in VARIABLES]
     hints = {}
     for name in sorted(os.environ if environ is None else environ):
@@ -236,7 +236,7 @@ def cache_directory(environ: Mapping[str, str] | None = None) -> Path | None:
         return None
 
 
-def parse_gpus(value: str) -> DeviceRequest:
+def parse_gpus(value: str) -> AskedDevices:
     """Parse ``XDIT_GPUS``.
 
     Raises:
@@ -244,19 +244,19 @@ def parse_gpus(value: str) -> DeviceRequest:
     """
     text = value.strip()
     if text.lower() == "all":
-        return DeviceRequest("all")
+        return AskedDevices("all")
     if match := re.fullmatch(r"cpu:([1-9]\d{0,2})", text.lower()):
-        return DeviceRequest("cpu", count=int(match[1]))
+        return AskedDevices("cpu", count=int(match[1]))
     if re.fullmatch(r"\d{1,3}", text):
-        return DeviceRequest("count", count=int(text)) if int(text) else DeviceRequest("off")
+        return AskedDevices("count", count=int(text)) if int(text) else AskedDevices("off")
     items = tuple(item.strip() for item in text.rstrip(",").split(","))
     if all(re.fullmatch(r"\d{1,3}", item) for item in items):
         indices = tuple(int(item) for item in items)
         if len(set(indices)) == len(indices):
-            return DeviceRequest("indices", indices=indices)
+            return AskedDevices("indices", indices=indices)
     is_uuids = all(re.fullmatch(r"GPU-[0-9a-fA-F-]{4,}", item) for item in items)
     if is_uuids and len({item.lower() for item in items}) == len(items):
-        return DeviceRequest("uuids", uuids=items)
+        return AskedDevices("uuids", uuids=items)
     raise ValueError(value)
 
 

@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that are made: settings.md, patch-points.md and compatibility.md.
+"""Write what is made of docs/: settings.md, patch-points.md, compatibility.md and a picture.
 
 Runs in: a process of its own, with torch and wrapt installed; ComfyUI is not needed.
 
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import parity_plot
 
 DOCS = Path(__file__).resolve().parent
 PACKAGE = "comfy_xdit_patch"
@@ -57,6 +59,7 @@ def pages() -> dict[str, str]:
         "settings.md": settings_page(),
         "patch-points.md": patch_points_page(),
         "compatibility.md": compatibility_page(),
+        "pictures/parity.svg": parity_plot.draw((DOCS / "parity.md").read_text()),
     }
 
 

@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def used_bytes() -> dict[str, int]:
-    """Return what is used of each card, by UUID; of none where nvidia-smi does not say."""
+    """Return the bytes used on each card, by UUID; empty where nvidia-smi does not say."""
     used = {}
     for row in query_gpus(MEMORY):
         if len(row) == 3 and row[1].isdecimal():

@@ -26,7 +26,7 @@ from comfy_xdit_patch.errors import CheckError
 
 IMAGE_DEADLINE_S = 600.0
 SOONER = {"XDIT_STEP_TIMEOUT": "240"}
-"""Of a hang the workers tell which rank it was, before the check gives up."""
+"""So that the workers say which rank hangs before the check gives up."""
 FREE_TIMES = 3
 FREE_PAUSE_S = 1.0
 """ComfyUI misses a Free that comes while it collects garbage after a prompt: it is asked again."""
@@ -68,9 +68,9 @@ class CaseResult:
         error: why it ended early.
         seconds_per_step: from the first step of the measured image to its last.
         run: the status object's report of the measured image (``last_run``); None of stock.
-        forwards: how many calls each rank computed in it.
-        fall_back_reasons: of all images of this case.
-        outside_s: the last step in the host, without its slowest rank.
+        forwards: how many calls each rank computed in the measured image.
+        fall_back_reasons: the reasons of all images of this case.
+        outside_s: what the last step took in the host beside its slowest rank.
         launch_bound: whether each rank's CPU set the pace of the last step.
         residency: the plan's lines about memory.
         difference: from stock's latent.

@@ -34,7 +34,7 @@ WIDTH = 3072
 MAX_SIDE_PX = 4096
 MAX_STEPS = 100
 SPARE_BYTES = 1 << 28
-"""Of the disk, beside the model file: latents, logs, ComfyUI's own folders."""
+"""Disk space beside the model file, for latents, logs and ComfyUI's own folders."""
 OUT = "comfy-xdit-check.json"
 
 

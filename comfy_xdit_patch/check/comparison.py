@@ -25,7 +25,7 @@ LEAST_BOUND = 2.0**-8
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of two latents.
+    """How far one latent is from another.
 
     Attributes:
         max_error: the largest difference, over the largest value of the reference.

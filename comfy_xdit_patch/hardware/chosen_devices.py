@@ -15,7 +15,7 @@ from comfy_xdit_patch.settings import GPUS_LEGAL, Settings
 from comfy_xdit_patch.system_memory import available_bytes
 
 MIN_CPU_RANKS = 8
-"""That many may be tried on any machine: as many as most machines with GPUs have of those."""
+"""So many CPU ranks may be tried on any machine: most machines with GPUs have as many GPUs."""
 CPU_RANK_BYTES = 250 << 20
 """What an idle CPU rank takes beside what all share (measured with 8, ComfyUI 0.33.0)."""
 

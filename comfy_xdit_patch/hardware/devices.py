@@ -11,7 +11,7 @@ from itertools import permutations
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
-from comfy_xdit_patch.settings import GPUS_LEGAL, DeviceRequest
+from comfy_xdit_patch.settings import GPUS_LEGAL, AskedDevices
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class Device:
         return self.uuid is None
 
     @property
-    def is_slice(self) -> bool:
+    def is_mig(self) -> bool:
         """Whether it is a part of a GPU (MIG). torch gives the name, not always the prefix."""
         return " MIG " in self.name or (self.uuid or "").startswith("MIG-")
 
 
-def choose_devices(request: DeviceRequest) -> tuple[Device, ...] | Refusal:
+def choose_devices(asked: AskedDevices) -> tuple[Device, ...] | Refusal:
     """Turn ``XDIT_GPUS`` into devices, one for each rank.
 
     Returns:
@@ -49,20 +49,20 @@ def choose_devices(request: DeviceRequest) -> tuple[Device, ...] | Refusal:
     """
     if not sys.platform.startswith("linux"):
         return Refusal(f"xDiT needs Linux; this is {sys.platform}")
-    if request.kind == "cpu":
-        return tuple(Device(name="cpu") for _ in range(request.count))
-    if request.kind == "uuids":
-        return tuple(Device(name=uuid, uuid=uuid) for uuid in request.uuids)
+    if asked.kind == "cpu":
+        return tuple(Device(name="cpu") for _ in range(asked.count))
+    if asked.kind == "uuids":
+        return tuple(Device(name=uuid, uuid=uuid) for uuid in asked.uuids)
     gpus = visible_gpus()
-    if any(gpu.is_slice for gpu in gpus):
+    if any(gpu.is_mig for gpu in gpus):
         return Refusal("a visible GPU is a MIG slice, and NCCL connects whole GPUs only")
-    if request.kind == "all":
+    if asked.kind == "all":
         if len(gpus) < 2:
             return Refusal(
                 "one GPU is visible, nothing to share" if gpus else "no usable GPU is visible"
             )
         return gpus
-    wanted = tuple(range(request.count)) if request.kind == "count" else request.indices
+    wanted = tuple(range(asked.count)) if asked.kind == "count" else asked.indices
     missing = [index for index in wanted if index >= len(gpus)]
     if missing:
         shown = ",".join(str(index) for index in wanted)

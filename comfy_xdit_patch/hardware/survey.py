@@ -1,7 +1,7 @@
 """Ask the system which GPUs there are and what lies between them.
 
 Runs in: host, and the doctor's process. Nothing here fails: what cannot be found out is unknown,
-and said to be. torch is asked in ``topology.py``, the kernel and ``nvidia-smi`` here.
+and said to be. torch is asked in ``devices.py``, the kernel and ``nvidia-smi`` here.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def our_faults_stay_ours(where: str, *, strict: bool = False) -> Iterator[None]:
 
 
 class Attempt(NamedTuple):
-    """What came of our way to compute a call: its result, None, or a fault of ours."""
+    """What our way to compute a call gave: its result, None, or a fault of ours."""
 
     out: Any
     fault: Exception | None = None

@@ -2,8 +2,8 @@
 
 Runs in: host process.
 
-ComfyUI's server and its executor are looked up and never imported: where they are not, as in a
-program that uses ComfyUI without its server, there is nobody to tell.
+ComfyUI's server and its executor are looked up and never imported: a program that uses ComfyUI
+without its server has not imported them, and has no page.
 """
 
 from __future__ import annotations

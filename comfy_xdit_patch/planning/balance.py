@@ -41,9 +41,9 @@ that of a median."""
 EVEN_RATIO = 1.05
 """Weights closer to each other than this are even."""
 NOTABLE = 0.1
-"""Part of a device that others must take or give back before that is followed."""
+"""Part of a device that other programs must take or give back before weights follow it."""
 MAX_RATIO = 100.0
-"""No measurement: busy seconds of ranks further apart."""
+"""Busy seconds of ranks that are further apart than this are no measurement."""
 SCALE = 1000
 """The largest weight, as a whole number."""
 REMEMBERED_KINDS = 64
@@ -174,10 +174,10 @@ class Balance:
         return len(self._speeds) >= self._calls_for_large
 
     def follow(self, left_over: Sequence[float]) -> bool:
-        """Scale weights by what others leave of each device now; return whether they changed.
+        """Scale weights by what other programs leave of each device; return whether they changed.
 
         Args:
-            left_over: part of every rank's device that others do not use, above 0 to 1.
+            left_over: part of every rank's device that other programs do not use, above 0 to 1.
         """
         before = self._left_over
         if max(abs(a - b) for a, b in zip(left_over, before, strict=True)) < NOTABLE:
@@ -188,7 +188,7 @@ class Balance:
         return self._change(as_weights([ratio * now / then for ratio, now, then in scaled]))
 
     def learned_under(self, left_over: Sequence[float]) -> None:
-        """Note what others left of the devices when the present weights were measured."""
+        """Note what other programs left of the devices when these weights were measured."""
         self._left_over = tuple(left_over)
 
     @property
@@ -255,7 +255,7 @@ def _gain(
 
 
 def _longest(work: Sequence[float], speeds: Sequence[float]) -> float:
-    """Time of the rank that takes longest; 1 if it is all ranks'."""
+    """Time of the rank that takes longest; 1 if all ranks take equally long."""
     return max(part / speed for part, speed in zip(work, speeds, strict=True))
 
 

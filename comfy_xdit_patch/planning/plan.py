@@ -62,7 +62,7 @@ class ParallelPlan:
     pipefusion_degree: int = 1
     tensor_degree: int = 1
     weights: tuple[int, ...] = ()
-    """Relative speed of every rank; none given, all are equal."""
+    """Relative speed of every rank; empty where all are equal."""
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1 or prod(self.grid) != self.world_size:
@@ -136,7 +136,7 @@ class ParallelPlan:
         return rank % self.tensor_degree
 
     def writes_rows(self, rank: int) -> bool:
-        """Whether a rank is the one of all that end up with the same rows that writes them."""
+        """Whether this rank writes its rows: of the ranks that end with the same rows, one does."""
         is_last_stage = self.stage_index(rank) + 1 == self.pipefusion_degree
         return is_last_stage and self.sequence_index(rank) == self.tensor_index(rank) == 0
 

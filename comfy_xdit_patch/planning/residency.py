@@ -183,9 +183,9 @@ def plan_residency(
     """Take the first of full, sharded and offload that fits on every card.
 
     Args:
-        first: the user wants this one or a later one.
-
-        is_pipeline: the model is the largest part of it that a stage has; then ``staged`` is first.
+        first: the user wants this mode or a later one.
+        is_pipeline: ``model`` has the sizes of the model's largest stage, as a pipeline cuts it;
+            then ``staged`` is tried first.
 
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
     links between cards once a step, offload moves them over the bus to CPU memory.

@@ -42,7 +42,7 @@ def proportional(num_items: int, weights: Sequence[float], *, minimum: int = 0) 
         rest = num_items - minimum * len(fixed)
         shares = dict.fromkeys(fixed, minimum)
         shares.update(zip(free, _largest_remainders(rest, [weights[i] for i in free]), strict=True))
-        # Who is below the minimum gets it, and the others share the rest anew.
+        # Ranks below the minimum get the minimum, and the other ranks share the rest anew.
         below = {i for i in free if shares[i] < minimum}
         if not below:
             return tuple(shares[i] for i in range(len(weights)))

@@ -33,7 +33,7 @@ def workload_of(
     """Return tokens, heads and batch of one call of ``Flux._forward``, or of a ControlNet's.
 
     Args:
-        names: of the arguments that the workers are given.
+        names: names of the arguments that the workers are given.
     """
     x = arguments["x"]
     batch = x.shape[0]

@@ -2,8 +2,8 @@
 
 Runs in: host process.
 
-Some nodes mute all logging while they sample. What nobody could hear was not said: it is kept, and
-said when somebody can.
+Some nodes mute all logging while they sample. A line that would reach nobody is kept, and said when
+logging is on again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def warn_once(reason: str) -> None:
 
 
 def note_once(text: str) -> None:
-    """Say something that takes no step out of the parallel path, once."""
+    """Say once what leaves all steps parallel."""
     if _is_to_be_said(text, logging.INFO, note_once):
         log.info("xDiT: %s.", text)
 
@@ -39,7 +39,7 @@ def say(line: str) -> None:
 
 
 def say_unheard() -> None:
-    """Say what nobody could hear, if somebody can now."""
+    """Say the lines that were kept while logging was mute, if it is on again."""
     waiting = dict(_unheard)
     _unheard.clear()
     for text, speak in waiting.items():

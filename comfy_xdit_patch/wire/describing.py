@@ -37,7 +37,7 @@ C_CODE = (
 )
 OWN = "comfy_xdit_patch."
 _EMPTY = Ellipsis
-"""In the place of what a cell will hold and does not yet."""
+"""Stands for the value of a cell that is not filled yet."""
 _codes: dict[int, tuple[types.CodeType, str]] = {}
 
 

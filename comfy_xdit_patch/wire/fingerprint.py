@@ -5,7 +5,7 @@ Runs in: host and worker.
 A worker reads the same file with the same loader, so its model should be the host's. This checks
 that it is: names, shapes, dtypes and classes of everything, and contents. A ``Look`` says how much
 of those: values at ``NUM_SAMPLES`` places of each tensor, others in each look, and of some tensors
-a digest of every byte. What that sees, and with which odds, is in docs/how-it-works.md.
+a digest of every byte. What that sees, and with which odds, is in docs/mechanisms.md.
 
 Stored weights are those before any LoRA: where ComfyUI has patched one, its backup counts.
 A hook's patches lie over a LoRA's, so where both have patched a weight, the LoRA's backup counts.
@@ -177,7 +177,7 @@ class Fingerprint:
 
     @property
     def versions(self) -> list[int]:
-        """How often each tensor was written to, where torch counts that."""
+        """How often each tensor was written to, where torch counts writes."""
         return [0 if part.is_inference() else part._version for _, part in self._parts]
 
     def of(self, look: Look) -> str:

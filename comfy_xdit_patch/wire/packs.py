@@ -37,7 +37,7 @@ class NoRoomError(Exception):
 
 
 def check_room(num_bytes: int) -> None:
-    """See whether so much memory may be taken: ComfyUI must never be ended for want of it.
+    """See whether so much memory may be taken: the system must never end ComfyUI for want of it.
 
     Raises:
         NoRoomError: it would take more than half of what is free.

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
-DIGEST_CHUNK = 1 << 16
+DIGEST_PIECE = 1 << 16
 """Words at a time, for each thread: few enough for a core's own cache."""
-DEVICE_CHUNK = 1 << 22
+DEVICE_PIECE = 1 << 22
 _MASK = (1 << 64) - 1
 # What GGUF's patcher hangs on a weight for the LoRA of the moment: no part of the stored weight.
 _PASSING_ATTRIBUTES = ("patches",)
@@ -108,13 +108,13 @@ def digest(tensor: torch.Tensor) -> str:
     num_words = flat.numel() // 8
     words = _aligned(flat[: num_words * 8]).view(torch.int64)
     is_cpu = flat.device.type == "cpu"
-    size = DIGEST_CHUNK * torch.get_num_threads() if is_cpu else DEVICE_CHUNK
+    size = DIGEST_PIECE * torch.get_num_threads() if is_cpu else DEVICE_PIECE
     places = torch.arange(min(num_words, size), dtype=torch.int64, device=flat.device) * _ODD[0]
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, num_words, size):
-        chunk = words[start : start + size]
-        mixed = places[: chunk.numel()] + _signed(start * _ODD[0])
-        mixed ^= chunk
+        piece = words[start : start + size]
+        mixed = places[: piece.numel()] + _signed(start * _ODD[0])
+        mixed ^= piece
         for factor, shift in ((_ODD[1], 32), (_ODD[2], 29)):
             mixed *= factor
             mixed ^= mixed >> shift
@@ -152,8 +152,8 @@ def digest_weight(tensor: torch.Tensor) -> str:
 Ranges = Sequence[tuple[int, int]]
 
 
-def can_slice(weight: torch.Tensor) -> bool:
-    """Whether ``sliced`` can cut a weight of this class and format."""
+def can_cut(weight: torch.Tensor) -> bool:
+    """Whether ``cut_to`` can cut a weight of this class and format."""
     if type(weight) in PLAIN_CLASSES:
         return weight.is_floating_point()
     if not hasattr(weight, "__tensor_flatten__"):
@@ -163,7 +163,7 @@ def can_slice(weight: torch.Tensor) -> bool:
     return len(data) == 1 and data[0].is_floating_point() and data[0].element_size() == 1
 
 
-def sliced(weight: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
+def cut_to(weight: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
     """Return the parts of a weight between these indices, joined, in memory of their own."""
     if type(weight) in PLAIN_CLASSES:
         return _joined(weight.detach(), dim, ranges)

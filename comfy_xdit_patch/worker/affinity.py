@@ -37,7 +37,7 @@ def cores_of(cpulist: str) -> set[int]:
     """Read a list of cores as the kernel writes it, such as ``0-15,64-79``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is no such list.
     """
     cores: set[int] = set()
     for part in filter(None, cpulist.strip().split(",")):

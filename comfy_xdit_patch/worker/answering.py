@@ -3,8 +3,8 @@
 Runs in: worker process.
 
 A model that is given tensors of the wrong size raises in every rank at the same place, as it does
-in ComfyUI alone. Such a rank is well: it waits for nobody, and nobody waits for it. Whether the
-others raised too is for the host to see, which has all answers or ends all ranks
+in ComfyUI alone. Such a rank is well: it waits for no other rank, and none waits for it. The host
+sees whether the other ranks raised too: it has the answers of all ranks, or it ends all of them
 (``host/pool/exchange.py``).
 """
 
@@ -23,7 +23,7 @@ from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.weights.residents import Residents
 
 NEVER_ALIKE = (torch.OutOfMemoryError, MemoryError, ChannelClosedError, DeadlineExceededError)
-"""They come of one rank's device, memory or channel: what the others are at is not known."""
+"""Errors of one rank's own device, memory or channel: where the other ranks are is not known."""
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def answer(
     """Return what a rank that raised an exception says to the host.
 
     Args:
-        num_exchanges: that this rank had begun in the call.
+        num_exchanges: how many exchanges this rank had begun in the call.
 
     Raises:
-        Exception: the same one, where this rank cannot know that it is well.
+        Exception: ``error`` itself, where this rank cannot know that it is well.
     """
     stages = ParallelPlan.of_grid(message.grid, message.weights).pipefusion_degree
     # What one stage has sent lies there until another one takes it, in a later call.

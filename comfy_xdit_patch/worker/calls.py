@@ -227,7 +227,7 @@ class Calls:
         return None if tree is None else ModelPatches(tree, self._objects)
 
     def _resident(self, model: int) -> Resident:
-        with torch.inference_mode():  # ComfyUI may have taken it off, and patches it again
+        with torch.inference_mode():  # ComfyUI may have taken the model off, and patches it again.
             resident = self._residents.get(model)
         if resident is None:
             raise WorkerError(f"Model {model} is asked for and not held.")

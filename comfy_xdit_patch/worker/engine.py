@@ -61,7 +61,7 @@ class Engine:
 
     def drop(self, models: list[int] | None = None) -> None:
         """Drop models, all of them by default, and give their memory back."""
-        with torch.inference_mode():  # outside of it ComfyUI clones the weights it is handed
+        with torch.inference_mode():  # Outside of it ComfyUI clones the weights that it is given.
             self._residents.drop(models)
 
     def give_way(self, ranks: list[int]) -> None:

@@ -5,7 +5,7 @@ Runs in: worker process.
 Nothing of FLUX is written here a second time. ``Flux._forward`` makes tokens of the whole latent;
 ``Flux.forward_orig`` is then given this rank's tokens with their positions, and attention is ours;
 its output tokens are gathered, and ``_forward`` goes on with the whole. Everything else in FLUX
-works on one token at a time, but for two quantised layers (``whole_tensor.py``).
+works on one token at a time, but for two quantised layers (``shard/quantised.py``).
 
 Arguments are bound by name, since their order differs between ComfyUI versions.
 """
@@ -47,8 +47,8 @@ def forward_share(
     Args:
         flux: ComfyUI's ``Flux`` module.
         arguments: keyword arguments of ``Flux._forward`` for the whole batch.
-        scaled: its layers of old scaled fp8.
-        patches: of nodes, which ``arguments`` do not hold.
+        scaled: the layers of ``flux`` that are old scaled fp8, by name.
+        patches: the patches of nodes, which ``arguments`` do not hold.
         residuals: what ControlNets left on this rank; ``control`` refers to them.
         streams: keys and values that PipeFusion keeps.
         pipeline: how this call uses them; see ``pipelined_sequence``.

@@ -6,8 +6,8 @@ A fork is sound here and only here: this process has one thread, and nothing in 
 GPU. Both are looked at before each fork. Where an import broke that, the process executes itself
 anew with nothing imported, and each rank imports for itself.
 
-ComfyUI starts CUDA when it is imported for GPUs. So GPU ranks find here what ComfyUI imports of
-others, and import ComfyUI's own modules themselves.
+ComfyUI starts CUDA when it is imported for GPUs. So for GPU ranks this process imports the packages
+that ComfyUI imports, and each rank imports ComfyUI's own modules itself.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     fd, host_pid = map(int, sys.argv[1:3])
     process.die_with(host_pid)
     process.be_called("xdit-nursery")
-    # Before any import: what others put in its place for their own crashes would come first.
+    # Before any import, so that a crash during an import is reported too.
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [nursery] %(message)s")
@@ -56,13 +56,13 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Born:
-    """What a rank is told by its fork."""
+    """What the nursery tells the rank that it forks."""
 
     rank: int
     variables: dict[str, str | None]
-    """What is other in its environment; None is taken out."""
+    """Environment variables to set in the rank; None removes one."""
     fds: list[int]
-    """Of its channel, of the store, of its log."""
+    """File descriptors of the rank's channel, of the store and of its log."""
 
 
 def serve(
@@ -71,11 +71,11 @@ def serve(
     """Fork ranks until the host closes its end.
 
     Args:
-        ranks: those that live already: the number of each by a descriptor of it.
-        is_cold: nothing was imported here, because that made forking unsound.
+        ranks: process numbers of the ranks that live already, by a descriptor of each process.
+        is_cold: this process imported nothing, because an import would make a fork unsound.
 
     Returns:
-        In each rank: itself. So the frames of this process are not in its tracebacks.
+        In each rank, what the rank is told; so its tracebacks hold no frames of this process.
     """
     while True:
         poller = select.poll()

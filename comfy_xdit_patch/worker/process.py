@@ -232,7 +232,7 @@ def serve(rank: int, channel_fd: int, store_fd: int, host_pid: int) -> NoReturn:
 
 
 class Heartbeat:
-    """Beats while a request is being served, and is still while the host asks for nothing."""
+    """Tells the host, while a request is served, that this process runs; silent otherwise."""
 
     def __init__(self, channel: Channel, count: Callable[[], int]) -> None:
         """Prepare; ``start`` starts the thread.
@@ -264,7 +264,7 @@ class Heartbeat:
         try:
             while True:
                 self._is_busy.wait()
-                time.sleep(BEAT_S)  # First: most steps are over by then.
+                time.sleep(BEAT_S)  # Before the first beat: most steps end earlier.
                 request = self._request
                 if request is not None:
                     self._channel.send(Alive(request, self._count()), deadline_s=SEND_DEADLINE_S)

@@ -8,9 +8,9 @@ reaches and what each of these things is; the host looks whether its own are the
 (``host/weights/likeness.py``).
 
 The walk begins with the classes of the modules. A function reaches the globals that its code
-names, and the attributes of modules among them; a class, what it inherits under a name that some
-code names, and operators. So more is found than a step calls, and never less, but for what code
-looks up by a text that it makes.
+names, and the attributes of modules among them. A class reaches what it inherits under a name that
+some code names, and its operators. So the walk finds more than a step calls. It finds less only
+where code looks something up by a text that it makes.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ WALKED = (
     *("comfy", "comfy_kitchen", "einops"),
     *("torch.nn", "torch.functional", "torch._tensor", "torch.overrides"),
 )
-"""Whose functions are followed. Of others only their own replacement is seen."""
+"""Packages whose functions are followed. Of other functions only a replacement is seen."""
 NOT_COMPUTED_WITH = (
     *("comfy.memory_management", "comfy.pinned_memory", "comfy_aimdo"),
     *("torch.cuda", "torch.xpu", "torch.ops", "torch.jit", "torch.hub"),
     *("logging", "sys", "os", "gc", "threading", "time", "warnings", "weakref", "enum"),
 )
-"""Where weights lie, and what is said: no part of a result. comfy-aimdo is on in the host only."""
+"""Modules that place weights or write logs: no part of a result. The host alone has comfy-aimdo."""
 MANAGEMENT = "comfy.model_management"
 TORCHS_OWN = ("torch.nn.modules.module:Module", "__init__")
 """torch.compile puts a function of its own here, which counts modules."""
 TENSORS = ("torch:Tensor", "torch.nn.parameter:Parameter", "einops._backends:TorchBackend")
-"""What every code has to do with; einops looks for its own among subclasses."""
+"""Classes that all code reaches; einops looks for its own among their subclasses."""
 WEIGHTS = (
     "comfy.lora:calculate_weight",
     "comfy.model_patcher:LowVramPatch",

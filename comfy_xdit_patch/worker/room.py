@@ -2,8 +2,8 @@
 
 Runs in: worker process.
 
-A rank that runs out of memory in the middle of a call leaves the others inside an exchange: all are
-lost. Before the first exchange all can still say so and be well.
+A rank that runs out of memory in the middle of a call leaves the other ranks inside an exchange,
+and all are lost. Before the first exchange every rank can still say so and be well.
 """
 
 from __future__ import annotations

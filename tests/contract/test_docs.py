@@ -103,17 +103,45 @@ def collect() -> list[Text]:
     return found
 
 
-def rows() -> list[list[str]]:
-    """Every row of the page's tables whose first cell is a text in code marks."""
-    cells = [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in TROUBLESHOOTING.read_text().splitlines()
-        if line.startswith("| `")
-    ]
-    return [[row[0].strip("`| "), *row[1:]] for row in cells]
+@dataclass(frozen=True)
+class Row:
+    """One row of the page's tables: texts that share a remedy."""
+
+    section: str
+    entries: tuple[str, ...]
+    lasts: str | None
+    """None where the table has no such column."""
+    cause: str
+    remedy: str
+
+
+def rows() -> list[Row]:
+    """Every row whose first cell is one or more texts in code marks, a line each."""
+    found = []
+    section = ""
+    for line in TROUBLESHOOTING.read_text().splitlines():
+        if line.startswith("#"):
+            section = line.lstrip("# ")
+        if line.startswith("| `"):
+            first, *lasts, cause, remedy = (cell.strip() for cell in line.strip("|").split(" | "))
+            entries = tuple(entry.strip("`") for entry in first.split("<br>"))
+            found.append(Row(section, entries, *lasts or (None,), cause, remedy))
+    return found
 
 
 TEXTS = collect()
+ROWS = rows()
+ENTRIES = [entry for row in ROWS for entry in row.entries]
+
+
+def rows_of(text: Text) -> list[Row]:
+    """The rows with an entry that is this text, word for word where there is such a one."""
+    exact = [row for row in ROWS if text.template in map(as_template, row.entries)]
+    return exact or [row for row in ROWS if any(map(text.explains, row.entries))]
+
+
+def as_template(entry: str) -> str:
+    return re.sub("<[^<>]+>", VALUE, entry)
 
 
 @pytest.mark.parametrize("name", ["settings.md", "patch-points.md", "compatibility.md"])
@@ -134,30 +162,43 @@ def test_texts_are_found_in_every_part_of_the_package():
     assert parts >= {"host", "planning", "settings.py", "wire", "worker"}
 
 
-def test_every_text_has_an_entry():
-    unexplained = [
-        f"{text.place} can say {text.template.replace(VALUE, '<...>')!r}"
-        for text in TEXTS
-        if not any(text.explains(row[0]) for row in rows())
+def test_every_text_has_an_entry_in_one_row():
+    misfits = [
+        f"{text.place} can say {text.template.replace(VALUE, '<...>')!r}: {len(found)} rows"
+        for text, found in ((text, rows_of(text)) for text in TEXTS)
+        if len(found) != 1
     ]
-    assert unexplained == [], "docs/troubleshooting.md does not explain them"
+    assert misfits == [], "docs/troubleshooting.md explains each text in one row"
 
 
-def test_every_entry_is_a_text_of_the_package_with_a_cause_and_a_remedy():
-    assert len(rows()) >= 60
-    unknown = [row[0] for row in rows() if not any(text.explains(row[0]) for text in TEXTS)]
+def test_every_entry_is_a_text_of_the_package():
+    assert len(ENTRIES) >= 200
+    unknown = [entry for entry in ENTRIES if not any(text.explains(entry) for text in TEXTS)]
     assert unknown == [], "no text of the package is like these"
-    bare = [row[0] for row in rows() if len(row) < 3 or any(len(cell) <= 3 for cell in row[-2:])]
-    assert bare == [], "entries without a cause or a remedy"
+    assert [entry for entry in ENTRIES if ENTRIES.count(entry) > 1] == []
+
+
+def test_every_row_has_a_cause_and_a_remedy():
+    bare = [row.entries for row in ROWS if min(len(row.cause), len(row.remedy)) <= 3]
+    assert bare == []
+    assert [row.entries for row in ROWS if "as above" in (row.cause + row.remedy).lower()] == []
+
+
+def test_texts_of_a_table_with_one_remedy_share_a_row():
+    seen = [(row.section, row.lasts, row.remedy) for row in ROWS]
+    assert [key for key in seen if seen.count(key) > 1] == []
+    assert len(ROWS) <= 130, "the page is to be read, not only searched"
 
 
 def test_an_entry_says_how_long_a_refusal_lasts():
-    refusals = [row for row in rows() if len(row) == 4]
-    lasts = {
-        row[0]: {text.lasts for text in TEXTS if text.is_refusal and text.explains(row[0])}
-        for row in refusals
-    }
-    assert lasts == {row[0]: {row[1]} for row in refusals}
+    refusals = [
+        (entry, row.lasts) for row in ROWS if row.lasts is not None for entry in row.entries
+    ]
+    lasts = [
+        (entry, {text.lasts for text in TEXTS if text.is_refusal and text.explains(entry)})
+        for entry, _ in refusals
+    ]
+    assert lasts == [(entry, {said}) for entry, said in refusals]
     assert len(refusals) >= 30
 
 
@@ -196,11 +237,37 @@ def test_every_link_between_pages_leads_somewhere():
     assert broken == []
 
 
+def named_files(page: Path) -> set[str]:
+    """The files that a page names in code marks; those of the package with or without its name."""
+    rooms = "|".join(sorted(path.name for path in PACKAGE.iterdir() if path.is_dir()))
+    text = page.read_text()
+    short = re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", text)
+    whole = re.findall(r"`((?:comfy_xdit_patch|tests|docs)/[\w./-]+)`", text)
+    return {*whole, *(f"{PACKAGE.name}/{name}" for name in short)}
+
+
 def test_every_file_that_the_docs_name_exists():
-    named = {
-        (page.name, name)
-        for page in DOCS.rglob("*.md")
-        for name in re.findall(r"`((?:comfy_xdit_patch|tests|docs)/[\w./-]+)`", page.read_text())
-    }
-    assert len(named) > 10
+    named = {(page.name, name) for page in DOCS.rglob("*.md") for name in named_files(page)}
+    assert len(named) > 100
     assert [pair for pair in named if not (REPO / pair[1]).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["host/step/step.py", "host/step/call_plans.py", "worker/calls.py", "worker/forward.py"]
+)
+def test_the_page_on_one_step_names_every_file_that_a_step_enters(name):
+    tree = ast.parse((PACKAGE / name).read_text())
+    modules = [
+        path
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name)
+        for path in (
+            f"{node.module}".replace(".", "/") + ".py",
+            *(f"{node.module}.{alias.name}".replace(".", "/") + ".py" for alias in node.names),
+        )
+        if (REPO / path).exists()
+    ]
+    page = DOCS / "how-it-works.md"
+    assert len(modules) > 5
+    text = page.read_text()
+    assert [path for path in modules if path.removeprefix(f"{PACKAGE.name}/") not in text] == []

@@ -1,7 +1,7 @@
 """Forwards under every exact plan equal stock's, and move the bytes that the formulas say.
 
 The strategy is changed in a running ComfyUI process: starting one with its ranks takes longer than
-all cases of a plan. That the setting itself is obeyed is in tests/e2e/test_strategies.py.
+all cases of a plan. That the setting itself is obeyed is in tests/e2e/test_named_strategies.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.planning.strategy import AUTO, NAMES, Strategy, parse_strategy
 from comfy_xdit_patch.settings import (
     VARIABLES,
-    DeviceRequest,
+    AskedDevices,
     cache_directory,
     parse_gpus,
     read_settings,
@@ -20,7 +20,7 @@ from comfy_xdit_patch.settings import (
 
 def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():
     settings = read_settings({})
-    assert settings.gpus == DeviceRequest("all")
+    assert settings.gpus == AskedDevices("all")
     assert settings.strategy == AUTO
     assert not settings.strict
     assert (settings.start_timeout_s, settings.step_timeout_s) == (180, 600)
@@ -46,16 +46,16 @@ def test_the_process_environment_is_read_unless_another_is_given(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("all", DeviceRequest("all")),
-        (" ALL ", DeviceRequest("all")),
-        ("4", DeviceRequest("count", count=4)),
-        ("0", DeviceRequest("off")),
-        ("0,2,3", DeviceRequest("indices", indices=(0, 2, 3))),
-        ("2, 0", DeviceRequest("indices", indices=(2, 0))),
-        ("3,", DeviceRequest("indices", indices=(3,))),  # one GPU by index needs the comma
-        ("cpu:2", DeviceRequest("cpu", count=2)),
-        ("CPU:12", DeviceRequest("cpu", count=12)),
-        ("GPU-1a2b,GPU-3c4d-5e", DeviceRequest("uuids", uuids=("GPU-1a2b", "GPU-3c4d-5e"))),
+        ("all", AskedDevices("all")),
+        (" ALL ", AskedDevices("all")),
+        ("4", AskedDevices("count", count=4)),
+        ("0", AskedDevices("off")),
+        ("0,2,3", AskedDevices("indices", indices=(0, 2, 3))),
+        ("2, 0", AskedDevices("indices", indices=(2, 0))),
+        ("3,", AskedDevices("indices", indices=(3,))),  # one GPU by index needs the comma
+        ("cpu:2", AskedDevices("cpu", count=2)),
+        ("CPU:12", AskedDevices("cpu", count=12)),
+        ("GPU-1a2b,GPU-3c4d-5e", AskedDevices("uuids", uuids=("GPU-1a2b", "GPU-3c4d-5e"))),
     ],
 )
 def test_gpus_can_be_named_in_these_ways(text, expected):

@@ -41,7 +41,7 @@ log = logging.getLogger("comfy_xdit_patch")
 
 
 class Activation:
-    """What became of us in this process: active with a host, or refused with a reason."""
+    """Whether the package is active in this process, with a host, or refused with a reason."""
 
     def __init__(self) -> None:
         self.host: Host | None = None

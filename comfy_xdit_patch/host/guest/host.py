@@ -48,7 +48,7 @@ class Host:
     def __init__(
         self, *, settings: Settings, pool: Pool, pristine: Pristine, before: Host | None = None
     ) -> None:
-        """Make it; ``before`` is the one whose place it takes, with what that knows of models."""
+        """Make a host, in the place of ``before``, whose knowledge of models it keeps."""
         self.settings = settings
         self.pool = pool
         self.totals = Totals()
@@ -57,7 +57,7 @@ class Host:
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
         self.current_run: ContextVar[Run | None] = ContextVar("run", default=None)
         self.is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
-        """Of a call of FLUX that is seen and counted."""
+        """Whether this is inside of a call of FLUX that is seen and counted."""
         self.pristine = pristine
         wire = Wire(pool)
         self._remote = RemoteForward(wire, self.totals)
@@ -103,7 +103,7 @@ class Host:
         self._lock = threading.RLock()
 
     def successor(self, settings: Settings) -> Host:
-        """Return one for other settings, whose workers are new and hold nothing."""
+        """Return a host for other settings, whose workers are new and hold nothing."""
         return Host(settings=settings, pool=self.pool, pristine=self.pristine, before=self)
 
     def model_loaded(
@@ -113,7 +113,7 @@ class Host:
         self.models.remember(patcher.model, loader, path, options, file=file)
 
     def begin_run(self, patcher: Any = None) -> Run:
-        """Make the books of a sampling run of a ModelPatcher."""
+        """Begin to count a sampling run of a ModelPatcher."""
         run = Run(is_flux=self.is_flux(patcher))
         if run.is_flux:
             run.in_use.add(patcher.model)
@@ -125,7 +125,7 @@ class Host:
         return self.pristine.is_member(flux)
 
     def end_run(self, run: Run) -> None:
-        """Close the books of a run, and say one line about it if FLUX took part."""
+        """End the count of a run, and say one line about it if FLUX took part."""
         self._remote.gone_objects += [number for _, number in run.objects.values()]
         with self._lock:
             self._steps.end(run)
@@ -152,7 +152,7 @@ class Host:
         begin = time.perf_counter()
         outcome = self.attempt(flux, arguments, compute, run, is_inner=run.is_around)
         if run.is_around and isinstance(outcome, Refusal):
-            return None  # The call around this one has the blocks run, and counts.
+            return None  # The call around this call has the blocks run, and is counted.
         run.num_calls += 1
         out = None
         if isinstance(outcome, Refusal) and outcome.has_raised:

@@ -4,8 +4,9 @@ Runs in: host process.
 
 A node gives a model, or its class, a ``forward`` of its own; it may call ComfyUI's ``_forward``,
 or parts of it, or the blocks alone. While ``BaseModel._apply_model`` runs such a model, its
-``forward`` is ours, and runs the node's with the blocks on the workers (``driven.py``). If that
-comes to ``_forward`` after all, the call is computed and counted there.
+``forward`` is ours, and runs the node's with the blocks on the workers
+(``host/step/block_calls.py``). If the node's comes to ``_forward`` after all, the call is computed
+and counted there.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
 
 
 def control_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
-    """The points that run ControlNets on the ranks; without them they run as ComfyUI has it."""
+    """The points that run ControlNets on the ranks; without these points ComfyUI runs them."""
     return (
         PatchPoint(
             "comfy.ldm.flux.controlnet",

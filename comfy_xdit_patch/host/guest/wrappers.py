@@ -42,7 +42,7 @@ class Wrappers:
             ours = self._attempt_step(wrapped, flux, args, kwargs)
             if ours.out is not None:
                 return ours.out
-            self._host.hooks.make_up()  # A fault in this is no reason to go on without.
+            self._host.hooks.make_up()  # Outside: without it ComfyUI would compute other weights.
             out = wrapped(*args, **kwargs)
             if ours.fault is not None:
                 self._step_faulted(ours.fault)

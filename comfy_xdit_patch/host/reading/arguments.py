@@ -20,8 +20,8 @@ MAPPINGS = ("control", "transformer_options")
 def check_arguments(arguments: Mapping[str, Any]) -> list[Refusal]:
     """See whether the workers can be given everything that this call's result depends on.
 
-    Other keyword arguments than the carried ones are swallowed by ``Flux._forward`` unread; what
-    nodes set in ``transformer_options`` is looked at by ``host/reading/node_patches.py``.
+    ``Flux._forward`` takes other keyword arguments than the carried ones and does not read them.
+    ``host/reading/node_patches.py`` looks at what nodes set in ``transformer_options``.
     """
     found = []
     if "multigpu_thread_device" in (arguments.get("transformer_options") or {}):

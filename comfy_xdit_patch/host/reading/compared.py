@@ -2,10 +2,10 @@
 
 Runs in: host process. Reads modules and classes, changes nothing.
 
-What stands under a name is described and compared once; after that it is enough that it is the same
-object. Two thousand names are asked in a tenth of a millisecond if no frame of Python's runs for
-each; half of them are names that a class has not, and inherits. What can change inside of an object
-is looked at once a run.
+What stands under a name is described and compared once; after that the host only asks whether it
+is still the same object. Two thousand names take a tenth of a millisecond, because no Python frame
+runs for each name; half of them are names that a class does not have itself and inherits. Once a
+run the host looks at what can change inside of an object.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Pristine:
     """
 
     def __init__(self, modules: Mapping[str, types.ModuleType]) -> None:
-        """Remember them, of ``sys.modules`` or a part of it that holds ``comfy.ldm.flux.*``."""
+        """Remember the classes in ``sys.modules``, or in a part with ``comfy.ldm.flux.*``."""
         layers = modules[FLUX_LAYERS_MODULE]
         self._block_classes = tuple(getattr(layers, name) for name in BLOCK_CLASSES)
         self.bypass = BypassCode(modules)
@@ -63,7 +63,7 @@ class Pristine:
         self._members.add(self.control_class)
 
     def is_member(self, flux: Any) -> bool:
-        """Whether a model is of one of the family's own classes, or of one made from it."""
+        """Whether a model's class is one of the family's own, or made from one of them."""
         return self.ways.class_of(flux) is not None
 
     def reads(self, flux: Any, kind: str) -> bool:
@@ -74,7 +74,7 @@ class Pristine:
         return any(code is not None and kind in code.co_consts for code in codes)
 
     def check_step(self, flux: Any) -> list[Refusal]:
-        """See what others changed in a model and its blocks. Every step."""
+        """See what node packs changed in a model and its blocks. Every step."""
         own_class = type(flux) if type(flux) in self._members else self.ways.class_of(flux)
         if own_class is None:
             return [Refusal(f"the diffusion model is no FLUX but {origin(flux)}")]
@@ -102,7 +102,7 @@ class Pristine:
         return found
 
     def check_modules(self, flux: Any) -> list[Refusal]:
-        """See what others hung on single modules. Once a run."""
+        """See what node packs put on single modules. Once a run."""
         found = []
         for name, module in flux.named_modules():
             is_block = name.split(".")[0] in BLOCK_LISTS
@@ -206,7 +206,7 @@ def blocking(refusals: Iterable[Refusal], *, any_of_them: bool = False) -> Refus
     """Return the first refusal that keeps even the blocks from running on the workers.
 
     Args:
-        any_of_them: one that lies around the blocks is in the way too.
+        any_of_them: a refusal of what lies around the blocks counts too.
     """
     return next((one for one in refusals if any_of_them or not one.is_around_blocks), None)
 

@@ -6,9 +6,9 @@ A ring joins parts of attention by their log-sum-exp, which no attention functio
 returns; torch's own kernels run in its place (docs/adr/0014). That is the same up to rounding for
 functions that are exact, and something else for those that are not, or that somebody chose.
 
-Of the blocks' weights each rank has a part (``worker/weights/tensor_blocks.py``), and so has
-whatever runs inside of them: a node's patch sees some of the heads. Patches and weights for which a
-part is not what the whole would be are refused.
+With ``tensor`` each rank has a part of the blocks' weights (``worker/weights/tensor_blocks.py``),
+and code inside of the blocks sees that part: a node's patch sees some of the heads. Patches and
+weights that need the whole are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from comfy_xdit_patch.host.reading.models import flux_of
 from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
 from comfy_xdit_patch.planning.tensor_cuts import cuts_of
 from comfy_xdit_patch.wire.fingerprint import PREFIX, unpatched
-from comfy_xdit_patch.wire.tensors import can_slice
+from comfy_xdit_patch.wire.tensors import can_cut
 
 EXACT = {
     "attention_basic",
@@ -108,7 +108,7 @@ def _no_cuts(model: Any, degree: int) -> Refusal | None:
             linear = flux.get_submodule(name)
             weight = stored.get(f"{PREFIX}{name}.weight", linear.weight)
             others = [p for key, p in linear.named_parameters() if key not in ("weight", "bias")]
-            if not can_slice(weight) or any(p.numel() > 1 for p in others):
+            if not can_cut(weight) or any(p.numel() > 1 for p in others):
                 return Refusal(
                     "XDIT_STRATEGY cuts the weights (tensor), and these are quantised in groups"
                 )

@@ -88,7 +88,7 @@ class ModelRegistry:
         return self._number(base_model, dataclasses.replace(known.source, uncast=uncast))
 
     def renumber_without_file(self, base_model: Any) -> KnownModel:
-        """Give a model that is not what its file holds, or not what it was, a new number."""
+        """Give a model a new number if it is not what its file holds, or not what it was."""
         known = self._known.get(base_model)
         if known is not None:
             self._gone.append(known.number)
@@ -102,8 +102,8 @@ class ModelRegistry:
     def follow_file(self, base_model: Any, known: KnownModel) -> KnownModel | Refusal:
         """Return a model as it is to be known now: one whose file has changed has none.
 
-        What ComfyUI holds is then carried, unless it holds pages of the file itself: what is in
-        those is nobody's to say.
+        What ComfyUI holds is then carried, unless it holds pages of the file itself: nobody can say
+        what is in those pages.
         """
         if not self.has_changed(known):
             return known

@@ -7,7 +7,7 @@ The rule (docs/compatibility.md has it as a table):
     another one runs on every rank with all tokens gathered, if its source is found there again and
         it keeps nothing from call to call;
     what works around the blocks (before them, between them, instead of one) runs here, as it
-        always does, and the blocks run on the ranks (``driven.py``);
+        always does, and the blocks run on the ranks (``host/step/block_calls.py``);
     anything else is refused with its reason.
 What FLUX never reads changes nothing.
 """

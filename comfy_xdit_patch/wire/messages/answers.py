@@ -56,7 +56,7 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
 }
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 MAX_BLOCKS = 1000
-"""No model has so many; a list of residuals has an item for each."""
+"""No model has so many blocks; a list of residuals has an item for each block."""
 RESIDUAL_LISTS = ("input", "middle", "output")
 """ComfyUI's names."""
 

@@ -100,8 +100,8 @@ class Done:
 
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
-    ``busy_seconds`` are those in which it did not wait for others; with ``is_launch_bound`` its CPU
-    and not its GPU was busy in them.
+    ``busy_seconds`` are those in which it did not wait for other ranks; with ``is_launch_bound``
+    its CPU, and not its GPU, was busy in them.
     """
 
     request: int
@@ -168,7 +168,7 @@ class NoRoom:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """The call raised an exception here, this rank is well, and so are the others if they say so.
+    """The call raised an exception here, and this rank is well. Other ranks speak for themselves.
 
     ``error`` is its class, ``num_exchanges`` those that this rank has made in the call: ranks that
     raised at the same place have made as many.

@@ -8,10 +8,10 @@ Dimension letters in this file
     H  heads
     K  head width
 
-Ranks that exchange tokens for heads (``ulysses.py``) have all tokens of theirs for some heads each.
-Without a ring these are all tokens there are, and ComfyUI's own attention function runs on them.
-With one, the keys of the other ranks come round (``ring.py``); without all-to-all, each rank is
-alone at its place of the ring.
+Ranks that exchange tokens for heads (``ulysses.py``) then have all their tokens together, each rank
+for some heads. Without a ring these are all tokens of the sequence, and ComfyUI's own attention
+function runs on them. With a ring, the keys of the other ranks come round (``ring.py``); without
+an all-to-all, each rank stands alone at its place of the ring.
 
 Attention does not care in which order keys come, so rank order is as good as any; a mask is put
 into that order. RoPE is applied by ComfyUI before attention is called, with this rank's own
@@ -58,7 +58,7 @@ class SequenceAttention:
             shares: tokens and heads of every rank in the sequence group.
             index: this rank's place in the group.
             function: a node's own ``optimized_attention_override``, to run on the local heads.
-            wants_order: give it the tokens in ComfyUI's order.
+            wants_order: give ``function`` the tokens in ComfyUI's order.
         """
         if function is not None and groups.ring is not None:
             raise ValueError("A ring has no place for an attention function of a node's.")
@@ -75,9 +75,9 @@ class SequenceAttention:
         self._ring_bytes = 0
 
     def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Return this with an attention of the checkpoint's underneath, unless a node chose one.
+        """Return an override that runs the checkpoint's attention, unless a node chose a function.
 
-        It is given the tokens in ComfyUI's order: what it does with them is not known.
+        The checkpoint's function gets the tokens in ComfyUI's order: it may look at their places.
         """
         if self._function is not None:
             return self

@@ -29,7 +29,7 @@ FLASH, EFFICIENT = 1, 2
 BIAS_ALIGNMENT = 16
 """The efficient kernel reads a bias in steps of so many keys."""
 MAX_SCORES = 1 << 26
-"""Of plain mathematics at a time."""
+"""How many scores are computed at a time where no kernel does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def attention_with_lse(
     """Return the output (B, H, L, K) and the log-sum-exp (B, H, L) of each query."""
     q, k, v = q_BHLK, k_BHMK, v_BHMK
     values = None if bias is None else bias.values
-    with sdpa_kernel(KERNELS):  # not cuDNN's, which is other in what it returns
+    with sdpa_kernel(KERNELS):  # Not cuDNN's kernel, which returns something else.
         kernel = torch._fused_sdp_choice(q, k, v, values, 0.0, False, scale=scale)
     if kernel == FLASH and not q.is_cuda:
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(

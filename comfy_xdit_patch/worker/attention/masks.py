@@ -7,8 +7,8 @@ Dimension letters in this file
     S  sequence, all tokens of it, in ComfyUI's order
     H  heads
 
-Indices are made on the device, for a copy from a list would have the CPU wait for the device; and
-kept, for the shares of a call are mostly those of the call before.
+Indices are made on the device, because to copy a list there would make the CPU wait for the device.
+They are kept, because most calls have the same shares as the call before.
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ class RankMasks:
                     part = part.index_select(dim, order_of(self.ranges(span), mask.device))
             if mask.ndim == 4 and mask.shape[1] == heads:
                 part = part[:, slice(*self._heads)]
-            # The mask itself is kept so that its id is.
+            # The mask is kept too: otherwise another object could get its id.
             self._known[key] = mask, finish(part)
         return self._known[key][1]

@@ -3,9 +3,10 @@
 Runs in: worker process.
 
 From 0.39 on ComfyUI's attention functions take ``preferred_attention``, a module of the block's
-whose ``function`` runs in place of the one that ComfyUI chose. They hand it to nobody where an
-``optimized_attention_override`` is set, and in a shared call one always is: ours. So it is handed
-to ours here. A node's own override goes before it, as in ComfyUI.
+whose ``function`` runs in place of the function that ComfyUI chose. Where an
+``optimized_attention_override`` is set, ComfyUI does not pass that module on; and in a shared call
+our override is always set. So this file gives the module to our override. A node's own override
+goes before it, as in ComfyUI.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OVERRIDE = "optimized_attention_override"
 
 
 class SharedAttention(Protocol):
-    """An override of ours."""
+    """Our override of attention."""
 
     def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Return the override with this function underneath."""

@@ -43,8 +43,8 @@ class HeadExchange:
         """Prepare.
 
         Args:
-            heads: of every rank that exchanges.
-            group: of these ranks; None where this one is alone, and nothing is exchanged.
+            heads: how many heads each rank of the group takes.
+            group: the ranks that exchange; None where this rank is alone and exchanges nothing.
         """
         self._heads = heads
         self._head_bounds = bounds(heads)
@@ -73,11 +73,11 @@ class HeadExchange:
             )
         else:
             # Each head range of q, k and v is copied once, straight to its place on the wire.
-            for (start, end), chunk in zip(self._head_bounds, torch.split(wire, sent), strict=True):
+            for (start, end), part in zip(self._head_bounds, torch.split(wire, sent), strict=True):
                 torch.stack(
                     [t[:, start:end].permute(2, 0, 1, 3) for t in qkv_BHLK],
                     dim=1,
-                    out=chunk.view(length, len(qkv_BHLK), batch, end - start, width),
+                    out=part.view(length, len(qkv_BHLK), batch, end - start, width),
                 )
         received = self._all_to_all(
             wire, self._group, sent=sent, received=[n * row * self.local_heads for n in tokens]

@@ -23,10 +23,10 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeptKeys:
-    """Those of one stream, of the blocks of this rank's stage."""
+    """Keys and values of one stream, for the blocks of this rank's stage."""
 
     def __init__(self, shares: SequenceShares) -> None:
-        """Begin with none.
+        """Begin without keys.
 
         Args:
             shares: of all pipeline patches; they say what lies where.
@@ -70,7 +70,7 @@ class StreamKeys:
         """Return what the call before left.
 
         Raises:
-            WorkerError: there is nothing, or of other tokens.
+            WorkerError: nothing was kept, or it belongs to other tokens.
         """
         kept = self._streams.get(stream)
         if kept is None or kept.shares != shares:
@@ -78,6 +78,6 @@ class StreamKeys:
         return kept
 
     def forget(self, streams: Sequence[int] | None = None) -> None:
-        """Free those of some streams, of all by default."""
+        """Free what some streams keep; all streams by default."""
         for stream in list(self._streams) if streams is None else streams:
             self._streams.pop(stream, None)

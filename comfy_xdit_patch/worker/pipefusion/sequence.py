@@ -47,19 +47,19 @@ from comfy_xdit_patch.worker.shard.sequence import keep_own, stream_counts
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one call computes: an exact one all tokens at once, another one patch after patch."""
+    """What one call computes: an exact call all tokens at once, any other patch after patch."""
 
     shares: SequenceShares
     kept: KeptKeys
     order: torch.Tensor | None
-    """Of an exact call: where each token that is kept stands in this pass."""
+    """In an exact call: where each token whose keys are kept stands in this pass."""
 
     @property
     def num_patches(self) -> int:
         return self.shares.ring_degree
 
     def keys(self, patch: int, stage: Stage) -> Keys:
-        """What gives all keys for those of one patch."""
+        """Return a function from the keys of one patch to the keys of all tokens."""
         if self.order is not None:
             return partial(self._fill, stage)
         degree = self.shares.ulysses_degree

@@ -9,10 +9,10 @@ Dimension letters in this file
 
 ComfyUI's ``forward_orig`` runs as it is. While it does, the ``forward`` of each block is ours:
 
-    a block of the stage      runs; the first one is given what came from the stage before
-    the first one after it    hands on what it is given, which is what the next stage must have:
-                              ControlNets add to tokens between blocks, and this comes after it
-    any other                 returns its tokens untouched
+    a block of the stage      runs; its first block is given what the stage before has sent
+    the first block after it  sends on its input, which is what the next stage needs: ControlNets
+                              add to tokens between blocks, and the block's input has that
+    any other block           returns its tokens untouched
 
 What a stage computes outside of its blocks (embeddings, the head) is small, and is thrown away on
 all but the last.
@@ -51,8 +51,8 @@ class Stage:
         """Prepare.
 
         Args:
-            blocks: of this stage; double blocks are numbered first.
-            index: of this stage among those of ``group``, one rank of each.
+            blocks: numbers of this stage's blocks; double blocks are numbered first.
+            index: this stage's place in ``group``, which has one rank of each stage.
             lengths: tokens of this rank's shard in every patch, in the order in which they come.
         """
         self._doubles, self._singles = list(flux.double_blocks), list(flux.single_blocks)
@@ -63,12 +63,12 @@ class Stage:
         self._incoming: list[tuple[torch.Tensor, dist.Work]] = []
         self._sends: list[tuple[torch.Tensor, dist.Work]] = []
         self.block = -1
-        """The one that runs."""
+        """Number of the block that runs."""
         self.bytes_sent = 0
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Have the blocks know their stage while this lasts, and what was sent arrive."""
+        """Put the stage's ``forward`` on every block while this lasts; then wait for all sends."""
         with ExitStack() as stack:
             for number, block in enumerate((*self._doubles, *self._singles)):
                 names = DOUBLE if number < len(self._doubles) else SINGLE

@@ -2,8 +2,14 @@
 
 Runs in: worker process.
 
-A rank that waits for another one does so in here and nowhere else. The count tells the host how far
-a rank is, and in a hang, which one is behind. The clock is told of every wait.
+Every exchange begins in here and is counted. The count tells the host how far a rank is, and in a
+hang, which rank is behind. Not every exchange ends in here: PipeFusion's stages wait for the tokens
+that they send and receive (``pipefusion/stage.py``), and on CUDA whatever waits for the device
+waits for the exchanges on it too, such as the copy of a result or the measurement of the links.
+
+The clock is told of the waits that begin in here, but not of ``all_reduce_sum``: the ranks of a
+tensor group have one speed, that of the slowest of them. It is not told of a stage's waits either:
+a plan with PipeFusion shares nothing by speed.
 
 How long a rank computes, without what it waits for:
     CPU     seconds outside of exchanges. A core that another program takes part of counts: the rank
@@ -79,7 +85,7 @@ class BusyClock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Take what is done in here for a wait."""
+        """Count the time that this lasts as a wait for other ranks."""
         start_s = time.perf_counter()
         first = None if self._call is None else self._recorded()
         yield

@@ -16,7 +16,7 @@ from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import Groups
 
 SIZES_BYTES = (1 << 10, 1 << 20)
-"""For each rank. NCCL has another protocol for each."""
+"""Sizes of what each rank sends to each other rank. NCCL has another protocol for each size."""
 LIMIT = 65521
 """Values stay below this prime, and float32 holds them exactly."""
 

@@ -3,13 +3,13 @@
 Runs in: worker process.
 
 Groups are made once for each grid shape and kept: ComfyUI changes the batch from call to call.
-xfuser's coordinators are not used: each makes a gloo group beside NCCL's, no group of theirs has
+xfuser's coordinators are not used: each makes a gloo group beside NCCL's, none of their groups has
 our timeout, and to import them costs a rank seconds.
 
 Gloo listens on a port of the loopback interface for each process group, for as long as the group
-lives, and asks nobody who they are. Measured (torch 2.11): every connection costs the rank a file
-descriptor, also after it was closed, and 20,000 of them ended it. Gloo connects all ranks while a
-group is made, so what comes later is a stranger.
+lives, and accepts any connection. Measured (torch 2.11): every connection costs the rank a file
+descriptor, also after it was closed, and 20,000 connections ended the rank. Gloo connects all ranks
+while a group is made, so a later connection comes from some other program.
 
 The sockets are gloo's own and stay as they are; a filter of the kernel drops what is sent to them.
 """
@@ -74,7 +74,7 @@ class Groups:
 
     @property
     def weights(self) -> dist.ProcessGroup:
-        """All ranks, for weight shards. Apart from the others: NCCL queues what shares a group."""
+        """All ranks, for weight shards; a group apart, since NCCL runs one group's work in turn."""
         assert self._weights is not None, "made by join"
         return self._weights
 
@@ -147,7 +147,7 @@ class Groups:
             return None
         key = tuple(lists)
         if key == (self._all_ranks,):
-            return dist.group.WORLD  # It is there: one communicator less.
+            return dist.group.WORLD  # This group exists: one communicator less.
         if key not in self._by_ranks:
             # Every rank makes all of them in this order, its own or not: that is torch's rule.
             made = [self._new_group(ranks) for ranks in lists]

@@ -60,7 +60,8 @@ class DrivenBlocks:
         """Run one block on this rank's tokens, together with all others.
 
         Args:
-            arguments: of its ``forward``. Tokens are ["whole", tensor] or recipes of kept ones.
+            arguments: those of the block's ``forward``. Tokens are ["whole", tensor], or recipes
+                of tokens that the ranks keep.
             keep: numbers for the tensors that it returns.
 
         Returns:
@@ -114,7 +115,7 @@ class DrivenBlocks:
         if name in STREAM_OF:
             if value[0] == "whole":
                 return mine.own(value[1], STREAM_OF[name])
-            # A block changes its tokens in place; others may refer to these.
+            # A block changes its tokens in place; other recipes may refer to these tokens.
             return self._follow(value, mine.shares).clone()
         if name == "pe":
             return mine.own(value, dim=POSITIONS_DIM)

@@ -2,7 +2,7 @@
 
 Runs in: worker process.
 
-As in ``sharded_sequence.py``, nothing is written a second time: ``ControlNetFlux.forward`` makes
+As in ``sequence.py``, nothing is written a second time: ``ControlNetFlux.forward`` makes
 tokens of latent and hint, ``forward_orig`` is given this rank's, and what it returns stays here.
 """
 

@@ -91,7 +91,7 @@ class ModelPatches:
 
 
 class Missing:
-    """Stands for an option that could not be carried: whoever uses it is not served."""
+    """Stands for an option that could not be carried: a patch that uses it is refused."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -136,7 +136,7 @@ def _around_attention(patch: Any, tokens: RankTokens) -> Any:
             name: None if value is None else tokens.gather(value, dim=dim)
             for name, value in given.items()
         }
-        extra = _whole_slice(extra_options, tokens.num_tokens, tokens)
+        extra = _with_whole_image(extra_options, tokens.num_tokens, tokens)
         out = patch(**gathered, attn_mask=attn_mask, extra_options=extra)
         result: dict[str, Any] = {"attn_mask": out.get("attn_mask", attn_mask)}
         for name, before in gathered.items():
@@ -155,7 +155,7 @@ def _around_attention(patch: Any, tokens: RankTokens) -> Any:
 def _after_attention(patch: Any, tokens: RankTokens) -> Any:
     def attn1_output_patch(attn: torch.Tensor, extra_options: Any) -> torch.Tensor:
         gathered = tokens.gather(attn)
-        out = patch(gathered, _whole_slice(extra_options, tokens.num_tokens, tokens))
+        out = patch(gathered, _with_whole_image(extra_options, tokens.num_tokens, tokens))
         if out.shape[1] != gathered.shape[1]:
             raise PatchRefusedError("it changes the number of tokens in attention")
         return tokens.own(out)
@@ -163,10 +163,10 @@ def _after_attention(patch: Any, tokens: RankTokens) -> Any:
     return attn1_output_patch
 
 
-def _whole_slice(
+def _with_whole_image(
     extra_options: Mapping[str, Any], length: int, tokens: RankTokens
 ) -> dict[str, Any]:
-    """Where the image's tokens are among all."""
+    """Say where the image's tokens are among all tokens."""
     return {**extra_options, "img_slice": [tokens.num_text_tokens, length]}
 
 

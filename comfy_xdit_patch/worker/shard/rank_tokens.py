@@ -2,8 +2,8 @@
 
 Runs in: worker process.
 
-Whole tokens are in ComfyUI's own order. Gathered, they are for code that was not written for
-shards: it is given whole tensors on every rank, and does the same on every rank.
+Whole tokens are in ComfyUI's own order. Tokens are gathered for code that was not written for
+shards: every rank gives it whole tensors, and it does the same on every rank.
 
 Dimension letters in this file
     B  batch
@@ -88,8 +88,8 @@ class RankTokens:
     ) -> torch.Tensor:
         """Return this rank's part of whole tokens, in a tensor of its own.
 
-        Of fewer tokens than there are, they are the first: a ControlNet's residuals do not cover
-        references.
+        Where ``whole`` has fewer tokens than the sequence, they are its first ones: a ControlNet's
+        residuals do not cover references.
         """
         length = whole.shape[dim]
         parts = [

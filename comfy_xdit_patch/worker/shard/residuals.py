@@ -50,11 +50,11 @@ class Residuals:
             self._sets.pop(call, None)
 
     def whole(self, control: Mapping[str, Any]) -> dict[str, Any]:
-        """Follow recipes on a rank that has all tokens of its rows."""
+        """Follows recipes on a rank that has all tokens of its rows."""
         return _follow(control, lambda call, i: self._sets[call].tensors[i], lambda whole: whole)
 
     def cut(self, control: Mapping[str, Any], *, mine: RankTokens) -> dict[str, Any]:
-        """Follow recipes on any part of the tokens, where every residual came whole."""
+        """Follows recipes on any part of the tokens, where every residual came whole."""
 
         def residual(call: int, index: int) -> torch.Tensor:
             raise ValueError(f"Residual {index} of call {call} is not whole on this rank.")

@@ -57,10 +57,10 @@ def _check_file(source: ModelSource) -> None:
 
 
 def _check_places(path: str, model: torch.nn.Module) -> None:
-    """See that nothing is on a device yet: a worker could never give it back.
+    """See that no weight is on a device yet: a worker could never give it back.
 
     Raises:
-        WorkerError: a weight is.
+        WorkerError: a weight is on a device.
     """
     for name, weight in model.named_parameters():
         if weight.device.type not in WITHOUT_DEVICE_MEMORY:

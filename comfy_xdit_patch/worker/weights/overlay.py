@@ -55,7 +55,7 @@ class Overlay:
             tensor: finds the tensor behind a place.
 
         Raises:
-            WorkerError: it does not fit in memory.
+            WorkerError: the overlay does not fit in memory.
         """
         bypass = state.get("bypass")
         if (bypass and bypass["key"]) != self._bypass_key:
@@ -76,10 +76,10 @@ class Overlay:
             self._forget(patcher, next(iter(self._groups)))
 
     def take_off(self, patcher: Any, *, restore: bool) -> None:
-        """Leave a model as it is without this.
+        """Take this overlay off the model.
 
         Args:
-            restore: give the weights their contents back; else they are about to be replaced.
+            restore: give the weights their contents back. Without it the caller replaces them.
         """
         self._eject()
         if restore:
@@ -90,7 +90,7 @@ class Overlay:
             self._forget(patcher, key)
 
     def bytes_held(self, patcher: Any) -> int:
-        """Bytes on the device that weights put aside take."""
+        """Bytes on the device that the weights put aside take."""
         kept = [patcher.hook_backup, *patcher.cached_hook_patches.values()]
         return sum(
             part.nbytes

@@ -32,7 +32,7 @@ class Resident:
     patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
     ``attributes`` are the plain ones of its modules, as ComfyUI made them.
     ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
-    columns, where blocks are cut by those. ``is_placed`` says that the weights in use are on the
+    columns, where blocks are cut by those. ``is_on_device`` says that the weights in use are on the
     device.
     """
 
@@ -48,7 +48,7 @@ class Resident:
     mode: str = "full"
     blocks: ShardedBlocks | None = None
     tensor: TensorBlocks | None = None
-    is_placed: bool = False
+    is_on_device: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
     """Which blocks are in place: those of this rank's stage, or all."""
@@ -63,7 +63,7 @@ class Resident:
 
     @property
     def is_whole(self) -> bool:
-        """Whether ComfyUI's memory manager has placed it, and may take it off."""
+        """Whether ComfyUI's memory manager has placed the model, and may take it off the device."""
         return self.blocks is None and self.tensor is None
 
     @property
@@ -83,7 +83,7 @@ class Resident:
         return sharded + (0 if self.tensor is None else self.tensor.bytes_sent)
 
     def begin(self, plan: ParallelPlan, groups: Groups) -> int:
-        """Make it ready for a call; return how many bytes its weights have moved so far.
+        """Make the model ready for a call; return how many bytes its weights have moved so far.
 
         Raises:
             WorkerError: its blocks are cut for another plan.
@@ -109,13 +109,13 @@ class Resident:
         )
 
     def keep_stage(self, stage: range | None) -> None:
-        """Have the blocks of a stage only, all of them for None; it must be off the device."""
+        """Have the blocks of a stage only, or all for None; the model must be off the device."""
         self.staged.keep(stage)
         self.patcher.size = 0  # ComfyUI counts it once and clones the count.
 
     def take_off(self) -> None:
-        """Take it off the device: its weights are the file's again, and nothing is moved."""
-        self.is_placed = False
+        """Take the model off the device: its weights are the file's again, and nothing is moved."""
+        self.is_on_device = False
         self.overlay.take_off(self.current, restore=False)
         if self.blocks is not None:
             self.blocks.release(restore=False)
@@ -127,18 +127,18 @@ class Resident:
         self.current.detach()
 
     def follow_comfyui(self) -> None:
-        """See whether ComfyUI took it off the device, in whole or in part, for another one."""
+        """See whether ComfyUI took the model off the device, in whole or in part, for another."""
         model = self.patcher.model
         if model.current_weight_patches_uuid is None:
-            self.is_placed = False
+            self.is_on_device = False
             self.overlay.take_off(self.current, restore=False)
             self._to_file()
         elif model.model_lowvram and self.mode in ("full", "staged"):
-            self.is_placed = False
+            self.is_on_device = False
             self.overlay.take_off(self.current, restore=True)
 
     def _to_file(self) -> None:
-        """Put the stored weights in the place of those on the device, which are so freed."""
+        """Put the stored weights in the place of those on the device, and so free these."""
         import comfy.utils
 
         for key in self.staged.in_place(self.stored):

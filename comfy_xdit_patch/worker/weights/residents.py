@@ -5,8 +5,8 @@ Runs in: worker process.
     file or packs --load--> stored weights --ComfyUI's patch lists--> weights in use
 
 ComfyUI's own memory manager works in this process as it does in any: it moves a model to the
-device, patches it, and makes room by taking another one off. What it takes off goes back to the
-mapped file and not to a copy in this process.
+device, patches it, and makes room by taking another model off. A model that is taken off has its
+weights in the mapped file again, and no copy of them in this process.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ class Residents:
                 resident.overlay.take_off(resident.current, restore=True)
                 resident.current = self._patched(resident, message.state)
                 resident.mode = message.mode
-                resident.is_placed = False
+                resident.is_on_device = False
             if resident.key != message.key:
                 resident.key, resident.state, resident.digests = message.key, message.state, {}
             if message.verify and not (resident.digests or resident.is_whole):
-                resident.is_placed = False  # Weights are digested before they are cut.
+                resident.is_on_device = False  # Weights are digested before they are cut.
             self._make_room(resident, message.room_bytes)
             self._place(resident, verify=message.verify, progress=progress)
             del before
         except BaseException:
-            # Half a state is none: the next request begins with the file.
+            # Drop a state that is half made: the next request begins with the file.
             self.drop([message.model])
             raise
         return resident, is_new
@@ -131,26 +131,26 @@ class Residents:
             comfy.model_management.unload_all_models()
         gc.collect()
         comfy.model_management.soft_empty_cache()
-        # What the C library keeps for later is nobody's: give it back too.
+        # The C library keeps freed memory for later: give that back too.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
     def _make_room(self, resident: Resident, room_bytes: int | None) -> None:
-        """Take models off, the one used longest ago first, until the others fit beside this one."""
+        """Take models off, the one used longest ago first, until the rest fit beside this model."""
         others = [other for other in self._models.values() if other is not resident]
-        size = sum(other.bytes_held for other in others if other.is_placed)
+        size = sum(other.bytes_held for other in others if other.is_on_device)
         for other in others:
             if room_bytes is None or size <= room_bytes:
                 return
-            if other.is_placed:
+            if other.is_on_device:
                 size -= other.bytes_held
                 other.take_off()
 
     def _place(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
         number = next(n for n, other in self._models.items() if other is resident)
         self._models[number] = self._models.pop(number)  # used last
-        if not resident.is_placed:
+        if not resident.is_on_device:
             dtype = resident.state.get("weight_patch_dtype")
             with patches_computed_in(None if dtype is None else _dtype(dtype)):
                 self._place_patched(resident, verify=verify, progress=progress)
@@ -181,9 +181,9 @@ class Residents:
         else:
             is_complete = resident.mode in ("full", "staged")
             place_whole(resident.current, is_complete=is_complete, progress=progress)
-        resident.is_placed = True
+        resident.is_on_device = True
         for other in self._models.values():
-            if other is not resident and other.is_whole and other.is_placed:
+            if other is not resident and other.is_whole and other.is_on_device:
                 other.follow_comfyui()
 
     def _stage(self, message: Load, resident: Resident) -> range | None:

@@ -35,7 +35,7 @@ from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.weights.flat_layout import ALIGNMENT, FlatLayout, Recipe, round_up
 
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
-"""Takes a weight's name in the diffusion model, and it whole on the device; returns it baked."""
+"""Takes a weight's name in the diffusion model and the whole weight; returns it patched."""
 
 # In the order in which ``Flux.forward_orig`` runs them.
 NUM_WINDOWS = 2
@@ -218,7 +218,7 @@ class ShardedBlocks:
     def _expect(self, index: int) -> None:
         """Make sure that the gather under way is this block's."""
         if self._pending is None or self._pending.unit != index:
-            # First block of a forward, or what was expected is skipped or failed (on all ranks).
+            # The first block of a forward; or all ranks skipped, or failed in, the block expected.
             self.settle()
             self._start(index)
 

@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import shard_sizes
 from comfy_xdit_patch.planning.tensor_cuts import BlockCuts, Cut, cuts_of
-from comfy_xdit_patch.wire.tensors import sliced
+from comfy_xdit_patch.wire.tensors import cut_to
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.shard.rank_tokens import gather_sequence
 
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
-"""Takes a weight's name in the model, and it whole on the device; returns it baked."""
+"""Takes a weight's name in the model and the whole weight, on the device; returns it patched."""
 
 
 class TensorBlocks:
@@ -62,7 +62,7 @@ class TensorBlocks:
         self._group = group
 
     def release(self) -> None:
-        """Let ComfyUI's blocks be as they were. Their weights are the caller's to put back."""
+        """Undo what was changed in ComfyUI's blocks. The caller puts their weights back."""
         for hook in self._hooks:
             hook.remove()
         for owner, name, value in self._whole:
@@ -96,13 +96,13 @@ class TensorBlocks:
             return _as_parameter(whole)
         if name == "bias" and cut.result == "summed":
             return _as_parameter(whole) if self._index == 0 else None
-        return _as_parameter(sliced(whole, cut.dim, cut.ranges(self._index, self.degree)))
+        return _as_parameter(cut_to(whole, cut.dim, cut.ranges(self._index, self.degree)))
 
     def _summed(self, _: Any, __: Any, part: torch.Tensor) -> torch.Tensor:
         assert self._group is not None, "a forward begins with its group"
         data = part.contiguous()
         collectives.all_reduce_sum(data, group=self._group)
-        # A ring sends every chunk but one in either of its two rounds.
+        # A ring sends every piece but one in either of its two rounds.
         own = shard_sizes(data.numel(), self.degree)[self._index]
         self.bytes_sent += 2 * (data.numel() - own) * data.element_size()
         return data

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comfy_xdit_patch.wire.tensors import (
-    DIGEST_CHUNK,
+    DIGEST_PIECE,
     ForeignTensorError,
     digest,
     digest_weight,
@@ -67,12 +67,12 @@ def test_a_name_tells_one_bit_order_shape_and_dtype():
 
 
 def test_a_name_tells_chunks_that_changed_places():
-    chunk = DIGEST_CHUNK
-    base = torch.zeros(2 * chunk + 5, dtype=torch.int64)
+    piece = DIGEST_PIECE
+    base = torch.zeros(2 * piece + 5, dtype=torch.int64)
     base[0] = 1
-    moved = torch.roll(base, chunk)
+    moved = torch.roll(base, piece)
     assert digest(base) != digest(moved)
-    assert digest(moved) == digest(torch.roll(base, chunk))
+    assert digest(moved) == digest(torch.roll(base, piece))
 
 
 def test_a_name_does_not_depend_on_strides():
