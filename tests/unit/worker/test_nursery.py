@@ -18,7 +18,7 @@ from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.host.pool.nursing import Nursery
 from comfy_xdit_patch.wire.messages.requests import Start
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture
