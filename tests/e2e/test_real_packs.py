@@ -22,7 +22,7 @@ from rig.real_packs import PACKS, PATH, Nodes, RealPack
 from rig.server import Server
 from rig.trees import Tree
 
-HERE = [pack for pack in PACKS if pack.checkout() is not None]
+HERE = [pack for pack in PACKS if pack.checkouts()]
 STEPS = 4
 SETTINGS = {name: value for name, value in STRICT.items() if name != "XDIT_STRICT"}
 
@@ -34,7 +34,7 @@ def test_real_packs(
     lines, failures = [], []
     for pack in PACKS:
         try:
-            text = "no checkout" if pack.checkout() is None else row(servers, tree, pack)
+            text = row(servers, tree, pack) if pack.checkouts() else "no checkout"
         except (AssertionError, RigError) as error:
             text = f"FAILED: {str(error).splitlines()[0][:200]}"
             failures.append(f"{pack.repository}: {text}")
@@ -46,9 +46,7 @@ def test_real_packs(
 
 def row(servers: Callable[..., Server], tree: Tree, pack: RealPack) -> str:
     """Run a pack's graph on stock and on ranks, and say what became of it."""
-    checkout = pack.checkout()
-    assert checkout is not None
-    setup = {"models": feature_models(), "node_packs": (checkout,)}
+    setup = {"models": feature_models(), "node_packs": pack.checkouts()}
     stock = servers(tree, XDIT_STRATEGY="off", **setup)
     ranks = servers(tree, XDIT_GPUS="cpu:2", **SETTINGS, **setup)
     for server in (stock, ranks):

@@ -82,18 +82,18 @@ Change = Callable[[Nodes], None]
 
 @dataclass(frozen=True)
 class RealPack:
-    """A pack: its repository's name, and a graph that uses it."""
+    """A pack: its repository's name, a graph that uses it, and a pack that it does not do without."""
 
     repository: str
     change: Change
+    beside: str = ""
 
-    def checkout(self) -> Path | None:
-        """Where it lies on this machine, or None."""
+    def checkouts(self) -> tuple[Path, ...]:
+        """Where it lies on this machine, and what it needs beside it; nothing if it is not here."""
+        names = [name.lower() for name in (self.repository, self.beside) if name]
         folder = os.environ.get(PATH)
-        if not folder:
-            return None
-        found = [p for p in Path(folder).iterdir() if p.name.lower() == self.repository.lower()]
-        return found[0] if found else None
+        here = {path.name.lower(): path for path in Path(folder).iterdir()} if folder else {}
+        return tuple(here[name] for name in names if name in here) if names[0] in here else ()
 
 
 def through(class_type: str, **given: Any) -> Change:
@@ -147,7 +147,8 @@ def basic_pipe(nodes: Nodes) -> None:
     sampler = nodes.draft.sampler
     ends = {name: sampler[name] for name in ("model", "positive", "negative")}
     pipe = nodes.add("ToBasicPipe", **ends)
-    another_sampler("ImpactKSamplerBasicPipe", basic_pipe=pipe)(nodes)
+    sampled = nodes.add("ImpactKSamplerBasicPipe", basic_pipe=pipe)
+    nodes.draft.nodes[DECODER]["inputs"]["samples"] = [sampled[0], 1]  # after the pipe
 
 
 def identity(nodes: Nodes) -> None:
@@ -180,7 +181,7 @@ PACKS = (
     RealPack("ComfyUI-MultiGPU", another_loader("UNETLoaderMultiGPU")),
     RealPack("ComfyUI_UltimateSDUpscale", tiled_upscale),
     RealPack("ComfyUI-Impact-Pack", basic_pipe),
-    RealPack("ComfyUI-Inspire-Pack", another_sampler("KSampler //Inspire")),
+    RealPack("ComfyUI-Inspire-Pack", another_sampler("KSampler //Inspire"), "ComfyUI-Impact-Pack"),
     RealPack("ComfyUI-PuLID-Flux", identity),
     RealPack("ComfyUI-NAG", another_sampler("KSamplerWithNAG", nag_negative=[POSITIVE, 0])),
     RealPack("ComfyUI-DyPE", through("DyPE_FLUX", width=1024, height=1024)),
