@@ -82,7 +82,7 @@ Change = Callable[[Nodes], None]
 
 @dataclass(frozen=True)
 class RealPack:
-    """A pack: its repository's name, a graph that uses it, and a pack that it does not do without."""
+    """A pack: its repository's name, a graph that uses it, and a pack that it needs."""
 
     repository: str
     change: Change
