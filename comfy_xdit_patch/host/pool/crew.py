@@ -144,8 +144,7 @@ class Wire:
     ) -> list[Reply]:
         """Have all ranks compute a call whose arguments lie in slots.
 
-        It is sent again if an argument was taken for that of the call before and is another
-        (``SlotTable.prove``), and once more if a card had no room for it.
+        It is sent once more if a card had no room for it.
 
         Args:
             message: makes the request from its number and the bytes for which room is looked for.
@@ -157,22 +156,14 @@ class Wire:
             WorkerError: the workers are lost.
         """
         num_bytes = room.num_bytes if room is not None else 0
-        is_proved = is_room_made = False
-
-        def prove() -> None:
-            nonlocal is_proved
-            is_proved = self.slots.prove()
-
+        is_room_made = False
         while True:
             replies = self.request(
                 lambda number: message(number, num_bytes),
                 poll=poll,
-                prepare=prepare,
-                meanwhile=prove,
+                prepare=(lambda: ()) if is_room_made else prepare,  # All is in its slots then.
                 check=check,
             )
-            if not is_proved:
-                continue
             if not isinstance(replies[0], NoRoom):
                 return replies
             short_of = [rank for rank, reply in enumerate(replies) if reply.is_mine]  # type: ignore[union-attr]

@@ -37,16 +37,11 @@ class PipelinedCall:
     sigma: float
     schedule: Sequence[float]
     is_warm_up: bool = False
-    num_attempts: int = 0
 
     def tree(self, arguments: Mapping[str, Tree]) -> Tree:
         """Say how the ranks compute it, once its arguments are in their slots. Counts the call."""
         # Slots know contents: a tensor that changed has another slot or version.
         conditioning = [repr(arguments.get(name)) for name in CONDITIONING]
-        if self.num_attempts:
-            # Made again, for it was made with arguments of another call; so are the keys now.
-            self.stream.state = None
-        self.num_attempts += 1
         self.is_warm_up = self.streams.is_warm_up(
             self.stream,
             state=(*self.state, *conditioning, "control" in arguments),

@@ -121,14 +121,6 @@ def test_a_new_run_new_workers_and_a_step_that_fell_back_make_a_call_exact(pipel
     assert exact(pipelines, run, {}, {}) == [True, False]
 
 
-def test_a_call_that_is_made_again_is_exact_and_the_next_one_need_not_be(pipelines):
-    run = Run()
-    assert exact(pipelines, run, {}) == [True]
-    made, tree = call(pipelines, run)
-    assert [made.tree(tree)["is_warm_up"] for _ in range(2)] == [False, True]
-    assert exact(pipelines, run, {}) == [False]
-
-
 def test_the_end_of_a_run_frees_its_streams_once(pipelines, wire):
     run = Run()
     exact(pipelines, run, {}, {"cond": [1]})
