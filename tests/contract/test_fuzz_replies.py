@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import socket
 from pathlib import Path
@@ -118,8 +119,8 @@ class World:
             end.close()
         for worker in self.pool.workers:
             worker.channel.close()
-        self.wire._fds = self.wire.slots.take_created()
-        self.wire._close_fds()
+        for _, fd in self.wire.slots.take_created():
+            os.close(fd)
 
 
 @pytest.mark.parametrize(("reply", "call"), [(DONE, "forward"), (CONTROLLED, "control")])

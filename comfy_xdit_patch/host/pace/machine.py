@@ -114,19 +114,15 @@ class Measuring:
         }
 
     def _ask(self, poll: Poll) -> Sequence[Reply]:
-        requests: list[Probe] = []
-
-        def message(number: int) -> Probe:
-            requests.append(Probe(number, BUDGET_S))
-            return requests[-1]
-
-        def check(replies: list[Reply]) -> None:
-            check_answers(requests[-1], replies)
+        with self._pool.turn(poll) as exchange:
+            request = Probe(exchange.next_number, BUDGET_S)
+            exchange.send(request)
+            replies = exchange.replies(poll)
+            check_answers(request, replies)
             for rank, reply in enumerate(replies):
                 if isinstance(reply, Probed):
                     _check(rank, reply, replies, self._pool.world_size)
-
-        return self._pool.request(message, poll=poll, check=check)
+        return replies
 
     def _made_of(self, replies: Sequence[Probed]) -> Machine:
         gpus = tuple(self._gpu(rank, reply.together) for rank, reply in enumerate(replies))

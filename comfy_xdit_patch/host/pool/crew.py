@@ -6,18 +6,27 @@ Runs in: host process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from comfy_xdit_patch.errors import CallRaisedError, CardsFullError
-from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.pool.exchange import Exchange, Poll, Progress
 from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.wire.messages.answers import check_answers
 from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import NoRoom, Raised, Reply, short
-from comfy_xdit_patch.wire.messages.requests import Map, Unmap
+from comfy_xdit_patch.wire.messages.requests import (
+    Control,
+    Forward,
+    Map,
+    RunBlock,
+    Tree,
+    Unmap,
+)
 from comfy_xdit_patch.wire.packs import PackTable
-from comfy_xdit_patch.wire.slots import Slot, SlotTable
+from comfy_xdit_patch.wire.slots import SlotTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,6 @@ class Wire:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._fds: Sequence[tuple[Slot, int]] = ()
         self.pending: list[Message] = []
         """Without a reply, to be sent before the next request; new workers get none of them."""
         self.owed: Callable[[], object] | None = None
@@ -61,71 +69,21 @@ class Wire:
         if self.generation == self.pool.generation:
             return False
         self.generation = self.pool.generation
-        self._fds = self.slots.take_created()
-        self._close_fds()
+        for _, fd in self.slots.take_created():
+            os.close(fd)
         self._begin()
         return True
 
-    def request(
-        self,
-        message: Callable[[int], Message],
-        *,
-        poll: Poll,
-        prepare: Callable[[], Sequence[Message]] = lambda: (),
-        meanwhile: Callable[[], None] = lambda: None,
-        progress: Callable[[int, float], None] = lambda _, __: None,
-        check: Callable[[Sequence[Reply]], None] = lambda _: None,
-    ) -> list[Reply]:
-        """Send a request to every rank and return the replies in rank order.
-
-        Args:
-            message: makes the request from its number, after ``prepare`` ran.
-            prepare: runs when no worker is computing any more, so that it may write to shared
-                slots; returns messages without a reply to send first.
-            meanwhile: runs once while the workers are at it; must not write to shared slots.
-            progress: called with a rank and the part of a load that it has done.
-            check: raises ``MessageError`` for replies that cannot be right, beyond what their kind
-                says; see ``answers.py``.
+    @contextmanager
+    def turn(self, poll: Poll) -> Iterator[Turn]:
+        """Have all ranks to oneself. None of them is computing: slots may be written to.
 
         Raises:
-            CallRaisedError: the call raised the same exception in every rank.
             WorkerError: the workers are lost.
         """
-
-        def before() -> Sequence[tuple[Message, int | None]]:
-            pending, self.pending = self.pending, []
-            extra = [(item, None) for item in (*pending, *prepare())]
-            return [*extra, *self._slot_messages()]
-
-        def during() -> None:
-            meanwhile()
-            self.pay()
-
-        requests: list[Message] = []
-
-        def numbered(number: int) -> Message:
-            requests.append(message(number))
-            return requests[-1]
-
-        def checked(replies: Sequence[Reply]) -> None:
-            check_answers(requests[-1], replies)
-            check(replies)
-
-        try:
-            replies = self.pool.request(
-                numbered,
-                poll=poll,
-                prepare=before,
-                meanwhile=during,
-                progress=progress,
-                check=checked,
-            )
-        finally:
-            self._close_fds()
-        if isinstance(replies[0], Raised):
-            kind = short(replies[0].error)
-            raise CallRaisedError(f"{kind}: {short(replies[0].text)}", kind=kind)
-        return replies
+        with self.pool.turn(poll) as exchange:
+            self.slots.begin_call()
+            yield Turn(self, exchange, poll)
 
     def pay(self) -> None:
         """Do what is owed, if that has not been done."""
@@ -133,22 +91,89 @@ class Wire:
         if owed is not None:
             owed()
 
-    def call(
+
+class Turn:
+    """All ranks, as long as they answer one caller. A ``MessageError`` raised in it loses them."""
+
+    def __init__(self, wire: Wire, exchange: Exchange, poll: Poll) -> None:
+        self._wire = wire
+        self._exchange = exchange
+        self._poll = poll
+        self._asked: Message | None = None
+
+    @property
+    def number(self) -> int:
+        """Of the request that is asked next."""
+        return self._exchange.next_number
+
+    def place(self, values: Mapping[str, Any]) -> dict[str, Tree]:
+        """Put the arguments of a call into slots, by their paths; see ``SlotTable.place``.
+
+        Raises:
+            UncarriedArgumentError: an argument is not of a type that can cross.
+        """
+        self._wire.slots.begin_call(values)
+        return {path: self.put(path, value) for path, value in values.items()}
+
+    def put(self, path: str, value: Any) -> Tree:
+        """Put one more argument into slots."""
+        return self._wire.slots.place(path, value)
+
+    def ask(self, message: Message, *, first: Sequence[Message] = ()) -> list[Reply]:
+        """Send a request with this ``number`` to every rank, and return the replies in rank order.
+
+        Raises:
+            CallRaisedError: the call raised the same exception in every rank.
+            WorkerError: the workers are lost.
+        """
+        self.send(message, first=first)
+        return self.replies()
+
+    def send(self, message: Message, *, first: Sequence[Message] = ()) -> None:
+        """Send a request, behind new shared memory and messages without a reply.
+
+        Then do what is owed: the ranks are at it.
+        """
+        wire = self._wire
+        pending, wire.pending = wire.pending, []
+        new = wire.slots.take_created()
+        dropped = wire.slots.take_dropped()
+        before: list[tuple[Message, int | None]] = [(item, None) for item in (*pending, *first)]
+        before += [(Map(slot.number, slot.size_bytes), fd) for slot, fd in new]
+        if dropped:
+            before.append((Unmap(dropped), None))
+        try:
+            self._exchange.send(message, before=before)
+        finally:
+            for _, fd in new:
+                os.close(fd)
+        self._asked = message
+        wire.pay()
+
+    def replies(self, progress: Progress = lambda _, __: None) -> list[Reply]:
+        """Wait for the replies to what was sent."""
+        assert self._asked is not None, "something was sent"
+        replies = self._exchange.replies(self._poll, progress)
+        check_answers(self._asked, replies)
+        if isinstance(replies[0], Raised):
+            kind = short(replies[0].error)
+            raise CallRaisedError(f"{kind}: {short(replies[0].text)}", kind=kind)
+        return replies
+
+    def compute(
         self,
-        message: Callable[[int, int], Message],
+        message: Forward | Control | RunBlock,
         *,
-        poll: Poll,
-        prepare: Callable[[], Sequence[Message]],
-        room: Room | None = None,
-        check: Callable[[Sequence[Reply]], None] = lambda _: None,
+        room: Room | None,
+        first: Sequence[Message] = (),
     ) -> list[Reply]:
         """Have all ranks compute a call whose arguments lie in slots.
 
-        It is sent once more if a card had no room for it.
+        It is asked once more if a card had no room for it.
 
         Args:
-            message: makes the request from its number and the bytes for which room is looked for.
-            room: None to compute at once.
+            room: that is looked for; None to compute at once.
+            first: messages without a reply.
 
         Raises:
             CardsFullError: there is no room on a card, also after ComfyUI made some.
@@ -156,35 +181,17 @@ class Wire:
             WorkerError: the workers are lost.
         """
         num_bytes = room.num_bytes if room is not None else 0
-        is_room_made = False
-        while True:
-            replies = self.request(
-                lambda number: message(number, num_bytes),
-                poll=poll,
-                prepare=(lambda: ()) if is_room_made else prepare,  # All is in its slots then.
-                check=check,
-            )
-            if not isinstance(replies[0], NoRoom):
-                return replies
-            short_of = [rank for rank, reply in enumerate(replies) if reply.is_mine]  # type: ignore[union-attr]
-            error = CardsFullError(f"Ranks {short_of} have no {num_bytes >> 20} MiB for a call.")
-            if is_room_made:
-                raise error
-            assert room is not None, "nobody else is asked for room"
-            room.make(str(error))
-            is_room_made = True
+        replies = self.ask(replace(message, working_bytes=num_bytes), first=first)
+        if not isinstance(replies[0], NoRoom):
+            return replies
+        assert room is not None, "nobody else is asked for room"
+        room.make(str(_cards_full(replies, num_bytes)))
+        replies = self.ask(replace(message, request=self.number, working_bytes=num_bytes))
+        if isinstance(replies[0], NoRoom):
+            raise _cards_full(replies, num_bytes)
+        return replies
 
-    def _slot_messages(self) -> list[tuple[Message, int | None]]:
-        self._fds = self.slots.take_created()
-        messages: list[tuple[Message, int | None]] = [
-            (Map(slot.number, slot.size_bytes), fd) for slot, fd in self._fds
-        ]
-        dropped = self.slots.take_dropped()
-        if dropped:
-            messages.append((Unmap(dropped), None))
-        return messages
 
-    def _close_fds(self) -> None:
-        for _, fd in self._fds:
-            os.close(fd)
-        self._fds = ()
+def _cards_full(replies: Sequence[Reply], num_bytes: int) -> CardsFullError:
+    ranks = [r for r, reply in enumerate(replies) if isinstance(reply, NoRoom) and reply.is_mine]
+    return CardsFullError(f"Ranks {ranks} have no {num_bytes >> 20} MiB for a call.")

@@ -10,7 +10,7 @@ Runs in: host process.
 
 Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths; it lives as
 long as the process, because the nursery dies with the *thread* that started it (PR_SET_PDEATHSIG).
-The sampling thread makes requests. ``_calls`` serialises them.
+The sampling thread takes turns with the ranks. ``_calls`` serialises them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from comfy_xdit_patch.errors import WorkerError, XditError
+from comfy_xdit_patch.errors import (
+    ChannelClosedError,
+    DeadlineExceededError,
+    MessageError,
+    WorkerError,
+)
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.pool.exchange import Exchange, Poll
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.launcher import Worker, dismiss_workers, end_workers
 from comfy_xdit_patch.host.pool.start import POLL_S, SEND_DEADLINE_S, Starter, death_text
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.replies import Joined, Reply
+from comfy_xdit_patch.wire.messages.replies import Joined
 
+LOSSES = (WorkerError, MessageError, ChannelClosedError, DeadlineExceededError)
+"""What says that the ranks are not what they should be."""
 WATCH_S = 0.1
 AFTER_LOSS_S = (0.0, 5.0, 30.0, 120.0)
 """Wait before a restart after workers that had worked were lost; the last value repeats."""
@@ -124,28 +130,13 @@ class Pool:
                 self._changed.wait(POLL_S)
             poll()
 
-    def request(
-        self,
-        message: Callable[[int], Message],
-        *,
-        poll: Poll,
-        prepare: Callable[[], Sequence[tuple[Message, int | None]]] = lambda: (),
-        meanwhile: Callable[[], None] = lambda: None,
-        progress: Callable[[int, float], None] = lambda _, __: None,
-        check: Callable[[list[Reply]], None] = lambda _: None,
-    ) -> list[Reply]:
-        """Send a request to every rank and return the replies in rank order.
-
-        Args:
-            message: makes the request from its number, after ``prepare`` ran.
-            prepare: runs when no worker is computing any more, so that it may write to shared
-                slots; returns messages to send first, with the file descriptors beside them.
-            meanwhile: runs once while the workers are at it; must not write to shared slots.
-            progress: called with a rank and the part of a load that it has done.
-            check: raises ``MessageError`` for replies that cannot be right.
+    @contextlib.contextmanager
+    def turn(self, poll: Poll) -> Iterator[Exchange]:
+        """Have all ranks to oneself, when none of them is computing any more.
 
         Raises:
-            WorkerError: a rank failed, died or hung. All workers have been ended.
+            WorkerError: a rank failed, died or hung, or what it said cannot be right. All workers
+                have been ended.
         """
         while not self._calls.acquire(timeout=POLL_S):
             poll()
@@ -155,14 +146,10 @@ class Pool:
                 raise WorkerError(self.error or "The workers are not running.")
             try:
                 exchange.settle(poll)
-                replies = exchange.request(
-                    message, before=prepare(), meanwhile=meanwhile, poll=poll, progress=progress
-                )
-                check(replies)
-            except XditError as error:
+                yield exchange
+            except LOSSES as error:
                 self._break(str(error), generation)
                 raise WorkerError(str(error)) from None
-            return replies
         finally:
             self._calls.release()
 

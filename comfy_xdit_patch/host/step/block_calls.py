@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from comfy_xdit_patch.errors import AroundBlocksError, DeclinedError, TheirError
 from comfy_xdit_patch.host.boundary import is_interrupt
-from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.host.pool.crew import Room, Turn, Wire
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.step.tokens_there import (
     SEQUENCE_DIM,
@@ -215,48 +215,38 @@ class DrivenStep:
         tree: dict[str, Any] = {}
         constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         slots = self._wire.slots
-        written = slots.bytes_written
-
-        def prepare() -> Sequence[Message]:
-            slots.begin_call()
+        with self._wire.turn(self._poll) as turn:
+            written = slots.bytes_written
             for key, value in arguments.items():
                 if key in tokens:
-                    tree[key] = self._tokens(key, value, counts)
+                    tree[key] = self._tokens(turn, key, value, counts)
                 elif key == "vec":
-                    tree[key] = slots.place("driven.vec", encode_modulation(value))
+                    tree[key] = turn.put("driven.vec", encode_modulation(value))
                 elif key in CONSTANT and isinstance(value, torch.Tensor):
                     known, place = self._constants.get(key, (None, None))
-                    tree[key] = place if known is value else slots.place(f"driven.{key}", value)
+                    tree[key] = place if known is value else turn.put(f"driven.{key}", value)
                     constants[key] = value, tree[key]
                 elif key not in ("self", "transformer_options"):
-                    tree[key] = slots.place(f"driven.{key}", value)
+                    tree[key] = turn.put(f"driven.{key}", value)
             if self._patches is not None:
                 options = self._carry_options(arguments.get("transformer_options") or {})
-                self._patches["options"] = slots.place("driven.options", options)
-            return self._forget()
-
-        # Numbers that must be here are fetched before the request: one request at a time.
-        for value in tokens.values():
-            if isinstance(value, RemoteTokens) and not self._is_there(value, counts):
-                value.numbers()
-        replies = self._wire.call(
-            lambda number, working_bytes: RunBlock(
-                request=number,
-                model=self._model,
-                block=name,
-                grid=list(self._plan.grid),
-                weights=list(self._plan.weights),
-                counts=list(counts),
-                arguments=tree,
-                patches=self._patches,
-                keep=keep,
-                is_first=self.num_blocks == 0,
-                working_bytes=working_bytes,
-            ),
-            poll=self._poll,
-            prepare=prepare,
-            room=self._room if self.num_blocks == 0 else None,
-        )
+                self._patches["options"] = turn.put("driven.options", options)
+            replies = turn.compute(
+                RunBlock(
+                    request=turn.number,
+                    model=self._model,
+                    block=name,
+                    grid=list(self._plan.grid),
+                    weights=list(self._plan.weights),
+                    counts=list(counts),
+                    arguments=tree,
+                    patches=self._patches,
+                    keep=keep,
+                    is_first=self.num_blocks == 0,
+                ),
+                room=self._room if self.num_blocks == 0 else None,
+                first=self._forget(),
+            )
         self._constants |= constants
         self._totals.bytes_to_workers += slots.bytes_written - written
         self.num_blocks += 1
@@ -300,13 +290,13 @@ class DrivenStep:
         self._plan.shares_of_counts(0, counts, num_heads=self._flux.num_heads)  # or PlanError
         return counts
 
-    def _tokens(self, key: str, value: torch.Tensor, counts: Counts) -> Tree:
+    def _tokens(self, turn: Turn, key: str, value: torch.Tensor, counts: Counts) -> Tree:
         if isinstance(value, RemoteTokens):
             if self._is_there(value, counts):
                 assert value.recipe is not None
                 return encode(value.recipe)
             value = value.numbers()
-        return ["whole", self._wire.slots.place(f"driven.{key}", value)]
+        return ["whole", turn.put(f"driven.{key}", value)]
 
     def _is_there(self, value: RemoteTokens, counts: Counts) -> bool:
         is_shared_so = value.weights == self._plan.weights  # and not as in an earlier step
@@ -320,29 +310,29 @@ class DrivenStep:
         assert tokens.recipe is not None
         recipe = encode(tokens.recipe)
         slots = self._wire.slots
-        result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
-        replies = self._wire.request(
-            lambda number: Fetch(
-                request=number,
-                model=self._model,
-                grid=list(self._plan.grid),
-                weights=list(self._plan.weights),
-                tokens=recipe,
-                stream=tokens.stream,
-                counts=list(tokens.counts),
-                result=result.number,
-            ),
-            poll=self._poll,
-            prepare=self._forget,
-        )
+        with self._wire.turn(self._poll) as turn:
+            result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
+            replies = turn.ask(
+                Fetch(
+                    request=turn.number,
+                    model=self._model,
+                    grid=list(self._plan.grid),
+                    weights=list(self._plan.weights),
+                    tokens=recipe,
+                    stream=tokens.stream,
+                    counts=list(tokens.counts),
+                    result=result.number,
+                ),
+                first=self._forget(),
+            )
+            shared = result.view(tokens.dtype, tuple(tokens.shape))
+            out = torch.empty_like(shared, device=tokens.device).copy_(shared)
         for reply in replies:
             assert isinstance(reply, Fetched)
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         self._totals.bytes_from_workers += tokens.numel() * tokens.dtype.itemsize
-        shared = result.view(tokens.dtype, tuple(tokens.shape))
-        out = torch.empty_like(shared, device=tokens.device).copy_(shared)
         return out
 
     def _forget(self) -> list[Message]:
-        gone, self._gone[:] = self._gone[:], []
+        gone = [self._gone.pop() for _ in range(len(self._gone))]
         return [Forget(calls=[], objects=[], tokens=gone)] if gone else []

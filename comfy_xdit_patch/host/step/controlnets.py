@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
-from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.replies import Controlled, Reply
+from comfy_xdit_patch.wire.messages.replies import Controlled
 from comfy_xdit_patch.wire.messages.requests import Control, Forget
 from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
@@ -234,36 +233,27 @@ class RemoteControl:
             WorkerError: the workers are lost.
         """
         slots = self._wire.slots
-        tree: dict[str, Any] = {}
         call = next(self._numbers)
-        written = slots.bytes_written
-
-        def prepare() -> Sequence[Message]:
-            paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
-            slots.begin_call({path: arguments[name] for name, path in paths.items()})
-            tree.update({name: slots.place(path, arguments[name]) for name, path in paths.items()})
-            return self._take_gone()
-
-        def check(replies: Sequence[Reply]) -> None:
+        paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
+        with self._wire.turn(poll) as turn:
+            written = slots.bytes_written
+            placed = turn.place({path: arguments[name] for name, path in paths.items()})
+            gone = [self._gone.pop() for _ in range(len(self._gone))]
+            replies = turn.compute(
+                Control(
+                    request=turn.number,
+                    model=model,
+                    call=call,
+                    grid=list(plan.grid),
+                    weights=list(plan.weights),
+                    arguments={name: placed[path] for name, path in paths.items()},
+                ),
+                room=room,
+                first=[Forget(calls=gone, objects=[], tokens=[])] if gone else [],
+            )
             for reply in replies:
-                if isinstance(reply, Controlled):
-                    check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
-
-        replies = self._wire.call(
-            lambda number, working_bytes: Control(
-                request=number,
-                model=model,
-                call=call,
-                grid=list(plan.grid),
-                weights=list(plan.weights),
-                arguments=tree,
-                working_bytes=working_bytes,
-            ),
-            poll=poll,
-            prepare=prepare,
-            room=room,
-            check=check,
-        )
+                assert isinstance(reply, Controlled)
+                check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.controls_parallel += 1
         for rank, reply in enumerate(replies):
@@ -294,8 +284,3 @@ class RemoteControl:
             name: tuple(None if i is None else residuals[i] for i in part)
             for name, part in first.layout.items()
         }
-
-    def _take_gone(self) -> list[Message]:
-        """Tell the workers which residuals nothing refers to any more."""
-        gone, self._gone[:] = self._gone[:], []
-        return [Forget(calls=gone, objects=[], tokens=[])] if gone else []

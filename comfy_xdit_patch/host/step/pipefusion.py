@@ -146,7 +146,8 @@ class Pipelines:
         is_there = pool.state is PoolState.READY and pool.generation == self._wire.generation
         if numbers and is_there:
             run.streams.clear()
-            self._wire.request(lambda request: Free(request, numbers), poll=lambda: None)
+            with self._wire.turn(lambda: None) as turn:
+                turn.ask(Free(turn.number, numbers))
 
 
 def _why_whole(changes: Sequence[Refusal], carried: CarriedPatches) -> str | None:

@@ -23,8 +23,7 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
-from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.replies import Declined, Done, Reply, short
+from comfy_xdit_patch.wire.messages.replies import Declined, Done, short
 from comfy_xdit_patch.wire.messages.requests import Forget, Forward, Tree
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
@@ -73,72 +72,48 @@ class RemoteForward:
         """
         slots = self._wire.slots
         x = arguments["x"]
-        tree: dict[str, Any] = {}
-        stages: list[Tree] = []
         shape = (x.shape[0], out_channels, *x.shape[2:])
-        written = slots.bytes_written
-        control = self._wire.control_bytes
-        result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
-
-        def prepare() -> Sequence[Message]:
-            placed = {
-                name: arguments[name]
-                for name in CARRIED_ARGUMENTS
-                if name in arguments and name != "control"
-            }
-            slots.begin_call(placed)
-            tree.update({name: slots.place(name, value) for name, value in placed.items()})
+        options = arguments.get("transformer_options") or {}
+        with self._wire.turn(poll) as turn:
+            written, control = slots.bytes_written, self._wire.control_bytes
+            names = [n for n in CARRIED_ARGUMENTS if n in arguments and n != "control"]
+            tree: dict[str, Tree] = turn.place({name: arguments[name] for name in names})
             if arguments.get("control") is not None:
                 tree["control"] = encode_control(
-                    arguments["control"],
-                    slots.place,
-                    generation=self._wire.generation,
-                    plan=plan,
+                    arguments["control"], turn.put, generation=self._wire.generation, plan=plan
                 )
-            options = arguments.get("transformer_options") or {}
             tree["transformer_options"] = {
-                name: slots.place(name, options[name])
-                for name in CARRIED_OPTIONS
-                if name in options
+                name: turn.put(name, options[name]) for name in CARRIED_OPTIONS if name in options
             }
             if patches is not None:
-                more = slots.place("options", other_options(options))
-                tree["patches"] = {**patches, "options": more}
-            if pipeline is not None:
-                stages.append(pipeline.tree(tree))
-            gone, self.gone_objects[:] = self.gone_objects[:], []
-            return [Forget(calls=[], objects=gone, tokens=[])] if gone else []
-
-        def check(replies: Sequence[Reply]) -> None:
-            if isinstance(replies[0], Done):
-                check_shape(replies[0], shape)
-                result.view(getattr(torch, replies[0].dtype), shape)  # it must fit the slot
-
-        replies = self._wire.call(
-            lambda number, working_bytes: Forward(
-                request=number,
-                model=model,
-                grid=list(plan.grid),
-                weights=list(plan.weights),
-                arguments=tree,
-                result=result.number,
-                pipeline=stages[-1] if stages else None,
-                working_bytes=working_bytes,
-            ),
-            poll=poll,
-            prepare=prepare,
-            room=room,
-            check=check,
-        )
+                patches = {**patches, "options": turn.put("options", other_options(options))}
+                tree["patches"] = patches
+            result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
+            gone = [self.gone_objects.pop() for _ in range(len(self.gone_objects))]
+            replies = turn.compute(
+                Forward(
+                    request=turn.number,
+                    model=model,
+                    grid=list(plan.grid),
+                    weights=list(plan.weights),
+                    arguments=tree,
+                    result=result.number,
+                    pipeline=None if pipeline is None else pipeline.tree(tree),
+                ),
+                room=room,
+                first=[Forget(calls=[], objects=gone, tokens=[])] if gone else [],
+            )
+            first = replies[0]
+            if isinstance(first, Declined):
+                raise DeclinedError(short(first.reason))
+            assert isinstance(first, Done)
+            check_shape(first, shape)
+            shared = result.view(getattr(torch, first.dtype), first.shape)  # or MessageError
+            out = torch.empty_like(shared, device=x.device).copy_(shared)
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.bytes_to_workers += self._wire.control_bytes - control
-        first = replies[0]
-        if isinstance(first, Declined):
-            raise DeclinedError(short(first.reason))
         self._count(replies)
-        assert isinstance(first, Done)
-        shared = result.view(getattr(torch, first.dtype), first.shape)
-        return torch.empty_like(shared, device=x.device).copy_(shared)
+        return out
 
     def _count(self, replies: Sequence[Any]) -> None:
         for rank, reply in enumerate(replies):

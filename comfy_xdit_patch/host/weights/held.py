@@ -175,10 +175,11 @@ class RemoteWeights:
         # Unknown until every rank has answered: the user may interrupt the wait.
         self.held.pop(known.number, None)
         self.may_hold_any = True
-        with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
-            replies = self._wire.request(
-                lambda number: Load(
-                    request=number,
+        pool = self._wire.pool
+        with load_bar(pool.world_size, pool.device_word) as progress, self._wire.turn(poll) as turn:
+            turn.send(
+                Load(
+                    request=turn.number,
                     model=known.number,
                     source=known.source,
                     tensors=tensors,
@@ -188,11 +189,11 @@ class RemoteWeights:
                     look=[] if comparison is None else comparison.look,
                     **placement.fields,
                 ),
-                poll=poll,
-                prepare=self._drop_messages,
-                meanwhile=(lambda: None) if comparison is None else comparison.make,
-                progress=progress,
+                first=self._drop_messages(),
             )
+            if comparison is not None:
+                comparison.make()
+            replies = turn.replies(progress)
         loaded = [reply for reply in replies if isinstance(reply, Loaded)]
         for rank, reply in enumerate(replies):
             if isinstance(reply, NotLoaded):
@@ -228,7 +229,8 @@ class RemoteWeights:
         self.held.clear()
         self._totals.weight_bytes.clear()
         self._wire.packs.drop_kept()
-        self._wire.request(Unload, poll=lambda: None, prepare=self._drop_messages)
+        with self._wire.turn(lambda: None) as turn:
+            turn.ask(Unload(turn.number), first=self._drop_messages())
         self.may_hold_any = False
 
     def give_way(self, ranks: Sequence[int]) -> set[int]:
@@ -238,7 +240,8 @@ class RemoteWeights:
             WorkerError: the workers are lost.
         """
         self._totals.gave_way += 1
-        self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=lambda: None)
+        with self._wire.turn(lambda: None) as turn:
+            turn.ask(GiveWay(turn.number, list(ranks)))
         return set(self.held)
 
     def _drop_messages(self) -> Sequence[Message]:

@@ -141,9 +141,8 @@ class Likeness:
 
     def _ask(self, classes: Classes, poll: Poll) -> Reached:
         in_blocks, around = classes
-        replies = self._wire.request(
-            lambda number: Reach(number, list(in_blocks), list(around)), poll=poll
-        )
+        with self._wire.turn(poll) as turn:
+            replies = turn.ask(Reach(turn.number, list(in_blocks), list(around)))
         reached = replies[0]
         assert isinstance(reached, Reached)
         self._kernels, self._modes = frozenset(reached.kernels), reached.modes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -21,15 +22,21 @@ SIGMAS = torch.linspace(1, 0, 11)
 
 
 class Wire:
-    """Counts requests."""
+    """Counts requests; its own turn."""
+
+    number = 1
 
     def __init__(self):
         self.generation = 1
         self.pool = SimpleNamespace(generation=1, state=PoolState.READY)
         self.requests = []
 
-    def request(self, message, *, poll):
-        self.requests.append(message(1))
+    @contextlib.contextmanager
+    def turn(self, poll):
+        yield self
+
+    def ask(self, message):
+        self.requests.append(message)
 
 
 class Flux:

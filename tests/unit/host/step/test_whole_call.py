@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 
@@ -20,7 +21,7 @@ from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
 
 class Pool:
-    """A pool of one worker, which lives here and answers at once."""
+    """A pool of one worker, which lives here and answers at once; its own exchange."""
 
     def __init__(self):
         self.generation = 1
@@ -29,23 +30,31 @@ class Pool:
         self.lost = None
         self.map = SlotMap(torch.device("cpu"))
 
-    def request(self, message, *, poll, prepare, meanwhile, progress, check):
+    @contextlib.contextmanager
+    def turn(self, poll):
         if self.lost == "before the call":
             raise WorkerError("planted")
-        for extra, fd in prepare():
+        yield self
+
+    @property
+    def next_number(self):
+        return len(self.requests) + 1
+
+    def send(self, request, *, before):
+        for extra, fd in before:
             if isinstance(extra, Map):
                 self.map.add(extra.slot, os.dup(fd), extra.size_bytes)
             if isinstance(extra, Unmap):
                 self.map.drop(extra.slots)
         if self.lost == "in the call":
             raise WorkerError("planted")
-        request = message(len(self.requests) + 1)
+        assert request.request == self.next_number
         self.requests.append(request)
         self.control_bytes += 100
-        meanwhile()
-        replies = [getattr(self, f"answer_{type(request).__name__}")(request)]
-        check(replies)
-        return replies
+
+    def replies(self, poll, progress):
+        request = self.requests[-1]
+        return [getattr(self, f"answer_{type(request).__name__}")(request)]
 
     def answer_Forward(self, request):  # noqa: N802
         x = self.map.fetch(request.arguments)["x"]
