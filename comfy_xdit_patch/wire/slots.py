@@ -25,6 +25,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,8 @@ class SlotTable:
     def __init__(self) -> None:
         self._entries: dict[str, list[_Entry]] = {}
         self._created: list[tuple[Slot, int]] = []
+        # Ranks that are lost take over no slot any more.
+        weakref.finalize(self, _close, self._created).atexit = False
         self._dropped: list[int] = []
         self._placed: dict[int, tuple[torch.Tensor, Tree]] = {}
         self._found: dict[int, _Entry] = {}
@@ -172,8 +175,7 @@ class SlotTable:
 
     def take_created(self) -> list[tuple[Slot, int]]:
         """Slots made since the last call, with their file descriptors, which the caller closes."""
-        created, self._created = self._created, []
-        return created
+        return [self._created.pop(0) for _ in range(len(self._created))]
 
     def take_dropped(self) -> list[int]:
         """Numbers of the slots given up since the last call."""
@@ -237,6 +239,11 @@ class SlotTable:
         self._num_slots += 1
         self._created.append((slot, fd))
         return slot
+
+
+def _close(created: list[tuple[Slot, int]]) -> None:
+    for _, fd in created:
+        os.close(fd)
 
 
 def _is_on_device(tensor: torch.Tensor) -> bool:

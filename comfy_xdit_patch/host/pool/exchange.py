@@ -1,6 +1,6 @@
-"""Requests to one generation of workers, and their replies.
+"""Requests to the ranks of one start, and their replies.
 
-Runs in: host process. One request at a time; ``pool.py`` sees to that.
+Runs in: host process. One request at a time; ``crew.py`` sees to that.
 
 A rank is *silent* when not even its heartbeat comes: its process is stopped, or so short of memory
 that it does not run. The ranks are *stuck* when all hearts beat and nobody gets on: a collective

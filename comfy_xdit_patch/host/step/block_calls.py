@@ -14,13 +14,14 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import AroundBlocksError, DeclinedError, TheirError
 from comfy_xdit_patch.host.boundary import is_interrupt
-from comfy_xdit_patch.host.pool.crew import Room, Turn, Wire
+from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.step.tokens_there import (
     SEQUENCE_DIM,
@@ -33,9 +34,8 @@ from comfy_xdit_patch.host.step.tokens_there import (
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, short
-from comfy_xdit_patch.wire.messages.requests import Fetch, Forget, RunBlock, Tree
+from comfy_xdit_patch.wire.messages.requests import Fetch, RunBlock, Tree
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 
 EMBEDDERS = {"img_in": "image", "txt_in": "text"}
@@ -47,17 +47,25 @@ CONSTANT = ("pe", "attn_mask")
 """Arguments that are the same tensor for all blocks of a step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """A model's output, how many blocks ran on the ranks, and what each rank computed in them."""
+
+    out: torch.Tensor
+    num_blocks: int
+    busy_s: tuple[float, ...]
+
+
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
 
-    def __init__(self, wire: Wire, totals: Totals) -> None:
-        self._wire = wire
+    def __init__(self, totals: Totals) -> None:
         self._totals = totals
         self._numbers = itertools.count(1)
-        self._gone: list[int] = []
 
     def run(
         self,
+        crew: Crew,
         flux: Any,
         compute: Callable[[], torch.Tensor],
         *,
@@ -68,7 +76,7 @@ class DrivenForward:
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
         poll: Poll,
         room: Room | None = None,
-    ) -> tuple[torch.Tensor, int]:
+    ) -> Driven:
         """Run ComfyUI's own forward with the blocks on all ranks.
 
         Args:
@@ -77,9 +85,6 @@ class DrivenForward:
             patches: those that blocks apply, for the workers, or None.
             carry_options: what such patches may read of a block's ``transformer_options``.
             room: for a look whether a card has it; None to compute at once.
-
-        Returns:
-            The model's output, and how many blocks ran on the ranks.
 
         Raises:
             TheirError: the forward raised before it was given anything of ours.
@@ -90,7 +95,7 @@ class DrivenForward:
             PlanError: there are fewer tokens than ranks.
         """
         step = DrivenStep(
-            self._wire,
+            crew,
             self._totals,
             flux=flux,
             model=model,
@@ -101,7 +106,6 @@ class DrivenForward:
             poll=poll,
             room=room,
             numbers=self._numbers,
-            gone=self._gone,
         )
         with ExitStack() as stack:
             for list_name in BLOCK_LISTS:
@@ -116,7 +120,7 @@ class DrivenForward:
             out = _computed(compute, step)
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
-        return out, step.num_blocks
+        return Driven(out, step.num_blocks, tuple(step.busy_s))
 
 
 def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Tensor:
@@ -141,7 +145,7 @@ class DrivenStep:
 
     def __init__(
         self,
-        wire: Wire,
+        crew: Crew,
         totals: Totals,
         *,
         flux: Any,
@@ -153,9 +157,8 @@ class DrivenStep:
         poll: Poll,
         room: Room | None,
         numbers: Iterator[int],
-        gone: list[int],
     ) -> None:
-        self._wire = wire
+        self._crew = crew
         self._totals = totals
         self._flux = flux
         self._model = model
@@ -166,7 +169,6 @@ class DrivenStep:
         self._poll = poll
         self._room = room
         self._numbers = numbers
-        self._gone = gone
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
@@ -174,7 +176,8 @@ class DrivenStep:
         """Whether anything of ours was given to the forward, which may stumble over it."""
         self.error: BaseException | None = None
         """What was raised in ours: it is not the forward's own, whatever becomes of it there."""
-        self._busy_seconds: dict[int, float] = {}
+        self.busy_s = [0.0] * crew.world_size
+        """What each rank computed in the blocks."""
 
     def stub(self, block: Any, name: str) -> Callable[..., Any]:
         """Return what stands in for a block's ``forward``."""
@@ -214,8 +217,8 @@ class DrivenStep:
         keep = [next(self._numbers) for _ in tokens]
         tree: dict[str, Any] = {}
         constants: dict[str, tuple[torch.Tensor, Tree]] = {}
-        slots = self._wire.slots
-        with self._wire.turn(self._poll) as turn:
+        slots = self._crew.slots
+        with self._crew.turn(self._poll) as turn:
             written = slots.bytes_written
             for key, value in arguments.items():
                 if key in tokens:
@@ -245,7 +248,6 @@ class DrivenStep:
                     is_first=self.num_blocks == 0,
                 ),
                 room=self._room if self.num_blocks == 0 else None,
-                first=self._forget(),
             )
         self._constants |= constants
         self._totals.bytes_to_workers += slots.bytes_written - written
@@ -256,12 +258,12 @@ class DrivenStep:
             assert isinstance(reply, Ran)
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds
-            self._busy_seconds[rank] = self._busy_seconds.get(rank, 0.0) + reply.busy_seconds
-            self._totals.busy_seconds[rank] = self._busy_seconds[rank]
+            self.busy_s[rank] += reply.busy_seconds
+            self._totals.busy_seconds[rank] = self.busy_s[rank]
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         results = []
         for (key, value), number in zip(tokens.items(), keep, strict=True):
-            recipe = ("kept", Kept(number, self._gone.append))
+            recipe = ("kept", Kept(number, self._crew.gone.tokens.append))
             if isinstance(value, RemoteTokens) and value.parent is None:
                 value.move(recipe, counts, self._fetch, self._plan.weights)
                 results.append(value)
@@ -309,8 +311,8 @@ class DrivenStep:
     def _fetched(self, tokens: RemoteTokens) -> torch.Tensor:
         assert tokens.recipe is not None
         recipe = encode(tokens.recipe)
-        slots = self._wire.slots
-        with self._wire.turn(self._poll) as turn:
+        slots = self._crew.slots
+        with self._crew.turn(self._poll) as turn:
             result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
             replies = turn.ask(
                 Fetch(
@@ -322,8 +324,7 @@ class DrivenStep:
                     stream=tokens.stream,
                     counts=list(tokens.counts),
                     result=result.number,
-                ),
-                first=self._forget(),
+                )
             )
             shared = result.view(tokens.dtype, tuple(tokens.shape))
             out = torch.empty_like(shared, device=tokens.device).copy_(shared)
@@ -332,7 +333,3 @@ class DrivenStep:
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         self._totals.bytes_from_workers += tokens.numel() * tokens.dtype.itemsize
         return out
-
-    def _forget(self) -> list[Message]:
-        gone = [self._gone.pop() for _ in range(len(self._gone))]
-        return [Forget(calls=[], objects=[], tokens=gone)] if gone else []

@@ -9,38 +9,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import DeclinedError
-from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.reading.node_patches import other_options
 from comfy_xdit_patch.host.step.pipefusion import PipelinedCall
-from comfy_xdit_patch.host.step.residuals_there import encode_control
+from comfy_xdit_patch.host.step.residuals_there import calls_kept, encode_control
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
 from comfy_xdit_patch.wire.messages.replies import Declined, Done, short
-from comfy_xdit_patch.wire.messages.requests import Forget, Forward, Tree
+from comfy_xdit_patch.wire.messages.requests import Forward, Tree
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A model's output, on the device of ``x`` and in a tensor of its own, and what it took."""
+
+    out: torch.Tensor
+    busy_s: tuple[float, ...]
+    """What each rank computed, without what it waited for others."""
+    is_launch_bound: bool
+    """Whether the CPU of a rank, and not its GPU, set its pace."""
+
+
 class RemoteForward:
     """The workers, as a function from arguments to a tensor."""
 
-    def __init__(self, wire: Wire, totals: Totals) -> None:
-        self._wire = wire
+    def __init__(self, totals: Totals) -> None:
         self._totals = totals
-        self.gone_objects: list[int] = []
-        """Numbers of nodes' objects whose run is over."""
 
     def forward(
         self,
+        crew: Crew,
         model: int,
         arguments: Mapping[str, Any],
         *,
@@ -50,19 +60,16 @@ class RemoteForward:
         poll: Poll,
         pipeline: PipelinedCall | None = None,
         room: Room | None = None,
-    ) -> torch.Tensor:
+    ) -> Computed:
         """Compute one call on all ranks.
 
         Args:
             model: number of a model that every rank holds.
             arguments: the bound arguments of ``Flux._forward``.
-            patches: of nodes, from ``carried.py``.
+            patches: of nodes, from ``node_patches.py``.
             out_channels: channels of the result; its other sizes are those of ``x``.
             pipeline: decides how PipeFusion computes the call.
             room: for a look whether a card has it; None to compute at once.
-
-        Returns:
-            The model's output, on the device of ``x``, in a tensor of its own.
 
         Raises:
             UncarriedArgumentError: an argument is not of a type that can cross.
@@ -70,17 +77,18 @@ class RemoteForward:
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """
-        slots = self._wire.slots
+        slots = crew.slots
         x = arguments["x"]
         shape = (x.shape[0], out_channels, *x.shape[2:])
         options = arguments.get("transformer_options") or {}
-        with self._wire.turn(poll) as turn:
-            written, control = slots.bytes_written, self._wire.control_bytes
+        with crew.turn(poll) as turn:
+            written, control = slots.bytes_written, crew.control_bytes
             names = [n for n in CARRIED_ARGUMENTS if n in arguments and n != "control"]
             tree: dict[str, Tree] = turn.place({name: arguments[name] for name in names})
             if arguments.get("control") is not None:
+                kept = crew.of(calls_kept)
                 tree["control"] = encode_control(
-                    arguments["control"], turn.put, generation=self._wire.generation, plan=plan
+                    arguments["control"], turn.put, kept=kept, plan=plan
                 )
             tree["transformer_options"] = {
                 name: turn.put(name, options[name]) for name in CARRIED_OPTIONS if name in options
@@ -89,7 +97,6 @@ class RemoteForward:
                 patches = {**patches, "options": turn.put("options", other_options(options))}
                 tree["patches"] = patches
             result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
-            gone = [self.gone_objects.pop() for _ in range(len(self.gone_objects))]
             replies = turn.compute(
                 Forward(
                     request=turn.number,
@@ -101,7 +108,6 @@ class RemoteForward:
                     pipeline=None if pipeline is None else pipeline.tree(tree),
                 ),
                 room=room,
-                first=[Forget(calls=[], objects=gone, tokens=[])] if gone else [],
             )
             first = replies[0]
             if isinstance(first, Declined):
@@ -111,11 +117,16 @@ class RemoteForward:
             shared = result.view(getattr(torch, first.dtype), first.shape)  # or MessageError
             out = torch.empty_like(shared, device=x.device).copy_(shared)
         self._totals.bytes_to_workers += slots.bytes_written - written
-        self._totals.bytes_to_workers += self._wire.control_bytes - control
-        self._count(replies)
-        return out
+        self._totals.bytes_to_workers += crew.control_bytes - control
+        done = [reply for reply in replies if isinstance(reply, Done)]
+        self._count(done)
+        return Computed(
+            out,
+            busy_s=tuple(reply.busy_seconds for reply in done),
+            is_launch_bound=any(reply.is_launch_bound for reply in done),
+        )
 
-    def _count(self, replies: Sequence[Any]) -> None:
+    def _count(self, replies: Sequence[Done]) -> None:
         for rank, reply in enumerate(replies):
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds
