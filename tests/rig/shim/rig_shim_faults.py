@@ -272,7 +272,7 @@ def adaptations() -> dict[str, list[Callable[[Any], None]]]:
     return {
         "comfy_xdit_patch.worker.nursery": [adapt_nursery],
         "comfy_xdit_patch.worker.process": [adapt_process],
-        "comfy_xdit_patch.host.pool.inheritance": [adapt_environment],
+        "comfy_xdit_patch.worker.joining": [adapt_environment],
         "comfy_xdit_patch.worker.calls": [adapt_calls],
         "comfy_xdit_patch.worker.engine": [adapt_engine],
         "comfy_xdit_patch.worker.ranks.groups": [adapt_groups],
