@@ -31,7 +31,7 @@ from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.host.step.residuals_there import Residuals
 from comfy_xdit_patch.host.step.step import ParallelSteps
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
-from comfy_xdit_patch.host.weights.held import FailedLoads, RemoteWeights
+from comfy_xdit_patch.host.weights.held import RemoteWeights
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.one_owner import EVERYTHING, LeftOutHooks, SharedMemory
 from comfy_xdit_patch.host.weights.residency import Residency
@@ -62,7 +62,7 @@ class Host:
             RemoteWeights,
             totals=self.totals,
             models=self.models,
-            failed=FailedLoads(),
+            failed={},
             verifies=settings.strict,
         )
         self.memory = SharedMemory(pool.devices)

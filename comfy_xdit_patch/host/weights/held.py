@@ -55,29 +55,6 @@ class Held:
     """Size of the weights in use, by rank."""
 
 
-class FailedLoads:
-    """Loads that failed, by model and state. New ranks would meet the same."""
-
-    def __init__(self) -> None:
-        self._failed: dict[tuple[int, str], tuple[BackOff, Refusal]] = {}
-
-    def refusal(self, number: int, key: str) -> Refusal | None:
-        """Why this is not tried now, or None."""
-        back_off, refusal = self._failed.get((number, key), (None, None))
-        return refusal if back_off is not None and not back_off.is_over else None
-
-    def failed(self, number: int, key: str, error: str) -> Refusal:
-        """Note a failure, and return it as a reason."""
-        back_off, _ = self._failed.get((number, key), (BackOff(), None))
-        back_off.failed(AFTER_LOAD_S)
-        refusal = replace(NOT_LOADED, error=error)
-        self._failed[number, key] = back_off, refusal
-        return refusal
-
-    def succeeded(self, number: int, key: str) -> None:
-        self._failed.pop((number, key), None)
-
-
 class RemoteWeights:
     """What every rank of a crew holds: models by number, each in one state of its weights."""
 
@@ -87,10 +64,15 @@ class RemoteWeights:
         *,
         totals: Totals,
         models: ModelRegistry,
-        failed: FailedLoads,
+        failed: dict[tuple[int, str], BackOff],
         verifies: bool,
     ) -> None:
-        """Prepare; ``verifies``: weights that ComfyUI patched are compared bit for bit (strict)."""
+        """Prepare.
+
+        Args:
+            failed: loads that failed, by model and state. New ranks would meet the same.
+            verifies: weights that ComfyUI patched are compared bit for bit (strict).
+        """
         self._totals = totals
         self._models = models
         self._failed = failed
@@ -232,9 +214,8 @@ class RemoteWeights:
         verifies = comparison is not None and self._verifies
         verifies = verifies and is_patched_here(base_model.current_patcher)
         which = known.number, state.key
-        refusal = self._failed.refusal(*which)
-        if refusal is not None:
-            return refusal
+        if which in self._failed and not self._failed[which].is_over:
+            return NOT_LOADED
         tensors = None
         if known.source is None and known.number not in self.held:
             packs = crew.packs
@@ -268,11 +249,12 @@ class RemoteWeights:
                 error = f"Rank {rank} could not load the model: {short(reply.error)}"
                 self._totals.last_error = error
                 log.error("xDiT: %s", error)
-                return self._failed.failed(*which, error)
+                self._failed.setdefault(which, BackOff()).failed(AFTER_LOAD_S)
+                return replace(NOT_LOADED, error=error)
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
             crew.weight_bytes[rank] = reply.bytes_held
-        self._failed.succeeded(*which)
+        self._failed.pop(which, None)
         if loaded[0].is_new:
             self._totals.loads += 1
             log.info(

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from comfy_xdit_patch.host.reading.models import KnownModel
-from comfy_xdit_patch.host.weights import held as module
-from comfy_xdit_patch.host.weights.held import FailedLoads, Held, RemoteWeights
+from comfy_xdit_patch.host.weights.held import Held, RemoteWeights
 from comfy_xdit_patch.host.weights.residency import Placement
 from comfy_xdit_patch.report.status import Totals
 
@@ -20,7 +19,7 @@ GIB = 1 << 30
 def weights():
     """FLUX and a ControlNet lie on two cards; the ControlNet was loaded last."""
     crew = SimpleNamespace(world_size=2, packs=None)
-    made = RemoteWeights(crew, totals=Totals(), models=None, failed=FailedLoads(), verifies=False)
+    made = RemoteWeights(crew, totals=Totals(), models=None, failed={}, verifies=False)
     made.held[FLUX] = Held("", "full", (12 * GIB, 12 * GIB))
     made.held[FIRST] = Held("", "full", (3 * GIB, 3 * GIB))
     return made
@@ -61,15 +60,3 @@ def test_the_rank_that_has_most_decides(weights):
     weights.held[FIRST] = Held("", "tensor=2", (1 * GIB, 5 * GIB))
     assert weights.bytes_of({FLUX, FIRST}) == 17 * GIB
     assert weights.bytes_of({SECOND}) == 0
-
-
-def test_a_load_that_failed_waits_also_with_new_ranks_and_says_why(monkeypatch):
-    monkeypatch.setattr(module, "AFTER_LOAD_S", (100.0,))
-    failed = FailedLoads()
-    assert failed.refusal(FLUX, "key") is None
-    said = failed.failed(FLUX, "key", "Rank 1 could not load the model: no memory")
-    assert failed.refusal(FLUX, "key") == said == module.NOT_LOADED
-    assert failed.refusal(FLUX, "key").error == "Rank 1 could not load the model: no memory"
-    assert failed.refusal(FLUX, "other") is None
-    failed.succeeded(FLUX, "key")
-    assert failed.refusal(FLUX, "key") is None

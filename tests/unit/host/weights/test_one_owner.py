@@ -12,7 +12,7 @@ import pytest
 
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.weights import one_owner as patching_memory
-from comfy_xdit_patch.host.weights.held import FailedLoads, Held, RemoteWeights
+from comfy_xdit_patch.host.weights.held import Held, RemoteWeights
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory, nothing_pinned
 from comfy_xdit_patch.report.status import Totals
 
@@ -52,7 +52,7 @@ def memory(monkeypatch):
 def weights():
     """Ranks that hold a model and a ControlNet; nothing is asked of them."""
     crew = SimpleNamespace(world_size=2, packs=None)
-    made = RemoteWeights(crew, totals=Totals(), models=None, failed=FailedLoads(), verifies=False)
+    made = RemoteWeights(crew, totals=Totals(), models=None, failed={}, verifies=False)
     made.may_hold_any = True
     made.held = {FLUX: Held("", "full", (12, 12)), 8: Held("", "full", (12, 11))}
     made.crew = SimpleNamespace(
