@@ -9,7 +9,7 @@ us. An exception is a fault, ours or the user's.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class XditError(Exception):
@@ -104,3 +104,5 @@ class Refusal:
     """The blocks are ComfyUI's own: the workers can run them while the rest runs here."""
     has_raised: bool = False
     """The call raised: ComfyUI may do so too, and then its exception is all that is said."""
+    error: str | None = field(default=None, compare=False)
+    """What happened this time, with its figures."""

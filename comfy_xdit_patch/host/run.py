@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.host.reading.compared import Compared
 from comfy_xdit_patch.host.reading.models import KnownModel
 from comfy_xdit_patch.planning.pipeline import NUM_WARM_UP_CALLS
 from comfy_xdit_patch.report.status import RunCounts
@@ -49,9 +48,6 @@ class Streams:
         """Of all streams; the ranks may keep something for each."""
         return [stream.number for stream in self._streams.values()]
 
-    def clear(self) -> None:
-        self._streams.clear()
-
     def of(self, key: object, number: int) -> Stream:
         """Return the stream of a key; a new one gets this number."""
         return self._streams.setdefault(key, Stream(number))
@@ -76,9 +72,12 @@ class Streams:
         return stream.num_calls <= self.num_warm_up_calls
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Run:
-    """One sampling run. A refusal of scope RUN holds until its end."""
+    """One sampling run. A refusal of scope RUN holds until its end.
+
+    What holds for its ranks only is kept in their crew, by run.
+    """
 
     is_flux: bool = False
     num_calls: int = 0
@@ -90,10 +89,6 @@ class Run:
     """Models of this run as the workers know them, by the identity of their BaseModel."""
     changes: dict[int, list[Refusal]] = field(default_factory=dict)
     """What others hung on single modules of them."""
-    code: dict[int, tuple[Compared, list[Refusal]]] = field(default_factory=dict)
-    """What their code reaches, and what is different in classes without a name; ``likeness.py``."""
-    code_generation: int = 0
-    """Of the workers that said so."""
     objects: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """Objects of nodes that keep state, with their numbers for the workers."""
     prescribed: dict[int, bool] = field(default_factory=dict)
@@ -106,15 +101,10 @@ class Run:
     """ComfyUI's bypass hooks on them."""
     is_around: bool = False
     """A call of a model's ``forward`` is being computed, with its blocks on the workers."""
-    compared: set[tuple[int, str, str]] = field(default_factory=set)
-    """What was compared with the workers' weights in this run."""
-    generation: int = 0
     is_balanced: bool = False
     """Its first call was made, and shares follow what others use of the devices."""
     weights: tuple[int, ...] | None = None
     """Those that this run keeps, if it must keep them."""
-    streams: Streams = field(default_factory=Streams)
-    """PipeFusion's: which of the calls are exact."""
 
     def is_prescribed(self, module: Any) -> bool:
         """Whether a checkpoint prescribes an attention function for this model or ControlNet."""

@@ -97,7 +97,7 @@ class _Trial:
 
 
 class Balance:
-    """The weights of one generation of workers."""
+    """The weights of one crew of ranks."""
 
     def __init__(self, mode: Balancing, num_ranks: int) -> None:
         self._mode = mode

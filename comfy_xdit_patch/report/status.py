@@ -96,7 +96,7 @@ class RunCounts:
 
 @dataclass(slots=True)
 class Totals:
-    """Counts since ComfyUI started."""
+    """Counts since ComfyUI started. They are for people: nothing decides by them."""
 
     runs: int = 0
     steps_parallel: int = 0
@@ -126,8 +126,6 @@ class Totals:
     """What each rank needed for the last call of a ControlNet."""
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
-    weight_bytes: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Size of the weights in use of the model loaded last, by generation of workers and rank."""
     residency: list[str] = field(default_factory=list)
     """The arithmetic that decided where the weights of the last step lie."""
     step_seconds: dict[int, float] = field(default_factory=dict)
@@ -146,6 +144,22 @@ class Totals:
     """When a worker was last lost and its step handed back to ComfyUI."""
     last_run: RunReport | None = None
     last_error: str | None = None
+
+    def of_rank(self, rank: int) -> dict[str, Any]:
+        """What the status says of one rank."""
+        return {
+            "forwards": self.num_forwards.get(rank, 0),
+            "load_s": self.load_seconds.get(rank),
+            "busy_s": self.busy_seconds.get(rank),
+            "is_launch_bound": self.launch_bound.get(rank),
+        }
+
+    def last_plan(self) -> dict[str, Any] | None:
+        """How the last run was shared, as JSON."""
+        last = self.last_run
+        if last is None or last.plan is None:
+            return None
+        return {"strategy": last.strategy, "world_size": last.ranks, "degrees": last.plan}
 
     def to_dict(self) -> dict[str, Any]:
         """The part of the status that is counts."""

@@ -16,11 +16,11 @@ from rig.fuzzing import named, nothing_is_left, outcome_of, seeds
 
 from comfy_xdit_patch.errors import DeclinedError, WorkerError
 from comfy_xdit_patch.hardware.devices import Device
-from comfy_xdit_patch.host.pool.crew import Wire
-from comfy_xdit_patch.host.pool.exchange import Exchange
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.launcher import Worker
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
+from comfy_xdit_patch.host.pool.start import Team
 from comfy_xdit_patch.host.step.controlnets import RemoteControl
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -87,15 +87,15 @@ class World:
             channel = Channel(ours, takes_fds=False)
             worker: Any = Quiet(rank, CPU, Process(), channel, NO_LOG)  # type: ignore[arg-type]
             workers.append(worker)
-        self.pool.workers = tuple(workers)
-        self.pool._exchange = Exchange(workers, step_timeout_s=SETTINGS.step_timeout_s)
-        self.pool.generation = 1
-        self.pool.state = PoolState.READY
-        self.wire = Wire(self.pool)
-        self.wire.follow_generation()
+        self.workers = workers
+        timeout_s = SETTINGS.step_timeout_s
+        team = Team(tuple(workers), {}, 0.0)
+        self.crew = Crew(team, step_timeout_s=timeout_s, lose=self.pool._lose)
+        self.pool.crew, self.pool.state = self.crew, PoolState.READY
 
     def forward(self) -> torch.Tensor:
-        return RemoteForward(self.wire, Totals()).forward(
+        made = RemoteForward(Totals()).forward(
+            self.crew,
             1,
             {"x": X},
             plan=PLAN,
@@ -103,9 +103,11 @@ class World:
             out_channels=4,
             poll=lambda: None,
         )
+        return made.out
 
     def control(self) -> Any:
-        return RemoteControl(self.wire, Totals()).forward(
+        return RemoteControl(Totals()).forward(
+            self.crew,
             1,
             {"x": X},
             plan=PLAN,
@@ -116,10 +118,10 @@ class World:
     def close(self) -> None:
         for end in self.ends:
             end.close()
-        for worker in self.pool.workers:
+        for worker in self.workers:
             worker.channel.close()
-        self.wire._fds = self.wire.slots.take_created()
-        self.wire._close_fds()
+        self.pool.crew = None
+        del self.crew
 
 
 @pytest.mark.parametrize(("reply", "call"), [(DONE, "forward"), (CONTROLLED, "control")])
@@ -190,7 +192,7 @@ def test_a_well_formed_answer_that_cannot_be_right_loses_the_workers(
     with pytest.raises(WorkerError):
         world.forward()
     assert world.pool.state is PoolState.BROKEN
-    assert all(worker.process.poll() == -9 for worker in world.pool.workers)
+    assert all(worker.process.poll() == -9 for worker in world.workers)
     world.close()
 
 

@@ -8,6 +8,7 @@ of theirs is needed. A worker that imported ``host`` would patch the ComfyUI tha
 from __future__ import annotations
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from comfy_xdit_patch.report.status import Totals
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "comfy_xdit_patch"
@@ -371,3 +374,23 @@ def test_a_file_says_what_it_does_and_where_it_runs():
         or ("Runs in: " not in header and (path.name != "__init__.py" or path.parent == PACKAGE))
     ]
     assert silent == []
+
+
+def test_nothing_in_the_host_decides_by_what_it_counted_for_people():
+    """Attributes of ``Totals`` are written to; the status page asks its methods."""
+    attributes = {item.name for item in dataclasses.fields(Totals)}
+    reads = []
+    for path in sorted((PACKAGE / "host").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        parents = {id(c): node for node in ast.walk(tree) for c in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Attribute) and node.attr in attributes):
+                continue
+            owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            above = parents[id(node)]
+            is_written = isinstance(node.ctx, ast.Store) or (
+                isinstance(above, ast.Subscript) and isinstance(above.ctx, ast.Store)
+            )
+            if owner.strip("_") == "totals" and not is_written:
+                reads.append(f"{path.name}:{node.lineno} reads {node.attr}")
+    assert reads == []

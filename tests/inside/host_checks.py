@@ -327,8 +327,8 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.host.pace.auto:Auto.strategy",
     "comfy_xdit_patch.host.pace.auto:Auto.kind",
     "comfy_xdit_patch.host.pace.auto:Auto.verdict",
-    "comfy_xdit_patch.host.pace.rank_speeds:PoolBalance.weights",
-    "comfy_xdit_patch.host.pace.rank_speeds:PoolBalance.measured",
+    "comfy_xdit_patch.host.pace.rank_speeds:CrewBalance.weights",
+    "comfy_xdit_patch.host.pace.rank_speeds:CrewBalance.measured",
     "comfy_xdit_patch.host.step.step:check_arguments",
     "comfy_xdit_patch.host.step.step:check_patcher",
     "comfy_xdit_patch.host.guest.wrappers:Wrappers._bind",
@@ -343,8 +343,9 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.host.weights.one_owner:SharedMemory.ran",
     "comfy_xdit_patch.host.weights.holding:Holding.fitting",
     "comfy_xdit_patch.host.weights.holding:Holding.hold",
-    "comfy_xdit_patch.host.pool.crew:Wire.follow_generation",
-    "comfy_xdit_patch.host.pool.crew:Wire._slot_messages",
+    "comfy_xdit_patch.host.pool.crew:Crew.of",
+    "comfy_xdit_patch.host.pool.crew:Crew.turn",
+    "comfy_xdit_patch.host.pool.crew:Turn.send",
     "comfy_xdit_patch.host.pool.crew:check_answers",
     "comfy_xdit_patch.host.reading.models:ModelRegistry.find",
     "comfy_xdit_patch.host.reading.eligibility:Pristine.check_step",
@@ -352,7 +353,6 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.wire.slots:SlotTable.place",
     "comfy_xdit_patch.wire.slots:SlotTable.result_slot",
     "comfy_xdit_patch.host.pool.pool:Pool.wait_until_ready",
-    "comfy_xdit_patch.host.pool.pool:Pool.request",
     "comfy_xdit_patch.host.pool.exchange:Exchange._collect",
     "comfy_xdit_patch.host.pool.exchange:Exchange._check",
     "comfy_xdit_patch.host.pool.exchange:Exchange._send_all",
@@ -470,4 +470,4 @@ def wrapped_on_top(path: str, out: str) -> dict[str, Any]:
 
 
 def worker_pids() -> list[int]:
-    return [worker.process.pid for worker in _activation().host.pool.workers]
+    return [worker.process.pid for worker in _activation().host.pool.crew.workers]

@@ -167,9 +167,16 @@ def differences(path: str, out: str, mutations: list[str]) -> dict[str, Any]:
         for mutation in mutations:
             stack.enter_context(changed(mutation))
         counts = _call(path, out)
-        likeness = _activation().host.likeness
+        likeness = _likeness(_activation().host.pool.crew)
         names = [item.reason for one in likeness.compared for item in one.changes(is_first=True)]
     return {**counts, "names": names}
+
+
+def _likeness(crew: Any) -> Any:
+    """What was compared with these ranks."""
+    from comfy_xdit_patch.host.weights.likeness import Likeness
+
+    return crew.of(Likeness)
 
 
 def cost_of_looking(path: str, out: str) -> dict[str, float]:
@@ -180,18 +187,19 @@ def cost_of_looking(path: str, out: str) -> dict[str, float]:
     _call(path, out)
     host = _activation().host
     base = forwards.patcher_of(path).model
-    run = host.begin_run()
+    crew = host.pool.crew
+    likeness = _likeness(crew)
     seconds: dict[str, list[float]] = {"run": [], "before a step": [], "meanwhile": []}
     others = torch.zeros(16 << 20)
     for number in range(200):
         is_first = number % 10 == 0
         if is_first:
-            run.code.clear()
+            run = host.begin_run()
         others += 1
         begin = time.perf_counter()
-        assert host.likeness.changes(base, run, lambda: None) == []
+        assert likeness.changes(crew, base, run, lambda: None) == []
         looked = time.perf_counter()
-        assert host.likeness.late_change() is None
+        assert likeness.late_change(crew) is None
         if is_first:
             seconds["run"].append(looked - begin)
         else:

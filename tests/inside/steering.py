@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from functools import partial
 from typing import Any
 
 _balances: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -29,20 +30,19 @@ def use_strategy(text: str) -> None:
 def use_weights(weights: list[int]) -> None:
     """Share calls by these weights, and go on from them; none are even ones."""
     host = _host()
-    host.pool.wait_until_ready(lambda: None)
-    balance = host.holding.balance
-    balance.weights(host.begin_run())  # made anew if the workers are new
+    balance = host.pool.wait_until_ready(lambda: None).of(host.holding.balance)
     balance.current.weights = tuple(weights)
     balance.weights(host.begin_run())  # puts them into the status
 
 
 def use_balance(name: str, mode: str) -> None:
-    """Balance the ranks by the balance of this name, made new at first."""
-    from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
+    """Balance the ranks by the balance of this name, made new at first and for new ranks."""
+    from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
 
     host = _host()
     balances = _balances.setdefault(host, {})
     if name not in balances:
-        balances[name] = PoolBalance(mode, host.pool, host.totals)
+        balances[name] = partial(CrewBalance, mode=mode, totals=host.totals)
     host.holding.balance = balances[name]
-    host.holding.balance.weights(host.begin_run())  # puts them into the status
+    crew = host.pool.wait_until_ready(lambda: None)
+    crew.of(balances[name]).weights(host.begin_run())  # puts them into the status

@@ -65,12 +65,13 @@ def have_told(orders: Orders, pool: Pool) -> dict[int, str]:
 
     What /proc has of a forked process is its parent's.
     """
-    generation = pool.generation
+    crew = pool.crew
+    assert crew is not None
     for rank in range(2):
         (orders.path / f"joined.{rank}").write_text("tell variables")
-    pool.workers[0].process.kill()
+    crew.workers[0].process.kill()
     end = time.monotonic() + DEADLINE_S
-    while pool.generation == generation or pool.state is not PoolState.READY:
+    while pool.crew in (None, crew):
         assert time.monotonic() < end
         time.sleep(0.05)
     return {rank: (orders.path / f"variables.{rank}").read_text() for rank in range(2)}

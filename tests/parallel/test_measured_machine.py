@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -86,19 +87,16 @@ def machine_of(ranks: list[dict[str, Any]], name: str) -> Machine:
     """What the host makes of the replies of two ranks."""
     replies = [decode(json.dumps(found[name]).encode()) for found in ranks]
 
-    def request(message: Any, *, check: Any, poll: Any) -> Any:
-        message(1)
-        check(replies)
-        return replies
-
+    crew: Any = types.SimpleNamespace(
+        joined=[Joined(rank, 1, "cpu", {}, 0, 0, 0) for rank in range(len(replies))],
+        turn=lambda poll: contextlib.nullcontext(turn),
+    )
+    turn = types.SimpleNamespace(number=1, ask=lambda message: replies)
     pool: Any = types.SimpleNamespace(
         devices=[Device("cpu")] * len(replies),
-        joined=[Joined(rank, 1, "cpu", {}, 0, 0, 0) for rank in range(len(replies))],
         world_size=len(replies),
-        generation=1,
         no_peer_to_peer=None,
-        wait_until_ready=lambda poll: None,
-        request=request,
+        wait_until_ready=lambda poll: crew,
     )
     machine = Measuring(pool, budget_bytes=None).machine(lambda: None)
     assert machine is not None

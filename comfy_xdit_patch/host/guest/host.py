@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pace.machine import Measuring
-from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
-from comfy_xdit_patch.host.pool.crew import Wire
+from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.reading.models import ModelRegistry
@@ -33,7 +33,6 @@ from comfy_xdit_patch.host.step.step import ParallelSteps
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.host.weights.held import RemoteWeights
 from comfy_xdit_patch.host.weights.holding import Holding
-from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import EVERYTHING, LeftOutHooks, SharedMemory
 from comfy_xdit_patch.host.weights.residency import Residency
 from comfy_xdit_patch.report.status import Totals
@@ -59,46 +58,47 @@ class Host:
         self.is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
         """Whether this is inside of a call of FLUX that is seen and counted."""
         self.pristine = pristine
-        wire = Wire(pool)
-        self._remote = RemoteForward(wire, self.totals)
-        self._weights = RemoteWeights(wire, self.totals, self.models, verifies=settings.strict)
-        self.memory = SharedMemory(pool.devices, self._weights)
+        self._weights = partial(
+            RemoteWeights,
+            totals=self.totals,
+            models=self.models,
+            failed={},
+            verifies=settings.strict,
+        )
+        self.memory = SharedMemory(pool.devices)
         self.holding = Holding(
             pool=pool,
             weights=self._weights,
-            residency=Residency(settings, pool),
+            residency=partial(Residency, budget_bytes=settings.gpu_memory_bytes),
             memory=self.memory,
             totals=self.totals,
             pristine=pristine,
             models=self.models,
             strategy=settings.strategy,
-            balance=PoolBalance(settings.balance, pool, self.totals),
+            balance=partial(CrewBalance, mode=settings.balance, totals=self.totals),
             waits=settings.strict or not settings.starts_early,
         )
         self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
         auto = Auto(settings, pool, self.measuring)
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
-        self.pipelines = Pipelines(wire)
-        self.likeness = Likeness(wire, self._weights.follow_generation)
+        self.pipelines = Pipelines()
         self._steps = ParallelSteps(
-            self._remote,
-            DrivenForward(wire, self.totals),
+            RemoteForward(self.totals),
+            DrivenForward(self.totals),
             holding=self.holding,
             pristine=pristine,
             totals=self.totals,
             hooks=self.hooks,
             auto=auto,
             pipelines=self.pipelines,
-            likeness=self.likeness,
         )
         self.controls = ControlNets(
-            RemoteControl(wire, self.totals),
+            RemoteControl(self.totals),
             holding=self.holding,
             memory=self.memory,
             models=self.models,
             pristine=pristine,
             totals=self.totals,
-            likeness=self.likeness,
         )
         self._lock = threading.RLock()
 
@@ -126,7 +126,6 @@ class Host:
 
     def end_run(self, run: Run) -> None:
         """End the count of a run, and say one line about it if FLUX took part."""
-        self._remote.gone_objects += [number for _, number in run.objects.values()]
         with self._lock:
             self._steps.end(run)
         self.books.close(run)
@@ -203,25 +202,27 @@ class Host:
 
     def free(self, required: float, device: Any, *, for_dynamic: bool) -> None:
         """Have workers give memory back: all of it for Free and Unload, or what is missing."""
-        if self.pool.state is not PoolState.READY:
+        crew = self.pool.crew
+        if crew is None:
             return
+        weights = crew.of(self._weights)
         if required >= EVERYTHING:
-            if self._weights.may_hold_any:
+            if weights.may_hold_any:
                 with self._lock:
-                    self._weights.unload()
+                    weights.unload(crew)
             return
         run = self.current_run.get()
         if run is not None and run.is_flux:
             return  # ComfyUI makes room for the very model that the workers run.
-        ranks = self.memory.is_wanted(required, device, for_dynamic=for_dynamic)
+        ranks = self.memory.is_wanted(weights, required, device, for_dynamic=for_dynamic)
         if ranks:
             with self._lock:
-                self.memory.give_way(ranks)
+                weights.give_way(crew, ranks)
 
     def leaves_out_hooks(self, patcher: Any) -> bool:
         """Whether ComfyUI's own copy of a model can do without its hooks' patches for now."""
         run = self.current_run.get()
-        if run is None or run.refusal or self.pool.state is not PoolState.READY:
+        if run is None or run.refusal or self.pool.crew is None:
             return False
         base_model = patcher.model
         if not self.is_flux(patcher) or getattr(base_model, "current_patcher", None) is not patcher:

@@ -117,7 +117,7 @@ def _call(
         run.is_around = run.refusal is None
         ours = attempt(lambda: host.attempt(flux, arguments, compute, run, obstacle=obstacle))
         outcome: Step | Refusal = FAULT if ours.fault is not None else ours.out
-        run.is_around = outcome is LOST  # The run goes on alone, and so does the call within.
+        run.is_around = outcome == LOST  # The run goes on alone, and so does the call within.
         if run.is_around:
             run.num_calls += 1
             host.counted(outcome, run, time.perf_counter() - begin)

@@ -2,7 +2,7 @@
 
 Runs in: host process.
 
-Asked for once by each generation of workers, and only when somebody wants it: it takes about a
+Asked for once of each crew of ranks, and only when somebody wants it: it takes about a
 second. That it was not measured is logged and costs nothing else. A worker that is lost in it is
 lost as in any other request.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.hardware.interconnect import Interconnect
 from comfy_xdit_patch.hardware.survey import survey
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.planning.cost.known_machines import card_of
@@ -30,7 +32,6 @@ from comfy_xdit_patch.planning.cost.link_timing import (
 )
 from comfy_xdit_patch.planning.cost.machine import HOST_CALL_S, Gpu, LinkKind, Machine
 from comfy_xdit_patch.planning.cost.rank_time import SMALL_MATRIX_ROWS
-from comfy_xdit_patch.wire.messages.answers import check_answers
 from comfy_xdit_patch.wire.messages.replies import NotProbed, Probed, Reply, short
 from comfy_xdit_patch.wire.messages.requests import Probe
 
@@ -62,7 +63,8 @@ class Measuring:
         """
         self._pool = pool
         self._budget_bytes = budget_bytes
-        self._generation = 0
+        self._crew: weakref.ref[Crew] | None = None
+        """Those that have measured it."""
         self._machine: Machine | None = None
         self._interconnect: Interconnect | None = None
         self._why_not: str | None = None
@@ -77,11 +79,10 @@ class Measuring:
         Raises:
             WorkerError: the workers did not start, or are lost.
         """
-        self._pool.wait_until_ready(poll)
-        generation = self._pool.generation
-        if generation == self._generation:
+        crew = self._pool.wait_until_ready(poll)
+        if self._is_of(crew):
             return self._machine
-        replies = self._ask(poll)
+        replies = self._ask(crew, poll)
         if self._interconnect is None:
             self._interconnect = survey(self._pool.devices, poll=poll)
         failed = [
@@ -90,10 +91,10 @@ class Measuring:
             if isinstance(reply, NotProbed)
         ]
         probed = [reply for reply in replies if isinstance(reply, Probed)]
-        self._machine = None if failed else self._made_of(probed)
+        self._machine = None if failed else self._made_of(crew, probed)
         self._why_not = "; ".join(failed) or None
         self._seconds = max((reply.seconds for reply in probed), default=None)
-        self._generation = generation
+        self._crew = weakref.ref(crew)
         if failed:
             log.warning("xDiT: the machine is not measured: %s", self._why_not)
         else:
@@ -102,7 +103,7 @@ class Measuring:
 
     def status(self) -> dict[str, Any]:
         """What was measured, in plain numbers, as JSON."""
-        machine = self._machine if self._generation == self._pool.generation else None
+        machine = self._machine if self._is_of(self._pool.crew) else None
         return {
             "peer_to_peer_disabled": self._pool.no_peer_to_peer,
             "not_measured": self._why_not,
@@ -113,23 +114,19 @@ class Measuring:
             "links": self._of_links(machine) if machine else [],
         }
 
-    def _ask(self, poll: Poll) -> Sequence[Reply]:
-        requests: list[Probe] = []
+    def _is_of(self, crew: Crew | None) -> bool:
+        return crew is not None and self._crew is not None and self._crew() is crew
 
-        def message(number: int) -> Probe:
-            requests.append(Probe(number, BUDGET_S))
-            return requests[-1]
-
-        def check(replies: list[Reply]) -> None:
-            check_answers(requests[-1], replies)
+    def _ask(self, crew: Crew, poll: Poll) -> Sequence[Reply]:
+        with crew.turn(poll) as turn:
+            replies = turn.ask(Probe(turn.number, BUDGET_S))
             for rank, reply in enumerate(replies):
                 if isinstance(reply, Probed):
                     _check(rank, reply, replies, self._pool.world_size)
+        return replies
 
-        return self._pool.request(message, poll=poll, check=check)
-
-    def _made_of(self, replies: Sequence[Probed]) -> Machine:
-        gpus = tuple(self._gpu(rank, reply.together) for rank, reply in enumerate(replies))
+    def _made_of(self, crew: Crew, replies: Sequence[Probed]) -> Machine:
+        gpus = tuple(self._gpu(crew, rank, reply.together) for rank, reply in enumerate(replies))
         world_size = len(replies)
         timings = {
             measurement: fit(slowest([reply.exchanges[name_of(*measurement)] for reply in replies]))
@@ -141,11 +138,11 @@ class Measuring:
             links=links_of(world_size, timings, self._kind),
             host_call_s=HOST_CALL_S * call_s / REFERENCE_CALL_S,
             are_links_timed=True,
-            alone=self._gpu(0, replies[0].alone),
+            alone=self._gpu(crew, 0, replies[0].alone),
         )
 
-    def _gpu(self, rank: int, rates: Mapping[str, float]) -> Gpu:
-        device, joined = self._pool.devices[rank], self._pool.joined[rank]
+    def _gpu(self, crew: Crew, rank: int, rates: Mapping[str, float]) -> Gpu:
+        device, joined = self._pool.devices[rank], crew.joined[rank]
         card = card_of(device.name)
         rows = rates["linear_rows"]
         linear = rates["linear_flops"] * (rows + SMALL_MATRIX_ROWS) / rows

@@ -1,4 +1,4 @@
-"""The weights of the ranks, for every call: from the pool's balance, or as a run holds them.
+"""The weights of the ranks, for every call: from the crew's balance, or as a run holds them.
 
 Runs in: host process.
 
@@ -23,7 +23,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit_patch.host.pool.pool import Pool
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.planning.balance import Balance, Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import Balancing
@@ -38,24 +38,16 @@ MIN_PERIOD_S = 0.2
 """Kernel clocks tick 100 times a second: a shorter period says too little."""
 
 
-class PoolBalance:
-    """The balance of the workers that live now."""
+class CrewBalance:
+    """The balance of the ranks that live now."""
 
-    def __init__(self, mode: Balancing, pool: Pool, totals: Totals) -> None:
-        self._mode = mode
-        self._pool = pool
+    def __init__(self, crew: Crew, *, mode: Balancing, totals: Totals) -> None:
         self._totals = totals
-        self._left_over = LeftOver(pool) if mode == "least_loaded" else None
-        self._begin()
-
-    def _begin(self) -> None:
-        self._generation = self._pool.generation
-        self.current = Balance(self._mode, self._pool.world_size)
+        self._left_over = LeftOver(crew) if mode == "least_loaded" else None
+        self.current = Balance(mode, crew.world_size)
 
     def weights(self, run: Run) -> tuple[int, ...]:
         """Weights for the next call of a run."""
-        if self._generation != self._pool.generation:
-            self._begin()
         if not run.is_balanced:
             run.is_balanced = True
             if self._left_over is not None:
@@ -73,14 +65,22 @@ class PoolBalance:
         run.weights = weights
 
     def measured(
-        self, plan: ParallelPlan, workload: Workload, *, model: int, replan: Replan
+        self,
+        plan: ParallelPlan,
+        workload: Workload,
+        busy_s: Sequence[float],
+        *,
+        is_launch_bound: bool = False,
+        model: int,
+        replan: Replan,
     ) -> None:
-        """Learn from the busy seconds of the call that was made last, if GPUs were busy in them."""
-        if any(self._totals.launch_bound.values()):
+        """Learn from what each rank computed in a call.
+
+        Args:
+            is_launch_bound: a rank's CPU set its pace: that says nothing of its GPU.
+        """
+        if is_launch_bound:
             return
-        busy_s: Sequence[float] = [
-            self._totals.busy_seconds.get(rank, 0.0) for rank in range(plan.world_size)
-        ]
         kind = model, workload
         if self.current.measured(plan, workload, busy_s, kind=kind, replan=replan):
             if self._left_over is not None:
@@ -96,35 +96,31 @@ Ticks = dict[int, float]
 
 
 class LeftOver:
-    """The devices of a pool, looked at from time to time."""
+    """The devices of a crew, looked at from time to time."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._generation = 0
+    def __init__(self, crew: Crew) -> None:
+        self._workers = crew.workers
+        self._joined = crew.joined
         self._cores = _Cores()
-        self._parts: tuple[float, ...] = ()
+        self._parts = (1.0,) * crew.world_size
 
     def parts(self) -> tuple[float, ...]:
         """Part of each rank's device that others left since the last look."""
-        pool = self._pool
-        if self._generation != pool.generation or not self._parts:
-            self._generation = pool.generation
-            self._parts = (1.0,) * pool.world_size
-        if pool.devices[0].is_cpu:
-            taken = self._cores.taken([worker.process.pid for worker in pool.workers])
+        if self._workers[0].device.is_cpu:
+            taken = self._cores.taken([worker.process.pid for worker in self._workers])
         else:
             taken = self._of_cards()
-        if len(taken) == pool.world_size:
+        if len(taken) == len(self._workers):
             self._parts = tuple(max(LEAST, 1.0 - part) for part in taken)
         return self._parts
 
     def _of_cards(self) -> list[float]:
-        own = {os.getpid(), *(worker.process.pid for worker in self._pool.workers)}
+        own = {os.getpid(), *(worker.process.pid for worker in self._workers)}
         found = []
-        for rank, device in enumerate(self._pool.devices):
-            busy = time_taken(device.uuid or "", own)
+        for rank, worker in enumerate(self._workers):
+            busy = time_taken(worker.device.uuid or "", own)
             if busy is None:
-                joined = self._pool.joined[rank]
+                joined = self._joined[rank]
                 # On the first card this is ComfyUI, which gives way.
                 is_others = rank > 0 and joined.total_bytes > 0
                 busy = 1 - joined.free_bytes / joined.total_bytes if is_others else 0.0

@@ -1,6 +1,6 @@
-"""Requests to one generation of workers, and their replies.
+"""Requests to the ranks of one start, and their replies.
 
-Runs in: host process. One request at a time; ``pool.py`` sees to that.
+Runs in: host process. One request at a time; ``crew.py`` sees to that.
 
 A rank is *silent* when not even its heartbeat comes: its process is stopped, or so short of memory
 that it does not run. The ranks are *stuck* when all hearts beat and nobody gets on: a collective
@@ -44,7 +44,8 @@ RAISED_GRACE_S = 5.0
 
 Poll = Callable[[], None]
 """Called about every 20 ms in a wait; an exception it raises (an interrupt) ends the wait."""
-
+Progress = Callable[[int, float], None]
+"""Called with a rank and the part of a load that it has done."""
 
 SILENCE_S = 10.0
 """Forty heartbeats. A thread that gets no CPU for this long is on a machine that does not work."""
@@ -63,6 +64,8 @@ class Exchange:
         self._times = StepTimes(limit_s=step_timeout_s)
         self._patience_s = step_timeout_s
         self._request = 0
+        self._kind: Hashable = None
+        self._sent_s = 0.0
         self._outstanding: set[int] = set()
         self.bytes_sent = 0
 
@@ -70,39 +73,39 @@ class Exchange:
         """Wait for the replies to a request that the user interrupted."""
         self._collect(poll, lambda _, __: None)
 
-    def request(
-        self,
-        message: Callable[[int], Message],
-        *,
-        before: Sequence[tuple[Message, int | None]],
-        meanwhile: Callable[[], None],
-        poll: Poll,
-        progress: Callable[[int, float], None],
-    ) -> list[Reply]:
-        """Send messages and a request to every rank; return the replies in rank order.
+    @property
+    def next_number(self) -> int:
+        """Of the request that is sent next."""
+        return self._request + 1
+
+    def send(self, message: Message, *, before: Sequence[tuple[Message, int | None]] = ()) -> None:
+        """Send a request to every rank.
 
         Args:
-            message: makes the request from its number.
+            message: has ``next_number``.
             before: messages without a reply to send first, with file descriptors beside them.
-            meanwhile: runs once while the workers are at it.
-            progress: called with a rank and the part of a load that it has done.
 
         Raises:
-            WorkerError: a rank failed, died or hung.
+            WorkerError: a rank died.
             DeadlineExceededError: a rank does not read.
         """
         self._request += 1
-        asked = message(self._request)
-        kind = kind_of(asked)
-        self._patience_s = self._times.patience_s(kind)
+        self._kind = kind_of(message)
+        self._patience_s = self._times.patience_s(self._kind)
         for extra, fd in before:
             self._send_all(extra, fd)
-        start = time.monotonic()
-        self._send_all(asked, None)
+        self._sent_s = time.monotonic()
+        self._send_all(message, None)
         self._outstanding = {worker.rank for worker in self._workers}
-        meanwhile()
+
+    def replies(self, poll: Poll, progress: Progress = lambda _, __: None) -> list[Reply]:
+        """Return the replies to the request that was sent last, in rank order.
+
+        Raises:
+            WorkerError: a rank failed, died or hung.
+        """
         replies = self._collect(poll, progress)
-        self._times.add(kind, time.monotonic() - start)
+        self._times.add(self._kind, time.monotonic() - self._sent_s)
         return [replies[rank] for rank in sorted(replies)]
 
     def _send_all(self, message: Message, fd: int | None) -> None:
@@ -115,7 +118,7 @@ class Exchange:
             except ChannelClosedError:
                 raise WorkerError(death_text(worker, "between steps")) from None
 
-    def _collect(self, poll: Poll, progress: Callable[[int, float], None]) -> dict[int, Reply]:
+    def _collect(self, poll: Poll, progress: Progress) -> dict[int, Reply]:
         """Wait until no reply is outstanding; return those to the latest request."""
         replies: dict[int, Reply] = {}
         by_channel = {worker.channel: worker for worker in self._workers}

@@ -10,7 +10,7 @@ Runs in: host process.
 
 Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths; it lives as
 long as the process, because the nursery dies with the *thread* that started it (PR_SET_PDEATHSIG).
-The sampling thread makes requests. ``_calls`` serialises them.
+The sampling thread has turns with the crew that is ready; the crew's lock serialises them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from comfy_xdit_patch.errors import WorkerError, XditError
+from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.hardware.devices import Device
-from comfy_xdit_patch.host.pool.exchange import Exchange, Poll
+from comfy_xdit_patch.host.pool.crew import Crew, device_word
+from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.inheritance import HostState
-from comfy_xdit_patch.host.pool.launcher import Worker, dismiss_workers, end_workers
-from comfy_xdit_patch.host.pool.start import POLL_S, SEND_DEADLINE_S, Starter, death_text
+from comfy_xdit_patch.host.pool.launcher import dismiss_workers, end_workers
+from comfy_xdit_patch.host.pool.start import POLL_S, SEND_DEADLINE_S, Starter
 from comfy_xdit_patch.settings import Settings
-from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.replies import Joined, Reply
 
 WATCH_S = 0.1
 AFTER_LOSS_S = (0.0, 5.0, 30.0, 120.0)
@@ -59,16 +58,13 @@ class Pool:
     ) -> None:
         """Prepare; nothing is started."""
         self.devices = tuple(devices)
-        self.workers: tuple[Worker, ...] = ()
-        self.joined: dict[int, Joined] = {}
+        self.crew: Crew | None = None
+        """The ranks that live now, if the state is ready."""
         self.state = PoolState.IDLE
         self.error: str | None = None
-        self.generation = 0
         self.start_seconds = 0.0
         self._settings = settings
-        self._exchange: Exchange | None = None
         self._changed = threading.Condition()
-        self._calls = threading.RLock()
         self._keeper: threading.Thread | None = None
         self._starter = Starter(self.devices, host_state=host_state, settings=settings)
         self._back_off = BackOff()
@@ -81,12 +77,7 @@ class Pool:
     @property
     def device_word(self) -> str:
         """What the ranks run on, for people."""
-        return f"{'CPU rank' if self.devices[0].is_cpu else 'GPU'}{'s'[: self.world_size - 1]}"
-
-    @property
-    def control_bytes(self) -> int:
-        """Bytes of messages sent to the workers that live now."""
-        return self._exchange.bytes_sent if self._exchange else 0
+        return device_word(self.devices)
 
     @property
     def no_peer_to_peer(self) -> str | None:
@@ -107,8 +98,8 @@ class Pool:
                 self._set_state(PoolState.STARTING)
                 self.get_ready()
 
-    def wait_until_ready(self, poll: Poll) -> None:
-        """Wait for a start in progress.
+    def wait_until_ready(self, poll: Poll) -> Crew:
+        """Return the ranks that live now; wait for a start in progress.
 
         Raises:
             WorkerError: the workers did not start; the text names rank, phase and cause.
@@ -117,54 +108,12 @@ class Pool:
         end = time.monotonic() + self._settings.start_timeout_s + SEND_DEADLINE_S
         while True:
             with self._changed:
-                if self.state is PoolState.READY:
-                    return
+                if self.crew is not None:
+                    return self.crew
                 if self.state is not PoolState.STARTING or time.monotonic() > end:
                     raise WorkerError(self.error or "The workers did not start.")
                 self._changed.wait(POLL_S)
             poll()
-
-    def request(
-        self,
-        message: Callable[[int], Message],
-        *,
-        poll: Poll,
-        prepare: Callable[[], Sequence[tuple[Message, int | None]]] = lambda: (),
-        meanwhile: Callable[[], None] = lambda: None,
-        progress: Callable[[int, float], None] = lambda _, __: None,
-        check: Callable[[list[Reply]], None] = lambda _: None,
-    ) -> list[Reply]:
-        """Send a request to every rank and return the replies in rank order.
-
-        Args:
-            message: makes the request from its number, after ``prepare`` ran.
-            prepare: runs when no worker is computing any more, so that it may write to shared
-                slots; returns messages to send first, with the file descriptors beside them.
-            meanwhile: runs once while the workers are at it; must not write to shared slots.
-            progress: called with a rank and the part of a load that it has done.
-            check: raises ``MessageError`` for replies that cannot be right.
-
-        Raises:
-            WorkerError: a rank failed, died or hung. All workers have been ended.
-        """
-        while not self._calls.acquire(timeout=POLL_S):
-            poll()
-        try:
-            generation, exchange = self.generation, self._exchange
-            if self.state is not PoolState.READY or exchange is None:
-                raise WorkerError(self.error or "The workers are not running.")
-            try:
-                exchange.settle(poll)
-                replies = exchange.request(
-                    message, before=prepare(), meanwhile=meanwhile, poll=poll, progress=progress
-                )
-                check(replies)
-            except XditError as error:
-                self._break(str(error), generation)
-                raise WorkerError(str(error)) from None
-            return replies
-        finally:
-            self._calls.release()
 
     def run_succeeded(self) -> None:
         """A whole run went well: the losses before it do not count any more."""
@@ -173,7 +122,7 @@ class Pool:
     def change(self, devices: Sequence[Device], settings: Settings) -> None:
         """End all workers; those that start next are others. The nursery stays."""
         self._stop_workers()
-        self.devices, self._settings, self.joined = tuple(devices), settings, {}
+        self.devices, self._settings = tuple(devices), settings
         self.error, self._back_off, self._has_worked = None, BackOff(), False
         self._starter.change(self.devices, settings)
 
@@ -184,9 +133,12 @@ class Pool:
 
     def _stop_workers(self) -> None:
         with self._changed:
-            workers, self.workers = self.workers, ()
+            crew, self.crew = self.crew, None
+            if crew is not None:
+                crew.lost = ""
             self._set_state(PoolState.IDLE)
-        dismiss_workers(workers)
+        if crew is not None:
+            dismiss_workers(crew.workers)
 
     # -- the keeper's thread ---------------------------------------------------------------
 
@@ -199,23 +151,23 @@ class Pool:
             except Exception as error:
                 # Without this thread nothing would be started or noticed any more.
                 log.exception("xDiT: a fault of comfy-xdit-patch in the keeper's thread")
+                reason = f"{type(error).__name__}: {error}"
                 with self._changed:
-                    self._fail(f"{type(error).__name__}: {error}", AFTER_START_S)
+                    crew = self.crew
+                    if crew is None:
+                        self._fail(reason, AFTER_START_S)
+                if crew is not None:
+                    self._lose(crew, reason)
 
     def _keep_once(self) -> None:
         with self._changed:
             if self.state is not PoolState.STARTING:
                 self._changed.wait(WATCH_S)
-            state, generation = self.state, self.generation
+            state, crew = self.state, self.crew
         if state is PoolState.STARTING:
             self._start_all()
-        elif state is PoolState.READY:
-            dead = [w for w in self.workers if w.process.poll() is not None]
-            if dead and self._calls.acquire(blocking=False):
-                try:
-                    self._break(death_text(dead[0], "while idle"), generation)
-                finally:
-                    self._calls.release()
+        elif crew is not None:
+            crew.lose_if_dead()
         elif state is PoolState.BROKEN and self._has_worked:
             self.start()  # So on this machine: bring it back for the next run.
 
@@ -231,10 +183,9 @@ class Pool:
         with self._changed:
             if self.state is not PoolState.STARTING:
                 return dismiss_workers(team.workers)
-            self.workers, self.joined = team.workers, team.joined
             self.start_seconds = team.seconds
-            self._exchange = Exchange(team.workers, step_timeout_s=self._settings.step_timeout_s)
-            self.generation += 1
+            timeout_s = self._settings.step_timeout_s
+            self.crew = Crew(team, step_timeout_s=timeout_s, lose=self._lose)
             self._has_worked = True
             self.error = None
             self._set_state(PoolState.READY)
@@ -242,14 +193,14 @@ class Pool:
 
     # -- either thread ---------------------------------------------------------------------
 
-    def _break(self, reason: str, generation: int) -> None:
-        """End all workers of a generation: half a world computes nothing."""
+    def _lose(self, crew: Crew, reason: str) -> None:
+        """End all ranks of a crew, once: half a world computes nothing."""
         with self._changed:
-            if self.generation != generation or self.state is not PoolState.READY:
+            if self.crew is not crew:
                 return
-            workers, self.workers = self.workers, ()
+            self.crew, crew.lost = None, reason
             self._fail(reason, AFTER_LOSS_S)
-        end_workers(workers, grace_s=0)
+        end_workers(crew.workers, grace_s=0)
 
     def _fail(self, reason: str, waits_s: Sequence[float]) -> None:
         self.error = reason

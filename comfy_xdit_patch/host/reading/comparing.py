@@ -150,10 +150,10 @@ def verify(
         wrong = [name for name in names if ours.get(name) != found.get(name)]
         if wrong:
             name = min(wrong)
-            totals.last_error = (
+            totals.last_error = error = (
                 f"Rank {rank} holds {len(wrong)} of {len(ours)} weights with other contents: "
                 f"{name} is {found.get(name)} there and {ours.get(name)} here."
             )
-            return Refusal("the weights in use on a rank are not ComfyUI's")
+            return Refusal("the weights in use on a rank are not ComfyUI's", error=error)
         totals.weights_verified += len(found)
     return None

@@ -114,8 +114,7 @@ class ModelRegistry:
 
     def take_gone(self) -> list[int]:
         """Numbers of the models that ComfyUI has let go since the last call."""
-        gone, self._gone[:] = self._gone[:], []
-        return gone
+        return [self._gone.pop() for _ in range(len(self._gone))]
 
     def _number(self, base_model: Any, source: ModelSource | None) -> KnownModel:
         known = self._known[base_model] = KnownModel(next(self._numbers), source)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import AroundBlocksError, DeclinedError, TheirError
 from comfy_xdit_patch.host.boundary import is_interrupt
-from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.step.tokens_there import (
     SEQUENCE_DIM,
@@ -33,9 +34,8 @@ from comfy_xdit_patch.host.step.tokens_there import (
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, short
-from comfy_xdit_patch.wire.messages.requests import Fetch, Forget, RunBlock, Tree
+from comfy_xdit_patch.wire.messages.requests import Fetch, RunBlock, Tree
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 
 EMBEDDERS = {"img_in": "image", "txt_in": "text"}
@@ -47,17 +47,25 @@ CONSTANT = ("pe", "attn_mask")
 """Arguments that are the same tensor for all blocks of a step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """A model's output, how many blocks ran on the ranks, and what each rank computed in them."""
+
+    out: torch.Tensor
+    num_blocks: int
+    busy_s: tuple[float, ...]
+
+
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
 
-    def __init__(self, wire: Wire, totals: Totals) -> None:
-        self._wire = wire
+    def __init__(self, totals: Totals) -> None:
         self._totals = totals
         self._numbers = itertools.count(1)
-        self._gone: list[int] = []
 
     def run(
         self,
+        crew: Crew,
         flux: Any,
         compute: Callable[[], torch.Tensor],
         *,
@@ -68,7 +76,7 @@ class DrivenForward:
         carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
         poll: Poll,
         room: Room | None = None,
-    ) -> tuple[torch.Tensor, int]:
+    ) -> Driven:
         """Run ComfyUI's own forward with the blocks on all ranks.
 
         Args:
@@ -77,9 +85,6 @@ class DrivenForward:
             patches: those that blocks apply, for the workers, or None.
             carry_options: what such patches may read of a block's ``transformer_options``.
             room: for a look whether a card has it; None to compute at once.
-
-        Returns:
-            The model's output, and how many blocks ran on the ranks.
 
         Raises:
             TheirError: the forward raised before it was given anything of ours.
@@ -90,7 +95,7 @@ class DrivenForward:
             PlanError: there are fewer tokens than ranks.
         """
         step = DrivenStep(
-            self._wire,
+            crew,
             self._totals,
             flux=flux,
             model=model,
@@ -101,7 +106,6 @@ class DrivenForward:
             poll=poll,
             room=room,
             numbers=self._numbers,
-            gone=self._gone,
         )
         with ExitStack() as stack:
             for list_name in BLOCK_LISTS:
@@ -116,7 +120,7 @@ class DrivenForward:
             out = _computed(compute, step)
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
-        return out, step.num_blocks
+        return Driven(out, step.num_blocks, tuple(step.busy_s))
 
 
 def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Tensor:
@@ -141,7 +145,7 @@ class DrivenStep:
 
     def __init__(
         self,
-        wire: Wire,
+        crew: Crew,
         totals: Totals,
         *,
         flux: Any,
@@ -153,9 +157,8 @@ class DrivenStep:
         poll: Poll,
         room: Room | None,
         numbers: Iterator[int],
-        gone: list[int],
     ) -> None:
-        self._wire = wire
+        self._crew = crew
         self._totals = totals
         self._flux = flux
         self._model = model
@@ -166,7 +169,6 @@ class DrivenStep:
         self._poll = poll
         self._room = room
         self._numbers = numbers
-        self._gone = gone
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
@@ -174,7 +176,8 @@ class DrivenStep:
         """Whether anything of ours was given to the forward, which may stumble over it."""
         self.error: BaseException | None = None
         """What was raised in ours: it is not the forward's own, whatever becomes of it there."""
-        self._busy_seconds: dict[int, float] = {}
+        self.busy_s = [0.0] * crew.world_size
+        """What each rank computed in the blocks."""
 
     def stub(self, block: Any, name: str) -> Callable[..., Any]:
         """Return what stands in for a block's ``forward``."""
@@ -214,49 +217,38 @@ class DrivenStep:
         keep = [next(self._numbers) for _ in tokens]
         tree: dict[str, Any] = {}
         constants: dict[str, tuple[torch.Tensor, Tree]] = {}
-        slots = self._wire.slots
-        written = slots.bytes_written
-
-        def prepare() -> Sequence[Message]:
-            slots.begin_call()
+        slots = self._crew.slots
+        with self._crew.turn(self._poll) as turn:
+            written = slots.bytes_written
             for key, value in arguments.items():
                 if key in tokens:
-                    tree[key] = self._tokens(key, value, counts)
+                    tree[key] = self._tokens(turn, key, value, counts)
                 elif key == "vec":
-                    tree[key] = slots.place("driven.vec", encode_modulation(value))
+                    tree[key] = turn.put("driven.vec", encode_modulation(value))
                 elif key in CONSTANT and isinstance(value, torch.Tensor):
                     known, place = self._constants.get(key, (None, None))
-                    tree[key] = place if known is value else slots.place(f"driven.{key}", value)
+                    tree[key] = place if known is value else turn.put(f"driven.{key}", value)
                     constants[key] = value, tree[key]
                 elif key not in ("self", "transformer_options"):
-                    tree[key] = slots.place(f"driven.{key}", value)
+                    tree[key] = turn.put(f"driven.{key}", value)
             if self._patches is not None:
                 options = self._carry_options(arguments.get("transformer_options") or {})
-                self._patches["options"] = slots.place("driven.options", options)
-            return self._forget()
-
-        # Numbers that must be here are fetched before the request: one request at a time.
-        for value in tokens.values():
-            if isinstance(value, RemoteTokens) and not self._is_there(value, counts):
-                value.numbers()
-        replies = self._wire.call(
-            lambda number, working_bytes: RunBlock(
-                request=number,
-                model=self._model,
-                block=name,
-                grid=list(self._plan.grid),
-                weights=list(self._plan.weights),
-                counts=list(counts),
-                arguments=tree,
-                patches=self._patches,
-                keep=keep,
-                is_first=self.num_blocks == 0,
-                working_bytes=working_bytes,
-            ),
-            poll=self._poll,
-            prepare=prepare,
-            room=self._room if self.num_blocks == 0 else None,
-        )
+                self._patches["options"] = turn.put("driven.options", options)
+            replies = turn.compute(
+                RunBlock(
+                    request=turn.number,
+                    model=self._model,
+                    block=name,
+                    grid=list(self._plan.grid),
+                    weights=list(self._plan.weights),
+                    counts=list(counts),
+                    arguments=tree,
+                    patches=self._patches,
+                    keep=keep,
+                    is_first=self.num_blocks == 0,
+                ),
+                room=self._room if self.num_blocks == 0 else None,
+            )
         self._constants |= constants
         self._totals.bytes_to_workers += slots.bytes_written - written
         self.num_blocks += 1
@@ -266,12 +258,12 @@ class DrivenStep:
             assert isinstance(reply, Ran)
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds
-            self._busy_seconds[rank] = self._busy_seconds.get(rank, 0.0) + reply.busy_seconds
-            self._totals.busy_seconds[rank] = self._busy_seconds[rank]
+            self.busy_s[rank] += reply.busy_seconds
+            self._totals.busy_seconds[rank] = self.busy_s[rank]
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         results = []
         for (key, value), number in zip(tokens.items(), keep, strict=True):
-            recipe = ("kept", Kept(number, self._gone.append))
+            recipe = ("kept", Kept(number, self._crew.gone.tokens.append))
             if isinstance(value, RemoteTokens) and value.parent is None:
                 value.move(recipe, counts, self._fetch, self._plan.weights)
                 results.append(value)
@@ -300,13 +292,13 @@ class DrivenStep:
         self._plan.shares_of_counts(0, counts, num_heads=self._flux.num_heads)  # or PlanError
         return counts
 
-    def _tokens(self, key: str, value: torch.Tensor, counts: Counts) -> Tree:
+    def _tokens(self, turn: Turn, key: str, value: torch.Tensor, counts: Counts) -> Tree:
         if isinstance(value, RemoteTokens):
             if self._is_there(value, counts):
                 assert value.recipe is not None
                 return encode(value.recipe)
             value = value.numbers()
-        return ["whole", self._wire.slots.place(f"driven.{key}", value)]
+        return ["whole", turn.put(f"driven.{key}", value)]
 
     def _is_there(self, value: RemoteTokens, counts: Counts) -> bool:
         is_shared_so = value.weights == self._plan.weights  # and not as in an earlier step
@@ -319,30 +311,25 @@ class DrivenStep:
     def _fetched(self, tokens: RemoteTokens) -> torch.Tensor:
         assert tokens.recipe is not None
         recipe = encode(tokens.recipe)
-        slots = self._wire.slots
-        result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
-        replies = self._wire.request(
-            lambda number: Fetch(
-                request=number,
-                model=self._model,
-                grid=list(self._plan.grid),
-                weights=list(self._plan.weights),
-                tokens=recipe,
-                stream=tokens.stream,
-                counts=list(tokens.counts),
-                result=result.number,
-            ),
-            poll=self._poll,
-            prepare=self._forget,
-        )
+        slots = self._crew.slots
+        with self._crew.turn(self._poll) as turn:
+            result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
+            replies = turn.ask(
+                Fetch(
+                    request=turn.number,
+                    model=self._model,
+                    grid=list(self._plan.grid),
+                    weights=list(self._plan.weights),
+                    tokens=recipe,
+                    stream=tokens.stream,
+                    counts=list(tokens.counts),
+                    result=result.number,
+                )
+            )
+            shared = result.view(tokens.dtype, tuple(tokens.shape))
+            out = torch.empty_like(shared, device=tokens.device).copy_(shared)
         for reply in replies:
             assert isinstance(reply, Fetched)
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         self._totals.bytes_from_workers += tokens.numel() * tokens.dtype.itemsize
-        shared = result.view(tokens.dtype, tuple(tokens.shape))
-        out = torch.empty_like(shared, device=tokens.device).copy_(shared)
         return out
-
-    def _forget(self) -> list[Message]:
-        gone, self._gone[:] = self._gone[:], []
-        return [Forget(calls=[], objects=[], tokens=gone)] if gone else []

@@ -13,6 +13,7 @@ from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.pace.auto import Auto, Kind
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.reading.limits import no_ring, no_tensor_call
 from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
@@ -46,6 +47,7 @@ class CallPlans:
 
     def of_call(
         self,
+        crew: Crew,
         flux: Any,
         arguments: Mapping[str, Any],
         base_model: Any,
@@ -66,7 +68,7 @@ class CallPlans:
         if changes or carried.tree is not None:
             # A node's code may look at all rows.
             workload = replace(workload, is_batch_divisible=False)
-        balance = self._holding.balance
+        balance = crew.of(self._holding.balance)
         planned = partial(
             plan_call,
             workload,
@@ -91,7 +93,7 @@ class CallPlans:
             refusal = no_tensor_call(arguments, carried, changes)
             if refusal is not None:
                 return refusal
-        plan = self._holding.fitting(plan, base_model, workload, arguments["x"].dtype)
+        plan = self._holding.fitting(crew, plan, base_model, workload, arguments["x"].dtype)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.
         keeps = carried.keeps_references or plan.pipefusion_degree > 1

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import CallRaisedError, CardsFullError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.host.boundary import theirs
-from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.reading.arguments import check_grad
 from comfy_xdit_patch.host.reading.eligibility import Pristine
@@ -27,7 +27,12 @@ from comfy_xdit_patch.host.reading.limits import no_ring
 from comfy_xdit_patch.host.reading.models import ModelRegistry
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.outcome import lost
-from comfy_xdit_patch.host.step.residuals_there import ControlCall, DeferredResidual, Residuals
+from comfy_xdit_patch.host.step.residuals_there import (
+    ControlCall,
+    DeferredResidual,
+    Residuals,
+    calls_kept,
+)
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory
@@ -37,9 +42,8 @@ from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
-from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.replies import Controlled, Reply
-from comfy_xdit_patch.wire.messages.requests import Control, Forget
+from comfy_xdit_patch.wire.messages.replies import Controlled
+from comfy_xdit_patch.wire.messages.requests import Control
 from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
 LOADER = "load_controlnet"
@@ -78,7 +82,6 @@ class ControlNets:
         models: ModelRegistry,
         pristine: Pristine,
         totals: Totals,
-        likeness: Likeness,
     ) -> None:
         self._remote = remote
         self._holding = holding
@@ -86,7 +89,6 @@ class ControlNets:
         self._models = models
         self._pristine = pristine
         self._totals = totals
-        self._likeness = likeness
         self._known: weakref.WeakKeyDictionary[Any, ControlModel] = weakref.WeakKeyDictionary()
 
     def loaded(self, control: Any, path: str, options: dict[str, Any], *, file: str) -> None:
@@ -148,26 +150,28 @@ class ControlNets:
         )
         if changes:
             return changes[0]
+        crew = self._holding.come_up(model, poll)
+        if isinstance(crew, Refusal):
+            return crew
         workload = workload_of(net, arguments, names=CARRIED_ARGUMENTS)
         plan = plan_call(
             workload,
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
             no_ring=no_ring(is_prescribed=run.is_prescribed(net)),
-            weights=self._holding.balance.weights(run),
+            weights=crew.of(self._holding.balance).weights(run),
         )
         if isinstance(plan, Refusal):
             return plan
         if plan.pipefusion_degree > 1:
             return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
-        refusal = self._holding.come_up(model, poll)
-        if refusal is not None:
-            return refusal
+        likeness = crew.of(Likeness)
         try:
-            others = self._likeness.changes(model, run, poll)
+            others = likeness.changes(crew, model, run, poll)
             if others:
                 return others[0]
             known = self._holding.hold(
+                crew,
                 model,
                 run,
                 workload=workload,
@@ -178,18 +182,18 @@ class ControlNets:
             )
             if isinstance(known, Refusal):
                 return known
-            room = self._holding.room_for(model, run, known, plan, workload)
+            room = self._holding.room_for(crew, model, run, known, plan, workload)
             residuals = self._remote.forward(
-                known.number, arguments, plan=plan, compute=compute, poll=poll, room=room
+                crew, known.number, arguments, plan=plan, compute=compute, poll=poll, room=room
             )
-            return self._likeness.late_change() or residuals
+            return likeness.late_change(crew) or residuals
         except CardsFullError:
             return Refusal("the cards have no room for its call beside the weights", Scope.STEP)
         except UncarriedArgumentError as error:
             return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
         except CallRaisedError as error:
             self._totals.last_error = str(error)
-            self._holding.forget_what_is_held()
+            self._holding.forget_what_is_held(crew)
             return Refusal(
                 f"its call raised {error.kind} on the workers", Scope.STEP, has_raised=True
             )
@@ -201,14 +205,13 @@ class ControlNets:
 class RemoteControl:
     """The workers, as a function from a ControlNet's arguments to its residuals."""
 
-    def __init__(self, wire: Wire, totals: Totals) -> None:
-        self._wire = wire
+    def __init__(self, totals: Totals) -> None:
         self._totals = totals
         self._numbers = itertools.count(1)
-        self._gone: list[int] = []
 
     def forward(
         self,
+        crew: Crew,
         model: int,
         arguments: Mapping[str, Any],
         *,
@@ -233,37 +236,26 @@ class RemoteControl:
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """
-        slots = self._wire.slots
-        tree: dict[str, Any] = {}
+        slots = crew.slots
         call = next(self._numbers)
-        written = slots.bytes_written
-
-        def prepare() -> Sequence[Message]:
-            paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
-            slots.begin_call({path: arguments[name] for name, path in paths.items()})
-            tree.update({name: slots.place(path, arguments[name]) for name, path in paths.items()})
-            return self._take_gone()
-
-        def check(replies: Sequence[Reply]) -> None:
+        paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
+        with crew.turn(poll) as turn:
+            written = slots.bytes_written
+            placed = turn.place({path: arguments[name] for name, path in paths.items()})
+            replies = turn.compute(
+                Control(
+                    request=turn.number,
+                    model=model,
+                    call=call,
+                    grid=list(plan.grid),
+                    weights=list(plan.weights),
+                    arguments={name: placed[path] for name, path in paths.items()},
+                ),
+                room=room,
+            )
             for reply in replies:
-                if isinstance(reply, Controlled):
-                    check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
-
-        replies = self._wire.call(
-            lambda number, working_bytes: Control(
-                request=number,
-                model=model,
-                call=call,
-                grid=list(plan.grid),
-                weights=list(plan.weights),
-                arguments=tree,
-                working_bytes=working_bytes,
-            ),
-            poll=poll,
-            prepare=prepare,
-            room=room,
-            check=check,
-        )
+                assert isinstance(reply, Controlled)
+                check_shape(reply, (arguments["x"].shape[0], *reply.shape[1:3]))
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.controls_parallel += 1
         for rank, reply in enumerate(replies):
@@ -273,13 +265,9 @@ class RemoteControl:
         first = replies[0]
         assert isinstance(first, Controlled)
         kept = ControlCall(
-            call,
-            generation=self._wire.generation,
-            plan=plan,
-            layout=first.layout,
-            compute=compute,
-            gone=self._gone,
+            call, plan=plan, layout=first.layout, compute=compute, gone=crew.gone.calls
         )
+        crew.of(calls_kept).add(kept)
         num_residuals = 1 + max(i for part in first.layout.values() for i in part if i is not None)
         residuals = [
             DeferredResidual.make(
@@ -294,8 +282,3 @@ class RemoteControl:
             name: tuple(None if i is None else residuals[i] for i in part)
             for name, part in first.layout.items()
         }
-
-    def _take_gone(self) -> list[Message]:
-        """Tell the workers which residuals nothing refers to any more."""
-        gone, self._gone[:] = self._gone[:], []
-        return [Forget(calls=gone, objects=[], tokens=[])] if gone else []

@@ -6,7 +6,7 @@ Runs in: host process.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def lost(error: WorkerError, totals: Totals) -> Refusal:
     """Note a loss of the workers, and return it as the reason why ComfyUI computes a call."""
     totals.last_error = str(error)
     totals.last_loss_unix_s = time.time()
-    return LOST
+    return replace(LOST, error=str(error))
 
 
 def refusal_of(error: Exception, totals: Totals) -> Refusal | None:
@@ -68,14 +68,20 @@ def refusal_of(error: Exception, totals: Totals) -> Refusal | None:
         return lost(error, totals)
     if isinstance(error, CallRaisedError):
         totals.last_error = str(error)
-        return Refusal(f"the call raised {error.kind} on the workers", has_raised=True)
+        return Refusal(
+            f"the call raised {error.kind} on the workers", has_raised=True, error=str(error)
+        )
     if isinstance(error, AroundBlocksError):
         totals.last_error = str(error)
-        return Refusal("a node's code failed while its blocks ran on the workers", has_raised=True)
+        return Refusal(
+            "a node's code failed while its blocks ran on the workers",
+            has_raised=True,
+            error=str(error),
+        )
     if isinstance(error, DeclinedError):
         return Refusal(f"a node's patch cannot run on the workers: {error}")
     if isinstance(error, CardsFullError):
-        return Refusal("the cards have no room for this call beside the weights")
+        return Refusal("the cards have no room for this call beside the weights", error=str(error))
     if isinstance(error, PlanError):
         return Refusal("a node left a rank without tokens", Scope.STEP)
     if isinstance(error, UncarriedArgumentError):
@@ -118,7 +124,7 @@ class Books:
         run.counts.fall_backs[refusal.reason] += 1
         self._totals.fall_backs[refusal.reason] += 1
         if self._is_strict:
-            error = self._totals.last_error
+            error = refusal.error
             raise FallBackError(
                 f"XDIT_STRICT=1, and this step cannot run in parallel: {refusal.reason}."
                 f"{f' Last error: {error}' if error else ''}"
@@ -169,34 +175,29 @@ class Books:
 
 def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
     """State of the pool and of each rank, as JSON."""
-    last = totals.last_run
-    workers = pool.workers  # Once: the keeper's thread may take them away any time.
+    crew = pool.crew  # Once: the keeper's thread may take it away any time.
     ranks = []
     for rank, device in enumerate(pool.devices):
-        joined = pool.joined.get(rank)
-        alive = rank < len(workers) and workers[rank].process.poll() is None
+        worker = None if crew is None else crew.workers[rank]
+        if worker is not None and worker.process.poll() is not None:
+            worker = None
+        joined = crew.joined[rank] if crew and worker else None
         ranks.append(
             {
                 "rank": rank,
-                "pid": joined.pid if joined and alive else None,
+                "pid": joined.pid if joined else None,
                 "device": device.name,
-                "state": "ready" if alive else pool.state.value,
-                "forwards": totals.num_forwards.get(rank, 0),
-                "log": str(workers[rank].log_path) if alive else None,
+                "state": "ready" if worker else pool.state.value,
+                "log": str(worker.log_path) if worker else None,
                 "start_s": joined.seconds if joined else None,
-                "weight_bytes": totals.weight_bytes.get((pool.generation, rank)) if alive else None,
-                "load_s": totals.load_seconds.get(rank),
-                "busy_s": totals.busy_seconds.get(rank),
-                "is_launch_bound": totals.launch_bound.get(rank),
+                "weight_bytes": crew.weight_bytes.get(rank) if crew and worker else None,
+                **totals.of_rank(rank),
             }
         )
-    plan = None
-    if last is not None and last.plan is not None:
-        plan = {"strategy": last.strategy, "world_size": last.ranks, "degrees": last.plan}
     return {
         "state": pool.state.value,
         "reason": pool.error,
-        "plan": plan,
+        "plan": totals.last_plan(),
         "ranks": ranks,
         "start_s": round(pool.start_seconds, 3),
     }

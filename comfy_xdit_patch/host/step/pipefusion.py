@@ -8,13 +8,13 @@ PipeFusion is an approximation, and used only where the user named it.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.host.pool.crew import Wire
-from comfy_xdit_patch.host.pool.pool import PoolState
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
 from comfy_xdit_patch.host.run import Run, Stream, Streams
 from comfy_xdit_patch.planning.family import member_of
@@ -37,16 +37,11 @@ class PipelinedCall:
     sigma: float
     schedule: Sequence[float]
     is_warm_up: bool = False
-    num_attempts: int = 0
 
     def tree(self, arguments: Mapping[str, Tree]) -> Tree:
         """Say how the ranks compute it, once its arguments are in their slots. Counts the call."""
         # Slots know contents: a tensor that changed has another slot or version.
         conditioning = [repr(arguments.get(name)) for name in CONDITIONING]
-        if self.num_attempts:
-            # Made again, for it was made with arguments of another call; so are the keys now.
-            self.stream.state = None
-        self.num_attempts += 1
         self.is_warm_up = self.streams.is_warm_up(
             self.stream,
             state=(*self.state, *conditioning, "control" in arguments),
@@ -60,11 +55,15 @@ class PipelinedCall:
         }
 
 
+def _streams_of_runs(_: Crew) -> weakref.WeakKeyDictionary[Run, Streams]:
+    """Streams for which the ranks may keep something."""
+    return weakref.WeakKeyDictionary()
+
+
 class Pipelines:
     """What PipeFusion needs of the host."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self.num_patches: int | None = None
         """Set by measurements only."""
@@ -109,6 +108,7 @@ class Pipelines:
 
     def of_call(
         self,
+        crew: Crew,
         run: Run,
         arguments: Mapping[str, Any],
         *,
@@ -125,12 +125,11 @@ class Pipelines:
         options = arguments["transformer_options"]
         patches_of_call = self.num_patches or num_patches(plan, workload)
         conds = tuple(str(options.get(name)) for name in ("cond_or_uncond", "uuids"))
-        run.streams.num_warm_up_calls = self.num_warm_up_calls
+        streams = crew.of(_streams_of_runs).setdefault(run, Streams(self.num_warm_up_calls))
         return PipelinedCall(
-            streams=run.streams,
-            stream=run.streams.of((model[0], *conds), next(self._numbers)),
+            streams=streams,
+            stream=streams.of((model[0], *conds), next(self._numbers)),
             state=(
-                self._wire.generation,
                 plan,
                 patches_of_call,
                 model,
@@ -144,14 +143,12 @@ class Pipelines:
             schedule=options["sample_sigmas"].tolist(),
         )
 
-    def end(self, run: Run) -> None:
+    def end(self, crew: Crew, run: Run) -> None:
         """Free what the ranks keep for the streams of a run."""
-        numbers = run.streams.numbers
-        pool = self._wire.pool
-        is_there = pool.state is PoolState.READY and pool.generation == self._wire.generation
-        if numbers and is_there:
-            run.streams.clear()
-            self._wire.request(lambda request: Free(request, numbers), poll=lambda: None)
+        streams = crew.of(_streams_of_runs).pop(run, None)
+        if streams is not None:
+            with crew.turn(lambda: None) as turn:
+                turn.ask(Free(turn.number, streams.numbers))
 
 
 def _why_whole(changes: Sequence[Refusal], carried: CarriedPatches) -> str | None:

@@ -12,12 +12,13 @@ on.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.messages.requests import Tree
 
@@ -40,14 +41,12 @@ class ControlCall:
         self,
         number: int,
         *,
-        generation: int,
         plan: ParallelPlan,
         layout: Mapping[str, Sequence[int | None]],
         compute: Callable[[], Residuals],
         gone: list[int],
     ) -> None:
         self.number = number
-        self.generation = generation
         self.plan = plan
         self._layout = layout
         self._compute = compute
@@ -62,6 +61,11 @@ class ControlCall:
                     if place is not None and tensor is not None:
                         self._here[place] = tensor
         return self._here[index]
+
+
+def calls_kept(_: Crew) -> weakref.WeakSet[ControlCall]:
+    """Those whose residuals the ranks keep."""
+    return weakref.WeakSet()
 
 
 class DeferredResidual(torch.Tensor):
@@ -176,14 +180,14 @@ def encode_control(
     control: Mapping[str, Any],
     place: Callable[[str, torch.Tensor], Tree],
     *,
-    generation: int,
+    kept: Container[ControlCall],
     plan: ParallelPlan,
 ) -> Tree:
     """Turn the residuals of a call into recipes for the workers.
 
     Args:
         place: puts a tensor that is here into a slot, under a name.
-        generation: of the workers that live now; what earlier ones kept is lost.
+        kept: those that the ranks of now keep; what earlier ones kept is computed here.
         plan: of the call; what was shared by another plan is computed here.
     """
     unique: list[Tree] = []
@@ -191,8 +195,8 @@ def encode_control(
 
     def is_there(recipe: Recipe) -> bool:
         if recipe[0] == "residual":
-            call = recipe[1]
-            return bool((call.generation, call.plan) == (generation, plan))
+            call: ControlCall = recipe[1]
+            return call in kept and call.plan == plan
         return recipe[0] == "tensor" or all(
             is_there(part) for part in recipe[1:] if isinstance(part, tuple)
         )

@@ -25,6 +25,7 @@ from comfy_xdit_patch.errors import (
 )
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.pace.auto import Auto
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.arguments import check_arguments, check_grad, misplaced
 from comfy_xdit_patch.host.reading.eligibility import Pristine, blocking, check_patcher
 from comfy_xdit_patch.host.reading.models import flux_of
@@ -58,12 +59,10 @@ class ParallelSteps:
         hooks: LeftOutHooks,
         auto: Auto,
         pipelines: Pipelines,
-        likeness: Likeness,
     ) -> None:
         self._auto = auto
         self._plans = CallPlans(holding, auto=auto, pipelines=pipelines)
         self._remote = remote
-        self._likeness = likeness
         self._driven = driven
         self._holding = holding
         self._pristine = pristine
@@ -121,26 +120,28 @@ class ParallelSteps:
             *self._holding.changes(base_model, run),
         ]
         refusal = blocking(changes, any_of_them=is_inner)
-        if refusal is None:
-            refusal = self._holding.come_up(base_model, poll)
         if refusal is not None:
             return refusal
+        crew = self._holding.come_up(base_model, poll)
+        if isinstance(crew, Refusal):
+            return crew
         try:
-            changes += self._likeness.changes(base_model, run, poll)
+            changes += crew.of(Likeness).changes(crew, base_model, run, poll)
         except WorkerError as error:
             return lost(error, self._totals)
         refusal = blocking(changes, any_of_them=is_inner)
         if refusal is not None:
             return refusal
         call = self._plans.of_call(
-            flux, arguments, base_model, run, changes=changes, carried=carried, poll=poll
+            crew, flux, arguments, base_model, run, changes=changes, carried=carried, poll=poll
         )
         if isinstance(call, Refusal):
             return call
         plan, workload, kind = call.plan, call.workload, call.kind
-        balance = self._holding.balance
+        balance = crew.of(self._holding.balance)
         try:
             known = self._holding.hold(
+                crew,
                 base_model,
                 run,
                 workload=workload,
@@ -163,19 +164,21 @@ class ParallelSteps:
                 return Step(
                     self._auto.time_one(kind, theirs(compute), arguments["x"].device), is_one=True
                 )
-            room = self._holding.room_for(base_model, run, known, plan, workload)
+            room = self._holding.room_for(crew, base_model, run, known, plan, workload)
             if not changes:
                 pipeline = None
                 if plan.pipefusion_degree > 1:
                     pipeline = self._pipelines.of_call(
+                        crew,
                         run,
                         arguments,
                         plan=plan,
                         workload=workload,
-                        model=(known.number, self._holding.state_key(known)),
+                        model=(known.number, self._holding.state_key(crew, known)),
                         patches=carried.tree,
                     )
-                out = self._remote.forward(
+                computed = self._remote.forward(
+                    crew,
                     known.number,
                     arguments_of(flux, arguments),
                     plan=plan,
@@ -186,14 +189,23 @@ class ParallelSteps:
                     room=room,
                 )
                 run.counts.plan = plan
-                balance.measured(plan, workload, model=known.number, replan=call.replan)
+                balance.measured(
+                    plan,
+                    workload,
+                    computed.busy_s,
+                    is_launch_bound=computed.is_launch_bound,
+                    model=known.number,
+                    replan=call.replan,
+                )
                 run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
                 if not balance.is_at_rest:
                     kind = None  # Even shares of unequal ranks say nothing about those to come.
-                return self._checked(Step(out, gathered_for=carried.gathered, kind=kind), run)
+                step = Step(computed.out, gathered_for=carried.gathered, kind=kind)
+                return self._checked(step, crew, run)
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
-            out, num_blocks = self._driven.run(
+            driven = self._driven.run(
+                crew,
                 flux,
                 compute,
                 model=known.number,
@@ -205,27 +217,34 @@ class ParallelSteps:
                 room=room,
             )
             run.counts.plan = plan
-            if num_blocks:
-                balance.measured(plan, workload, model=known.number, replan=call.replan)
-            step = Step(out, gathered_for=changes[0].reason, is_empty=num_blocks == 0)
-            return self._checked(step, run)
+            if driven.num_blocks:
+                balance.measured(
+                    plan, workload, driven.busy_s, model=known.number, replan=call.replan
+                )
+            is_empty = driven.num_blocks == 0
+            step = Step(driven.out, gathered_for=changes[0].reason, is_empty=is_empty)
+            return self._checked(step, crew, run)
         except (XditError, UncarriedArgumentError) as error:
             refusal = refusal_of(error, self._totals)
             if refusal is None:
                 raise
             if isinstance(error, CallRaisedError):
-                self._holding.forget_what_is_held()
+                self._holding.forget_what_is_held(crew)
             return refusal
 
-    def _checked(self, step: Step, run: Run) -> Step | Refusal:
+    def _checked(self, step: Step, crew: Crew, run: Run) -> Step | Refusal:
         if self._holding.has_changed_file(run):
             return Refusal("the model's file was changed during this step", Scope.STEP)
-        return self._likeness.late_change() or checked(step)
+        return crew.of(Likeness).late_change(crew) or checked(step)
 
     def end(self, run: Run) -> None:
-        """Have the workers free what they keep for a run."""
+        """Have the ranks free what they keep for a run."""
+        crew = self._holding.crew
+        if crew is None:
+            return
+        crew.gone.objects.extend(number for _, number in run.objects.values())
         try:
-            self._pipelines.end(run)
+            self._pipelines.end(crew, run)
         except WorkerError as error:
             lost(error, self._totals)
 

@@ -9,39 +9,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import DeclinedError
-from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.reading.node_patches import other_options
 from comfy_xdit_patch.host.step.pipefusion import PipelinedCall
-from comfy_xdit_patch.host.step.residuals_there import encode_control
+from comfy_xdit_patch.host.step.residuals_there import calls_kept, encode_control
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
-from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.replies import Declined, Done, Reply, short
-from comfy_xdit_patch.wire.messages.requests import Forget, Forward, Tree
+from comfy_xdit_patch.wire.messages.replies import Declined, Done, short
+from comfy_xdit_patch.wire.messages.requests import Forward, Tree
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A model's output, on the device of ``x`` and in a tensor of its own, and what it took."""
+
+    out: torch.Tensor
+    busy_s: tuple[float, ...]
+    """What each rank computed, without what it waited for others."""
+    is_launch_bound: bool
+    """Whether the CPU of a rank, and not its GPU, set its pace."""
+
+
 class RemoteForward:
     """The workers, as a function from arguments to a tensor."""
 
-    def __init__(self, wire: Wire, totals: Totals) -> None:
-        self._wire = wire
+    def __init__(self, totals: Totals) -> None:
         self._totals = totals
-        self.gone_objects: list[int] = []
-        """Numbers of nodes' objects whose run is over."""
 
     def forward(
         self,
+        crew: Crew,
         model: int,
         arguments: Mapping[str, Any],
         *,
@@ -51,19 +60,16 @@ class RemoteForward:
         poll: Poll,
         pipeline: PipelinedCall | None = None,
         room: Room | None = None,
-    ) -> torch.Tensor:
+    ) -> Computed:
         """Compute one call on all ranks.
 
         Args:
             model: number of a model that every rank holds.
             arguments: the bound arguments of ``Flux._forward``.
-            patches: of nodes, from ``carried.py``.
+            patches: of nodes, from ``node_patches.py``.
             out_channels: channels of the result; its other sizes are those of ``x``.
             pipeline: decides how PipeFusion computes the call.
             room: for a look whether a card has it; None to compute at once.
-
-        Returns:
-            The model's output, on the device of ``x``, in a tensor of its own.
 
         Raises:
             UncarriedArgumentError: an argument is not of a type that can cross.
@@ -71,76 +77,56 @@ class RemoteForward:
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """
-        slots = self._wire.slots
+        slots = crew.slots
         x = arguments["x"]
-        tree: dict[str, Any] = {}
-        stages: list[Tree] = []
         shape = (x.shape[0], out_channels, *x.shape[2:])
-        written = slots.bytes_written
-        control = self._wire.control_bytes
-        result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
-
-        def prepare() -> Sequence[Message]:
-            placed = {
-                name: arguments[name]
-                for name in CARRIED_ARGUMENTS
-                if name in arguments and name != "control"
-            }
-            slots.begin_call(placed)
-            tree.update({name: slots.place(name, value) for name, value in placed.items()})
+        options = arguments.get("transformer_options") or {}
+        with crew.turn(poll) as turn:
+            written, control = slots.bytes_written, crew.control_bytes
+            names = [n for n in CARRIED_ARGUMENTS if n in arguments and n != "control"]
+            tree: dict[str, Tree] = turn.place({name: arguments[name] for name in names})
             if arguments.get("control") is not None:
+                kept = crew.of(calls_kept)
                 tree["control"] = encode_control(
-                    arguments["control"],
-                    slots.place,
-                    generation=self._wire.generation,
-                    plan=plan,
+                    arguments["control"], turn.put, kept=kept, plan=plan
                 )
-            options = arguments.get("transformer_options") or {}
             tree["transformer_options"] = {
-                name: slots.place(name, options[name])
-                for name in CARRIED_OPTIONS
-                if name in options
+                name: turn.put(name, options[name]) for name in CARRIED_OPTIONS if name in options
             }
             if patches is not None:
-                more = slots.place("options", other_options(options))
-                tree["patches"] = {**patches, "options": more}
-            if pipeline is not None:
-                stages.append(pipeline.tree(tree))
-            gone, self.gone_objects[:] = self.gone_objects[:], []
-            return [Forget(calls=[], objects=gone, tokens=[])] if gone else []
-
-        def check(replies: Sequence[Reply]) -> None:
-            if isinstance(replies[0], Done):
-                check_shape(replies[0], shape)
-                result.view(getattr(torch, replies[0].dtype), shape)  # it must fit the slot
-
-        replies = self._wire.call(
-            lambda number, working_bytes: Forward(
-                request=number,
-                model=model,
-                grid=list(plan.grid),
-                weights=list(plan.weights),
-                arguments=tree,
-                result=result.number,
-                pipeline=stages[-1] if stages else None,
-                working_bytes=working_bytes,
-            ),
-            poll=poll,
-            prepare=prepare,
-            room=room,
-            check=check,
-        )
+                patches = {**patches, "options": turn.put("options", other_options(options))}
+                tree["patches"] = patches
+            result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
+            replies = turn.compute(
+                Forward(
+                    request=turn.number,
+                    model=model,
+                    grid=list(plan.grid),
+                    weights=list(plan.weights),
+                    arguments=tree,
+                    result=result.number,
+                    pipeline=None if pipeline is None else pipeline.tree(tree),
+                ),
+                room=room,
+            )
+            first = replies[0]
+            if isinstance(first, Declined):
+                raise DeclinedError(short(first.reason))
+            assert isinstance(first, Done)
+            check_shape(first, shape)
+            shared = result.view(getattr(torch, first.dtype), first.shape)  # or MessageError
+            out = torch.empty_like(shared, device=x.device).copy_(shared)
         self._totals.bytes_to_workers += slots.bytes_written - written
-        self._totals.bytes_to_workers += self._wire.control_bytes - control
-        first = replies[0]
-        if isinstance(first, Declined):
-            raise DeclinedError(short(first.reason))
-        self._count(replies)
-        assert isinstance(first, Done)
-        shared = result.view(getattr(torch, first.dtype), first.shape)
-        return torch.empty_like(shared, device=x.device).copy_(shared)
+        self._totals.bytes_to_workers += crew.control_bytes - control
+        done = [reply for reply in replies if isinstance(reply, Done)]
+        self._count(done)
+        return Computed(
+            out,
+            busy_s=tuple(reply.busy_seconds for reply in done),
+            is_launch_bound=any(reply.is_launch_bound for reply in done),
+        )
 
-    def _count(self, replies: Sequence[Any]) -> None:
+    def _count(self, replies: Sequence[Done]) -> None:
         for rank, reply in enumerate(replies):
             self._totals.num_forwards[rank] = reply.num_forwards
             self._totals.step_seconds[rank] = reply.seconds

@@ -6,11 +6,13 @@ Runs in: host process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.host.pool.crew import Wire
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.pool import BackOff
 from comfy_xdit_patch.host.reading.comparing import (
@@ -22,6 +24,7 @@ from comfy_xdit_patch.host.reading.comparing import (
 )
 from comfy_xdit_patch.host.reading.models import KnownModel, ModelRegistry, flux_of
 from comfy_xdit_patch.host.reading.weight_states import BypassHooks, WeightState, WeightStates
+from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.weights.residency import Placement
 from comfy_xdit_patch.report.progress import load_bar
 from comfy_xdit_patch.report.status import Totals
@@ -40,38 +43,64 @@ AFTER_LOAD_S = (0.0, 120.0, 600.0)
 """Wait before a load that failed is tried again, which costs its time in every run that does."""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How every rank holds one model."""
+
+    key: str
+    """Of the state of its weights."""
+    place: str
+    """``Placement.name``."""
+    num_bytes: tuple[int, ...]
+    """Size of the weights in use, by rank."""
+
+
 class RemoteWeights:
-    """What every rank holds: models by number, each in one state of its weights."""
+    """What every rank of a crew holds: models by number, each in one state of its weights."""
 
     def __init__(
-        self, wire: Wire, totals: Totals, models: ModelRegistry, *, verifies: bool
+        self,
+        crew: Crew,
+        *,
+        totals: Totals,
+        models: ModelRegistry,
+        failed: dict[tuple[int, str], BackOff],
+        verifies: bool,
     ) -> None:
-        """Prepare; ``verifies``: weights that ComfyUI patched are compared bit for bit (strict)."""
-        self._wire = wire
+        """Prepare.
+
+        Args:
+            failed: loads that failed, by model and state. New ranks would meet the same.
+            verifies: weights that ComfyUI patched are compared bit for bit (strict).
+        """
         self._totals = totals
         self._models = models
+        self._failed = failed
         self._verifies = verifies
-        self.comparisons = Comparisons(wire.pool.world_size)
-        self._states = WeightStates(wire.packs)
-        self.held: dict[int, tuple[str, str]] = {}  # state and place, by a model's number
+        self.comparisons = Comparisons(crew.world_size)
+        self._states = WeightStates(crew.packs)
+        self.held: dict[int, Held] = {}
+        """By a model's number."""
         self.may_hold_any = False
-        """Whether the workers may hold a model: one was asked for, and nothing unloaded since."""
-        self._failed: dict[tuple[int, str], BackOff] = {}
+        """Whether the ranks may hold a model: one was asked for, and nothing unloaded since."""
+        self.compared: weakref.WeakKeyDictionary[Run, set[tuple[int, str, str]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """What was compared with ComfyUI's weights in a run."""
+        self.displaced: set[int] = set()
+        """Models that left a GPU with the worker that gave way, by number, until they return."""
+        self.away: set[int] = set()
+        """Ranks that gave way and have nothing more to give."""
+        self.working_bytes: dict[int, int] = {}
+        """What the last call of each model takes, by the model's number."""
+        self.had_room: set[Any] = set()
+        """Kinds of calls for which there was room."""
 
-    def follow_generation(self) -> None:
-        """New workers hold nothing."""
-        if self._wire.follow_generation():
-            self.comparisons = Comparisons(self._wire.pool.world_size)
-            self._states = WeightStates(self._wire.packs)
-            self.held.clear()
-            self.may_hold_any = False
-            self._totals.weight_bytes.clear()
-
-    def state(self, base_model: Any, bypass: BypassHooks) -> WeightState | Refusal:
+    def state(self, crew: Crew, base_model: Any, bypass: BypassHooks) -> WeightState | Refusal:
         """Return the state of the weights that the model's current ModelPatcher asks for."""
-        written = self._wire.packs.bytes_written
+        written = crew.packs.bytes_written
         state = self._states.of(base_model, bypass)
-        self._totals.bytes_weights += self._wire.packs.bytes_written - written
+        self._totals.bytes_weights += crew.packs.bytes_written - written
         return state
 
     def holds(self, known: KnownModel, place: str, key: str | None = None) -> bool:
@@ -81,23 +110,36 @@ class RemoteWeights:
             place: ``Placement.name``.
         """
         held = self.held.get(known.number)
-        return held is not None and held[1] == place and key in (None, held[0])
+        return held is not None and held.place == place and key in (None, held.key)
 
     def state_key(self, known: KnownModel) -> str:
         """Name the state in which every rank holds this model; empty if none does."""
-        return self.held.get(known.number, ("",))[0]
+        held = self.held.get(known.number)
+        return "" if held is None else held.key
 
     def comparison(self, known: KnownModel, state: WeightState) -> tuple[int, str]:
         """Name what is compared once a run: stored weights, or those in use in each state."""
         return known.number, state.key if self._verifies else ""
 
-    @property
-    def bytes_held(self) -> int:
-        """Size of the model that was loaded last, on the rank that has most of it."""
-        return max(self._totals.weight_bytes.values(), default=0)
+    def bytes_of(self, numbers: Collection[int]) -> int:
+        """Size of what is held of these models together, on the rank that has most of it."""
+        sizes = [held.num_bytes for number, held in self.held.items() if number in numbers]
+        return max(map(sum, zip(*sizes, strict=True)), default=0)
+
+    def lets_in(self, known: KnownModel, place: Placement, beside: Collection[int]) -> bool:
+        """Whether a guest fits beside the models of its run that are held. If not, it is let go.
+
+        Args:
+            beside: numbers of all models of the run.
+        """
+        if place.leaves(self.bytes_of({*beside} - {known.number})):
+            return True
+        self.held.pop(known.number, None)
+        return False
 
     def load(
         self,
+        crew: Crew,
         base_model: Any,
         known: KnownModel,
         state: WeightState,
@@ -122,20 +164,21 @@ class RemoteWeights:
         """
         try:
             if is_compared:
-                replies = self._ask(base_model, known, state, placement, None, poll)
-                if not isinstance(replies, Refusal):
-                    self.held[known.number] = state.key, placement.name
-                return replies if isinstance(replies, Refusal) else known
+                replies = self._ask(crew, base_model, known, state, placement, None, poll)
+                if isinstance(replies, Refusal):
+                    return replies
+                self._note(known, state, placement, replies)
+                return known
             known = self._models.find_loaded(base_model, uncast(base_model))
             comparison = self.comparisons.begin(base_model, known.number)
-            replies = self._ask(base_model, known, state, placement, comparison, poll)
+            replies = self._ask(crew, base_model, known, state, placement, comparison, poll)
             if (
                 not isinstance(replies, Refusal)
                 and not comparison.agrees(replies, only_blocks=is_gathered)
                 and hasattr(base_model, "model_config")  # what a model is rebuilt from
             ):
                 known = self._models.renumber_without_file(base_model)
-                replies = self._ask(base_model, known, state, placement, comparison, poll)
+                replies = self._ask(crew, base_model, known, state, placement, comparison, poll)
         except (ForeignTensorError, UncarriedValueError) as error:
             return Refusal(f"the model has weights that cannot be carried: {error}")
         except NoRoomError as error:
@@ -149,11 +192,18 @@ class RemoteWeights:
         if refusal is not None:
             return refusal
         self.comparisons.ended_well(known.number, comparison)
-        self.held[known.number] = state.key, placement.name
+        self._note(known, state, placement, replies)
         return known
+
+    def _note(
+        self, known: KnownModel, state: WeightState, placement: Placement, replies: Sequence[Loaded]
+    ) -> None:
+        num_bytes = tuple(reply.bytes_held for reply in replies)
+        self.held[known.number] = Held(state.key, placement.name, num_bytes)
 
     def _ask(
         self,
+        crew: Crew,
         base_model: Any,
         known: KnownModel,
         state: WeightState,
@@ -168,17 +218,17 @@ class RemoteWeights:
             return NOT_LOADED
         tensors = None
         if known.source is None and known.number not in self.held:
-            packs = self._wire.packs
+            packs = crew.packs
             written = packs.bytes_written
             tensors = describe(base_model, flux_of(base_model), packs)
             self._totals.bytes_weights += packs.bytes_written - written
         # Unknown until every rank has answered: the user may interrupt the wait.
         self.held.pop(known.number, None)
         self.may_hold_any = True
-        with load_bar(self._wire.pool.world_size, self._wire.pool.device_word) as progress:
-            replies = self._wire.request(
-                lambda number: Load(
-                    request=number,
+        with load_bar(crew.world_size, crew.device_word) as progress, crew.turn(poll) as turn:
+            turn.send(
+                Load(
+                    request=turn.number,
                     model=known.number,
                     source=known.source,
                     tensors=tensors,
@@ -188,11 +238,11 @@ class RemoteWeights:
                     look=[] if comparison is None else comparison.look,
                     **placement.fields,
                 ),
-                poll=poll,
-                prepare=self._drop_messages,
-                meanwhile=(lambda: None) if comparison is None else comparison.make,
-                progress=progress,
+                first=self._drop_messages(),
             )
+            if comparison is not None:
+                comparison.make()
+            replies = turn.replies(progress)
         loaded = [reply for reply in replies if isinstance(reply, Loaded)]
         for rank, reply in enumerate(replies):
             if isinstance(reply, NotLoaded):
@@ -200,17 +250,17 @@ class RemoteWeights:
                 self._totals.last_error = error
                 log.error("xDiT: %s", error)
                 self._failed.setdefault(which, BackOff()).failed(AFTER_LOAD_S)
-                return NOT_LOADED
+                return replace(NOT_LOADED, error=error)
             assert isinstance(reply, Loaded)
             self._totals.load_seconds[rank] = round(reply.seconds, 3)
-            self._totals.weight_bytes[self._wire.generation, rank] = reply.bytes_held
+            crew.weight_bytes[rank] = reply.bytes_held
         self._failed.pop(which, None)
         if loaded[0].is_new:
             self._totals.loads += 1
             log.info(
                 "xDiT: model loaded on %d %s in %.1f s, %.2f GB of weights on each",
                 len(loaded),
-                self._wire.pool.device_word,
+                crew.device_word,
                 max(reply.seconds for reply in loaded),
                 max(reply.bytes_held for reply in loaded) / 1e9,
             )
@@ -219,27 +269,30 @@ class RemoteWeights:
         built = loaded[0].attributes if loaded[0].is_new else None
         return self.comparisons.not_as_built(base_model, known.number, built) or loaded
 
-    def unload(self) -> None:
+    def unload(self, crew: Crew) -> None:
         """Have every rank drop all models.
 
         Raises:
             WorkerError: the workers are lost.
         """
         self.held.clear()
-        self._totals.weight_bytes.clear()
-        self._wire.packs.drop_kept()
-        self._wire.request(Unload, poll=lambda: None, prepare=self._drop_messages)
+        crew.weight_bytes.clear()
+        crew.packs.drop_kept()
+        with crew.turn(lambda: None) as turn:
+            turn.ask(Unload(turn.number), first=self._drop_messages())
         self.may_hold_any = False
 
-    def give_way(self, ranks: Sequence[int]) -> set[int]:
-        """Have some ranks free their device; return the numbers of the models that all hold.
+    def give_way(self, crew: Crew, ranks: Sequence[int]) -> None:
+        """Have workers leave their device to ComfyUI; they return when they compute again.
 
         Raises:
             WorkerError: the workers are lost.
         """
         self._totals.gave_way += 1
-        self._wire.request(lambda number: GiveWay(number, list(ranks)), poll=lambda: None)
-        return set(self.held)
+        with crew.turn(lambda: None) as turn:
+            turn.ask(GiveWay(turn.number, list(ranks)))
+        self.displaced |= self.held.keys()
+        self.away.update(ranks)
 
     def _drop_messages(self) -> Sequence[Message]:
         gone = self._models.take_gone()

@@ -5,6 +5,7 @@ Runs in: host process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
 from comfy_xdit_patch.host import page
-from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
-from comfy_xdit_patch.host.pool.crew import Room
+from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
+from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.reading.eligibility import Pristine
@@ -39,16 +40,17 @@ class Holding:
         self,
         *,
         pool: Pool,
-        weights: RemoteWeights,
-        residency: Residency,
+        weights: Callable[[Crew], RemoteWeights],
+        residency: Callable[[Crew], Residency],
         memory: SharedMemory,
         totals: Totals,
         pristine: Pristine,
         models: ModelRegistry,
         strategy: Strategy,
-        balance: PoolBalance,
+        balance: Callable[[Crew], CrewBalance],
         waits: bool,
     ) -> None:
+        """Prepare; ``weights``, ``residency`` and ``balance`` are asked of a crew."""
         self._pool = pool
         self._weights = weights
         self._residency = residency
@@ -63,12 +65,13 @@ class Holding:
         """For workers that start, although ComfyUI could compute alone meanwhile."""
         self._is_start_shown = False
         """In the page, where it stays until something else is said."""
-        self._working_bytes: dict[int, int] = {}
-        """What the last call of each model takes, by the model's number."""
-        self._made: set[Any] = set()
-        """Kinds of calls for which there was room."""
 
-    def come_up(self, model: Any, poll: Poll) -> Refusal | None:
+    @property
+    def crew(self) -> Crew | None:
+        """The ranks that live now."""
+        return self._pool.crew
+
+    def come_up(self, model: Any, poll: Poll) -> Crew | Refusal:
         """Have the workers ready; while they start, ComfyUI computes alone if that is quicker.
 
         It is not where ComfyUI's own copy of the model stays off the GPU that a worker is to have.
@@ -83,13 +86,13 @@ class Holding:
                 return STARTING
             page.tell(f"{text}...")
         try:
-            pool.wait_until_ready(poll)
+            crew = pool.wait_until_ready(poll)
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._show_end_of_start(NOT_STARTED.reason)
-            return NOT_STARTED
+            return replace(NOT_STARTED, error=str(error))
         self._show_end_of_start(f"{pool.world_size} {pool.device_word} are ready")
-        return None
+        return crew
 
     def _show_end_of_start(self, text: str) -> None:
         if self._is_start_shown:
@@ -98,6 +101,7 @@ class Holding:
 
     def hold(
         self,
+        crew: Crew,
         model: Any,
         run: Run,
         *,
@@ -133,13 +137,13 @@ class Holding:
             refusal = no_tensor_weights(model, plan.tensor_degree, run.tensor)
             if refusal is not None:
                 return refusal
-        self._weights.follow_generation()
+        weights, residency = crew.of(self._weights), crew.of(self._residency)
         if id(model) not in run.bypass:
             run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
-        state = self._weights.state(model, run.bypass[id(model)])
+        state = weights.state(crew, model, run.bypass[id(model)])
         if isinstance(state, Refusal):
             return state
-        place = self._residency.place(
+        place = residency.place(
             model,
             workload,
             plan,
@@ -156,24 +160,27 @@ class Holding:
         if state.tree["bypass"] and plan.tensor_degree > 1:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
         can_be_guest = place.mode == "full" or plan.tensor_degree > 1
-        if is_guest and not (can_be_guest and place.leaves(self._weights.bytes_held)):
-            return Refusal("it does not fit on the cards beside the model", Scope.STEP)
-        if not is_guest:
-            self._totals.residency = self._residency.arithmetic
-        if run.generation != self._pool.generation:
-            run.generation = self._pool.generation
-            run.compared.clear()
+        if is_guest:
+            others = {self._models.find(other).number for other in run.in_use}
+            if not (can_be_guest and weights.lets_in(known, place, others)):
+                return Refusal("it does not fit on the cards beside the model", Scope.STEP)
+        else:
+            self._totals.residency = residency.arithmetic
         # Also once in every run: the host's weights are compared with the workers' again.
-        is_held = self._weights.holds(known, place.name, state.key)
+        is_held = weights.holds(known, place.name, state.key)
         part = "blocks" if is_gathered else "whole"
-        compared = (*self._weights.comparison(known, state), part)
-        is_compared = compared in run.compared
-        is_compared = is_compared and self._weights.holds(known, place.name)
+        compared = (*weights.comparison(known, state), part)
+        of_run = weights.compared.setdefault(run, set())
+        is_compared = compared in of_run
+        is_compared = is_compared and weights.holds(known, place.name)
         if not (is_compared and is_held):
             if not is_compared:
-                held = (known.number, self._weights.bytes_held) if is_held else None
-                self._memory.make_room_for_workers(model, place.needed_bytes, run.in_use, held=held)
-            loaded = self._weights.load(
+                held = known.number if is_held else None
+                self._memory.make_room_for_workers(
+                    weights, model, place.needed_bytes, run.in_use, held=held
+                )
+            loaded = weights.load(
+                crew,
                 model,
                 known,
                 state,
@@ -186,8 +193,8 @@ class Holding:
                 run.changes.pop(id(model), None)
                 return loaded
             known = run.models[id(model)] = loaded
-            run.compared.add((*self._weights.comparison(known, state), part))
-        self._working_bytes[known.number] = place.working_bytes
+            of_run.add((*weights.comparison(known, state), part))
+        weights.working_bytes[known.number] = place.working_bytes
         return known
 
     def is_held_back(self, model: Any) -> bool:
@@ -196,18 +203,26 @@ class Holding:
         return patcher is not None and self._memory.is_held_back(patcher)
 
     def room_for(
-        self, model: Any, run: Run, known: KnownModel, plan: ParallelPlan, workload: Workload
+        self,
+        crew: Crew,
+        model: Any,
+        run: Run,
+        known: KnownModel,
+        plan: ParallelPlan,
+        workload: Workload,
     ) -> Room:
         """Say what a call takes on a card beside the weights, and how ComfyUI leaves it that."""
-        kind = self._pool.generation, known.number, plan, workload
-        num_bytes = 0 if kind in self._made else self._working_bytes.get(known.number, 0)
-        self._made.add(kind)
+        weights = crew.of(self._weights)
+        kind = known.number, plan, workload
+        is_known = kind in weights.had_room
+        num_bytes = 0 if is_known else weights.working_bytes.get(known.number, 0)
+        weights.had_room.add(kind)
 
         def make(shortage: str) -> None:
             self._totals.last_error = shortage
-            self._made.clear()
+            weights.had_room.clear()
             self._memory.empty_cache()
-            self._memory.make_room_for_workers(model, num_bytes, run.in_use)
+            self._memory.make_room_for_workers(weights, model, num_bytes, run.in_use)
 
         return Room(num_bytes, make)
 
@@ -216,10 +231,11 @@ class Holding:
         return self._memory.fits_beside_worker(model.current_patcher)
 
     def fitting(
-        self, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype
+        self, crew: Crew, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype
     ) -> ParallelPlan:
         """Return a plan, with even shares if larger ones do not fit on their cards."""
-        if not plan.weights or self._residency.has_room_for_shares(model, workload, plan, dtype):
+        residency = crew.of(self._residency)
+        if not plan.weights or residency.has_room_for_shares(model, workload, plan, dtype):
             return plan
         return replace(plan, weights=())
 
@@ -227,20 +243,21 @@ class Holding:
         """Whether the ranks may have read other weights than ComfyUI's in this step."""
         return any(self._models.has_changed(known) for known in run.models.values())
 
-    def forget_what_is_held(self) -> None:
+    def forget_what_is_held(self, crew: Crew) -> None:
         """Have the next run see to it that every rank holds what it should: a call failed there."""
-        self._weights.held.clear()
+        crew.of(self._weights).held.clear()
 
-    def state_key(self, known: KnownModel) -> str:
+    def state_key(self, crew: Crew, known: KnownModel) -> str:
         """Name the state of the weights that every rank holds of a model."""
-        return self._weights.state_key(known)
+        return crew.of(self._weights).state_key(known)
 
     def changes(self, model: Any, run: Run) -> list[Refusal]:
         """What others hung on single modules of a model, or set there. Looked for once a run."""
         if id(model) not in run.changes:
             known = run.models.get(id(model)) or self._models.find(model)
-            run.changes[id(model)] = [
-                *self._pristine.check_modules(flux_of(model)),
-                *self._weights.comparisons.changed_attributes(model, known.number),
-            ]
+            found = run.changes[id(model)] = list(self._pristine.check_modules(flux_of(model)))
+            crew = self.crew
+            if crew is not None:
+                comparisons = crew.of(self._weights).comparisons
+                found += comparisons.changed_attributes(model, known.number)
         return run.changes[id(model)]

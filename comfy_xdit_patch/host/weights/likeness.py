@@ -4,7 +4,7 @@ Runs in: host process. Reads modules and classes, changes nothing.
 
 A rank says what a model's code reaches and what each of these things is (``worker/reach.py``). Here
 the same names are looked up: what is another thing here was replaced by somebody, and is refused
-with its name. That is compared once for each generation of ranks; after that only identities are,
+with its name. That is compared once for each crew of ranks; after that only identities are,
 in every step, and what is not the same object any more is described and compared again. The first
 look of a run comes before its first step, the others while the ranks compute: it takes a
 millisecond to ask two thousand names that no cache of the processor holds. Settings of torch and of
@@ -14,14 +14,15 @@ a change, the step is computed here, and the next one begins with a look.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
 from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.host.pool.crew import Wire
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.inheritance import plain_arguments
 from comfy_xdit_patch.host.reading.compared import Compared
@@ -34,20 +35,15 @@ from comfy_xdit_patch.wire.messages.likeness import Follow, Reach, Reached
 
 Classes: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 """Those of a model's modules by ``module:path``: in its blocks, and around them."""
+OfModel: TypeAlias = tuple[Compared, list[Refusal]]
+"""What a model's code reaches, and what is different in classes without a name."""
 
 
 class Likeness:
-    """What the ranks of one generation have said, and what is different here."""
+    """What the ranks of one crew have said, and what is different here."""
 
-    def __init__(self, wire: Wire, follow_generation: Callable[[], object]) -> None:
-        """Prepare.
-
-        Args:
-            follow_generation: called before the ranks are asked anything.
-        """
-        self._wire = wire
-        self._follow_generation = follow_generation
-        self._generation = 0
+    def __init__(self, _: Crew) -> None:
+        """Prepare: nothing was asked."""
         self._compared: dict[Classes, Compared] = {}
         self._kernels: frozenset[str] = frozenset()
         self._num_kernels = -1
@@ -59,13 +55,17 @@ class Likeness:
         """What is looked at while the ranks compute."""
         self._follows = True
         """Whether the ranks had ComfyUI's settings at the last late look."""
+        self._of_runs: weakref.WeakKeyDictionary[Run, dict[int, OfModel]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """By the identity of the model."""
 
     @property
     def compared(self) -> list[Compared]:
         """What was compared with these ranks, for each kind of model."""
         return list(self._compared.values())
 
-    def changes(self, model: Any, run: Run, poll: Poll) -> list[Refusal]:
+    def changes(self, crew: Crew, model: Any, run: Run, poll: Poll) -> list[Refusal]:
         """See what was replaced here, and have the ranks follow settings. Every step.
 
         Where nothing was at the last look of this run, the next one is ``late_change``.
@@ -76,30 +76,23 @@ class Likeness:
         Raises:
             WorkerError: the workers are lost.
         """
-        self._follow_generation()
-        if self._generation != self._wire.generation:
-            self._generation = self._wire.generation
-            self._compared.clear()
-            self._sent = None
-        if run.code_generation != self._generation:
-            run.code_generation = self._generation
-            run.code.clear()
-        is_first = id(model) not in run.code
+        of_run = self._of_runs.setdefault(run, {})
+        is_first = id(model) not in of_run
         if is_first or self._has_changed:
-            self._follow()
+            self._follow(crew)
         if is_first:
             in_blocks, around = _classes_of(flux_of(model))
             classes = _paths(in_blocks), _paths(around - in_blocks)
             if classes not in self._compared:
-                self._compared[classes] = Compared(self._ask(classes, poll))
-            run.code[id(model)] = self._compared[classes], _of_local_classes(in_blocks | around)
-        compared, of_local_classes = run.code[id(model)]
+                self._compared[classes] = Compared(self._ask(crew, classes, poll))
+            of_run[id(model)] = self._compared[classes], _of_local_classes(in_blocks | around)
+        compared, of_local_classes = of_run[id(model)]
         self._looking = None
         if is_first or self._has_changed:
             self._has_changed = bool(compared.changes(is_first=is_first))
         else:
             self._looking = compared
-            self._wire.owed = partial(self._look, compared)
+            crew.owed = partial(self._look, compared)
         return [
             *compared.found,
             *of_local_classes,
@@ -111,12 +104,12 @@ class Likeness:
             ),
         ]
 
-    def late_change(self) -> Refusal | None:
+    def late_change(self, crew: Crew) -> Refusal | None:
         """Return what was changed between this step's start and the one before, if anything was.
 
         Ranks have computed the step with what was there before.
         """
-        self._wire.pay()
+        crew.pay()
         looked_at, self._looking = self._looking, None
         if looked_at is None or (self._follows and not looked_at.found):
             return None
@@ -131,19 +124,18 @@ class Likeness:
         compared.changes(is_first=False)
         self._follows = self._sent == _settings()
 
-    def _follow(self) -> None:
+    def _follow(self, crew: Crew) -> None:
         """Send settings if they are others than the ranks have."""
         now, options = _settings()
         if self._sent != (now, options):
             self._sent = now, dict(options)
             arguments = plain_arguments(options)
-            self._wire.pending = [Follow(torch=torch_settings.current(), arguments=arguments)]
+            crew.pending = [Follow(torch=torch_settings.current(), arguments=arguments)]
 
-    def _ask(self, classes: Classes, poll: Poll) -> Reached:
+    def _ask(self, crew: Crew, classes: Classes, poll: Poll) -> Reached:
         in_blocks, around = classes
-        replies = self._wire.request(
-            lambda number: Reach(number, list(in_blocks), list(around)), poll=poll
-        )
+        with crew.turn(poll) as turn:
+            replies = turn.ask(Reach(turn.number, list(in_blocks), list(around)))
         reached = replies[0]
         assert isinstance(reached, Reached)
         self._kernels, self._modes = frozenset(reached.kernels), reached.modes

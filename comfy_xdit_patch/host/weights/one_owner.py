@@ -37,14 +37,9 @@ NEXT_TO_NOTHING = 0.1
 class SharedMemory:
     """Decides whose turn it is on a device that ComfyUI and a worker share."""
 
-    def __init__(self, devices: Sequence[Device], weights: RemoteWeights) -> None:
+    def __init__(self, devices: Sequence[Device]) -> None:
         self._devices = devices
-        self._weights = weights
         self._alone: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._displaced: set[int] = set()
-        """Models that left a GPU with the worker that gave way, by number, until they return."""
-        self._away: set[int] = set()
-        """Ranks that gave way and have nothing more to give."""
         self._computing_bytes: ContextVar[float | None] = ContextVar("computing", default=None)
 
     def ranks_on(self, device: Any) -> list[int]:
@@ -65,7 +60,9 @@ class SharedMemory:
         finally:
             self._computing_bytes.reset(token)
 
-    def is_wanted(self, required: float, device: Any, *, for_dynamic: bool) -> list[int]:
+    def is_wanted(
+        self, weights: RemoteWeights, required: float, device: Any, *, for_dynamic: bool
+    ) -> list[int]:
         """Ranks that must give way so that ComfyUI has this many bytes free on its device.
 
         Args:
@@ -75,7 +72,7 @@ class SharedMemory:
         """
         import comfy.model_management as management
 
-        if not self._weights.may_hold_any or device is None:
+        if not weights.may_hold_any or device is None:
             return []
         computing = self._computing_bytes.get()
         if for_dynamic and computing is not None:
@@ -83,27 +80,19 @@ class SharedMemory:
             required = min(
                 required, max(management.minimum_inference_memory(), computing + reserved)
             )
-        ranks = [rank for rank in self.ranks_on(device) if rank not in self._away]
+        ranks = [rank for rank in self.ranks_on(device) if rank not in weights.away]
         if not ranks or management.get_free_memory(device) >= required:
             return []
         return ranks
 
-    def give_way(self, ranks: Sequence[int]) -> None:
-        """Have workers leave their GPU to ComfyUI; they return when they compute again.
-
-        Raises:
-            WorkerError: the workers are lost.
-        """
-        self._displaced |= self._weights.give_way(ranks)
-        self._away.update(ranks)
-
     def make_room_for_workers(
         self,
+        weights: RemoteWeights,
         base_model: Any,
         needed_bytes: int | None,
         in_use: Container[Any] = (),
         *,
-        held: tuple[int, int] | None = None,
+        held: int | None = None,
     ) -> None:
         """Have ComfyUI's other models leave a GPU on which a worker is about to run this one.
 
@@ -113,23 +102,22 @@ class SharedMemory:
         Args:
             needed_bytes: what the worker takes; None if the whole model and a call of it.
             in_use: ``BaseModel`` of the run, which stay as well.
-            held: number of the model and size of what of it lies on the worker's card already,
-                unless it gave way since.
+            held: the model's number if its weights lie on the worker's card already, unless it
+                gave way since.
         """
         import comfy.model_management as management
 
-        self._away.clear()
+        weights.away.clear()
         patcher = base_model.current_patcher
         if not self.shares_gpu(patcher.load_device):
             return
         if needed_bytes is None:
             needed_bytes = patcher.model_size() + management.minimum_inference_memory()
         if held is not None:
-            number, held_bytes = held
-            if number in self._displaced:
-                self._displaced.discard(number)
+            if held in weights.displaced:
+                weights.displaced.discard(held)
             else:
-                needed_bytes = max(0, needed_bytes - held_bytes)
+                needed_bytes = max(0, needed_bytes - weights.bytes_of({held}))
         kept = [
             loaded
             for loaded in management.current_loaded_models

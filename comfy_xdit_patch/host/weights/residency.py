@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.host.pool.pool import Pool
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.models import flux_of
 from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.pipeline import kept_bytes
@@ -32,7 +32,6 @@ from comfy_xdit_patch.planning.residency import (
     residency_of,
     tensor_mode,
 )
-from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.wire.fingerprint import stored_weights
 
 _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
@@ -74,11 +73,11 @@ class Placement:
 
 
 class Residency:
-    """The mode of every model; a mode only changes towards one that needs less."""
+    """The mode of every model on a crew's cards; it only changes towards one that needs less."""
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
-        self._budget = settings.gpu_memory_bytes
-        self._pool = pool
+    def __init__(self, crew: Crew, *, budget_bytes: int | None) -> None:
+        self._budget = budget_bytes
+        self._joined = [crew.joined[rank] for rank in range(crew.world_size)]
         self._modes: weakref.WeakKeyDictionary[Any, Mode] = weakref.WeakKeyDictionary()
         self._sizes: weakref.WeakKeyDictionary[Any, ModelSizes] = weakref.WeakKeyDictionary()
         self.arithmetic: list[str] = []
@@ -148,7 +147,7 @@ class Residency:
         return residency_of(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
 
     def _cards(self) -> tuple[Card, ...] | None:
-        ranks = [self._pool.joined[rank] for rank in range(self._pool.world_size)]
+        ranks = self._joined
         if self._budget is not None:
             return tuple(Card(self._budget, self._budget, has_host=r.rank == 0) for r in ranks)
         if any(rank.total_bytes == 0 for rank in ranks):

@@ -122,13 +122,14 @@ def test_only_the_argument_that_changed_is_written(wire):
     assert wire.written_by("call", arguments) == 64 * 4
 
 
-@pytest.mark.parametrize("position", [0, 999])
+@pytest.mark.parametrize("position", [0, 50_000, 99_999])
 def test_one_changed_element_is_noticed_wherever_it_is(wire, position):
-    tensor = torch.rand(1000)
+    tensor = torch.rand(100_000)
     wire.send("x", tensor)
     tensor[position] += 1
     assert torch.equal(wire.carry("x", tensor), tensor)
     assert wire.table.bytes_written == 2 * tensor.nbytes
+    assert wire.written_by("x", tensor.clone()) == 0
 
 
 def test_a_changed_tensor_never_arrives_under_a_slot_and_version_used_before(wire):
@@ -292,28 +293,6 @@ def test_slots_have_no_name_in_the_file_system_and_end_with_their_owners():
     assert len(os.listdir("/proc/self/fd")) == num_fds
 
 
-def test_a_tensor_that_differs_only_in_its_middle_is_not_proved(wire):
-    first = torch.zeros(100, 100)
-    wire.send("x", first)
-    assert wire.table.prove()
-    changed = first.clone()
-    changed[50, 50] = 1
-    wire.send("x", changed)
-    assert not wire.table.prove()
-    assert torch.equal(wire.carry("x", changed), changed), "placed again, it is written"
-    assert wire.table.prove()
-
-
-def test_what_an_unsent_call_left_unproved_does_not_trouble_the_next(wire):
-    first = torch.zeros(100, 100)
-    wire.send("x", first)
-    changed = first.clone()
-    changed[50, 50] = 1
-    wire.send("x", changed)
-    wire.table.begin_call()
-    assert wire.table.prove()
-
-
 @pytest.fixture
 def device(monkeypatch):
     """Tensors count as a GPU's; ``device`` counts how often an answer of the GPU is waited for."""
@@ -333,7 +312,6 @@ def placed_on_device(table, values):
     table.begin_call(values)
     before = table.bytes_written
     tree = {path: table.place(path, value) for path, value in values.items()}
-    assert table.prove(), "nothing is left to compare while the GPUs compute"
     return tree, table.bytes_written - before
 
 

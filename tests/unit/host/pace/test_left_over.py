@@ -21,15 +21,13 @@ def namespace(**values):
     return types.SimpleNamespace(**values)
 
 
-class Pool:
-    """A pool whose ranks are processes of the test."""
+class Crew:
+    """A crew whose ranks are processes of the test."""
 
     def __init__(self, pids, device):
-        self.devices = [device] * len(pids)
-        self.workers = [namespace(process=namespace(pid=pid)) for pid in pids]
+        self.workers = [namespace(process=namespace(pid=pid), device=device) for pid in pids]
         self.joined = {rank: namespace(total_bytes=100, free_bytes=60) for rank in range(len(pids))}
         self.world_size = len(pids)
-        self.generation = 1
 
 
 def test_a_core_that_works_counts_its_ticks():
@@ -59,7 +57,7 @@ def test_another_programs_work_is_what_it_leaves_less_of(spinning):
     sleeping = subprocess.Popen(["sleep", "60"])
     try:
         os.sched_setaffinity(sleeping.pid, {core})
-        found = LeftOver(Pool([sleeping.pid], Device("cpu")))
+        found = LeftOver(Crew([sleeping.pid], Device("cpu")))
         assert found.parts() == (1.0,), "nothing is known at the first look"
         time.sleep(1.0)
         assert found.parts() == (pytest.approx(LEAST, abs=0.2),)
@@ -79,7 +77,7 @@ def test_a_ranks_own_work_is_not_anothers(monkeypatch):
     monkeypatch.setattr(left_over.os, "sched_getaffinity", cores.get)
     monkeypatch.setattr(left_over.os, "sysconf", lambda _: 100)
     monkeypatch.setattr(left_over.time, "monotonic", lambda: next(now))
-    found = LeftOver(Pool([0, 1], Device("cpu")))
+    found = LeftOver(Crew([0, 1], Device("cpu")))
     found.parts()
     assert found.parts() == (1.0, LEAST), "the second core is all another's"
 
@@ -87,7 +85,7 @@ def test_a_ranks_own_work_is_not_anothers(monkeypatch):
 def test_a_rank_that_is_gone_changes_nothing():
     ended = subprocess.Popen(["true"])
     ended.wait()
-    found = LeftOver(Pool([ended.pid], Device("cpu")))
+    found = LeftOver(Crew([ended.pid], Device("cpu")))
     assert found.parts() == found.parts() == (1.0,)
 
 
@@ -124,7 +122,7 @@ def test_an_idle_card_has_no_samples(monkeypatch):
 def test_without_nvml_the_memory_that_others_held_counts_but_not_the_hosts(monkeypatch):
     nvml(monkeypatch, error=NVMLError("not supported"))
     assert time_taken("GPU-1", {OWN}) is None
-    found = LeftOver(Pool([1, 2], Device("H100", uuid="GPU-1")))
+    found = LeftOver(Crew([1, 2], Device("H100", uuid="GPU-1")))
     assert found.parts() == (1.0, pytest.approx(0.6))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert time_taken("GPU-1", {OWN}) is None

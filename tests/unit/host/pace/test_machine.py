@@ -15,10 +15,11 @@ import pytest
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.pace.machine import RATES, REFERENCE_CALL_S, Measuring
-from comfy_xdit_patch.host.pool.exchange import Exchange
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.launcher import Worker
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
+from comfy_xdit_patch.host.pool.start import Team
 from comfy_xdit_patch.planning.cost.link_timing import measurements, name_of
 from comfy_xdit_patch.planning.cost.machine import HOST_CALL_S
 from comfy_xdit_patch.report.doctor_sections import measured_lines
@@ -66,16 +67,17 @@ class World:
         )
         self.theirs = []
         workers = []
+        joined = {}
         for rank, reply in enumerate(replies):
             ours, theirs = socket.socketpair()
             theirs.sendall(frame_of(reply))
             self.theirs.append(theirs)
             worker: Any = Quiet(rank, device, Process(), Channel(ours), Path("/nowhere"))  # type: ignore[arg-type]
             workers.append(worker)
-            self.pool.joined[rank] = Joined(rank, 1, "x", {}, 24 << 30, 22 << 30, 0)
-        self.pool.workers = tuple(workers)
-        self.pool._exchange = Exchange(workers, step_timeout_s=5.0)
-        self.pool.generation = 1
+            joined[rank] = Joined(rank, 1, "x", {}, 24 << 30, 22 << 30, 0)
+        self.workers = workers
+        team = Team(tuple(workers), joined, 0.0)
+        self.pool.crew = Crew(team, step_timeout_s=5.0, lose=self.pool._lose)
         self.pool.state = PoolState.READY
         self.measuring = Measuring(self.pool, budget_bytes=None)
 
@@ -85,7 +87,7 @@ class World:
     def close(self) -> None:
         for theirs in self.theirs:
             theirs.close()
-        for worker in self.pool.workers:
+        for worker in self.workers:
             worker.channel.close()
 
 
@@ -138,11 +140,11 @@ def test_rates_become_gpus_and_times_become_links(world):
     assert machine.host_call_s == pytest.approx(4 * HOST_CALL_S), "of the slowest rank"
 
 
-def test_a_machine_is_measured_once_for_a_generation(world):
+def test_a_machine_is_measured_once_for_a_crew(world):
     made = world(probed(0), probed(1))
     machine = made.measure()
     assert made.measure() is machine, "a second request would have no reply"
-    made.pool.generation = 2
+    made.pool.crew = None
     assert made.measuring.status()["ranks"] == [], "nothing is known of new workers"
 
 

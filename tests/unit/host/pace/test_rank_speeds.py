@@ -1,4 +1,4 @@
-"""Weights belong to a generation of workers; a run may hold on to those that it began with."""
+"""Weights belong to a crew of ranks; a run may hold on to those that it began with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import types
 import pytest
 
 from comfy_xdit_patch.hardware.devices import Device
-from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
+from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.report.status import Totals
@@ -15,47 +15,47 @@ from comfy_xdit_patch.report.status import Totals
 IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 
 
-@pytest.fixture
-def pool():
-    return types.SimpleNamespace(
-        world_size=2, generation=1, devices=[Device("cpu")] * 2, workers=()
-    )
+CREW = types.SimpleNamespace(
+    world_size=2, joined={}, workers=[types.SimpleNamespace(device=Device("cpu"))] * 2
+)
 
 
 @pytest.fixture
 def totals():
-    return Totals(busy_seconds={0: 1.0, 1: 2.0})
+    return Totals()
+
+
+def balance_of(totals, mode="adaptive"):
+    return CrewBalance(CREW, mode=mode, totals=totals)
 
 
 def plan_with(weights):
     return ParallelPlan(2, 1, 2, weights=weights)
 
 
-def measure(balance, num_calls, run=None):
+def measure(balance, num_calls, run=None, busy_s=(1.0, 2.0), **more):
     run = run or Run()
     for _ in range(num_calls):
         plan = plan_with(balance.weights(run))
-        balance.measured(plan, IMAGE, model=1, replan=plan_with)
+        balance.measured(plan, IMAGE, busy_s, model=1, replan=plan_with, **more)
     return run
 
 
-def test_what_ranks_were_busy_for_becomes_weights_and_status(pool, totals):
-    balance = PoolBalance("adaptive", pool, totals)
+def test_what_ranks_were_busy_for_becomes_weights_and_status(totals):
+    balance = balance_of(totals)
     run = measure(balance, 6)
     assert balance.weights(run)[0] > 1.5 * balance.weights(run)[1]
     assert totals.to_dict()["balance"] == {"weights": list(balance.weights(run)), "changes": 1}
 
 
-def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(pool, totals):
-    totals.launch_bound = {0: False, 1: True}
-    balance = PoolBalance("adaptive", pool, totals)
-    assert balance.weights(measure(balance, 20)) == ()
-    totals.launch_bound[1] = False
+def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(totals):
+    balance = balance_of(totals)
+    assert balance.weights(measure(balance, 20, is_launch_bound=True)) == ()
     assert balance.weights(measure(balance, 6)) != ()
 
 
-def test_a_run_holds_its_weights_while_others_follow(pool, totals):
-    balance = PoolBalance("adaptive", pool, totals)
+def test_a_run_holds_its_weights_while_others_follow(totals):
+    balance = balance_of(totals)
     run = Run()
     balance.hold(run, balance.weights(run))
     measure(balance, 6, run)
@@ -63,24 +63,20 @@ def test_a_run_holds_its_weights_while_others_follow(pool, totals):
     assert balance.weights(Run()) != ()
 
 
-def test_new_workers_begin_with_even_shares(pool, totals):
-    balance = PoolBalance("adaptive", pool, totals)
-    measure(balance, 6)
-    pool.generation = 2
-    assert balance.weights(Run()) == ()
+def test_new_workers_begin_with_even_shares(totals):
+    measure(balance_of(totals), 6)
+    assert balance_of(totals).weights(Run()) == ()
     assert totals.to_dict()["balance"] == {"weights": [], "changes": 0}
 
 
-def test_a_rank_that_said_nothing_is_no_measurement(pool, totals):
-    del totals.busy_seconds[1]
-    balance = PoolBalance("adaptive", pool, totals)
-    measure(balance, 20)
+def test_a_rank_that_said_nothing_is_no_measurement(totals):
+    measure(balance_of(totals), 20, busy_s=(1.0, 0.0))
     assert totals.share_changes == 0
 
 
-def test_what_others_use_is_looked_at_once_in_a_run(pool, totals, monkeypatch):
+def test_what_others_use_is_looked_at_once_in_a_run(totals, monkeypatch):
     looks = iter([(1.0, 0.5), (1.0, 0.5), (1.0, 1.0)])
-    balance = PoolBalance("least_loaded", pool, totals)
+    balance = balance_of(totals, "least_loaded")
     monkeypatch.setattr(balance._left_over, "parts", lambda: next(looks))
     run = Run()
     assert [balance.weights(run) for _ in range(3)] == [(1000, 500)] * 3

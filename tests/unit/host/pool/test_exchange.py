@@ -36,13 +36,10 @@ def worker(tmp_path):
 
 
 def request(*workers, meanwhile=None):
-    return Exchange(workers, step_timeout_s=60.0).request(
-        Unload,
-        before=[],
-        meanwhile=meanwhile or workers[0].process.kill,
-        poll=lambda: None,
-        progress=lambda _, __: None,
-    )
+    exchange = Exchange(workers, step_timeout_s=60.0)
+    exchange.send(Unload(exchange.next_number))
+    (meanwhile or workers[0].process.kill)()
+    return exchange.replies(lambda: None)
 
 
 def test_a_death_is_noticed_at_once_though_somebody_holds_the_channel_open(worker):

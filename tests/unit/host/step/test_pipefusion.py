@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
-from comfy_xdit_patch.host.pool.pool import PoolState
 from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
@@ -20,16 +19,24 @@ WORKLOAD = Workload(batch_size=1, num_text_tokens=77, num_image_tokens=64, num_h
 SIGMAS = torch.linspace(1, 0, 11)
 
 
-class Wire:
-    """Counts requests."""
+class Crew:
+    """Counts requests; its own turn."""
+
+    number = 1
 
     def __init__(self):
-        self.generation = 1
-        self.pool = SimpleNamespace(generation=1, state=PoolState.READY)
         self.requests = []
+        self.known = {}
 
-    def request(self, message, *, poll):
-        self.requests.append(message(1))
+    def of(self, make):
+        return self.known.setdefault(make, make(self))
+
+    @contextlib.contextmanager
+    def turn(self, poll):
+        yield self
+
+    def ask(self, message):
+        self.requests.append(message)
 
 
 class Flux:
@@ -49,13 +56,10 @@ Radiance.__module__, Radiance.__name__ = "comfy.ldm.chroma_radiance.model", "Chr
 
 
 @pytest.fixture
-def wire():
-    return Wire()
-
-
-@pytest.fixture
-def pipelines(wire):
-    return Pipelines(wire)
+def pipelines():
+    made = Pipelines()
+    made.crew = Crew()
+    return made
 
 
 def call(pipelines, run, sigma=0.9, tree=None, **changes):
@@ -67,7 +71,9 @@ def call(pipelines, run, sigma=0.9, tree=None, **changes):
     x = torch.zeros(changes.pop("shape", (1, 16, 16, 16)))
     given = {"plan": PLAN, "workload": WORKLOAD, "model": (1, "key"), "patches": None}
     arguments = {"x": x, "timestep": x[:1], "transformer_options": options}
-    return pipelines.of_call(run, arguments, **(given | changes)), tree or {"context": 1}
+    return pipelines.of_call(pipelines.crew, run, arguments, **(given | changes)), tree or {
+        "context": 1
+    }
 
 
 def exact(pipelines, run, *calls):
@@ -111,45 +117,32 @@ def test_what_moves_in_every_step_makes_no_call_exact(pipelines, name):
     assert exact(pipelines, Run(), {}, changed) == [True, False]
 
 
-def test_a_new_run_new_workers_and_a_step_that_fell_back_make_a_call_exact(pipelines, wire):
+def test_a_new_run_new_workers_and_a_step_that_fell_back_make_a_call_exact(pipelines):
     run = Run()
     assert exact(pipelines, run, {}, {}) == [True, False]
     assert exact(pipelines, Run(), {}) == [True]
     run.counts.fall_backs["something"] += 1
     assert exact(pipelines, run, {}, {}) == [True, False]
-    wire.generation = 2
+    pipelines.crew = Crew()
     assert exact(pipelines, run, {}, {}) == [True, False]
 
 
-def test_a_call_that_is_made_again_is_exact_and_the_next_one_need_not_be(pipelines):
-    run = Run()
-    assert exact(pipelines, run, {}) == [True]
-    made, tree = call(pipelines, run)
-    assert [made.tree(tree)["is_warm_up"] for _ in range(2)] == [False, True]
-    assert exact(pipelines, run, {}) == [False]
-
-
-def test_the_end_of_a_run_frees_its_streams_once(pipelines, wire):
+def test_the_end_of_a_run_frees_its_streams_once(pipelines):
     run = Run()
     exact(pipelines, run, {}, {"cond": [1]})
     for _ in range(2):
-        pipelines.end(run)
-    (message,) = wire.requests
-    assert len(message.streams) == 2
+        pipelines.end(pipelines.crew, run)
+    (message,) = pipelines.crew.requests
+    assert message.streams == [1, 2]
 
 
-def test_nothing_is_asked_of_lost_or_new_workers_or_for_a_run_without_streams(pipelines, wire):
-    pipelines.end(Run())
-    lost = Run()
-    exact(pipelines, lost, {})
-    wire.pool.state = PoolState.BROKEN
-    pipelines.end(lost)
-    wire.pool.state = PoolState.READY
+def test_nothing_is_asked_of_new_ranks_or_for_a_run_without_streams(pipelines):
+    pipelines.end(pipelines.crew, Run())
     run = Run()
     exact(pipelines, run, {})
-    wire.pool.generation = 2
-    pipelines.end(run)
-    assert wire.requests == []
+    others = Crew()
+    pipelines.end(others, run)
+    assert pipelines.crew.requests == others.requests == []
 
 
 def refusal(pipelines, *, flux=None, plan=PLAN, changes=(), carried=None, is_run=True, **options):
@@ -207,4 +200,7 @@ def test_numbers_of_streams_are_never_used_twice(pipelines):
     runs = [Run(), Run()]
     for run, cond in itertools.product(runs, ([0], [1])):
         exact(pipelines, run, {"cond": cond})
-    assert len({number for run in runs for number in run.streams.numbers}) == 4
+    for run in runs:
+        pipelines.end(pipelines.crew, run)
+    numbers = [number for message in pipelines.crew.requests for number in message.streams]
+    assert len(set(numbers)) == len(numbers) == 4

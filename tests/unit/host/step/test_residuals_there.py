@@ -23,7 +23,6 @@ class World:
         self.numbers = [torch.rand(SHAPE), torch.rand(SHAPE)]
         self.call = ControlCall(
             3,
-            generation=1,
             plan=PLAN,
             layout={"input": [0, 0, 1], "output": [None]},
             compute=self.compute,
@@ -49,14 +48,21 @@ def world():
     return World()
 
 
-def encode(control, *, generation=1, plan=PLAN):
+class Everything:
+    """Ranks that keep what any call left there."""
+
+    def __contains__(self, call):
+        return True
+
+
+def encode(control, *, kept=Everything(), plan=PLAN):  # noqa: B008
     placed = []
 
     def place(name, tensor):
         placed.append((name, tensor))
         return {"$slot": len(placed) - 1}
 
-    return encode_control(control, place, generation=generation, plan=plan), placed
+    return encode_control(control, place, kept=kept, plan=plan), placed
 
 
 @torch.inference_mode()
@@ -98,12 +104,14 @@ def test_rows_that_a_sum_repeats_are_all_there():
 
 
 @pytest.mark.parametrize(
-    ("generation", "plan"), [(2, PLAN), (1, ParallelPlan(2, 2, 1))], ids=["workers", "plan"]
+    ("kept", "plan"),
+    [((), PLAN), (Everything(), ParallelPlan(2, 2, 1))],
+    ids=["workers", "plan"],
 )
-def test_what_the_workers_of_now_do_not_have_is_computed_here(world, generation, plan):
+def test_what_the_workers_of_now_do_not_have_is_computed_here(world, kept, plan):
     residual = world.residual(1)
     residual *= 3
-    tree, placed = encode({"input": [residual]}, generation=generation, plan=plan)
+    tree, placed = encode({"input": [residual]}, kept=kept, plan=plan)
     assert tree["unique"] == [["tensor", {"$slot": 0}]]
     assert torch.equal(placed[0][1], world.numbers[1] * 3)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 
 import pytest
 import torch
 
-from comfy_xdit_patch.errors import CardsFullError, MessageError, WorkerError
-from comfy_xdit_patch.host.pool.crew import Room, Wire
+from comfy_xdit_patch.errors import CardsFullError, WorkerError
+from comfy_xdit_patch.host.pool.crew import Crew, Room
+from comfy_xdit_patch.host.pool.start import Team
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
@@ -19,33 +21,38 @@ from comfy_xdit_patch.wire.slot_map import SlotMap
 from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
 
-class Pool:
-    """A pool of one worker, which lives here and answers at once."""
+class Exchange:
+    """With a worker that lives here and answers at once."""
 
     def __init__(self):
-        self.generation = 1
-        self.control_bytes = 0
+        self.bytes_sent = 0
         self.requests = []
         self.lost = None
         self.map = SlotMap(torch.device("cpu"))
 
-    def request(self, message, *, poll, prepare, meanwhile, progress, check):
+    def settle(self, poll):
         if self.lost == "before the call":
             raise WorkerError("planted")
-        for extra, fd in prepare():
+
+    @property
+    def next_number(self):
+        return len(self.requests) + 1
+
+    def send(self, request, *, before):
+        for extra, fd in before:
             if isinstance(extra, Map):
                 self.map.add(extra.slot, os.dup(fd), extra.size_bytes)
             if isinstance(extra, Unmap):
                 self.map.drop(extra.slots)
         if self.lost == "in the call":
             raise WorkerError("planted")
-        request = message(len(self.requests) + 1)
+        assert request.request == self.next_number
         self.requests.append(request)
-        self.control_bytes += 100
-        meanwhile()
-        replies = [getattr(self, f"answer_{type(request).__name__}")(request)]
-        check(replies)
-        return replies
+        self.bytes_sent += 100
+
+    def replies(self, poll, progress):
+        request = self.requests[-1]
+        return [getattr(self, f"answer_{type(request).__name__}")(request)]
 
     def answer_Forward(self, request):  # noqa: N802
         x = self.map.fetch(request.arguments)["x"]
@@ -55,24 +62,43 @@ class Pool:
 
 
 @pytest.fixture
-def pool():
-    return Pool()
+def remote():
+    return Remote()
 
 
-class Remote(RemoteForward):
-    """As the host uses it: new workers are noticed before each call."""
+class Remote:
+    """``RemoteForward`` with the crew of now."""
+
+    def __init__(self):
+        self.totals = Totals()
+        self.have_new_workers()
+
+    def have_new_workers(self):
+        self.losses = []
+        self.crew = Crew(
+            Team((None,), {}, 0.0), step_timeout_s=1.0, lose=lambda _, why: self.losses.append(why)
+        )
+        self.exchange = self.crew._exchange = Exchange()
+
+    @property
+    def requests(self):
+        return self.exchange.requests
 
     def forward(self, *args, **kwargs):
-        self._wire.follow_generation()
-        return super().forward(*args, **kwargs)
+        return RemoteForward(self.totals).forward(self.crew, *args, **kwargs).out
 
 
-@pytest.fixture
-def remote(pool):
-    return Remote(Wire(pool), Totals())
+class Pipeline:
+    """Counts the calls of a stream."""
+
+    num_calls = 0
+
+    def tree(self, arguments):
+        self.num_calls += 1
+        return {"call": self.num_calls}
 
 
-def call(remote, x, patches=None, room=None, **arguments):
+def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
     return remote.forward(
         1,
         {"x": x, **arguments},
@@ -81,6 +107,7 @@ def call(remote, x, patches=None, room=None, **arguments):
         out_channels=x.shape[1],
         poll=lambda: None,
         room=room,
+        pipeline=pipeline,
     )
 
 
@@ -96,24 +123,23 @@ def test_an_answer_does_not_change_when_the_next_one_is_written(remote):
     assert torch.equal(first, torch.full((1, 4, 2, 2), 2.0))
 
 
-def test_only_what_the_workers_need_of_the_options_is_carried(remote, pool):
+def test_only_what_the_workers_need_of_the_options_is_carried(remote):
     options = {"rope_options": {"scale_x": 2.0}, "sigmas": object(), "callbacks": {1: object()}}
     call(remote, torch.ones(1, 4, 2, 2), transformer_options=options, extra=object())
-    tree = pool.requests[-1].arguments
+    tree = remote.requests[-1].arguments
     assert set(tree) == {"x", "transformer_options"}
     assert tree["transformer_options"] == {"rope_options": {"scale_x": 2.0}}
 
 
-def test_an_argument_that_cannot_be_carried_ends_the_call_before_it_is_sent(remote, pool):
+def test_an_argument_that_cannot_be_carried_ends_the_call_before_it_is_sent(remote):
     with pytest.raises(UncarriedArgumentError, match=r"^y is a object$"):
         call(remote, torch.ones(1, 4, 2, 2), y=object())
-    assert pool.requests == []
+    assert remote.requests == []
     assert torch.equal(call(remote, torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
 
 
-def test_bytes_and_forwards_are_counted(pool):
-    totals = Totals()
-    remote = Remote(Wire(pool), totals)
+def test_bytes_and_forwards_are_counted(remote):
+    totals = remote.totals
     x, context = torch.ones(1, 4, 2, 2), torch.ones(1, 10, 8)
     for _ in range(3):
         call(remote, x.clone(), context=context.clone())
@@ -123,45 +149,50 @@ def test_bytes_and_forwards_are_counted(pool):
     assert totals.num_forwards == {0: 7}
 
 
-def test_a_call_for_which_there_is_no_room_costs_no_workers(remote, pool):
-    computes = pool.answer_Forward
+def test_a_call_for_which_there_is_no_room_costs_no_workers(remote):
+    computes = remote.exchange.answer_Forward
     shortages: list[str] = []
     room = Room(3 << 20, shortages.append)
-    pool.answer_Forward = lambda request: NoRoom(request.request, True)
+    remote.exchange.answer_Forward = lambda request: NoRoom(request.request, True)
     with pytest.raises(CardsFullError, match=r"^Ranks \[0\] have no 3 MiB for a call\.$"):
         call(remote, torch.ones(1, 4, 2, 2), room=room)
-    assert [request.working_bytes for request in pool.requests] == [3 << 20] * 2
+    assert [request.working_bytes for request in remote.requests] == [3 << 20] * 2
     assert shortages == ["Ranks [0] have no 3 MiB for a call."], "asked once, and tried once more"
-    with pytest.raises(MessageError):  # the pool makes a lost worker of it
+    assert remote.losses == []
+    with pytest.raises(WorkerError, match=r"^Rank 0 answered Forward with NoRoom\."):
         call(remote, torch.ones(1, 4, 2, 2))  # nobody asked for a look
-    pool.answer_Forward = computes
+    assert len(remote.losses) == 1
+    remote.exchange.answer_Forward = computes
     assert torch.equal(call(remote, torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
 
 
-def test_a_call_goes_on_when_comfyui_has_made_room(remote, pool):
-    computes = pool.answer_Forward
-    pool.answer_Forward = lambda request: NoRoom(request.request, True)
-    room = Room(3 << 20, lambda _: setattr(pool, "answer_Forward", computes))
-    out = call(remote, torch.ones(1, 4, 2, 2), room=room)
+def test_a_call_goes_on_when_comfyui_has_made_room(remote):
+    computes = remote.exchange.answer_Forward
+    remote.exchange.answer_Forward = lambda request: NoRoom(request.request, True)
+    room = Room(3 << 20, lambda _: setattr(remote.exchange, "answer_Forward", computes))
+    pipeline = Pipeline()
+    out = call(remote, torch.ones(1, 4, 2, 2), room=room, pipeline=pipeline)
     assert torch.equal(out, torch.full((1, 4, 2, 2), 2.0))
+    assert [request.pipeline for request in remote.requests] == [{"call": 1}] * 2
+    assert pipeline.num_calls == 1, "for PipeFusion it is one call, as exact as it was to be"
 
 
-def test_new_workers_are_sent_everything_anew(remote, pool):
+def test_new_workers_are_sent_everything_anew(remote):
     x = torch.ones(1, 4, 2, 2)
     call(remote, x)
-    pool.map, pool.generation = SlotMap(torch.device("cpu")), 2
+    remote.have_new_workers()
     assert torch.equal(call(remote, x), 2 * x)
 
 
 @pytest.mark.parametrize("lost", ["before the call", "in the call"])
-def test_lost_workers_cost_no_file_descriptors(remote, pool, lost):
-    pool.lost = lost
-
+def test_lost_workers_cost_no_file_descriptors(remote, lost):
     def lose_workers_in_their_first_call():
+        remote.have_new_workers()
+        remote.crew.packs.place([torch.rand(4)])  # never sent
+        remote.exchange.lost = lost
         with pytest.raises(WorkerError):
             call(remote, torch.ones(1, 4, 2, 2))
-        pool.map = SlotMap(torch.device("cpu"))
-        pool.generation += 1
+        remote.have_new_workers()
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
@@ -169,14 +200,22 @@ def test_lost_workers_cost_no_file_descriptors(remote, pool, lost):
     assert [lose_workers_in_their_first_call() for _ in range(3)] == [first] * 3
 
 
-def test_conditioning_that_changed_only_in_its_middle_is_noticed_and_sent_again(remote, pool):
-    x = torch.zeros(1, 4, 2, 2)
-    x[0, 0, 0, 0] = 1
+def test_shared_memory_ends_with_the_last_reference_to_a_crew(remote):
+    """A model without a file is gigabytes of it, which wait for no garbage collector."""
+    gc.disable()
+    try:
+        call(remote, torch.ones(1, 4, 2, 2))
+        slots = weakref.ref(remote.crew.slots)
+        remote.have_new_workers()
+        assert slots() is None
+    finally:
+        gc.enable()
+
+
+def test_conditioning_that_changed_only_in_its_middle_is_noticed_before_the_call(remote):
     first = torch.zeros(1, 4, 64, 64)
     call(remote, first)
     changed = first.clone()
-    changed[0, 2, 0, 0] = 5  # far from the bytes that choose the slot
+    changed[0, 2, 0, 0] = 5
     assert torch.equal(call(remote, changed), 2 * changed)
-    assert len(pool.requests) == 3, "the call that trusted wrongly was made again"
-    assert torch.equal(call(remote, changed.clone()), 2 * changed)
-    assert len(pool.requests) == 4, "and the next one was not"
+    assert len(remote.requests) == 2

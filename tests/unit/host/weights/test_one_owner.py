@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 import weakref
@@ -11,7 +12,9 @@ import pytest
 
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.weights import one_owner as patching_memory
+from comfy_xdit_patch.host.weights.held import Held, RemoteWeights
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory, nothing_pinned
+from comfy_xdit_patch.report.status import Totals
 
 GPU = SimpleNamespace(type="cuda", index=0)
 CPU = SimpleNamespace(type="cpu", index=None)
@@ -39,17 +42,22 @@ def comfyui(monkeypatch):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Two GPUs, rank 0 on that of ComfyUI; ``told`` are the ranks that gave way."""
+    """Two GPUs, rank 0 on that of ComfyUI."""
     gpus = tuple(Device(f"card {i}", f"GPU-{i}") for i in range(2))
     monkeypatch.setattr(patching_memory, "visible_gpus", lambda: gpus)
-    told = []
+    return SharedMemory(gpus)
 
-    def give_way(ranks):
-        told.append(ranks)
-        return {FLUX}
 
-    made = SharedMemory(gpus, SimpleNamespace(may_hold_any=True, give_way=give_way))
-    made.told = told
+@pytest.fixture
+def weights():
+    """Ranks that hold a model and a ControlNet; nothing is asked of them."""
+    crew = SimpleNamespace(world_size=2, packs=None)
+    made = RemoteWeights(crew, totals=Totals(), models=None, failed={}, verifies=False)
+    made.may_hold_any = True
+    made.held = {FLUX: Held("", "full", (12, 12)), 8: Held("", "full", (12, 11))}
+    made.crew = SimpleNamespace(
+        turn=lambda _: contextlib.nullcontext(SimpleNamespace(number=1, ask=lambda _: []))
+    )
     return made
 
 
@@ -73,51 +81,50 @@ def patcher(size=12, loaded=0, device=GPU):
     ],
 )
 def test_a_worker_gives_way_to_what_cannot_do_with_the_room_that_there_is(
-    comfyui, memory, required, computing, for_dynamic, gives_way
+    comfyui, memory, weights, required, computing, for_dynamic, gives_way
 ):
     with memory.loading(computing):
-        ranks = memory.is_wanted(required, GPU, for_dynamic=for_dynamic)
+        ranks = memory.is_wanted(weights, required, GPU, for_dynamic=for_dynamic)
     assert ranks == ([0] if gives_way else [])
 
 
-def test_comfyui_computes_with_something_at_least(comfyui, memory):
+def test_comfyui_computes_with_something_at_least(comfyui, memory, weights):
     comfyui.free = 0.9
     with memory.loading(0):
-        assert memory.is_wanted(12, GPU, for_dynamic=True) == [0]
-    assert memory.is_wanted(12, CPU, for_dynamic=True) == []
+        assert memory.is_wanted(weights, 12, GPU, for_dynamic=True) == [0]
+    assert memory.is_wanted(weights, 12, CPU, for_dynamic=True) == []
 
 
-def test_a_worker_that_gave_way_is_given_room_for_all_of_a_model_once(comfyui, memory):
+def test_a_worker_that_gave_way_is_given_room_for_all_of_a_model_once(comfyui, memory, weights):
     """It takes 16 GiB to run the model, of which 12 lie on its card if it has not given way."""
     run = SimpleNamespace(current_patcher=patcher())
     steps = [
         ("is held", lambda: None, 4),
-        ("gave way", lambda: memory.give_way([0]), 16),
+        ("gave way", lambda: weights.give_way(weights.crew, [0]), 16),
         ("has returned", lambda: None, 4),
     ]
     for what, happens, needed in steps:
         happens()
-        memory.make_room_for_workers(run, 16, held=(FLUX, 12))
+        memory.make_room_for_workers(weights, run, 16, held=FLUX)
         assert comfyui.asked.pop() == needed, what
-    memory.make_room_for_workers(run, 16)
+    memory.make_room_for_workers(weights, run, 16)
     assert comfyui.asked == [16], "a model that no worker holds"
 
 
-def test_a_worker_that_gave_way_is_not_asked_again_before_it_returns(comfyui, memory):
+def test_a_worker_that_gave_way_is_not_asked_again_before_it_returns(comfyui, memory, weights):
     comfyui.free = 0
-    memory.give_way(memory.is_wanted(12, GPU, for_dynamic=False))
-    assert memory.is_wanted(12, GPU, for_dynamic=False) == []
-    memory.make_room_for_workers(SimpleNamespace(current_patcher=patcher()), 16)
-    assert memory.is_wanted(12, GPU, for_dynamic=False) == [0]
+    weights.give_way(weights.crew, memory.is_wanted(weights, 12, GPU, for_dynamic=False))
+    assert memory.is_wanted(weights, 12, GPU, for_dynamic=False) == []
+    memory.make_room_for_workers(weights, SimpleNamespace(current_patcher=patcher()), 16)
+    assert memory.is_wanted(weights, 12, GPU, for_dynamic=False) == [0]
 
 
-def test_what_a_model_needs_is_known_by_its_number(comfyui, memory):
+def test_what_a_model_needs_is_known_by_its_number(comfyui, memory, weights):
     """A ControlNet returns first; the model, which gave way with it, still needs its room."""
-    memory._weights.give_way = lambda _: {FLUX, 8}
-    memory.give_way([0])
+    weights.give_way(weights.crew, [0])
     run = SimpleNamespace(current_patcher=patcher())
     for number in (8, FLUX, FLUX):
-        memory.make_room_for_workers(run, 16, weakref.WeakSet(), held=(number, 12))
+        memory.make_room_for_workers(weights, run, 16, weakref.WeakSet(), held=number)
     assert comfyui.asked == [16, 16, 4]
 
 

@@ -30,9 +30,9 @@ class Model:
 
 def residency(gib):
     joined = {rank: types.SimpleNamespace(rank=rank, total_bytes=0) for rank in range(2)}
-    pool = types.SimpleNamespace(world_size=2, joined=joined)
+    crew = types.SimpleNamespace(world_size=2, joined=joined)
     settings = read_settings({"XDIT_GPU_MEMORY": str(gib)} if gib else {})
-    made, model = Residency(settings, pool), Model()
+    made, model = Residency(crew, budget_bytes=settings.gpu_memory_bytes), Model()
     made._sizes[model] = SIZES
     return made, model
 

@@ -1,0 +1,107 @@
+"""Which crew is the one of now, and what becomes of the one before. No process is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.pool import pool as module
+from comfy_xdit_patch.host.pool.inheritance import HostState
+from comfy_xdit_patch.host.pool.pool import Pool, PoolState
+from comfy_xdit_patch.host.pool.start import Team
+from comfy_xdit_patch.settings import read_settings
+
+SETTINGS = read_settings({"XDIT_GPUS": "cpu:1", "XDIT_START_TIMEOUT": "1"})
+
+
+def nothing():
+    """As a poll."""
+
+
+class Process:
+    def poll(self):
+        return None
+
+
+class Worker:
+    rank = 0
+    device = Device("cpu")
+    process = Process()
+    channel = None
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool without a keeper; ``start_all`` brings a crew, ``ended`` are workers that were."""
+    made = Pool(
+        devices=[Worker.device], host_state=HostState("/", [], [], False, {}), settings=SETTINGS
+    )
+    made.ended = []
+    monkeypatch.setattr(made, "get_ready", lambda: None)
+    monkeypatch.setattr(module, "AFTER_LOSS_S", (0.0,))
+    monkeypatch.setattr(made._starter, "start", lambda: Team((Worker(),), {}, 0.5))
+    monkeypatch.setattr(module, "end_workers", lambda workers, grace_s: made.ended.append(workers))
+    monkeypatch.setattr(module, "dismiss_workers", lambda workers: made.ended.append(workers))
+    return made
+
+
+def start_all(pool):
+    pool.start()
+    assert pool.state is PoolState.STARTING
+    pool._keep_once()
+    return pool.wait_until_ready(nothing)
+
+
+def test_a_lost_crew_is_ended_once_and_the_next_one_is_another(pool):
+    first = start_all(pool)
+    assert pool.crew is first
+    with pytest.raises(WorkerError, match=r"^Rank 0 hangs$"), first.turn(nothing):
+        raise WorkerError("Rank 0 hangs")
+    assert (pool.crew, pool.state, pool.error) == (None, PoolState.BROKEN, "Rank 0 hangs")
+    second = start_all(pool)
+    assert second is not first
+    with pytest.raises(WorkerError, match=r"^Rank 0 hangs$"), first.turn(nothing):
+        raise AssertionError("a turn with ranks that are lost")
+    pool._lose(first, "heard of once more")
+    assert (pool.crew, pool.error, second.lost) == (second, None, None)
+    assert pool.ended == [first.workers]
+
+
+def test_dismissed_ranks_answer_nobody(pool):
+    crew = start_all(pool)
+    pool.stop()
+    with pytest.raises(WorkerError, match=r"^The workers are not running\.$"):
+        crew.turn(nothing).__enter__()
+    assert (pool.crew, pool.state, pool.ended) == (None, PoolState.IDLE, [crew.workers])
+
+
+def test_workers_that_come_when_nobody_wants_them_any_more_are_dismissed(pool, monkeypatch):
+    team = Team((Worker(),), {}, 0.5)
+
+    def start():
+        pool.stop()
+        return team
+
+    monkeypatch.setattr(pool._starter, "start", start)
+    pool.start()
+    pool._keep_once()
+    assert (pool.crew, pool.ended) == (None, [team.workers])
+
+
+def test_a_fault_in_the_keepers_thread_leaves_no_crew_behind(pool, monkeypatch):
+    class EndOfTestError(BaseException):
+        pass
+
+    crew = start_all(pool)
+    faults = iter([ValueError("ours"), EndOfTestError()])
+
+    def fail():
+        raise next(faults)
+
+    monkeypatch.setattr(pool, "_keep_once", fail)
+    monkeypatch.setattr(pool._starter, "get_ready", lambda: None)
+    with pytest.raises(EndOfTestError):
+        pool._keep()
+    assert crew.lost == pool.error == "ValueError: ours"
+    assert (pool.crew, pool.state, pool.ended) == (None, PoolState.BROKEN, [crew.workers])
