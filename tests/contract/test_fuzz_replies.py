@@ -20,7 +20,7 @@ from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.launcher import Worker
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
-from comfy_xdit_patch.host.pool.start import Team
+from comfy_xdit_patch.host.pool.start import Started
 from comfy_xdit_patch.host.step.controlnets import RemoteControl
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -89,8 +89,8 @@ class World:
             workers.append(worker)
         self.workers = workers
         timeout_s = SETTINGS.step_timeout_s
-        team = Team(tuple(workers), {}, 0.0)
-        self.crew = Crew(team, step_timeout_s=timeout_s, lose=self.pool._lose)
+        started = Started(tuple(workers), {}, 0.0)
+        self.crew = Crew(started, step_timeout_s=timeout_s, lose=self.pool._lose)
         self.pool.crew, self.pool.state = self.crew, PoolState.READY
 
     def forward(self) -> torch.Tensor:

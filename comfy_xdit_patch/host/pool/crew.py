@@ -26,7 +26,7 @@ from comfy_xdit_patch.errors import (
 )
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.pool.exchange import Exchange, Poll, Progress
-from comfy_xdit_patch.host.pool.start import POLL_S, Team, death_text
+from comfy_xdit_patch.host.pool.start import POLL_S, Started, death_text
 from comfy_xdit_patch.wire.messages.answers import check_answers
 from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import NoRoom, Raised, Reply, short
@@ -81,11 +81,11 @@ class Crew:
     """All ranks of one start, in their order."""
 
     def __init__(
-        self, team: Team, *, step_timeout_s: float, lose: Callable[[Crew, str], None]
+        self, started: Started, *, step_timeout_s: float, lose: Callable[[Crew, str], None]
     ) -> None:
         """Take over workers that have joined; ``lose`` ends them for a reason."""
-        self.workers = team.workers
-        self.joined = team.joined
+        self.workers = started.workers
+        self.joined = started.joined
         self.lost: str | None = None
         """Why they are not there any more; empty where they were not wanted any more."""
         self.slots = SlotTable()
@@ -97,7 +97,7 @@ class Crew:
         self.gone = Gone()
         self.weight_bytes: dict[int, int] = {}
         """Size of the weights in use of the model that was loaded last, by rank."""
-        self._exchange = Exchange(team.workers, step_timeout_s=step_timeout_s)
+        self._exchange = Exchange(started.workers, step_timeout_s=step_timeout_s)
         self._lock = threading.RLock()
         self._lose = lose
         self._known: dict[Callable[[Crew], Any], Any] = {}
@@ -258,13 +258,13 @@ class Turn:
         if not isinstance(replies[0], NoRoom):
             return replies
         assert room is not None, "nobody else is asked for room"
-        room.make(str(_cards_full(replies, num_bytes)))
+        room.make(str(_no_room(replies, num_bytes)))
         replies = self.ask(replace(message, request=self.number, working_bytes=num_bytes))
         if isinstance(replies[0], NoRoom):
-            raise _cards_full(replies, num_bytes)
+            raise _no_room(replies, num_bytes)
         return replies
 
 
-def _cards_full(replies: Sequence[Reply], num_bytes: int) -> CardsFullError:
+def _no_room(replies: Sequence[Reply], num_bytes: int) -> CardsFullError:
     ranks = [r for r, reply in enumerate(replies) if isinstance(reply, NoRoom) and reply.is_mine]
     return CardsFullError(f"Ranks {ranks} have no {num_bytes >> 20} MiB for a call.")

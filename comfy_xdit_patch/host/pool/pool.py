@@ -174,7 +174,7 @@ class Pool:
     def _start_all(self) -> None:
         log.info("xDiT: starting %d %s...", self.world_size, self.device_word)
         try:
-            team = self._starter.start()
+            started = self._starter.start()
         except WorkerError as error:
             with self._changed:
                 if self.state is PoolState.STARTING:  # And was not stopped meanwhile.
@@ -182,10 +182,10 @@ class Pool:
             return
         with self._changed:
             if self.state is not PoolState.STARTING:
-                return dismiss_workers(team.workers)
-            self.start_seconds = team.seconds
+                return dismiss_workers(started.workers)
+            self.start_seconds = started.seconds
             timeout_s = self._settings.step_timeout_s
-            self.crew = Crew(team, step_timeout_s=timeout_s, lose=self._lose)
+            self.crew = Crew(started, step_timeout_s=timeout_s, lose=self._lose)
             self._has_worked = True
             self.error = None
             self._set_state(PoolState.READY)

@@ -48,7 +48,7 @@ STATES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
+class Started:
     """Workers that have all joined, in rank order."""
 
     workers: tuple[Worker, ...]
@@ -66,7 +66,7 @@ def start_workers(
     end: float,
     peer_to_peer: bool,
     is_last: bool,
-) -> Team:
+) -> Started:
     """Start all ranks at once, then wait for all of them under one deadline.
 
     Args:
@@ -107,7 +107,7 @@ def start_workers(
         raise
     finally:
         os.close(store_fd)
-    return Team(tuple(workers), joined, time.monotonic() - begin)
+    return Started(tuple(workers), joined, time.monotonic() - begin)
 
 
 def start_message(
@@ -284,7 +284,7 @@ class Starter:
             )
         return self._nursery
 
-    def start(self) -> Team:
+    def start(self) -> Started:
         """Start all ranks, twice at most, under one deadline.
 
         Raises:
@@ -307,7 +307,7 @@ class Starter:
                         "peer-to-peer (NCCL_P2P_DISABLE=1). %s",
                         error,
                     )
-            team = self._start(end, peer_to_peer=False, is_last=True)
+            started = self._start(end, peer_to_peer=False, is_last=True)
         except (XditError, OSError) as error:
             if reason is None:
                 raise WorkerError(f"The workers did not start. {error}") from None
@@ -316,7 +316,7 @@ class Starter:
                 f"That was without peer-to-peer, because of this before: {reason}"
             ) from None
         self.no_peer_to_peer = reason
-        return replace(team, seconds=time.monotonic() - begin)
+        return replace(started, seconds=time.monotonic() - begin)
 
     def change(self, devices: Sequence[Device], settings: Settings) -> None:
         """What is started next is other devices, of the same kind, or under other settings."""
@@ -329,7 +329,7 @@ class Starter:
             self._nursery.close()
             self._nursery = None
 
-    def _start(self, end: float, *, peer_to_peer: bool, is_last: bool) -> Team:
+    def _start(self, end: float, *, peer_to_peer: bool, is_last: bool) -> Started:
         nursery = self.get_ready()
         return start_workers(
             self._devices,

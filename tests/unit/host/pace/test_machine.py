@@ -19,7 +19,7 @@ from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.launcher import Worker
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
-from comfy_xdit_patch.host.pool.start import Team
+from comfy_xdit_patch.host.pool.start import Started
 from comfy_xdit_patch.planning.cost.link_timing import measurements, name_of
 from comfy_xdit_patch.planning.cost.machine import HOST_CALL_S
 from comfy_xdit_patch.report.doctor_sections import measured_lines
@@ -76,8 +76,8 @@ class World:
             workers.append(worker)
             joined[rank] = Joined(rank, 1, "x", {}, 24 << 30, 22 << 30, 0)
         self.workers = workers
-        team = Team(tuple(workers), joined, 0.0)
-        self.pool.crew = Crew(team, step_timeout_s=5.0, lose=self.pool._lose)
+        started = Started(tuple(workers), joined, 0.0)
+        self.pool.crew = Crew(started, step_timeout_s=5.0, lose=self.pool._lose)
         self.pool.state = PoolState.READY
         self.measuring = Measuring(self.pool, budget_bytes=None)
 

@@ -17,7 +17,7 @@ from comfy_xdit_patch.errors import (
     WorkerError,
 )
 from comfy_xdit_patch.host.pool.crew import Crew, Gone
-from comfy_xdit_patch.host.pool.start import Team
+from comfy_xdit_patch.host.pool.start import Started
 from comfy_xdit_patch.wire.messages.replies import Raised, Unloaded
 from comfy_xdit_patch.wire.messages.requests import Drop, Forget, Map, Unload
 from comfy_xdit_patch.wire.slots import UncarriedArgumentError
@@ -56,7 +56,7 @@ def nothing():
 
 @pytest.fixture
 def crew():
-    made = Crew(Team((None,), {}, 0.0), step_timeout_s=1.0, lose=lose)
+    made = Crew(Started((None,), {}, 0.0), step_timeout_s=1.0, lose=lose)
     made._exchange = Exchange()
     made.losses = []
     return made

@@ -9,7 +9,7 @@ from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.pool import pool as module
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
-from comfy_xdit_patch.host.pool.start import Team
+from comfy_xdit_patch.host.pool.start import Started
 from comfy_xdit_patch.settings import read_settings
 
 SETTINGS = read_settings({"XDIT_GPUS": "cpu:1", "XDIT_START_TIMEOUT": "1"})
@@ -40,7 +40,7 @@ def pool(monkeypatch):
     made.ended = []
     monkeypatch.setattr(made, "get_ready", lambda: None)
     monkeypatch.setattr(module, "AFTER_LOSS_S", (0.0,))
-    monkeypatch.setattr(made._starter, "start", lambda: Team((Worker(),), {}, 0.5))
+    monkeypatch.setattr(made._starter, "start", lambda: Started((Worker(),), {}, 0.5))
     monkeypatch.setattr(module, "end_workers", lambda workers, grace_s: made.ended.append(workers))
     monkeypatch.setattr(module, "dismiss_workers", lambda workers: made.ended.append(workers))
     return made
@@ -77,16 +77,16 @@ def test_dismissed_ranks_answer_nobody(pool):
 
 
 def test_workers_that_come_when_nobody_wants_them_any_more_are_dismissed(pool, monkeypatch):
-    team = Team((Worker(),), {}, 0.5)
+    started = Started((Worker(),), {}, 0.5)
 
     def start():
         pool.stop()
-        return team
+        return started
 
     monkeypatch.setattr(pool._starter, "start", start)
     pool.start()
     pool._keep_once()
-    assert (pool.crew, pool.ended) == (None, [team.workers])
+    assert (pool.crew, pool.ended) == (None, [started.workers])
 
 
 def test_a_fault_in_the_keepers_thread_leaves_no_crew_behind(pool, monkeypatch):

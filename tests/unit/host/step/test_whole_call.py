@@ -11,7 +11,7 @@ import torch
 
 from comfy_xdit_patch.errors import CardsFullError, WorkerError
 from comfy_xdit_patch.host.pool.crew import Crew, Room
-from comfy_xdit_patch.host.pool.start import Team
+from comfy_xdit_patch.host.pool.start import Started
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
@@ -76,7 +76,9 @@ class Remote:
     def have_new_workers(self):
         self.losses = []
         self.crew = Crew(
-            Team((None,), {}, 0.0), step_timeout_s=1.0, lose=lambda _, why: self.losses.append(why)
+            Started((None,), {}, 0.0),
+            step_timeout_s=1.0,
+            lose=lambda _, why: self.losses.append(why),
         )
         self.exchange = self.crew._exchange = Exchange()
 
