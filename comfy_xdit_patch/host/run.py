@@ -12,7 +12,7 @@ anything but the latent and sigma changes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,8 @@ class Run:
     compared: set[tuple[int, str, str]] = field(default_factory=set)
     """What was compared with the workers' weights in this run."""
     generation: int = 0
+    paced: set[Hashable] = field(default_factory=set)
+    """Kinds of calls that ``auto`` has seen in it."""
     is_balanced: bool = False
     """Its first call was made, and shares follow what others use of the devices."""
     weights: tuple[int, ...] | None = None

@@ -17,7 +17,6 @@ import torch
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.pace.auto import Auto
-from comfy_xdit_patch.host.pace.machine import Measuring
 from comfy_xdit_patch.host.pace.rank_speeds import PoolBalance
 from comfy_xdit_patch.host.pool.crew import Wire
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
@@ -75,8 +74,7 @@ class Host:
             balance=PoolBalance(settings.balance, pool, self.totals),
             waits=settings.strict or not settings.starts_early,
         )
-        self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
-        auto = Auto(settings, pool, self.measuring)
+        auto = Auto(settings, pool)
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines(wire)
         self.likeness = Likeness(wire, self._weights.follow_generation)
@@ -239,5 +237,4 @@ class Host:
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""
-        counts = self.totals.to_dict()
-        return {**pool_status(self.pool, self.totals), **counts, "machine": self.measuring.status()}
+        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}

@@ -66,7 +66,7 @@ class PoolBalance:
     @property
     def is_at_rest(self) -> bool:
         """Whether what calls take now tells what they will take: shares are not still sought."""
-        return self.current.is_at_rest
+        return self.current.is_at_rest or self._are_launches_slow
 
     def hold(self, run: Run, weights: tuple[int, ...]) -> None:
         """Leave the weights of a run as they are until it ends."""
@@ -76,7 +76,7 @@ class PoolBalance:
         self, plan: ParallelPlan, workload: Workload, *, model: int, replan: Replan
     ) -> None:
         """Learn from the busy seconds of the call that was made last, if GPUs were busy in them."""
-        if any(self._totals.launch_bound.values()):
+        if self._are_launches_slow:
             return
         busy_s: Sequence[float] = [
             self._totals.busy_seconds.get(rank, 0.0) for rank in range(plan.world_size)
@@ -86,6 +86,11 @@ class PoolBalance:
             if self._left_over is not None:
                 self.current.learned_under(self._left_over.parts())
             self._say()
+
+    @property
+    def _are_launches_slow(self) -> bool:
+        """Whether GPUs waited for their ranks' CPUs: what they were busy for says nothing then."""
+        return any(self._totals.launch_bound.values())
 
     def _say(self) -> None:
         self._totals.weights = self.current.weights

@@ -134,9 +134,7 @@ class Holding:
             if refusal is not None:
                 return refusal
         self._weights.follow_generation()
-        if id(model) not in run.bypass:
-            run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
-        state = self._weights.state(model, run.bypass[id(model)])
+        state = self._weights.state(model, self._bypass(model, run))
         if isinstance(state, Refusal):
             return state
         place = self._residency.place(
@@ -214,6 +212,27 @@ class Holding:
     def can_time_alone(self, model: Any) -> bool:
         """Whether ComfyUI's own forward would now take what it takes without workers."""
         return self._memory.fits_beside_worker(model.current_patcher)
+
+    def is_resident(
+        self, plan: ParallelPlan, model: Any, run: Run, workload: Workload, dtype: torch.dtype
+    ) -> bool:
+        """Whether every rank can have on its card all weights that it computes with.
+
+        Args:
+            plan: one that ``auto`` may take.
+        """
+        if plan.tensor_degree > 1 and (
+            no_tensor_weights(model, plan.tensor_degree, run.tensor) or self._bypass(model, run)
+        ):
+            return False
+        plan = self.fitting(plan, model, workload, dtype)
+        return self._residency.is_resident(model, workload, plan, dtype)
+
+    def _bypass(self, model: Any, run: Run) -> dict[str, list[Any]]:
+        """ComfyUI's bypass hooks on a model's modules. Looked for once a run."""
+        if id(model) not in run.bypass:
+            run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
+        return run.bypass[id(model)]
 
     def fitting(
         self, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype

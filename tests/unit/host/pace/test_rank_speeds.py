@@ -50,7 +50,9 @@ def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(pool, totals)
     totals.launch_bound = {0: False, 1: True}
     balance = PoolBalance("adaptive", pool, totals)
     assert balance.weights(measure(balance, 20)) == ()
+    assert balance.is_at_rest, "auto could never compare such ranks with one GPU"
     totals.launch_bound[1] = False
+    assert not balance.is_at_rest
     assert balance.weights(measure(balance, 6)) != ()
 
 
