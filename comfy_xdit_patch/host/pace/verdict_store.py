@@ -2,8 +2,8 @@
 
 Runs in: host, and the process of ``comfy-xdit verdicts``.
 
-The file is ``verdicts.json`` in our cache directory. It holds no prompt and no path: names of
-devices and model classes, sizes, seconds. Deleting it is always safe.
+The file is ``verdicts.json`` in our cache directory. It holds no prompt and no path: names and
+UUIDs of devices, versions, model classes, sizes, seconds, and when. Deleting it is always safe.
 """
 
 from __future__ import annotations
