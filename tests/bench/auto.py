@@ -99,15 +99,19 @@ class Bench:
         return taken, (first_s - next_s) / next_s * self._num_steps
 
 
-def by_name(bench: Bench, stock: Bench, num_images: int, first_number: int) -> dict[str, float]:
-    """Median seconds of an image, by each way."""
-    found = {}
-    for number, way in enumerate((*NAMED, "one"), first_number):
-        server = stock if way == "one" else bench
-        if server is bench:
-            bench.have(way, number)
-        found[way] = statistics.median([server.image_s() for _ in range(1 + num_images)][1:])
-    return found
+def by_name(
+    bench: Bench, stock: Bench, num_images: int, numbers: Iterator[int]
+) -> dict[str, float]:
+    """Median seconds of an image, by each way: in turn, as the machine may change meanwhile."""
+    found: dict[str, list[float]] = {way: [] for way in (*NAMED, "one")}
+    for _ in range(num_images):
+        for way, seconds in found.items():
+            server = stock if way == "one" else bench
+            if server is bench:
+                bench.have(way, next(numbers))
+            server.image_s(side=64)
+            seconds.append(server.image_s())
+    return {way: statistics.median(seconds) for way, seconds in found.items()}
 
 
 def main() -> int:
@@ -133,13 +137,13 @@ def main() -> int:
         for is_loaded in (False, True):
             machine = "loaded" if is_loaded else "quiet"
             with load(is_loaded):
-                named = by_name(bench, stock, options.images, 10 * next(numbers))
+                named = by_name(bench, stock, options.images, numbers)
                 fastest = min(named, key=named.__getitem__)
                 text = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in named.items())
                 say(f"{machine}, by name: {text}")
                 taken, costs = [], []
-                for trial in range(options.trials):
-                    way, cost = bench.trial(1000 * next(numbers) + trial)
+                for _ in range(options.trials):
+                    way, cost = bench.trial(next(numbers))
                     taken.append(way)
                     costs.append(cost)
                     say(f"{machine}  {way:<10} {cost:5.1f} steps")
