@@ -98,15 +98,17 @@ class Auto:
         run: Run,
         plans: Mapping[Strategy, ParallelPlan],
         *,
-        may_time: bool,
+        is_plain: bool,
+        is_at_rest: bool,
         can_time_one: Callable[[], bool],
     ) -> Turn | Refusal:
         """Say which plan a call has, or that ComfyUI alone is faster.
 
         Args:
             plans: that the call can have, the usual one first.
-            may_time: whether the time of this call tells that of others. One that does not follows
+            is_plain: whether the time of this call tells that of others. One that does not follows
                 the verdict with which its run began: what ranks keep from step to step stays good.
+            is_at_rest: whether shares are not still sought, by what the ranks take.
             can_time_one: whether ComfyUI's own forward would take what it takes without workers.
         """
         case = self._case(flux, workload)
@@ -117,17 +119,22 @@ class Auto:
             run.paced.add(case)
             self._begin_run(case, record)
         names = {plan.name: strategy for strategy, plan in plans.items()}
-        if may_time:
+        usual = next(iter(plans))
+        if is_plain and is_at_rest:
             kind = self._trial(case, record, plans, can_time_one)
             if kind is not None:
-                usual = next(iter(plans))
                 return Turn(names.get(kind.way, usual), kind)
-        verdict = record.verdict if may_time else record.at_begin
-        taken = verdict.taken if verdict else ""
-        if taken == ONE:
+        verdict = record.verdict if is_plain else record.at_begin
+        if verdict is None:
+            return Turn(usual, None)
+        if verdict.taken == ONE:
+            # Before a second look the ranks must run: by that their shares come to rest.
+            if is_plain and verdict.is_doubted(time.time()) and can_time_one():
+                return Turn(usual, None)
             return ONE_IS_FASTER
-        way = taken if taken in names else next(iter(names))
-        return Turn(names[way], Kind(case, record, way) if may_time and verdict else None)
+        way = verdict.taken if verdict.taken in names else plans[usual].name
+        is_watched = is_plain and is_at_rest
+        return Turn(names[way], Kind(case, record, way) if is_watched else None)
 
     def time_one(
         self, kind: Kind, compute: Callable[[], torch.Tensor], device: torch.device

@@ -100,13 +100,13 @@ class CallPlans:
 
             plans = candidates(plan, workload, is_whole=is_resident(plan), can_have=can_have)
             is_plain = not changes and carried.tree is None and arguments.get("control") is None
-            is_held_back = self._holding.is_held_back(base_model)
             turn = self._auto.turn(
                 flux,
                 as_called,
                 run,
                 plans,
-                may_time=is_plain and balance.is_at_rest and not is_held_back,
+                is_plain=is_plain and not self._holding.is_held_back(base_model),
+                is_at_rest=balance.is_at_rest,
                 can_time_one=lambda: self._holding.can_time_alone(base_model),
             )
             if isinstance(turn, Refusal):

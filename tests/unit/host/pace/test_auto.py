@@ -39,13 +39,14 @@ class Driver:
         self.seconds = seconds
         self.run = Run()
 
-    def turn(self, plans=PLANS, *, may_time=True, can_time_one=True):
+    def turn(self, plans=PLANS, *, is_plain=True, is_at_rest=True, can_time_one=True):
         return self.auto.turn(
             self.flux,
             WORKLOAD,
             self.run,
             plans,
-            may_time=may_time,
+            is_plain=is_plain,
+            is_at_rest=is_at_rest,
             can_time_one=lambda: can_time_one,
         )
 
@@ -100,10 +101,10 @@ def test_calls_whose_time_tells_nothing_follow_the_verdict_with_which_their_run_
     driver.run = Run()
     for _ in range(MOST_STEPS):
         driver.step()
-        assert driver.step(may_time=False) == ULYSSES
+        assert driver.step(is_plain=False) == ULYSSES
     assert driver.verdict.taken == ONE
     driver.run = Run()
-    assert driver.step(may_time=False) == ONE
+    assert driver.step(is_plain=False) == ONE
 
 
 def test_a_call_that_cannot_have_the_plan_that_was_taken_has_the_usual_one():
@@ -150,6 +151,20 @@ def test_one_has_a_second_look_after_a_day(monkeypatch):
     assert {*driver.image(can_time_one=False)} == {ONE}, "the ranks alone tell nothing"
     assert {*driver.image()} == {*SECONDS}
     assert {*driver.image()} == {ONE}
+
+
+def test_before_a_second_look_the_ranks_run_until_their_shares_are_at_rest():
+    driver = Driver(SECONDS | {ONE: 0.5})
+    driver.image()
+    assert {*driver.image(is_at_rest=False)} == {ONE}
+    for _ in range(NUM_RUNS - 2):
+        driver.image()
+    driver = Driver(SECONDS | {ONE: 0.5})
+    driver.run = Run()
+    assert [driver.step(is_at_rest=False) for _ in range(3)] == [ULYSSES] * 3
+    assert driver.step(is_plain=False) == ONE
+    assert driver.step(is_at_rest=False, can_time_one=False) == ONE
+    assert {*(driver.step() for _ in range(MOST_STEPS))} == {*SECONDS}
 
 
 def test_ranks_that_become_slower_than_one_was_are_measured_again():
