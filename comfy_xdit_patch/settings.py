@@ -54,9 +54,10 @@ VARIABLES = (
         "auto",
         STRATEGY_LEGAL,
         "How the work is shared. `auto` shares a batch first (also the "
-        "conditional and unconditional half of CFG), then the token sequence; the first steps of a "
-        "model and size are measured on all ranks and in ComfyUI alone, the faster of the two is "
-        "taken from then on, and `comfy-xdit verdicts` shows and clears what is remembered. "
+        "conditional and unconditional half of CFG), then the token sequence. Another exact plan "
+        "that could be faster, and ComfyUI alone, take turns with it in the first steps of a model "
+        "and size, the fastest is taken from then on, and `comfy-xdit verdicts` shows and clears "
+        "what is remembered. "
         "A name puts all ranks on one axis: `batch` shares rows, `ulysses` tokens by all-to-all, "
         "`ring` tokens by passing keys and values round, `usp` tokens by both, `tensor` the heads "
         "and columns of every block, with their weights: each card holds a part of the blocks, and "

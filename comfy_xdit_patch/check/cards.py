@@ -12,7 +12,6 @@ from comfy_xdit_patch.hardware.survey import ASK_S, query_gpus
 
 POLL_S = 0.2
 MEMORY = "uuid,memory.used,memory.total"
-DRIVER = "driver_version"
 MIB = 1 << 20
 
 
@@ -23,12 +22,6 @@ def used_bytes() -> dict[str, int]:
         if len(row) == 3 and row[1].isdecimal():
             used[row[0]] = int(row[1]) * MIB
     return used
-
-
-def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver."""
-    rows = query_gpus(DRIVER)
-    return rows[0][0] if rows and rows[0] else None
 
 
 class MemoryWatch:

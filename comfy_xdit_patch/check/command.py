@@ -19,13 +19,14 @@ from pathlib import Path
 
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.check import report
-from comfy_xdit_patch.check.cards import driver_version
 from comfy_xdit_patch.check.cases import STOCK, Bench, CaseResult, cases_for
 from comfy_xdit_patch.check.comparison import compare, read_latent
 from comfy_xdit_patch.check.graph import MODEL_NAME
-from comfy_xdit_patch.check.machine import comfyui_version, find_machine
+from comfy_xdit_patch.check.machine import find_machine
 from comfy_xdit_patch.check.model_file import HEAD_WIDTH, Sizes, file_bytes, write_model
 from comfy_xdit_patch.errors import CheckError, SettingsError
+from comfy_xdit_patch.hardware.survey import driver_version
+from comfy_xdit_patch.host.pace.case import comfyui_version
 from comfy_xdit_patch.planning.residency import gib
 
 DEPTHS = {"few": (2, 4), "true": (19, 38)}

@@ -6,12 +6,10 @@ memory on them until it ends; the check measures the memory of others.
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from comfy_xdit_patch.errors import CheckError
@@ -76,18 +74,6 @@ def find_machine() -> Machine:
             "ComfyUI."
         )
     return Machine(gpus=gpus, links=tuple(found.pop("links")), **found)
-
-
-def comfyui_version(tree: Path) -> str | None:
-    """Read the version that a ComfyUI states, without importing anything."""
-    try:
-        body = ast.parse((tree / "comfyui_version.py").read_text()).body
-    except (OSError, SyntaxError):
-        return None
-    for node in body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__version__":
-            return str(ast.literal_eval(node.value))
-    return None
 
 
 def _machine() -> Machine:

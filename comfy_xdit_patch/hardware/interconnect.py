@@ -20,8 +20,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from comfy_xdit_patch.planning.cost.machine import LinkKind
-
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PCI_ID = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([0-9a-f]{2})(?:\.([0-7]))?")
 PATHS = {
@@ -68,14 +66,6 @@ class Interconnect:
         if word == "SYS" and self._is_one_node(a, b):
             return "host bridges"  # Virtual machines say so of all.
         return PATHS.get(word, word)
-
-    def kind(self, a: int, b: int) -> LinkKind | None:
-        """As ``machine.Link`` has it; None if that is not known."""
-        word = self.words[a][b]
-        if word is not None and word.startswith("NV"):
-            return "nvlink"
-        peer = self.peers[a][b]
-        return None if peer is None else "pcie" if peer else "host"
 
     def _is_one_node(self, a: int, b: int) -> bool:
         node = self.places[a].numa_node

@@ -87,6 +87,12 @@ def query_gpus(fields: str) -> list[list[str]]:
     return [[item.strip() for item in line.split(",")] for line in lines]
 
 
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver; None if unknown."""
+    rows = query_gpus("driver_version")
+    return rows[0][0] if rows and rows[0] else None
+
+
 def known_uuids() -> set[str]:
     """UUIDs of all GPUs of the machine, hidden ones too; empty if unknown."""
     return {row[1] for row in query_gpus("index,uuid,pci.bus_id") if len(row) == 3}

@@ -12,7 +12,7 @@ anything but the latent and sigma changes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,8 @@ class Run:
     """ComfyUI's bypass hooks on them."""
     is_around: bool = False
     """A call of a model's ``forward`` is being computed, with its blocks on the workers."""
+    paced: set[Hashable] = field(default_factory=set)
+    """Kinds of calls that ``auto`` has seen in it."""
     is_balanced: bool = False
     """Its first call was made, and shares follow what others use of the devices."""
     weights: tuple[int, ...] | None = None

@@ -25,7 +25,6 @@ from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.strategy import AUTO, Strategy
 from comfy_xdit_patch.report.doctor_sections import (
     gpu_faults,
-    measured_lines,
     memory_lines,
     place_lines,
 )
@@ -183,4 +182,7 @@ def _ask(url: str) -> list[str]:
             f"{status['steps_parallel']} steps parallel, {status['steps_fell_back']} fell back"
         )
         lines += [f"fell back {n} times: {why}" for why, n in status["fall_back_reasons"].items()]
-    return [*lines, *measured_lines(status.get("machine"))]
+    if status.get("peer_to_peer_disabled"):
+        first = str(status["peer_to_peer_disabled"]).splitlines()[0]
+        lines.append(f"peer-to-peer is switched off, because with it: {first}")
+    return lines

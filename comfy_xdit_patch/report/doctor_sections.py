@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from comfy_xdit_patch.errors import PlanError, Refusal
 from comfy_xdit_patch.hardware.devices import Device
@@ -129,37 +128,6 @@ def place_lines(found: Interconnect) -> list[str]:
             links.setdefault(text, []).append(f"{a}-{b}")
     lines += [f"link {text}: ranks {', '.join(pairs)}" for text, pairs in links.items()]
     return [*lines, *(f"not found out: {text}" for text in found.unknown)]
-
-
-def measured_lines(machine: Any) -> list[str]:
-    """Say what a running ComfyUI measured, from ``machine`` of its status object."""
-    if not isinstance(machine, dict):
-        return []
-    lines = []
-    if machine.get("peer_to_peer_disabled"):
-        first = str(machine["peer_to_peer_disabled"]).splitlines()[0]
-        lines.append(f"peer-to-peer is switched off, because with it: {first}")
-    if machine.get("not_measured"):
-        lines.append(f"the machine is not measured: {machine['not_measured']}")
-    if not machine.get("ranks"):
-        return lines
-    lines.append(f"machine measured in {machine['measured_in_s']:.1f} s:")
-    named = [(f"rank {rank}", gpu) for rank, gpu in enumerate(machine["ranks"])]
-    if machine.get("rank_0_alone"):
-        named.append(("rank 0 alone", machine["rank_0_alone"]))
-    for name, gpu in named:
-        lines.append(
-            f"  {name}: linears {gpu['linear_tflops']:.3g} TFLOP/s, attention "
-            f"{gpu['attention_tflops']:.3g} TFLOP/s, memory {gpu['memory_gb_per_s']:.3g} GB/s, "
-            f"from CPU memory {gpu['from_host_gb_per_s']:.3g} GB/s"
-        )
-    for link in machine.get("links", ()):
-        a, b = link["ranks"]
-        lines.append(
-            f"  ranks {a}-{b} ({link['kind']}): all-to-all {link['all_to_all_gb_per_s']:.3g} GB/s, "
-            f"ring {link['ring_gb_per_s']:.3g} GB/s, latency {link['latency_us']:.0f} us"
-        )
-    return lines
 
 
 def gpu_faults(devices: Sequence[Device], found: Interconnect) -> list[str]:

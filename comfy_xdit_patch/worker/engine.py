@@ -11,11 +11,10 @@ import time
 import torch
 
 from comfy_xdit_patch.wire.fingerprint import Look
-from comfy_xdit_patch.wire.messages.replies import Loaded, NotLoaded, NotProbed, Probed, Unloaded
-from comfy_xdit_patch.wire.messages.requests import Forget, Free, Load, Probe
+from comfy_xdit_patch.wire.messages.replies import Loaded, NotLoaded, Unloaded
+from comfy_xdit_patch.wire.messages.requests import Forget, Free, Load
 from comfy_xdit_patch.wire.slot_map import SlotMap
 from comfy_xdit_patch.worker.calls import Answer, Call, Calls
-from comfy_xdit_patch.worker.probe.probe import probe
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.weights.placing import Progress
 from comfy_xdit_patch.worker.weights.resident import Resident
@@ -69,14 +68,6 @@ class Engine:
         if self._groups.rank in ranks:
             with torch.inference_mode():
                 self._residents.give_way()
-
-    def probe(self, message: Probe) -> Probed | NotProbed:
-        """Measure this rank, and the links between all of them.
-
-        Collective: every rank gets the same message.
-        """
-        with torch.inference_mode():
-            return probe(message, self._groups)
 
     def compute(self, message: Call) -> Answer:
         """Compute this rank's share of a call; see ``Calls``."""

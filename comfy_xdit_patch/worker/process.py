@@ -36,7 +36,6 @@ from comfy_xdit_patch.wire.messages.requests import (
     GiveWay,
     Load,
     Map,
-    Probe,
     RunBlock,
     Start,
     Stop,
@@ -149,9 +148,6 @@ class Worker:
         elif isinstance(message, (Forward, Control, RunBlock, Fetch)):
             self._phase = type(message).__name__
             self._channel.send(engine.compute(message), deadline_s=REPLY_DEADLINE_S)
-        elif isinstance(message, Probe):
-            self._phase = "measuring the machine"
-            self._channel.send(engine.probe(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Reach):
             self._phase = "looking what a model's code reaches"
             self._channel.send(_reached(message), deadline_s=REPLY_DEADLINE_S)

@@ -188,6 +188,28 @@ def test_any_fault_of_ours_costs_no_image(pair: Pair) -> None:
     assert counts == {"parallel": 1, "fell_back": {}}, "the next call is parallel again"
 
 
+def test_any_fault_of_auto_costs_no_image(
+    tree: Tree,
+    inside: Callable[..., Inside],
+    flux_dev: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    ranks = inside(tree, XDIT_STRATEGY="auto", **RANKS)
+    pair = Pair(inside(tree, XDIT_STRATEGY="off"), ranks, flux_dev(hidden=512), tmp_path)
+    for where in (
+        "comfy_xdit_patch.host.step.call_plans:candidates",
+        "comfy_xdit_patch.host.weights.residency:Residency.is_resident",
+        "comfy_xdit_patch.host.pace.auto:Auto.turn",
+        "comfy_xdit_patch.host.pace.auto:machine_text",
+        "comfy_xdit_patch.host.pace.auto:VerdictStore.find",
+    ):
+        error, counts = pair.call("planted_call", where=where)
+        assert counts["planted"] == 1, f"{where} was not reached"
+        assert (counts["parallel"], error) == (0, 0), where
+    error, counts = pair.call("plain_call")
+    assert counts == {"parallel": 1, "fell_back": {}}, "the next call is parallel again"
+
+
 def test_a_file_that_changed_after_comfyui_read_it_is_carried(pair: Pair) -> None:
     error, counts = pair.call("changed_file_call")
     assert error <= 1e-5

@@ -52,19 +52,6 @@ def test_each_family_equals_stock(
 
 
 @pytest.mark.group("3")
-@pytest.mark.parametrize("family", ["dev", "schnell", "fill", "flux2"])
-def test_the_planner_counts_the_weights_of_a_model(
-    tree: Tree, inside: Callable[..., Inside], tmp_path: Path, family: str
-) -> None:
-    stock = inside(tree, XDIT_STRATEGY="off")
-    path = str(tmp_path / f"{family}.safetensors")
-    stock.call(
-        "families:write_model", path=path, family=family, hidden=512, double=2, single=3, context=64
-    )
-    found = stock.call("measuring:num_weights", path=path)
-    assert found["planned"] == pytest.approx(found["counted"], rel=0.01)
-
-
 # Fp8 and heads that do not divide by the ranks: every run has them in smaller models, below.
 @pytest.mark.thorough
 @pytest.mark.newest_only

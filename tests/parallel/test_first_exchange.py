@@ -138,5 +138,5 @@ def test_comfyui_goes_on_alone_where_no_start_succeeds(
     assert "was killed by signal 11 in the first exchange between ranks" in reason
     assert "That was without peer-to-peer, because of this before: Rank 1 (cpu) failed in" in reason
     assert "of 256 numbers from rank 1 arrived as others than were sent" in reason
-    assert status["machine"]["peer_to_peer_disabled"] is None
+    assert status["peer_to_peer_disabled"] is None
     assert not [rank for rank in status["ranks"] if rank["pid"] and is_running(rank["pid"])]

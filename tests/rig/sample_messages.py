@@ -93,7 +93,6 @@ MESSAGES = [
         counts=[512, 4096, 0],
         result=1,
     ),
-    requests.Probe(request=6, budget_s=1.0),
     likeness.Follow(torch={"default dtype": "torch.float32"}, arguments={"fp16_unet": False}),
     likeness.Reach(request=7, in_blocks=["comfy.ops:Linear"], around=["comfy.ldm.flux.model:Flux"]),
     likeness.Reached(
@@ -158,13 +157,5 @@ MESSAGES = [
         busy_seconds=0.05,
         is_launch_bound=False,
     ),
-    replies.Probed(
-        request=6,
-        together={"linear_flops": 5.1e14, "call_s": 4.5e-6},
-        alone={},
-        exchanges={"all_to_all 2 1": [[65536.0, 2.1e-5], [1048576.0, 7.4e-5]]},
-        seconds=0.93,
-    ),
-    replies.NotProbed(request=6, error="OutOfMemoryError: CUDA out of memory"),
     replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
 ]

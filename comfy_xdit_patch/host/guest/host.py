@@ -18,7 +18,6 @@ import torch
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.pace.auto import Auto
-from comfy_xdit_patch.host.pace.machine import Measuring
 from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.reading.eligibility import Pristine
@@ -78,8 +77,7 @@ class Host:
             balance=partial(CrewBalance, mode=settings.balance, totals=self.totals),
             waits=settings.strict or not settings.starts_early,
         )
-        self.measuring = Measuring(pool, budget_bytes=settings.gpu_memory_bytes)
-        auto = Auto(settings, pool, self.measuring)
+        auto = Auto(settings, pool)
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines()
         self._steps = ParallelSteps(
@@ -240,5 +238,4 @@ class Host:
 
     def status(self) -> dict[str, Any]:
         """Everything a user or a test may want to know, as JSON."""
-        counts = self.totals.to_dict()
-        return {**pool_status(self.pool, self.totals), **counts, "machine": self.measuring.status()}
+        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}

@@ -1,4 +1,4 @@
-"""``XDIT_STRATEGY=auto``: measure all ranks against ComfyUI alone, and take what is faster.
+"""``XDIT_STRATEGY=auto``: try the exact plans there are and ComfyUI alone, and take the fastest.
 
 Runs in: host process.
 
@@ -9,98 +9,132 @@ for either wants the ranks.
 from __future__ import annotations
 
 import logging
-import os
+import statistics
+import sys
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from comfy_xdit_patch import __version__
-from comfy_xdit_patch.errors import Refusal, WorkerError
-from comfy_xdit_patch.host.pace.machine import Measuring
-from comfy_xdit_patch.host.pace.verdict_store import Case, VerdictStore
-from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.pace.case import Case, machine_text
+from comfy_xdit_patch.host.pace.verdict_store import VerdictStore, text_of
 from comfy_xdit_patch.host.pool.pool import Pool
-from comfy_xdit_patch.planning.cost.choice import AUTO, choose
-from comfy_xdit_patch.planning.cost.job import Job, job_of
-from comfy_xdit_patch.planning.cost.machine import Machine
+from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.strategy import PLAN, Strategy, parse_strategy
-from comfy_xdit_patch.planning.verdict import Trial, Verdict, Way, size_class
+from comfy_xdit_patch.planning.strategy import Strategy
+from comfy_xdit_patch.planning.verdict import NUM_WATCHED, ONE, Trial, Verdict, size_class
 from comfy_xdit_patch.settings import Settings
 
 log = logging.getLogger("comfy_xdit_patch")
 
-MARGIN = 0.1
-"""What a plan must promise over the usual one: predictions among plans are off by less on the
-published machines (docs/planning.md), and by more on CPU ranks."""
-
 ONE_IS_FASTER = Refusal("one GPU is faster for this model and size, as XDIT_STRATEGY=auto measured")
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one kind of call, and what is being measured."""
+
+    verdict: Verdict | None
+    at_begin: Verdict | None = None
+    """The verdict with which this run began."""
+    trial: Trial = field(default_factory=Trial)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_WATCHED))
+    """What the last steps of the ranks took, under the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of call, and what was measured of it."""
+    """One kind of call, the way that a step of it goes, and the ways it is compared with."""
 
     case: Case
-    trial: Trial
+    record: Record
+    way: str
+    ways: tuple[str, ...] = ()
+    """Empty under a verdict: then the step is watched."""
+    apart: frozenset[str] = frozenset()
+
+    @property
+    def is_one(self) -> bool:
+        """Whether ComfyUI is to compute the step in its own process, to be timed."""
+        return self.way == ONE
+
+    @property
+    def one_seconds(self) -> float | None:
+        """What a step takes in ComfyUI alone, if that was measured."""
+        verdict = self.record.verdict
+        pace = verdict.paces.get(ONE) if verdict else None
+        return pace.median_s if pace else None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The plan of a call. ``kind`` is set if its time tells something."""
+
+    strategy: Strategy
+    kind: Kind | None
 
 
 class Auto:
     """What was measured in this process, and in earlier ones."""
 
-    def __init__(self, settings: Settings, pool: Pool, measuring: Measuring) -> None:
-        self._is_on = settings.strategy.name == "auto" and not settings.strict
-        self._measuring = measuring
+    def __init__(self, settings: Settings, pool: Pool) -> None:
+        self.is_on = settings.strategy.name == "auto" and not settings.strict
         self._pool = pool
         self._store = VerdictStore()
-        self._trials: dict[Case, Trial] = {}
-        self._strategies: dict[Case, Strategy | None] = {}
+        self._records: dict[Case, Record] = {}
+        self._machine = ""
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    def strategy(
-        self, flux: Any, workload: Workload, default: ParallelPlan, dtype: torch.dtype, poll: Poll
-    ) -> Strategy | None:
-        """Return the plan of all ranks that was measured, or promises most; None for the default.
+    def turn(
+        self,
+        flux: Any,
+        workload: Workload,
+        run: Run,
+        plans: Mapping[Strategy, ParallelPlan],
+        *,
+        is_plain: bool,
+        is_at_rest: bool,
+        can_time_one: Callable[[], bool],
+    ) -> Turn | Refusal:
+        """Say which plan a call has, or that ComfyUI alone is faster.
 
-        The first call of a kind that was never measured has the ranks measure the machine.
+        Args:
+            plans: that the call can have, the usual one first.
+            is_plain: whether the time of this call tells that of others. One that does not follows
+                the verdict with which its run began: what ranks keep from step to step stays good.
+            is_at_rest: whether shares are not still sought, by what the ranks take.
+            can_time_one: whether ComfyUI's own forward would take what it takes without workers.
         """
-        if not self._is_on:
-            return None
         case = self._case(flux, workload)
-        if case not in self._strategies:
-            verdict = self._store.find(case)
-            if verdict is not None:
-                self._strategies[case] = parse_strategy(verdict.plan)
-                return self._strategies[case]
-            try:
-                machine = self._measuring.machine(poll)
-            except WorkerError:
-                return None  # Whoever needs them next says so.
-            job = job_of(flux, workload, num_bytes=self._bytes(flux), dtype=dtype)
-            self._strategies[case] = None if machine is None else _best(job, machine, default)
-        return self._strategies[case]
-
-    def kind(self, flux: Any, workload: Workload, plan: ParallelPlan) -> Kind | None:
-        """What a call is to ``auto``; None if it is not asked."""
-        if not self._is_on:
-            return None
-        case = self._case(flux, workload)
-        trial = self._trials.get(case)
-        if trial is None or trial.plan != plan.name:
-            found = self._store.find(case)
-            is_same = found is not None and found.plan == plan.name
-            trial = self._trials[case] = Trial(plan.name, verdict=found if is_same else None)
-        return Kind(case, trial)
-
-    def verdict(self, kind: Kind | None) -> Refusal | None:
-        """Refuse the ranks if one GPU was faster."""
-        if kind is not None and kind.trial.way() is Way.NOT_SEVERAL:
+        if case not in self._records:
+            self._records[case] = Record(self._store.find(case))
+        record = self._records[case]
+        if case not in run.paced:
+            run.paced.add(case)
+            self._begin_run(case, record)
+        names = {plan.name: strategy for strategy, plan in plans.items()}
+        usual = next(iter(plans))
+        if is_plain and is_at_rest:
+            kind = self._trial(case, record, plans, can_time_one)
+            if kind is not None:
+                return Turn(names.get(kind.way, usual), kind)
+        verdict = record.verdict if is_plain else record.at_begin
+        if verdict is None:
+            return Turn(usual, None)
+        if verdict.taken == ONE:
+            # Before a second look the ranks must run: by that their shares come to rest.
+            if is_plain and verdict.is_doubted(time.time()) and can_time_one():
+                return Turn(usual, None)
             return ONE_IS_FASTER
-        return None
+        way = verdict.taken if verdict.taken in names else plans[usual].name
+        is_watched = is_plain and is_at_rest
+        return Turn(names[way], Kind(case, record, way) if is_watched else None)
 
     def time_one(
         self, kind: Kind, compute: Callable[[], torch.Tensor], device: torch.device
@@ -114,54 +148,88 @@ class Auto:
         start = time.perf_counter()
         out = compute()
         _finish(device)
-        self.took(kind, time.perf_counter() - start, is_several=False)
+        self.took(kind, time.perf_counter() - start)
         return out
 
-    def took(self, kind: Kind, seconds: float, *, is_several: bool) -> None:
+    def took(self, kind: Kind, seconds: float) -> None:
         """Note what a step took."""
-        verdict = kind.trial.took(seconds, is_several=is_several)
-        if verdict is not None:
-            log.info("xDiT: %s", _text(verdict, self._pool))
-            self._store.keep(kind.case, verdict)
+        record = kind.record
+        if not kind.ways:
+            self._watch(record, seconds)
+            return
+        record.trial.took(kind.way, seconds)
+        if record.trial.due(kind.ways, kind.apart) is None:
+            self._conclude(kind.case, record, kind.ways)
 
-    def _machine(self) -> str:
-        devices = self._pool.devices
-        names = sorted({device.name for device in devices})
-        parts = [f"{len(devices)} x {' + '.join(names)}"]
-        if devices[0].is_cpu:
-            # What the kernel lets this process and its workers use.
-            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-            parts.append(f"cores {cores}, {torch.get_num_threads()} threads in ComfyUI")
-        return ", ".join([*parts, f"torch {torch.__version__}, comfy-xdit-patch {__version__}"])
+    def _trial(
+        self,
+        case: Case,
+        record: Record,
+        plans: Mapping[Strategy, ParallelPlan],
+        can_time_one: Callable[[], bool],
+    ) -> Kind | None:
+        """Return the next step of a trial; None if there is nothing to try."""
+        verdict = record.verdict
+        names = tuple(plan.name for plan in plans.values())
+        is_known = verdict is not None and verdict.paces.keys() >= {*names}
+        is_doubted = verdict is not None and verdict.is_doubted(time.time())
+        if verdict is not None and is_known and ONE in verdict.paces and not is_doubted:
+            return None
+        # The driver is asked for its memory, and only while that decides something.
+        if can_time_one():
+            names = (*names, ONE)
+        elif verdict is not None and (is_known or verdict.taken == ONE):
+            return None
+        if len(names) == 1:
+            return None
+        apart = frozenset(plan.name for plan in plans.values() if plan.tensor_degree > 1)
+        apart -= {names[0]}
+        way = record.trial.due(names, apart)
+        if way is None:  # Those that were missing cannot be had any more.
+            self._conclude(case, record, names)
+            return None
+        record.trial.give(way)
+        return Kind(case, record, way, names, apart)
+
+    def _conclude(self, case: Case, record: Record, ways: tuple[str, ...]) -> None:
+        verdict = record.trial.verdict(ways, time.time())
+        record.trial = Trial()
+        if verdict is None:
+            return
+        record.verdict = verdict
+        record.recent.clear()
+        log.info("xDiT: %s", _text(verdict, self._pool))
+        self._store.keep(case, verdict)
+
+    def _watch(self, record: Record, seconds: float) -> None:
+        """Doubt a verdict for the ranks when they have become slower than one was."""
+        one = record.verdict.paces.get(ONE) if record.verdict else None
+        record.recent.append(seconds)
+        is_full = len(record.recent) == NUM_WATCHED
+        if one is not None and is_full and statistics.median(record.recent) > one.median_s:
+            record.verdict = None
+            record.recent.clear()
+
+    def _begin_run(self, case: Case, record: Record) -> None:
+        record.trial.begin_run()
+        record.at_begin = verdict = record.verdict
+        if verdict is not None and verdict.taken == ONE:
+            record.verdict = replace(verdict, num_runs=verdict.num_runs + 1)
+            self._store.keep(case, record.verdict)
 
     def _case(self, flux: Any, workload: Workload) -> Case:
-        model = f"{type(flux).__name__}, {self._bytes(flux)} bytes"
-        return Case(self._machine(), model, size_class(workload))
-
-    def _bytes(self, flux: Any) -> int:
+        if not self._machine:
+            comfy = sys.modules.get("comfy")
+            self._machine = machine_text(
+                self._pool.devices,
+                torch_version=torch.__version__,
+                num_threads=torch.get_num_threads(),
+                comfyui=Path(next(iter(comfy.__path__))).parent if comfy else None,
+            )
         if flux not in self._sizes:
             self._sizes[flux] = sum(parameter.nbytes for parameter in flux.parameters())
-        return self._sizes[flux]
-
-
-def _best(job: Job, machine: Machine, default: ParallelPlan) -> Strategy | None:
-    """Return the plan of all ranks that is predicted to be the fastest, if it is so by far."""
-    choice = choose(job, machine, world_size=default.world_size)
-    if isinstance(choice, Refusal):
-        return None
-    seconds = {
-        (option.plan.batch, option.plan.ulysses, option.plan.ring): option.time.total_s
-        for option in reversed(choice.options)  # of several places for the weights the fastest
-        if AUTO.allows(option.plan) and option.plan.world_size == default.world_size
-    }
-    usual = seconds.get((default.batch_degree, default.ulysses_degree, default.ring_degree))
-    if usual is None:
-        return None
-    best = min(seconds, key=seconds.__getitem__)
-    if seconds[best] > usual * (1 - MARGIN):
-        return None
-    batch, ulysses, ring = best
-    return Strategy(PLAN, batch=batch, ulysses=ulysses, ring=ring)
+        model = f"{type(flux).__name__}, {self._sizes[flux]} bytes"
+        return Case(self._machine, model, size_class(workload))
 
 
 def _finish(device: torch.device) -> None:
@@ -171,9 +239,8 @@ def _finish(device: torch.device) -> None:
 
 
 def _text(verdict: Verdict, pool: Pool) -> str:
+    way = "ComfyUI alone" if verdict.taken == ONE else verdict.taken
     return (
-        f"measured {verdict.several_s * 1000:.0f} ms a step on {pool.world_size} "
-        f"{pool.device_word} ({verdict.plan}) and {verdict.one_s * 1000:.0f} ms in ComfyUI alone: "
-        f"{'the ranks are' if verdict.is_several else 'ComfyUI alone is'} faster for this model "
-        f"and size, and this is remembered"
+        f"measured {text_of(verdict)} on {pool.world_size} {pool.device_word}: {way} is the "
+        f"fastest for this model and size, and this is remembered"
     )

@@ -45,6 +45,8 @@ class CrewBalance:
         self._totals = totals
         self._left_over = LeftOver(crew) if mode == "least_loaded" else None
         self.current = Balance(mode, crew.world_size)
+        self._are_launches_slow = False
+        """Whether GPUs waited for their ranks' CPUs in the last call."""
 
     def weights(self, run: Run) -> tuple[int, ...]:
         """Weights for the next call of a run."""
@@ -58,7 +60,7 @@ class CrewBalance:
     @property
     def is_at_rest(self) -> bool:
         """Whether what calls take now tells what they will take: shares are not still sought."""
-        return self.current.is_at_rest
+        return self.current.is_at_rest or self._are_launches_slow
 
     def hold(self, run: Run, weights: tuple[int, ...]) -> None:
         """Leave the weights of a run as they are until it ends."""
@@ -79,6 +81,7 @@ class CrewBalance:
         Args:
             is_launch_bound: a rank's CPU set its pace: that says nothing of its GPU.
         """
+        self._are_launches_slow = is_launch_bound
         if is_launch_bound:
             return
         kind = model, workload

@@ -2,8 +2,8 @@
 
 Runs in: host, and the process of ``comfy-xdit verdicts``.
 
-The file is ``verdicts.json`` in our cache directory. It holds no prompt and no path: names of
-devices and model classes, sizes, seconds. Deleting it is always safe.
+The file is ``verdicts.json`` in our cache directory. It holds no prompt and no path: names and
+UUIDs of devices, versions, model classes, sizes, seconds, and when. Deleting it is always safe.
 """
 
 from __future__ import annotations
@@ -14,32 +14,21 @@ import logging
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from comfy_xdit_patch.host.pace.case import Case
 from comfy_xdit_patch.planning.strategy import parse_strategy
-from comfy_xdit_patch.planning.verdict import Verdict
+from comfy_xdit_patch.planning.verdict import DAY_S, NUM_RUNS, ONE, Pace, Verdict
 from comfy_xdit_patch.settings import cache_directory
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MAX_VERDICTS = 500
 """The oldest go first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What a verdict is about; a difference in any of it is another case."""
-
-    machine: str
-    model: str
-    size: str
-
-    @property
-    def key(self) -> str:
-        return " | ".join((self.machine, self.model, self.size))
 
 
 class VerdictStore:
@@ -116,9 +105,15 @@ class VerdictStore:
 
 
 def _verdict(item: dict[str, Any]) -> Verdict:
-    verdict = Verdict(str(item["plan"]), float(item["several_s"]), float(item["one_s"]))
-    parse_strategy(verdict.plan)
-    if not all(0 < s < math.inf for s in (verdict.several_s, verdict.one_s)):
+    paces = {
+        str(way): Pace(float(pace["fastest_s"]), float(pace["median_s"]))
+        for way, pace in item["paces"].items()
+    }
+    verdict = Verdict(paces, float(item["unix_s"]), int(item["num_runs"]))
+    for way in paces.keys() - {ONE}:
+        parse_strategy(way)
+    is_measured = all(0 < pace.fastest_s <= pace.median_s < math.inf for pace in paces.values())
+    if len(paces) < 2 or not is_measured or not math.isfinite(verdict.unix_s):
         raise ValueError(f"{item} is no verdict")
     return verdict
 
@@ -131,11 +126,34 @@ def report(*, clear: bool) -> str:
     if clear:
         return f"Forgot {store.clear()} verdicts of {store.path}."
     lines = [f"What XDIT_STRATEGY=auto measured, in {store.path}:"]
+    now_s = time.time()
     for key, verdict in store.all().items():
-        taken = verdict.plan if verdict.is_several else "one"
-        lines += [
-            f"  {key}",
-            f"      {verdict.plan} {verdict.several_s * 1000:.0f} ms a step, "
-            f"one {verdict.one_s * 1000:.0f} ms: {taken} is taken ({verdict.speedup:.2f}x)",
-        ]
+        lines += [f"  {key}", *(f"      {line}" for line in _lines(verdict, now_s))]
     return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing yet"])
+
+
+def _lines(verdict: Verdict, now_s: float) -> list[str]:
+    speedup = "" if verdict.speedup is None else f" ({verdict.speedup:.2f}x of one)"
+    age = _hours(now_s - verdict.unix_s)
+    if verdict.taken != ONE:
+        next_look = "once the ranks are slower than one was" if speedup else "with one"
+        follows = f"{verdict.taken} is taken{speedup}; measured again {next_look}"
+    elif verdict.is_doubted(now_s):
+        follows = f"one is taken{speedup}; measured again in the next run"
+    else:
+        left = _hours(verdict.unix_s + DAY_S - now_s)
+        runs = NUM_RUNS - verdict.num_runs
+        follows = f"one is taken{speedup}; measured again in {left}, or after {runs} runs"
+    return [f"{text_of(verdict)}; {age} ago", follows]
+
+
+def text_of(verdict: Verdict) -> str:
+    """Every way, the fastest first, with what a step takes and how far its steps are apart."""
+    return ", ".join(
+        f"{way} {pace.fastest_s * 1000:.0f} ms a step (+{pace.spread:.0%})"
+        for way, pace in sorted(verdict.paces.items(), key=lambda item: item[1].fastest_s)
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{max(0.0, seconds) / 3600:.1f} h"

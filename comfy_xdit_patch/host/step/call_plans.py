@@ -21,8 +21,10 @@ from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.planning.balance import Replan
+from comfy_xdit_patch.planning.candidates import candidates
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.strategy import Strategy
 from comfy_xdit_patch.planning.workload import workload_of
 
 
@@ -64,10 +66,11 @@ class CallPlans:
             changes: what nodes put around the blocks.
             carried: patches that go to the workers.
         """
-        workload = workload_of(flux, arguments)
+        as_called = workload = workload_of(flux, arguments)
         if changes or carried.tree is not None:
             # A node's code may look at all rows.
             workload = replace(workload, is_batch_divisible=False)
+        dtype = arguments["x"].dtype
         balance = crew.of(self._holding.balance)
         planned = partial(
             plan_call,
@@ -84,16 +87,39 @@ class CallPlans:
         plan = planned(weights=weights)
         if isinstance(plan, Refusal):
             return plan
-        better = self._auto.strategy(flux, workload, plan, arguments["x"].dtype, poll)
-        if better is not None:
-            other = planned(strategy=better, weights=weights)
-            if not isinstance(other, Refusal):
-                plan, planned = other, partial(planned, strategy=better)
+        kind = None
+        if self._auto.is_on:
+            can_cut = no_tensor_call(arguments, carried, changes) is None
+
+            def is_resident(plan: ParallelPlan) -> bool:
+                return self._holding.is_resident(crew, plan, base_model, run, workload, dtype)
+
+            def can_have(strategy: Strategy) -> ParallelPlan | None:
+                other = planned(strategy=strategy, weights=weights)
+                if isinstance(other, Refusal) or (strategy.tensor > 1 and not can_cut):
+                    return None
+                return other if is_resident(other) else None
+
+            plans = candidates(plan, workload, is_whole=is_resident(plan), can_have=can_have)
+            is_plain = not changes and carried.tree is None and arguments.get("control") is None
+            turn = self._auto.turn(
+                flux,
+                as_called,
+                run,
+                plans,
+                is_plain=is_plain and not self._holding.is_held_back(base_model),
+                is_at_rest=balance.is_at_rest,
+                can_time_one=lambda: self._holding.can_time_alone(base_model),
+            )
+            if isinstance(turn, Refusal):
+                return turn
+            plan, kind = plans[turn.strategy], turn.kind
+            planned = partial(planned, strategy=turn.strategy)
         if plan.tensor_degree > 1:
             refusal = no_tensor_call(arguments, carried, changes)
             if refusal is not None:
                 return refusal
-        plan = self._holding.fitting(crew, plan, base_model, workload, arguments["x"].dtype)
+        plan = self._holding.fitting(crew, plan, base_model, workload, dtype)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.
         keeps = carried.keeps_references or plan.pipefusion_degree > 1
@@ -108,16 +134,6 @@ class CallPlans:
                 return refusal
         if changes and (plan.sequence_degree == 1 or carried.keeps_references):
             return changes[0]
-        kind = self._auto.kind(flux, workload, plan)
-        refusal = self._auto.verdict(kind)
-        if refusal is not None:
-            return refusal
-        is_plain = not changes and carried.tree is None and arguments.get("control") is None
-        if not is_plain or self._holding.is_held_back(base_model):
-            kind = None
-        # The driver is asked for its memory, and only while that decides something.
-        if kind is not None and kind.trial.verdict is None:
-            kind = kind if self._holding.can_time_alone(base_model) else None
         return CallPlan(plan, workload, _with(planned), kind)
 
 

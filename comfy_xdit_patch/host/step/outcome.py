@@ -139,9 +139,8 @@ class Books:
             return
         self._totals.host_step_seconds = seconds
         if step.kind is not None:
-            self._auto.took(step.kind, seconds, is_several=True)
-            verdict = step.kind.trial.verdict
-            run.counts.one_seconds = None if verdict is None else verdict.one_s
+            self._auto.took(step.kind, seconds)
+            run.counts.one_seconds = step.kind.one_seconds
         if step.is_empty:
             run.counts.skipped += 1
             self._totals.steps_skipped += 1
@@ -197,6 +196,7 @@ def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
     return {
         "state": pool.state.value,
         "reason": pool.error,
+        "peer_to_peer_disabled": pool.no_peer_to_peer,
         "plan": totals.last_plan(),
         "ranks": ranks,
         "start_s": round(pool.start_seconds, 3),

@@ -40,7 +40,6 @@ from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import LeftOutHooks
 from comfy_xdit_patch.planning.family import num_out_channels
-from comfy_xdit_patch.planning.verdict import Way
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
@@ -159,7 +158,7 @@ class ParallelSteps:
                 )
             if isinstance(known, Refusal):
                 return known
-            if kind is not None and kind.trial.way() is Way.ONE:
+            if kind is not None and kind.is_one:
                 self._hooks.make_up()
                 return Step(
                     self._auto.time_one(kind, theirs(compute), arguments["x"].device), is_one=True

@@ -138,9 +138,7 @@ class Holding:
             if refusal is not None:
                 return refusal
         weights, residency = crew.of(self._weights), crew.of(self._residency)
-        if id(model) not in run.bypass:
-            run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
-        state = weights.state(crew, model, run.bypass[id(model)])
+        state = weights.state(crew, model, self._bypass(model, run))
         if isinstance(state, Refusal):
             return state
         place = residency.place(
@@ -229,6 +227,33 @@ class Holding:
     def can_time_alone(self, model: Any) -> bool:
         """Whether ComfyUI's own forward would now take what it takes without workers."""
         return self._memory.fits_beside_worker(model.current_patcher)
+
+    def is_resident(
+        self,
+        crew: Crew,
+        plan: ParallelPlan,
+        model: Any,
+        run: Run,
+        workload: Workload,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Whether every rank can have on its card all weights that it computes with.
+
+        Args:
+            plan: one that ``auto`` may take.
+        """
+        if plan.tensor_degree > 1 and (
+            no_tensor_weights(model, plan.tensor_degree, run.tensor) or self._bypass(model, run)
+        ):
+            return False
+        plan = self.fitting(crew, plan, model, workload, dtype)
+        return crew.of(self._residency).is_resident(model, workload, plan, dtype)
+
+    def _bypass(self, model: Any, run: Run) -> dict[str, list[Any]]:
+        """ComfyUI's bypass hooks on a model's modules. Looked for once a run."""
+        if id(model) not in run.bypass:
+            run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
+        return run.bypass[id(model)]
 
     def fitting(
         self, crew: Crew, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype

@@ -116,6 +116,18 @@ class Residency:
         staged = plan if mode == "staged" else None
         return Placement(mode, room, staged, needed, need.working_bytes)
 
+    def is_resident(
+        self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
+    ) -> bool:
+        """Whether every rank has on its card all weights that it computes with under a plan."""
+        if plan.tensor_degree == 1 and self._modes.get(base_model, "full") != "full":
+            return False
+        cards = self._cards()
+        if cards is None:
+            return True
+        choice = self._choice(base_model, workload, plan, dtype, cards)
+        return not isinstance(choice, Refusal) and choice.mode in ("full", "tensor")
+
     def has_room_for_shares(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
     ) -> bool:

@@ -1,6 +1,6 @@
 """What a user may ask for: a strategy by name, or a plan by its degrees.
 
-Runs in: host and the command line's process.
+Runs in: the command line's process.
 """
 
 from __future__ import annotations

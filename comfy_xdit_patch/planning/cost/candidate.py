@@ -1,6 +1,6 @@
 """One way to share the work, and all ways there are.
 
-Runs in: host, worker and the command line's process.
+Runs in: the command line's process.
 
 One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``; ``grid.py`` says
 which ranks share an axis.

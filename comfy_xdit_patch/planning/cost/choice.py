@@ -1,6 +1,6 @@
 """Choose a plan: every legal one, its predicted time, and the cheapest of those asked for.
 
-Runs in: host, worker and the command line's process. Pure arithmetic, no torch.
+Runs in: the command line's process. Pure arithmetic, no torch.
 
 ``auto`` never chooses PipeFusion: its image is an approximation, which a user asks for by name.
 """
@@ -80,14 +80,8 @@ class Choice:
         return f"{text}; {time.communication_s / time.total_s:.0%} of it is communication"
 
 
-def choose(
-    job: Job, machine: Machine, asked: Asked = AUTO, *, world_size: int | None = None
-) -> Choice | Refusal:
+def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
     """Predict every plan, and take the cheapest of those asked for.
-
-    Args:
-        world_size: where ranks exist already and all take part, plans of others than one GPU or so
-            many ranks are left out, and so are those that ``auto`` could not take.
 
     Returns:
         A refusal if no plan that was asked for is legal and fits.
@@ -96,8 +90,6 @@ def choose(
     dropped: list[Dropped] = []
     single_s = _time(SINGLE, job, machine.first(1)).total_s
     for plan in candidates(len(machine.gpus)):
-        if world_size is not None and not _is_of_all(plan, asked, world_size):
-            continue
         part = machine.first(plan.world_size)
         refusal = why_not(plan, job)
         if refusal is not None:
@@ -115,12 +107,6 @@ def choose(
     if not allowed:
         return _impossible(asked, options, dropped)
     return Choice(tuple(options), tuple(dropped), _cheapest(allowed))
-
-
-def _is_of_all(plan: Candidate, asked: Asked, world_size: int) -> bool:
-    if plan.world_size not in (1, world_size):
-        return False
-    return asked.text != AUTO.text or asked.allows(plan)
 
 
 def why_not(plan: Candidate, job: Job) -> Refusal | None:

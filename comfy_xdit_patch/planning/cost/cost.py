@@ -1,6 +1,6 @@
 """Predict the time of one forward under a plan.
 
-Runs in: host, worker and the command line's process. Pure arithmetic, no torch.
+Runs in: the command line's process. Pure arithmetic, no torch.
 
     T = max(compute + exposed communication + bubble, host time)
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from comfy_xdit_patch.planning.cost.candidate import Candidate
 from comfy_xdit_patch.planning.cost.job import Job
-from comfy_xdit_patch.planning.cost.machine import Machine
+from comfy_xdit_patch.planning.cost.machine import RING_STEP_S, Machine
 from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES
 from comfy_xdit_patch.planning.cost.rank_time import (
     ComputeTime,
@@ -180,7 +180,7 @@ def _sequence_s(
         gpu = min(machine.gpus, key=lambda gpu: gpu.memory_bytes_per_s)
         merged = MERGE_BYTES + value_bytes - COMPUTE_BYTES
         seconds += steps * blocks * values * merged / gpu.memory_bytes_per_s
-        seconds += steps * blocks * part.num_patches * machine.step_s(groups)
+        seconds += steps * blocks * part.num_patches * RING_STEP_S
     return seconds
 
 

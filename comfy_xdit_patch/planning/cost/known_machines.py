@@ -1,6 +1,6 @@
 """Cards and links by name, and machines made of them: for planning without the hardware.
 
-Runs in: host, worker and the command line's process.
+Runs in: the command line's process.
 
 Rates are what FLUX sustains, not what a data sheet says. ``source`` tells where a card's come from:
 ``fitted`` to a published time on one GPU (docs/planning.md has the rows), or ``assumed``, near what
@@ -78,17 +78,6 @@ CARDS = {
         Card("3090", 24576, 60, 0, 936, "host", "assumed"),
     )
 }
-
-
-def card_of(name: str) -> Card | None:
-    """Find a card by what the driver calls it, ``NVIDIA GeForce RTX 4090``; None if unknown.
-
-    A laptop's and a cut-down card (``4090 D``) are others than the one of the table.
-    """
-    words = name.lower().replace("rtx 2000 ada", "rtx2000ada").replace("-", " ").split()
-    if {"laptop", "d", "max", "mobile"} & set(words):
-        return None
-    return next((CARDS[word] for word in words if word in CARDS), None)
 
 
 def machine_of(gpus: str, *, link: LinkKind | None = None, num_sockets: int = 1) -> Machine:

@@ -1,6 +1,6 @@
 """The models that can be planned without their files, by name.
 
-Runs in: host, worker and the command line's process.
+Runs in: the command line's process.
 """
 
 from __future__ import annotations

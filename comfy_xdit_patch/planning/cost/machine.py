@@ -1,7 +1,7 @@
 """A machine as numbers: its GPUs, the links between them, how fast its CPU launches work.
 
-Runs in: host, worker and the command line's process. No torch: a machine that was measured and one
-that nobody has are the same data.
+Runs in: the command line's process. No torch: a machine that is there and one that nobody has are
+the same data.
 """
 
 from __future__ import annotations
@@ -60,32 +60,25 @@ class Link:
     """What lies between two GPUs: what each sends a second, by the form of the collective.
 
     ``ring_bytes_per_s`` is for all-gather, all-reduce and sends from one to the next.
-    ``latency_s`` is one collective's time beside its bytes, ``step_s`` that of one step of a ring.
+    ``latency_s`` is one collective's time beside its bytes.
     """
 
     kind: LinkKind
     all_to_all_bytes_per_s: float
     ring_bytes_per_s: float
     latency_s: float
-    step_s: float = RING_STEP_S
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """GPUs in rank order, and ``links[a][b]`` between two of them; ``links[a][a]`` is not read.
 
-    ``alone`` is the first GPU when the others do nothing, where that was measured: ranks may share
-    a CPU core, memory or power.
-
-    ``are_links_timed``: the links' rates were measured here, with all GPUs sending. Otherwise they
-    are those of two GPUs, and what sockets and crowds leave of them is estimated.
+    The links' rates are those of two GPUs; what sockets and crowds leave of them is estimated.
     """
 
     gpus: tuple[Gpu, ...]
     links: tuple[tuple[Link, ...], ...]
     host_call_s: float = HOST_CALL_S
-    are_links_timed: bool = False
-    alone: Gpu | None = None
 
     def __post_init__(self) -> None:
         num_gpus = len(self.gpus)
@@ -99,8 +92,6 @@ class Machine:
         """Keep the fastest GPUs; among equals those of the first socket, in their order."""
         if num_gpus == len(self.gpus) > 1:
             return self
-        if num_gpus == 1 and self.alone is not None:
-            return replace(self, gpus=(self.alone,), links=((self.links[0][0],),))
         order = sorted(
             range(len(self.gpus)),
             key=lambda i: (-self.gpus[i].linear_flops, self.gpus[i].socket, i),
@@ -114,11 +105,6 @@ class Machine:
         return max(
             self.links[a][b].latency_s for group in groups for a, b in combinations(group, 2)
         )
-
-    def step_s(self, groups: Sequence[Sequence[int]]) -> float:
-        """What one step of a ring takes beside its bytes."""
-        pairs = (pair for group in groups for pair in pairwise([*group, group[0]]))
-        return max(self.links[a][b].step_s for a, b in pairs)
 
     def all_to_all_s(self, groups: Sequence[Sequence[int]], num_bytes: float) -> float:
         """Seconds in which every rank has sent ``num_bytes``, in equal parts to its group's."""
@@ -145,14 +131,10 @@ class Machine:
 
     def _left(self, kind: LinkKind) -> float:
         """What is left of a link's rate when all GPUs send."""
-        if kind == "nvlink" or self.are_links_timed:
-            return 1.0
-        return pcie_contention(len(self.gpus))
+        return 1.0 if kind == "nvlink" else pcie_contention(len(self.gpus))
 
     def _between_sockets_s(self, pairs: Sequence[tuple[int, int]], num_bytes: float) -> float:
         """Seconds of ``num_bytes`` for each pair, over what peer-to-peer has between sockets."""
-        if self.are_links_timed:
-            return 0.0
         num_crossing = sum(
             self.gpus[a].socket != self.gpus[b].socket and self.links[a][b].kind == "pcie"
             for a, b in pairs

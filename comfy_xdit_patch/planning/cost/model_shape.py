@@ -1,6 +1,6 @@
 """The FLUX family's models as numbers: widths, blocks, weights, FLOPs.
 
-Runs in: host, worker and the command line's process. No torch: planning asks before a model is
+Runs in: the command line's process. No torch: planning asks before a model is
 there.
 
 Letters: D features, S tokens of the whole sequence (text, image, references), L blocks.

@@ -1,6 +1,6 @@
 """How long one GPU computes on its part of a forward.
 
-Runs in: host, worker and the command line's process. Pure arithmetic, no torch.
+Runs in: the command line's process. Pure arithmetic, no torch.
 
     linears        FLOPs / (rate x M / (M + 72)) for M rows, and never less than reading the weights
     attention      FLOPs / rate

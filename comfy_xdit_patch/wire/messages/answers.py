@@ -23,8 +23,6 @@ from comfy_xdit_patch.wire.messages.replies import (
     Loaded,
     NoRoom,
     NotLoaded,
-    NotProbed,
-    Probed,
     Raised,
     Ran,
     Reply,
@@ -37,7 +35,6 @@ from comfy_xdit_patch.wire.messages.requests import (
     Free,
     GiveWay,
     Load,
-    Probe,
     RunBlock,
     Unload,
 )
@@ -50,7 +47,6 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
     Control: (Controlled, Raised),
     RunBlock: (Ran, Declined, Raised),
     Fetch: (Fetched, Raised),
-    Probe: (Probed, NotProbed),
     Free: (Unloaded,),
     Reach: (Reached,),
 }

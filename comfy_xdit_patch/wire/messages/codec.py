@@ -34,8 +34,6 @@ from comfy_xdit_patch.wire.messages.replies import (
     Loading,
     NoRoom,
     NotLoaded,
-    NotProbed,
-    Probed,
     Raised,
     Ran,
     Unloaded,
@@ -51,7 +49,6 @@ from comfy_xdit_patch.wire.messages.requests import (
     Load,
     Map,
     ModelSource,
-    Probe,
     RunBlock,
     Start,
     Stop,
@@ -119,7 +116,6 @@ Message: TypeAlias = (
     | Fetch
     | Free
     | Forget
-    | Probe
     | Follow
     | Reach
     | Stop
@@ -136,8 +132,6 @@ Message: TypeAlias = (
     | Fetched
     | Declined
     | NoRoom
-    | Probed
-    | NotProbed
     | Raised
     | Reached
     | Failed

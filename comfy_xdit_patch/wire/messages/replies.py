@@ -190,31 +190,6 @@ class Failed:
     traceback: str
 
 
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """What a rank measured.
-
-    ``together`` are its rates while all ranks measure theirs, ``alone`` those of rank 0 while the
-    others wait (empty for the others); names in ``worker/probe/rank.py``. ``exchanges`` has
-    pairs of bytes sent and seconds by form and grouping, ``all_to_all 2 1``:
-    ``planning/cost/link_timing.py``.
-    """
-
-    request: int
-    together: dict[str, float]
-    alone: dict[str, float]
-    exchanges: dict[str, list[list[float]]]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class NotProbed:
-    """A rank could not measure, and is well otherwise; no rank has measured."""
-
-    request: int
-    error: str
-
-
 Reply: TypeAlias = (
     Loaded
     | NotLoaded
@@ -225,8 +200,6 @@ Reply: TypeAlias = (
     | Fetched
     | Declined
     | NoRoom
-    | Probed
-    | NotProbed
     | Raised
     | Reached
     | Failed

@@ -221,11 +221,3 @@ class Forget:
     calls: list[int]
     objects: list[int]
     tokens: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Measure this rank's speed and the links between all ranks, in about so many seconds."""
-
-    request: int
-    budget_s: float

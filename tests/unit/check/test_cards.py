@@ -8,6 +8,7 @@ import pytest
 from rig.server import EMULATED
 
 from comfy_xdit_patch.check import cards
+from comfy_xdit_patch.hardware.survey import driver_version
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_what_all_processes_use_is_read_in_bytes(books):
     books.take(1, 300 << 20, 1 << 40)
     used = cards.used_bytes()
     assert list(used.values()) == [0, 300 << 20]
-    assert cards.driver_version() == "580.00.00"
+    assert driver_version() == "580.00.00"
 
 
 def test_the_most_is_kept(books, monkeypatch):
@@ -51,7 +52,7 @@ def test_the_most_is_kept(books, monkeypatch):
 def test_without_nvidia_smi_nothing_is_known(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cards.used_bytes() == {}
-    assert cards.driver_version() is None
+    assert driver_version() is None
     with cards.MemoryWatch() as watch:
         pass
     assert watch.most == {}

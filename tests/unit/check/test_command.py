@@ -20,7 +20,6 @@ from comfy_xdit_patch.check.cases import (
     STOCK,
     cases_for,
 )
-from comfy_xdit_patch.check.machine import comfyui_version
 
 
 @pytest.fixture
@@ -95,8 +94,3 @@ def test_a_case_that_this_comfyui_has_no_option_for_is_left_out(comfyui):
     assert [case.name for case in cases] == [STOCK, SPLIT, OURS, STATIC]
     assert cases[2].variables == {"XDIT_STRICT": "1", "XDIT_GPUS": "all", **SOONER}
     assert cases_for(comfyui, 1)[2].variables["XDIT_GPUS"] == "1"
-
-
-def test_the_version_is_read_and_not_imported(comfyui):
-    assert comfyui_version(comfyui) == "0.99.0"
-    assert comfyui_version(comfyui / "comfy") is None

@@ -30,15 +30,14 @@ def test_nvswitches_connect_every_gpu_with_every_other_across_sockets():
     assert [place.numa_node for place in found.places] == [0] * 4 + [1] * 4
     pairs = [(a, b) for a in range(8) for b in range(8) if a != b]
     assert {found.path(a, b) for a, b in pairs} == {"18 NVLinks"}
-    assert {found.kind(a, b) for a, b in pairs} == {"nvlink"}
 
 
-@pytest.mark.parametrize(("peers", "kind"), [(False, "host"), (True, "pcie"), (None, None)])
-def test_without_nvlink_the_kind_is_whether_there_is_peer_to_peer(peers, kind):
+@pytest.mark.parametrize("peers", [False, True, None])
+def test_whether_there_is_peer_to_peer_is_told_beside_the_path(peers):
     found = read(recorded.RTX4090_8, peers=peers)
     assert len(found.places) == 8
     assert [place.numa_node for place in found.places] == [0] * 4 + [1] * 4
-    assert {found.kind(0, b) for b in range(1, 8)} == {kind}
+    assert {found.peers[0][b] for b in range(1, 8)} == {peers}
 
 
 def test_sys_within_a_node_is_no_other_socket():
@@ -60,7 +59,7 @@ def test_one_switch_is_told_from_several():
     found = read(recorded.SWITCHES_4, peers=True)
     assert (found.path(0, 1), found.path(2, 3)) == ("PCIe switches", "PCIe switch")
     assert found.path(1, 2) == "other socket"
-    assert found.kind(0, 1) == "pcie"
+    assert found.peers[0][1] is True
 
 
 def test_geforce_cards_have_no_peer_to_peer():
@@ -150,4 +149,4 @@ def test_a_numa_node_of_minus_one_is_unknown(text, expected):
 
 def test_cpu_ranks_have_no_place():
     found = interconnect_of([Place("cpu", None)] * 2, words={}, peers={})
-    assert (found.path(0, 1), found.kind(0, 1)) == ("unknown", None)
+    assert (found.path(0, 1), found.peers[0][1]) == ("unknown", None)

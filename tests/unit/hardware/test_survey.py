@@ -47,26 +47,26 @@ def test_places_are_in_rank_order_whatever_nvidia_smi_numbers(machine):
     found = survey(DEVICES)
     assert [place.pci_id for place in found.places] == ["0000:13:00.0", "0000:10:00.0"]
     assert [place.numa_node for place in found.places] == [1, 5], "the kernel before nvidia-smi"
-    assert (found.path(0, 1), found.kind(0, 1)) == ("other socket", "host")
+    assert (found.path(0, 1), found.peers[0][1]) == ("other socket", False)
     assert found.unknown == ()
 
 
 def test_peers_come_from_nvidia_smi_where_torch_sees_no_gpu(machine):
     near = [Device("a", recorded.uuid_of(0)), Device("b", recorded.uuid_of(1))]
-    assert survey(near).kind(0, 1) == "pcie"
+    assert survey(near).peers[0][1] is True
 
 
 def test_a_gpu_that_nobody_knows_is_unknown(machine):
     found = survey([DEVICES[0], Device("mig", "MIG-1234")])
     assert found.places[1].pci_id is None
-    assert (found.path(0, 1), found.kind(0, 1)) == ("unknown", None)
+    assert (found.path(0, 1), found.peers[0][1]) == ("unknown", None)
 
 
 def test_without_nvidia_smi_everything_is_unknown_and_said_to_be(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = survey(DEVICES)
     assert found.path(0, 1) == "unknown"
-    assert found.kind(0, 1) is None
+    assert found.peers[0][1] is None
     assert len(found.unknown) == 3
     assert all("not installed" in text for text in found.unknown)
 

@@ -51,6 +51,9 @@ def test_what_ranks_were_busy_for_becomes_weights_and_status(totals):
 def test_nothing_is_learned_from_steps_of_which_a_cpu_set_the_pace(totals):
     balance = balance_of(totals)
     assert balance.weights(measure(balance, 20, is_launch_bound=True)) == ()
+    assert balance.is_at_rest, "auto could never compare such ranks with one GPU"
+    measure(balance, 1)
+    assert not balance.is_at_rest
     assert balance.weights(measure(balance, 6)) != ()
 
 

@@ -48,6 +48,34 @@ def test_larger_shares_have_room_where_weights_lie_as_with_even_ones(gib, has_ro
     assert made.has_room_for_shares(model, IMAGE, EVEN, DTYPE)
 
 
+CUT = ParallelPlan(2, 1, 1, tensor_degree=2)
+
+
+@pytest.mark.parametrize(
+    ("gib", "plan", "is_resident"),
+    [
+        (80, EVEN, True),
+        (None, EVEN, True),
+        (26, EVEN, False),
+        (2, EVEN, False),
+        (26, CUT, True),
+        (None, CUT, True),
+        (16, CUT, False),
+    ],
+)
+def test_weights_are_resident_if_what_a_rank_computes_with_lies_on_its_card(gib, plan, is_resident):
+    made, model = residency(gib)
+    assert made.is_resident(model, IMAGE, plan, DTYPE) == is_resident
+    assert made.arithmetic == [], "nothing is decided by the question"
+
+
+def test_a_model_that_was_sharded_once_is_not_whole_any_more():
+    made, model = residency(80)
+    made.place(model, IMAGE, EVEN, DTYPE, first="sharded")
+    assert not made.is_resident(model, IMAGE, EVEN, DTYPE)
+    assert made.is_resident(model, IMAGE, CUT, DTYPE)
+
+
 @pytest.mark.parametrize(
     ("plan", "rows", "tokens", "num_rows"),
     [

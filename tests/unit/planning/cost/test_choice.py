@@ -288,16 +288,16 @@ def test_the_reason_of_a_choice_has_its_figures():
     assert chosen("4xl20").why == "2.85x of one GPU; 24% of it is communication"
 
 
-def test_what_was_measured_decides_and_not_the_kind_of_link():
+def test_rates_decide_and_not_the_kind_of_link():
     """A patched driver whose all-to-all is slower than through CPU memory, its ring faster."""
     machine = machine_of("4x4090", link="pcie")
     job = make_job(precision="fp8-compute")
     assert choose_plan(job, machine).plan.ulysses == 4
-    timed = Link("pcie", all_to_all_bytes_per_s=6e9, ring_bytes_per_s=20e9, latency_s=20e-6)
-    machine = replace(machine, links=((timed,) * 4,) * 4, are_links_timed=True)
+    odd = Link("pcie", all_to_all_bytes_per_s=6e9, ring_bytes_per_s=20e9, latency_s=20e-6)
+    machine = replace(machine, links=((odd,) * 4,) * 4)
     assert choose_plan(job, machine).plan.ulysses == 1
     assert choose_plan(job, machine).plan.ring > 1
-    slow = replace(timed, ring_bytes_per_s=1e9, all_to_all_bytes_per_s=1e9)
+    slow = replace(odd, ring_bytes_per_s=1e9, all_to_all_bytes_per_s=1e9)
     machine = replace(machine, links=((slow,) * 4,) * 4)
     assert choose_plan(job, machine).plan == SINGLE
 
@@ -373,36 +373,3 @@ def test_what_was_asked_for_and_is_impossible_is_refused_with_what_is_possible(a
     possible = refusal.reason.partition("Possible, the fastest first: ")[2].split("; ")
     assert parse_asked(possible[0]).plan is not None
     assert len(possible) >= 5
-
-
-@pytest.mark.parametrize("num_gpus", [2, 3, 4, 8])
-def test_where_all_ranks_take_part_there_are_plans_of_all_and_of_one(num_gpus):
-    machine = machine_of(f"{num_gpus}xl20")
-    job = make_job(execution="compiled")
-    choice = choose(job, machine, world_size=num_gpus)
-    assert isinstance(choice, Choice)
-    plans = [found.plan for found in (*choice.options, *choice.dropped)]
-    assert {plan.world_size for plan in plans} == {1, num_gpus}
-    assert not [plan.name for plan in plans if plan.tensor > 1 or plan.pipefusion > 1]
-    everything = choose(job, machine)
-    assert isinstance(everything, Choice)
-    assert choice.chosen.time == option(everything, choice.chosen.plan.name).time
-
-
-def test_a_plan_by_name_is_found_among_those_of_all_ranks():
-    job = make_job(execution="compiled")
-    choice = choose(job, machine_of("4xl20"), parse_asked("tensor=4"), world_size=4)
-    assert isinstance(choice, Choice)
-    assert choice.chosen.plan == Candidate(tensor=4)
-
-
-def test_one_gpu_alone_is_as_fast_as_it_was_measured_alone():
-    machine = machine_of("2xl20")
-    job = make_job(execution="compiled")
-    fast = replace(machine.gpus[0], linear_flops=4e14, attention_flops=4e14)
-    choice = choose(job, replace(machine, alone=fast), world_size=2)
-    assert isinstance(choice, Choice)
-    assert choice.chosen.plan == SINGLE, "two that share a card are no faster than one"
-    slower = choose(job, machine, world_size=2)
-    assert isinstance(slower, Choice)
-    assert slower.chosen.plan != SINGLE
