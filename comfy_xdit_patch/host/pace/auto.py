@@ -73,7 +73,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Chosen:
     """The plan of a call. ``kind`` is set if its time tells something."""
 
     strategy: Strategy
@@ -101,7 +101,7 @@ class Auto:
         is_plain: bool,
         is_at_rest: bool,
         can_time_one: Callable[[], bool],
-    ) -> Turn | Refusal:
+    ) -> Chosen | Refusal:
         """Say which plan a call has, or that ComfyUI alone is faster.
 
         Args:
@@ -123,18 +123,18 @@ class Auto:
         if is_plain and is_at_rest:
             kind = self._trial(case, record, plans, can_time_one)
             if kind is not None:
-                return Turn(names.get(kind.way, usual), kind)
+                return Chosen(names.get(kind.way, usual), kind)
         verdict = record.verdict if is_plain else record.at_begin
         if verdict is None:
-            return Turn(usual, None)
+            return Chosen(usual, None)
         if verdict.taken == ONE:
             # Before a second look the ranks must run: by that their shares come to rest.
             if is_plain and verdict.is_doubted(time.time()) and can_time_one():
-                return Turn(usual, None)
+                return Chosen(usual, None)
             return ONE_IS_FASTER
         way = verdict.taken if verdict.taken in names else plans[usual].name
         is_watched = is_plain and is_at_rest
-        return Turn(names[way], Kind(case, record, way) if is_watched else None)
+        return Chosen(names[way], Kind(case, record, way) if is_watched else None)
 
     def time_one(
         self, kind: Kind, compute: Callable[[], torch.Tensor], device: torch.device
@@ -205,8 +205,8 @@ class Auto:
         """Doubt a verdict for the ranks when they have become slower than one was."""
         one = record.verdict.paces.get(ONE) if record.verdict else None
         record.recent.append(seconds)
-        is_full = len(record.recent) == NUM_WATCHED
-        if one is not None and is_full and statistics.median(record.recent) > one.median_s:
+        are_enough = len(record.recent) == NUM_WATCHED
+        if one is not None and are_enough and statistics.median(record.recent) > one.median_s:
             record.verdict = None
             record.recent.clear()
 
