@@ -180,8 +180,9 @@ def compatibility_page() -> str:
         "parallel with gather |",
         "| anything else | falls back, with its reason in the log |",
         "",
-        "Node packs are tested by stand-ins that reach into ComfyUI as the pack does. See",
-        "[troubleshooting](troubleshooting.md) for the reasons.",
+        "Node packs are tested by stand-ins that reach into ComfyUI as the pack does; once, the",
+        "[packs themselves](node-packs.md) were run. See [troubleshooting](troubleshooting.md) for",
+        "the reasons.",
     ]
     for title, section in sections.items():
         lines += ["", f"## {title}", "", f"| | {' | '.join(versions)} | why |"]
