@@ -56,7 +56,7 @@ def made_room(needed_bytes: int | None, free_bytes: int) -> dict[str, Any]:
     before = list(management.current_loaded_models)
     management.current_loaded_models.clear()
     models = {"sampled": _loaded(0.1), "guest": _loaded(0.1), "idle": _loaded(1e32)}
-    memory = SharedMemory([], None)  # type: ignore[arg-type]
+    memory = SharedMemory([])
     memory.shares_gpu = lambda device: True  # type: ignore[method-assign]
 
     def free(device: Any = None, torch_free_too: bool = False) -> Any:
@@ -65,6 +65,7 @@ def made_room(needed_bytes: int | None, free_bytes: int) -> dict[str, Any]:
     try:
         with mock.patch.object(management, "get_free_memory", free):
             memory.make_room_for_workers(
+                SimpleNamespace(away=set(), displaced=set()),
                 SimpleNamespace(current_patcher=models["guest"].clone()),
                 needed_bytes,
                 weakref.WeakSet([models["sampled"].model]),
