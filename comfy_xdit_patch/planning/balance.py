@@ -21,7 +21,7 @@ from statistics import fmean, median
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.sequence_shares import DAMPING, moved_weights
+from comfy_xdit_patch.planning.sequence_shares import DAMPING, moved_weights, normal
 from comfy_xdit_patch.planning.strategy import Balancing
 
 HEAD_WIDTH = 128
@@ -132,8 +132,8 @@ class Balance:
         """
         if self._is_settled or self._is_first((kind, plan)) or not _is_measurement(busy_s):
             return False
-        work = _normal(work_parts(plan, workload))
-        self._speeds.append(_normal([w / s for w, s in zip(work, busy_s, strict=True)]))
+        work = normal(work_parts(plan, workload))
+        self._speeds.append(normal([w / s for w, s in zip(work, busy_s, strict=True)]))
         self._unevenness.append(max(busy_s) * len(busy_s) / sum(busy_s))
         if self._mode == "weighted":
             if len(self._speeds) < MANY_CALLS:
@@ -230,7 +230,7 @@ class Balance:
     def _estimate(self, num_calls: int) -> tuple[tuple[float, ...], float]:
         """Speeds as medians over the latest calls, and the largest standard error among them."""
         by_rank = list(zip(*list(self._speeds)[-num_calls:], strict=True))
-        medians = _normal([median(of_rank) for of_rank in by_rank])
+        medians = normal([median(of_rank) for of_rank in by_rank])
         return medians, max(_relative_error(of_rank) for of_rank in by_rank)
 
 
@@ -275,8 +275,3 @@ def _relative_error(values: Sequence[float]) -> float:
 
 def _is_measurement(busy_s: Sequence[float]) -> bool:
     return min(busy_s) > 0 and max(busy_s) <= MAX_RATIO * min(busy_s)
-
-
-def _normal(values: Sequence[float]) -> tuple[float, ...]:
-    total = sum(values)
-    return tuple(value / total for value in values)

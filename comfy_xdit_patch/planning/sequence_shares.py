@@ -100,7 +100,7 @@ def _head_weights(weights: Sequence[float], ring_degree: int) -> list[float]:
     own part of that sum; the neighbourhood where a place's part is least decides.
     """
     degree = len(weights) // ring_degree
-    parts = [_normal(weights[i * degree : (i + 1) * degree]) for i in range(ring_degree)]
+    parts = [normal(weights[i * degree : (i + 1) * degree]) for i in range(ring_degree)]
     return [min(column) for column in zip(*parts, strict=True)]
 
 
@@ -108,13 +108,13 @@ def moved_weights(
     weights: Sequence[float], speeds: Sequence[float], *, damping: float = DAMPING
 ) -> tuple[float, ...]:
     """Move weights towards speeds, in the logarithm: all the way with a ``damping`` of 1."""
-    moved = _normal(
+    moved = normal(
         [
             old ** (1 - damping) * new**damping
-            for old, new in zip(_normal(weights), _normal(speeds), strict=True)
+            for old, new in zip(normal(weights), normal(speeds), strict=True)
         ]
     )
-    return _normal([max(part, SMALLEST_PART / len(moved)) for part in moved])
+    return normal([max(part, SMALLEST_PART / len(moved)) for part in moved])
 
 
 def _largest_remainders(num_items: int, weights: Sequence[float]) -> tuple[int, ...]:
@@ -127,7 +127,8 @@ def _largest_remainders(num_items: int, weights: Sequence[float]) -> tuple[int, 
     return tuple(shares)
 
 
-def _normal(weights: Sequence[float]) -> tuple[float, ...]:
+def normal(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return weights whose sum is 1."""
     total = sum(weights)
     return tuple(weight / total for weight in weights)
 
