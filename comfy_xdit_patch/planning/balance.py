@@ -20,12 +20,10 @@ from math import sqrt
 from statistics import fmean, median
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.family import HEAD_WIDTH
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.sequence_shares import DAMPING, moved_weights, normal
 from comfy_xdit_patch.planning.strategy import Balancing
-
-HEAD_WIDTH = 128
-"""Features of an attention head in the FLUX family."""
 
 REMEMBERED_CALLS = 64
 

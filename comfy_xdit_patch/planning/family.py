@@ -12,6 +12,8 @@ from typing import Any
 
 BLOCK_LISTS = ("double_blocks", "single_blocks")
 """Attributes of a model that hold its blocks."""
+HEAD_WIDTH = 128
+"""Features of an attention head, in every model of the family."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from comfy_xdit_patch.planning.family import HEAD_WIDTH
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.residency import ModelSizes
 
@@ -28,7 +29,6 @@ COMPUTE_BYTES = 2
 PX_PER_TOKEN = 16
 """Side of a token in pixels: 8 or 16 by the VAE, 2 or 1 by the patch."""
 
-HEAD_WIDTH = 128
 EMBEDDING_WIDTH = 256
 """Of a time step or a guidance strength, before its embedder."""
 
