@@ -16,11 +16,13 @@ from rig.fuzzing import named, nothing_is_left, outcome_of, seeds
 
 from comfy_xdit_patch.errors import DeclinedError, WorkerError
 from comfy_xdit_patch.hardware.devices import Device
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.launcher import Worker
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.pool.start import Started
+from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.controlnets import RemoteControl
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -64,6 +66,8 @@ HOST_STATE = HostState("/", [], [], False, {})
 CPU = Device(name="cpu")
 NO_LOG = Path("/nowhere/worker.log")
 X = torch.ones(2, 4, 16, 8)  # a whole page
+Chroma = type("Chroma", (), {"__module__": "comfy.ldm.chroma.model"})
+CALL = Call(Chroma(), None, {"x": X}, Run(), poll=lambda: None)
 DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes, 0.1, False)
 CONTROLLED = replies.Controlled(
     1, {"input": [0, 0, None], "output": [1, 2]}, "float32", (2, 12, 16), 0.1, 0
@@ -94,26 +98,10 @@ class World:
         self.pool.crew, self.pool.state = self.crew, PoolState.READY
 
     def forward(self) -> torch.Tensor:
-        made = RemoteForward(Totals()).forward(
-            self.crew,
-            1,
-            {"x": X},
-            plan=PLAN,
-            patches=None,
-            out_channels=4,
-            poll=lambda: None,
-        )
-        return made.out
+        return RemoteForward(Totals()).forward(self.crew, 1, CALL, PLAN).out
 
     def control(self) -> Any:
-        return RemoteControl(Totals()).forward(
-            self.crew,
-            1,
-            {"x": X},
-            plan=PLAN,
-            compute=lambda: {},
-            poll=lambda: None,
-        )
+        return RemoteControl(Totals()).forward(self.crew, 1, CALL, PLAN, lambda: {})
 
     def close(self) -> None:
         for end in self.ends:

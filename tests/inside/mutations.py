@@ -185,6 +185,8 @@ def cost_of_looking(path: str, out: str) -> dict[str, float]:
     Medians of looks between which the caches of the processor were used for something else.
     """
     _call(path, out)
+    from comfy_xdit_patch.host.call import Call
+
     host = _activation().host
     base = forwards.patcher_of(path).model
     crew = host.pool.crew
@@ -196,8 +198,9 @@ def cost_of_looking(path: str, out: str) -> dict[str, float]:
         if is_first:
             run = host.begin_run()
         others += 1
+        call = Call(base.diffusion_model, base, {}, run)
         begin = time.perf_counter()
-        assert likeness.changes(crew, base, run, lambda: None) == []
+        assert likeness.changes(crew, call) == []
         looked = time.perf_counter()
         assert likeness.late_change(crew) is None
         if is_first:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.case import Case, machine_text
 from comfy_xdit_patch.host.pace.verdict_store import VerdictStore, text_of
 from comfy_xdit_patch.host.pool.pool import Pool
-from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import Strategy
 from comfy_xdit_patch.planning.verdict import NUM_WATCHED, ONE, Trial, Verdict, size_class
@@ -77,6 +77,7 @@ class Chosen:
     """The plan of a call. ``kind`` is set if its time tells something."""
 
     strategy: Strategy
+    plan: ParallelPlan
     kind: Kind | None
 
 
@@ -93,9 +94,7 @@ class Auto:
 
     def turn(
         self,
-        flux: Any,
-        workload: Workload,
-        run: Run,
+        call: Call,
         plans: Mapping[Strategy, ParallelPlan],
         *,
         is_plain: bool,
@@ -111,30 +110,30 @@ class Auto:
             is_at_rest: whether shares are not still sought, by what the ranks take.
             can_time_one: whether ComfyUI's own forward would take what it takes without workers.
         """
-        case = self._case(flux, workload)
+        case = self._case(call.module, call.workload)
         if case not in self._records:
             self._records[case] = Record(self._store.find(case))
         record = self._records[case]
-        if case not in run.paced:
-            run.paced.add(case)
+        if case not in call.run.paced:
+            call.run.paced.add(case)
             self._begin_run(case, record)
-        names = {plan.name: strategy for strategy, plan in plans.items()}
-        usual = next(iter(plans))
+        chosen = {plan.name: Chosen(strategy, plan, None) for strategy, plan in plans.items()}
+        usual = next(iter(chosen.values()))
         if is_plain and is_at_rest:
             kind = self._trial(case, record, plans, can_time_one)
             if kind is not None:
-                return Chosen(names.get(kind.way, usual), kind)
+                return replace(chosen.get(kind.way, usual), kind=kind)
         verdict = record.verdict if is_plain else record.at_begin
         if verdict is None:
-            return Chosen(usual, None)
+            return usual
         if verdict.taken == ONE:
             # Before a second look the ranks must run: by that their shares come to rest.
             if is_plain and verdict.is_doubted(time.time()) and can_time_one():
-                return Chosen(usual, None)
+                return usual
             return ONE_IS_FASTER
-        way = verdict.taken if verdict.taken in names else plans[usual].name
+        taken = chosen.get(verdict.taken, usual)
         is_watched = is_plain and is_at_rest
-        return Chosen(names[way], Kind(case, record, way) if is_watched else None)
+        return replace(taken, kind=Kind(case, record, taken.plan.name) if is_watched else None)
 
     def time_one(
         self, kind: Kind, compute: Callable[[], torch.Tensor], device: torch.device

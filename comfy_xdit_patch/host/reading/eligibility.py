@@ -202,13 +202,9 @@ def check_patcher(base_model: Any, bypass: BypassCode) -> list[Refusal]:
     return found
 
 
-def blocking(refusals: Iterable[Refusal], *, any_of_them: bool = False) -> Refusal | None:
-    """Return the first refusal that keeps even the blocks from running on the workers.
-
-    Args:
-        any_of_them: a refusal of what lies around the blocks counts too.
-    """
-    return next((one for one in refusals if any_of_them or not one.is_around_blocks), None)
+def blocking(refusals: Iterable[Refusal]) -> Refusal | None:
+    """Return the first refusal that keeps even the blocks from running on the workers."""
+    return next((one for one in refusals if not one.is_around_blocks), None)
 
 
 def without_index(name: str) -> str:

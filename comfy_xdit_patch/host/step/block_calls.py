@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import AroundBlocksError, DeclinedError, TheirError
 from comfy_xdit_patch.host.boundary import is_interrupt
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
-from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.reading.node_patches import other_options
+from comfy_xdit_patch.host.step.outcome import Computed
 from comfy_xdit_patch.host.step.tokens_there import (
     SEQUENCE_DIM,
     Counts,
@@ -34,7 +35,7 @@ from comfy_xdit_patch.host.step.tokens_there import (
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, short
+from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, Reply, short
 from comfy_xdit_patch.wire.messages.requests import Fetch, RunBlock, Tree
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 
@@ -47,15 +48,6 @@ CONSTANT = ("pe", "attn_mask")
 """Arguments that are the same tensor for all blocks of a step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Driven:
-    """A model's output, how many blocks ran on the ranks, and what each rank computed in them."""
-
-    out: torch.Tensor
-    num_blocks: int
-    busy_s: tuple[float, ...]
-
-
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
 
@@ -66,24 +58,18 @@ class DrivenForward:
     def run(
         self,
         crew: Crew,
-        flux: Any,
+        model: int,
+        call: Call,
+        plan: ParallelPlan,
         compute: Callable[[], torch.Tensor],
         *,
-        model: int,
-        plan: ParallelPlan,
-        num_image_tokens: int,
-        patches: Tree,
-        carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
-        poll: Poll,
         room: Room | None = None,
-    ) -> Driven:
+    ) -> Computed:
         """Run ComfyUI's own forward with the blocks on all ranks.
 
         Args:
             model: number of the model that every rank holds.
-            num_image_tokens: of the latent; more image tokens are references.
-            patches: those that blocks apply, for the workers, or None.
-            carry_options: what such patches may read of a block's ``transformer_options``.
+            compute: ComfyUI's own forward.
             room: for a look whether a card has it; None to compute at once.
 
         Raises:
@@ -94,19 +80,8 @@ class DrivenForward:
             WorkerError: the workers are lost.
             PlanError: there are fewer tokens than ranks.
         """
-        step = DrivenStep(
-            crew,
-            self._totals,
-            flux=flux,
-            model=model,
-            plan=plan,
-            num_image_tokens=num_image_tokens,
-            patches=patches,
-            carry_options=carry_options,
-            poll=poll,
-            room=room,
-            numbers=self._numbers,
-        )
+        step = DrivenStep(crew, model, call, plan, room, totals=self._totals, numbers=self._numbers)
+        flux = call.module
         with ExitStack() as stack:
             for list_name in BLOCK_LISTS:
                 for number, block in enumerate(getattr(flux, list_name)):
@@ -120,7 +95,7 @@ class DrivenForward:
             out = _computed(compute, step)
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
-        return Driven(out, step.num_blocks, tuple(step.busy_s))
+        return Computed(out, tuple(step.busy_s), is_empty=step.num_blocks == 0)
 
 
 def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Tensor:
@@ -146,29 +121,23 @@ class DrivenStep:
     def __init__(
         self,
         crew: Crew,
-        totals: Totals,
-        *,
-        flux: Any,
         model: int,
+        call: Call,
         plan: ParallelPlan,
-        num_image_tokens: int,
-        patches: Tree,
-        carry_options: Callable[[Mapping[str, Any]], dict[str, Any]],
-        poll: Poll,
         room: Room | None,
+        *,
+        totals: Totals,
         numbers: Iterator[int],
     ) -> None:
+        """Begin it; ``numbers`` are those of what ranks keep."""
         self._crew = crew
-        self._totals = totals
-        self._flux = flux
         self._model = model
+        self._call = call
         self._plan = plan
-        self._num_image_tokens = num_image_tokens
-        self._patches = patches
-        self._carry_options = carry_options
-        self._poll = poll
         self._room = room
+        self._totals = totals
         self._numbers = numbers
+        self._patches = call.carried.in_blocks()
         self._num_text_tokens = 0
         self._constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         self.num_blocks = 0
@@ -215,24 +184,17 @@ class DrivenStep:
         tokens = {key: arguments[key] for key in TOKENS if key in arguments}
         counts = self._counts(tokens)
         keep = [next(self._numbers) for _ in tokens]
-        tree: dict[str, Any] = {}
         constants: dict[str, tuple[torch.Tensor, Tree]] = {}
         slots = self._crew.slots
-        with self._crew.turn(self._poll) as turn:
+        with self._crew.turn(self._call.poll) as turn:
             written = slots.bytes_written
-            for key, value in arguments.items():
-                if key in tokens:
-                    tree[key] = self._tokens(turn, key, value, counts)
-                elif key == "vec":
-                    tree[key] = turn.put("driven.vec", encode_modulation(value))
-                elif key in CONSTANT and isinstance(value, torch.Tensor):
-                    known, place = self._constants.get(key, (None, None))
-                    tree[key] = place if known is value else turn.put(f"driven.{key}", value)
-                    constants[key] = value, tree[key]
-                elif key not in ("self", "transformer_options"):
-                    tree[key] = turn.put(f"driven.{key}", value)
+            tree = {
+                key: self._placed(turn, key, value, counts, constants)
+                for key, value in arguments.items()
+                if key not in ("self", "transformer_options")
+            }
             if self._patches is not None:
-                options = self._carry_options(arguments.get("transformer_options") or {})
+                options = other_options(arguments.get("transformer_options") or {})
                 self._patches["options"] = turn.put("driven.options", options)
             replies = turn.compute(
                 RunBlock(
@@ -252,6 +214,34 @@ class DrivenStep:
         self._constants |= constants
         self._totals.bytes_to_workers += slots.bytes_written - written
         self.num_blocks += 1
+        self._count(replies)
+        results = [
+            self._kept(value, TOKENS[key], number, counts)
+            for (key, value), number in zip(tokens.items(), keep, strict=True)
+        ]
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _placed(
+        self,
+        turn: Turn,
+        key: str,
+        value: Any,
+        counts: Counts,
+        constants: dict[str, tuple[torch.Tensor, Tree]],
+    ) -> Tree:
+        """Put an argument of a block into slots; one of ``CONSTANT`` is put there once."""
+        if key in TOKENS:
+            return self._tokens(turn, key, value, counts)
+        if key == "vec":
+            return turn.put("driven.vec", encode_modulation(value))
+        known, place = self._constants.get(key, (None, None))
+        if known is None or known is not value:
+            place = turn.put(f"driven.{key}", value)
+        if key in CONSTANT and isinstance(value, torch.Tensor):
+            constants[key] = value, place
+        return place
+
+    def _count(self, replies: Sequence[Reply]) -> None:
         for rank, reply in enumerate(replies):
             if isinstance(reply, Declined):
                 raise DeclinedError(short(reply.reason))
@@ -261,25 +251,22 @@ class DrivenStep:
             self.busy_s[rank] += reply.busy_seconds
             self._totals.busy_seconds[rank] = self.busy_s[rank]
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
-        results = []
-        for (key, value), number in zip(tokens.items(), keep, strict=True):
-            recipe = ("kept", Kept(number, self._crew.gone.tokens.append))
-            if isinstance(value, RemoteTokens) and value.parent is None:
-                value.move(recipe, counts, self._fetch, self._plan.weights)
-                results.append(value)
-            else:
-                results.append(
-                    RemoteTokens.make(
-                        TOKENS[key],
-                        shape=value.shape,
-                        like=value,
-                        recipe=recipe,
-                        counts=counts,
-                        fetch=self._fetch,
-                        weights=self._plan.weights,
-                    )
-                )
-        return tuple(results) if len(results) > 1 else results[0]
+
+    def _kept(self, value: torch.Tensor, stream: str, number: int, counts: Counts) -> RemoteTokens:
+        """Return the tokens that a block made of these, which ranks keep by this number."""
+        recipe = ("kept", Kept(number, self._crew.gone.tokens.append))
+        if isinstance(value, RemoteTokens) and value.parent is None:
+            value.move(recipe, counts, self._fetch, self._plan.weights)
+            return value
+        return RemoteTokens.make(
+            stream,
+            shape=value.shape,
+            like=value,
+            recipe=recipe,
+            counts=counts,
+            fetch=self._fetch,
+            weights=self._plan.weights,
+        )
 
     def _counts(self, tokens: Mapping[str, torch.Tensor]) -> Counts:
         if "txt" in tokens:
@@ -287,9 +274,12 @@ class DrivenStep:
         visual = tokens["img" if "img" in tokens else "x"].shape[SEQUENCE_DIM]
         if "x" in tokens:
             visual -= self._num_text_tokens
-        num_image = min(visual, self._num_image_tokens)
+        workload = self._call.workload
+        num_image = min(visual, workload.num_image_tokens)
         counts = (self._num_text_tokens, num_image, visual - num_image)
-        self._plan.shares_of_counts(0, counts, num_heads=self._flux.num_heads)  # or PlanError
+        self._plan.shares_of_counts(
+            0, counts, num_heads=self._call.workload.num_heads
+        )  # or PlanError
         return counts
 
     def _tokens(self, turn: Turn, key: str, value: torch.Tensor, counts: Counts) -> Tree:
@@ -312,7 +302,7 @@ class DrivenStep:
         assert tokens.recipe is not None
         recipe = encode(tokens.recipe)
         slots = self._crew.slots
-        with self._crew.turn(self._poll) as turn:
+        with self._crew.turn(self._call.poll) as turn:
             result = slots.result_slot(tokens.numel() * tokens.dtype.itemsize)
             replies = turn.ask(
                 Fetch(

@@ -6,26 +6,25 @@ nothing of the workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.host.pace.auto import Auto, Kind
+from comfy_xdit_patch.host.call import Call
+from comfy_xdit_patch.host.pace.auto import Auto, Chosen, Kind
 from comfy_xdit_patch.host.pool.crew import Crew
-from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.reading.limits import no_ring, no_tensor_call
-from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
-from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.planning.balance import Replan
 from comfy_xdit_patch.planning.candidates import candidates
-from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.strategy import Strategy
-from comfy_xdit_patch.planning.workload import workload_of
+
+Planned = Callable[..., ParallelPlan | Refusal]
+"""``plan_call`` for one call; takes another strategy or other weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,6 @@ class CallPlan:
     """How a call is shared. ``kind`` is set if its time tells ``auto`` something."""
 
     plan: ParallelPlan
-    workload: Workload
     replan: Replan
     """The plan that other weights of the ranks would give."""
     kind: Kind | None
@@ -47,95 +45,74 @@ class CallPlans:
         self._auto = auto
         self._pipelines = pipelines
 
-    def of_call(
-        self,
-        crew: Crew,
-        flux: Any,
-        arguments: Mapping[str, Any],
-        base_model: Any,
-        run: Run,
-        *,
-        changes: Sequence[Refusal],
-        carried: CarriedPatches,
-        poll: Poll,
-    ) -> CallPlan | Refusal:
-        """Share a call, as the user wants and the ranks can.
-
-        Args:
-            arguments: of ``Flux._forward``, by name.
-            changes: what nodes put around the blocks.
-            carried: patches that go to the workers.
-        """
-        as_called = workload = workload_of(flux, arguments)
-        if changes or carried.tree is not None:
-            # A node's code may look at all rows.
-            workload = replace(workload, is_batch_divisible=False)
-        dtype = arguments["x"].dtype
+    def of_call(self, crew: Crew, call: Call) -> CallPlan | Refusal:
+        """Share a call, as the user wants and the ranks can."""
         balance = crew.of(self._holding.balance)
-        planned = partial(
+        weights = balance.weights(call.run)
+        planned: Planned = partial(
             plan_call,
-            workload,
+            call.workload,
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
-            needs_references=carried.keeps_references,
+            needs_references=call.carried.keeps_references,
             no_ring=no_ring(
-                is_overridden=carried.overrides_attention,
-                is_prescribed=run.is_prescribed(flux),
+                is_overridden=call.carried.overrides_attention,
+                is_prescribed=call.run.is_prescribed(call.module),
             ),
         )
-        weights = balance.weights(run)
         plan = planned(weights=weights)
         if isinstance(plan, Refusal):
             return plan
         kind = None
         if self._auto.is_on:
-            can_cut = no_tensor_call(arguments, carried, changes) is None
-
-            def is_resident(plan: ParallelPlan) -> bool:
-                return self._holding.is_resident(crew, plan, base_model, run, workload, dtype)
-
-            def can_have(strategy: Strategy) -> ParallelPlan | None:
-                other = planned(strategy=strategy, weights=weights)
-                if isinstance(other, Refusal) or (strategy.tensor > 1 and not can_cut):
-                    return None
-                return other if is_resident(other) else None
-
-            plans = candidates(plan, workload, is_whole=is_resident(plan), can_have=can_have)
-            is_plain = not changes and carried.tree is None and arguments.get("control") is None
-            turn = self._auto.turn(
-                flux,
-                as_called,
-                run,
-                plans,
-                is_plain=is_plain and not self._holding.is_held_back(base_model),
-                is_at_rest=balance.is_at_rest,
-                can_time_one=lambda: self._holding.can_time_alone(base_model),
-            )
-            if isinstance(turn, Refusal):
-                return turn
-            plan, kind = plans[turn.strategy], turn.kind
-            planned = partial(planned, strategy=turn.strategy)
-        if plan.tensor_degree > 1:
-            refusal = no_tensor_call(arguments, carried, changes)
-            if refusal is not None:
-                return refusal
-        plan = self._holding.fitting(crew, plan, base_model, workload, dtype)
+            chosen = self._tried(crew, call, plan, partial(planned, weights=weights))
+            if isinstance(chosen, Refusal):
+                return chosen
+            plan, kind = chosen.plan, chosen.kind
+            planned = partial(planned, strategy=chosen.strategy)
+        refusal = _no_cuts(call) if plan.tensor_degree > 1 else None
+        if refusal is not None:
+            return refusal
+        plan = self._holding.fitting(crew, call, plan)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.
-        keeps = carried.keeps_references or plan.pipefusion_degree > 1
+        keeps = call.carried.keeps_references or plan.pipefusion_degree > 1
         if keeps or plan.weights != weights:
-            balance.hold(run, plan.weights)
-        if plan.pipefusion_degree > 1:
-            options = arguments.get("transformer_options") or {}
-            refusal = self._pipelines.refusal(
-                flux, options, run=run, plan=plan, changes=changes, carried=carried
-            )
-            if refusal is not None:
-                return refusal
-        if changes and (plan.sequence_degree == 1 or carried.keeps_references):
-            return changes[0]
-        return CallPlan(plan, workload, _with(planned), kind)
+            balance.hold(call.run, plan.weights)
+        refusal = self._pipelines.refusal(call, plan) if plan.pipefusion_degree > 1 else None
+        if refusal is not None:
+            return refusal
+        if call.changes and (plan.sequence_degree == 1 or call.carried.keeps_references):
+            return call.changes[0]
+        return CallPlan(plan, _with(planned), kind)
+
+    def _tried(
+        self, crew: Crew, call: Call, usual: ParallelPlan, planned: Planned
+    ) -> Chosen | Refusal:
+        """Return the plan that ``auto`` gives this call, to try it or by what it measured."""
+
+        def is_resident(plan: ParallelPlan) -> bool:
+            return self._holding.is_resident(crew, call, plan)
+
+        def can_have(strategy: Strategy) -> ParallelPlan | None:
+            other = planned(strategy=strategy)
+            if isinstance(other, Refusal) or (strategy.tensor > 1 and _no_cuts(call)):
+                return None
+            return other if is_resident(other) else None
+
+        has_more = call.has_node_code or call.arguments.get("control") is not None
+        return self._auto.turn(
+            call,
+            candidates(usual, call.workload, is_whole=is_resident(usual), can_have=can_have),
+            is_plain=not has_more and not self._holding.is_held_back(call.model),
+            is_at_rest=crew.of(self._holding.balance).is_at_rest,
+            can_time_one=lambda: self._holding.can_time_alone(call.model),
+        )
 
 
-def _with(planned: Callable[..., ParallelPlan | Refusal]) -> Replan:
+def _no_cuts(call: Call) -> Refusal | None:
+    return no_tensor_call(call.arguments, call.carried, call.changes)
+
+
+def _with(planned: Planned) -> Replan:
     return lambda weights: planned(weights=weights)

@@ -19,8 +19,8 @@ import torch
 
 from comfy_xdit_patch.errors import CallRaisedError, CardsFullError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.host.boundary import theirs
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew, Room
-from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.reading.arguments import check_grad
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.reading.limits import no_ring
@@ -38,7 +38,6 @@ from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.planner import plan_call
-from comfy_xdit_patch.planning.workload import workload_of
 from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
@@ -137,25 +136,22 @@ class ControlNets:
         compute: Callable[[], Residuals],
         run: Run,
     ) -> Residuals | Refusal:
-        import comfy.model_management
-
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
         model = self._known.get(net)
         if model is None or model.current_patcher is None:
             return Refusal("it did not come from a file of its own", Scope.STEP)
-        changes = (
+        call = Call(net, model, arguments, run, names=CARRIED_ARGUMENTS)
+        call.changes += (
             *self._pristine.check_step(net),
             *self._holding.changes(model, run),
             *check_grad(arguments["x"]),
         )
-        if changes:
-            return changes[0]
-        crew = self._holding.come_up(model, poll)
+        if call.changes:
+            return call.changes[0]
+        crew = self._holding.come_up(call)
         if isinstance(crew, Refusal):
             return crew
-        workload = workload_of(net, arguments, names=CARRIED_ARGUMENTS)
         plan = plan_call(
-            workload,
+            call.workload,
             world_size=self._holding.world_size,
             strategy=self._holding.strategy,
             no_ring=no_ring(is_prescribed=run.is_prescribed(net)),
@@ -167,25 +163,14 @@ class ControlNets:
             return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
         likeness = crew.of(Likeness)
         try:
-            others = likeness.changes(crew, model, run, poll)
+            others = likeness.changes(crew, call)
             if others:
                 return others[0]
-            known = self._holding.hold(
-                crew,
-                model,
-                run,
-                workload=workload,
-                plan=plan,
-                dtype=arguments["x"].dtype,
-                poll=poll,
-                is_guest=True,
-            )
+            known = self._holding.hold(crew, call, plan, is_guest=True)
             if isinstance(known, Refusal):
                 return known
-            room = self._holding.room_for(crew, model, run, known, plan, workload)
-            residuals = self._remote.forward(
-                crew, known.number, arguments, plan=plan, compute=compute, poll=poll, room=room
-            )
+            room = self._holding.room_for(crew, call, known, plan)
+            residuals = self._remote.forward(crew, known.number, call, plan, compute, room=room)
             return likeness.late_change(crew) or residuals
         except CardsFullError:
             return Refusal("the cards have no room for its call beside the weights", Scope.STEP)
@@ -213,19 +198,17 @@ class RemoteControl:
         self,
         crew: Crew,
         model: int,
-        arguments: Mapping[str, Any],
-        *,
+        call: Call,
         plan: ParallelPlan,
         compute: Callable[[], Residuals],
-        poll: Poll,
+        *,
         room: Room | None = None,
     ) -> Residuals:
         """Compute one call on all ranks.
 
         Args:
             model: number of a ControlNet that every rank holds.
-            arguments: the bound arguments of ``ControlNetFlux.forward``.
-            compute: ComfyUI's own forward with them.
+            compute: ComfyUI's own forward.
             room: for a look whether a card has it; None to compute at once.
 
         Returns:
@@ -236,17 +219,18 @@ class RemoteControl:
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """
+        arguments = call.arguments
         slots = crew.slots
-        call = next(self._numbers)
+        number = next(self._numbers)
         paths = {n: f"controlnet{model}.{n}" for n in CARRIED_ARGUMENTS if n in arguments}
-        with crew.turn(poll) as turn:
+        with crew.turn(call.poll) as turn:
             written = slots.bytes_written
             placed = turn.place({path: arguments[name] for name, path in paths.items()})
             replies = turn.compute(
                 Control(
                     request=turn.number,
                     model=model,
-                    call=call,
+                    call=number,
                     grid=list(plan.grid),
                     weights=list(plan.weights),
                     arguments={name: placed[path] for name, path in paths.items()},
@@ -265,7 +249,7 @@ class RemoteControl:
         first = replies[0]
         assert isinstance(first, Controlled)
         kept = ControlCall(
-            call, plan=plan, layout=first.layout, compute=compute, gone=crew.gone.calls
+            number, plan=plan, layout=first.layout, compute=compute, gone=crew.gone.calls
         )
         crew.of(calls_kept).add(kept)
         num_residuals = 1 + max(i for part in first.layout.values() for i in part if i is not None)

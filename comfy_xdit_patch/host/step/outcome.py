@@ -32,6 +32,19 @@ from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A model's output, on the device of ``x`` and in a tensor of its own, and what it took."""
+
+    out: torch.Tensor
+    busy_s: tuple[float, ...]
+    """What each rank computed, without what it waited for others."""
+    is_launch_bound: bool = False
+    """Whether the CPU of a rank, and not its GPU, set its pace. Not known of single blocks."""
+    is_empty: bool = False
+    """Whether no block ran on the workers."""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """A call that is computed.
 

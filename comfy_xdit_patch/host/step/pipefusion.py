@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew
-from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
 from comfy_xdit_patch.host.run import Run, Stream, Streams
 from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.pipeline import MIN_STEPS, NUM_WARM_UP_CALLS, num_patches
-from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.messages.requests import Free, Tree
 
 CONDITIONING = ("context", "y", "ref_latents", "ref_latents_method", "attention_mask")
@@ -69,23 +69,10 @@ class Pipelines:
         """Set by measurements only."""
         self.num_warm_up_calls = NUM_WARM_UP_CALLS
 
-    def refusal(
-        self,
-        flux: Any,
-        options: Mapping[str, Any],
-        *,
-        run: Run,
-        plan: ParallelPlan,
-        changes: Sequence[Refusal],
-        carried: CarriedPatches,
-    ) -> Refusal | None:
-        """Return why a run must not use PipeFusion, or None.
-
-        Args:
-            options: ``transformer_options``.
-            changes: what nodes put around the blocks.
-        """
-        why = _why_whole(changes, carried)
+    def refusal(self, call: Call, plan: ParallelPlan) -> Refusal | None:
+        """Return why a call must not use PipeFusion, or None."""
+        flux, options = call.module, call.options
+        why = _why_whole(call)
         if why is not None:
             return Refusal(f"PipeFusion gives nodes no whole tokens, and {why}")
         if options.get("context_window") is not None:
@@ -102,28 +89,20 @@ class Pipelines:
             return Refusal(
                 f"pipefusion={plan.pipefusion_degree} is more than the {num_blocks} blocks"
             )
-        if not run.is_flux:
+        if not call.run.is_flux:
             return Refusal("PipeFusion has to know where a run begins and ends")
         return None
 
     def of_call(
-        self,
-        crew: Crew,
-        run: Run,
-        arguments: Mapping[str, Any],
-        *,
-        plan: ParallelPlan,
-        workload: Workload,
-        model: tuple[int, str],
-        patches: Tree,
+        self, crew: Crew, call: Call, plan: ParallelPlan, model: tuple[int, str]
     ) -> PipelinedCall:
         """Return what decides about a call once its arguments are in their slots.
 
         Args:
             model: its number, and the key of its weights.
         """
-        options = arguments["transformer_options"]
-        patches_of_call = self.num_patches or num_patches(plan, workload)
+        run, options = call.run, call.options
+        patches_of_call = self.num_patches or num_patches(plan, call.workload)
         conds = tuple(str(options.get(name)) for name in ("cond_or_uncond", "uuids"))
         streams = crew.of(_streams_of_runs).setdefault(run, Streams(self.num_warm_up_calls))
         return PipelinedCall(
@@ -133,13 +112,13 @@ class Pipelines:
                 plan,
                 patches_of_call,
                 model,
-                repr(patches),
-                tuple(arguments["x"].shape),
+                repr(call.carried.tree),
+                tuple(call.arguments["x"].shape),
                 # A step that ComfyUI computed itself left no keys on the ranks.
                 sum(run.counts.fall_backs.values()),
             ),
             num_patches=patches_of_call,
-            sigma=float(options.get("sigmas", arguments["timestep"]).max()),
+            sigma=float(options.get("sigmas", call.arguments["timestep"]).max()),
             schedule=options["sample_sigmas"].tolist(),
         )
 
@@ -151,10 +130,11 @@ class Pipelines:
                 turn.ask(Free(turn.number, streams.numbers))
 
 
-def _why_whole(changes: Sequence[Refusal], carried: CarriedPatches) -> str | None:
+def _why_whole(call: Call) -> str | None:
     """Return which node needs all tokens at a time, or leaves out blocks."""
-    if changes:
-        return changes[0].reason
+    if call.changes:
+        return call.changes[0].reason
+    carried = call.carried
     if carried.gathered is not None:
         return carried.gathered
     if carried.keeps_references:

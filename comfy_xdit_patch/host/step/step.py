@@ -24,22 +24,22 @@ from comfy_xdit_patch.errors import (
     XditError,
 )
 from comfy_xdit_patch.host.boundary import theirs
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.arguments import check_arguments, check_grad, misplaced
-from comfy_xdit_patch.host.reading.eligibility import Pristine, blocking, check_patcher
-from comfy_xdit_patch.host.reading.models import flux_of
-from comfy_xdit_patch.host.reading.node_patches import carry, other_options
+from comfy_xdit_patch.host.reading.eligibility import Pristine, check_patcher
+from comfy_xdit_patch.host.reading.models import KnownModel, flux_of
+from comfy_xdit_patch.host.reading.node_patches import carry
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.block_calls import DrivenForward
-from comfy_xdit_patch.host.step.call_plans import CallPlans
+from comfy_xdit_patch.host.step.call_plans import CallPlan, CallPlans
 from comfy_xdit_patch.host.step.outcome import Step, checked, lost, refusal_of
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
-from comfy_xdit_patch.host.step.whole_call import RemoteForward, arguments_of
+from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import LeftOutHooks
-from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.slots import UncarriedArgumentError
 
@@ -88,15 +88,63 @@ class ParallelSteps:
             compute: ComfyUI's own forward with them.
             base_model: ComfyUI's ``BaseModel`` around the model, or None.
             obstacle: why this is a call of ``forward``, and need not come to ``_forward``.
-            is_inner: such a call lies around this one, and its blocks run on the workers already:
-                all of it does, or nothing is done here.
+            is_inner: such a call lies around this one; see ``Call``.
 
         Raises:
             InterruptProcessingException: the user cancelled.
         """
-        import comfy.model_management
+        call = self._read(flux, arguments, base_model, run, obstacle, is_inner=is_inner)
+        if isinstance(call, Refusal):
+            return call
+        if call.refusal is not None:
+            return call.refusal
+        crew = self._holding.come_up(call)
+        if isinstance(crew, Refusal):
+            return crew
+        try:
+            call.changes += crew.of(Likeness).changes(crew, call)
+            if call.refusal is not None:
+                return call.refusal
+            planned = self._plans.of_call(crew, call)
+            if isinstance(planned, Refusal):
+                return planned
+            known = self._holding.hold(crew, call, planned.plan)
+            if isinstance(known, Refusal):
+                if not known.is_around_blocks:
+                    return known
+                # Only what the ranks built told it. It is known now, and their blocks can run.
+                return self.run(
+                    *(flux, arguments, compute, base_model, run),
+                    obstacle=obstacle,
+                    is_inner=is_inner,
+                )
+            if planned.kind is not None and planned.kind.is_one:
+                self._hooks.make_up()
+                alone = self._auto.time_one(planned.kind, theirs(compute), arguments["x"].device)
+                return Step(alone, is_one=True)
+            step = self._computed(crew, call, planned, known, compute)
+            if self._holding.has_changed_file(run):
+                return Refusal("the model's file was changed during this step", Scope.STEP)
+            return crew.of(Likeness).late_change(crew) or checked(step)
+        except (XditError, UncarriedArgumentError) as error:
+            refusal = refusal_of(error, self._totals)
+            if refusal is None:
+                raise
+            if isinstance(error, CallRaisedError):
+                self._holding.forget_what_is_held(crew)
+            return refusal
 
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
+    def _read(
+        self,
+        flux: Any,
+        arguments: Mapping[str, Any],
+        base_model: Any,
+        run: Run,
+        obstacle: Refusal | None,
+        *,
+        is_inner: bool,
+    ) -> Call | Refusal:
+        """Read what decides about a call, but for what only the workers can tell."""
         # A compiled model stands in for the module it was made from.
         own = getattr(base_model, "diffusion_model", None)
         if flux not in (own, getattr(own, "_orig_mod", None)):
@@ -118,123 +166,53 @@ class ParallelSteps:
             *carried.refusals,
             *self._holding.changes(base_model, run),
         ]
-        refusal = blocking(changes, any_of_them=is_inner)
-        if refusal is not None:
-            return refusal
-        crew = self._holding.come_up(base_model, poll)
-        if isinstance(crew, Refusal):
-            return crew
-        try:
-            changes += crew.of(Likeness).changes(crew, base_model, run, poll)
-        except WorkerError as error:
-            return lost(error, self._totals)
-        refusal = blocking(changes, any_of_them=is_inner)
-        if refusal is not None:
-            return refusal
-        call = self._plans.of_call(
-            crew, flux, arguments, base_model, run, changes=changes, carried=carried, poll=poll
-        )
-        if isinstance(call, Refusal):
-            return call
-        plan, workload, kind = call.plan, call.workload, call.kind
-        balance = crew.of(self._holding.balance)
-        try:
-            known = self._holding.hold(
-                crew,
-                base_model,
-                run,
-                workload=workload,
-                plan=plan,
-                dtype=arguments["x"].dtype,
-                poll=poll,
-                is_gathered=bool(changes),
-            )
-            if isinstance(known, Refusal) and known.is_around_blocks:
-                # Only what the ranks built told it. It is known now, and their blocks can run.
-                return self.run(
-                    *(flux, arguments, compute, base_model, run),
-                    obstacle=obstacle,
-                    is_inner=is_inner,
-                )
-            if isinstance(known, Refusal):
-                return known
-            if kind is not None and kind.is_one:
-                self._hooks.make_up()
-                return Step(
-                    self._auto.time_one(kind, theirs(compute), arguments["x"].device), is_one=True
-                )
-            room = self._holding.room_for(crew, base_model, run, known, plan, workload)
-            if not changes:
-                pipeline = None
-                if plan.pipefusion_degree > 1:
-                    pipeline = self._pipelines.of_call(
-                        crew,
-                        run,
-                        arguments,
-                        plan=plan,
-                        workload=workload,
-                        model=(known.number, self._holding.state_key(crew, known)),
-                        patches=carried.tree,
-                    )
-                computed = self._remote.forward(
-                    crew,
-                    known.number,
-                    arguments_of(flux, arguments),
-                    plan=plan,
-                    patches=carried.tree,
-                    out_channels=num_out_channels(flux, arguments["x"].shape[1]),
-                    poll=poll,
-                    pipeline=pipeline,
-                    room=room,
-                )
-                run.counts.plan = plan
-                balance.measured(
-                    plan,
-                    workload,
-                    computed.busy_s,
-                    is_launch_bound=computed.is_launch_bound,
-                    model=known.number,
-                    replan=call.replan,
-                )
-                run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
-                if not balance.is_at_rest:
-                    kind = None  # Even shares of unequal ranks say nothing about those to come.
-                step = Step(computed.out, gathered_for=carried.gathered, kind=kind)
-                return self._checked(step, crew, run)
+        return Call(flux, base_model, arguments, run, carried, changes, is_inner)
+
+    def _computed(
+        self,
+        crew: Crew,
+        call: Call,
+        planned: CallPlan,
+        known: KnownModel,
+        compute: Callable[[], torch.Tensor],
+    ) -> Step:
+        """Compute a call on workers that hold its model: as a whole, or its blocks."""
+        plan, run = planned.plan, call.run
+        room = self._holding.room_for(crew, call, known, plan)
+        pipeline = None
+        if call.changes:
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
-            driven = self._driven.run(
-                crew,
-                flux,
-                compute,
-                model=known.number,
-                plan=plan,
-                num_image_tokens=workload.num_image_tokens,
-                patches=carried.in_blocks(),
-                carry_options=other_options,
-                poll=poll,
-                room=room,
+            computed = self._driven.run(crew, known.number, call, plan, compute, room=room)
+            gathered_for: str | None = call.changes[0].reason
+        else:
+            if plan.pipefusion_degree > 1:
+                model = known.number, self._holding.state_key(crew, known)
+                pipeline = self._pipelines.of_call(crew, call, plan, model)
+            computed = self._remote.forward(
+                crew, known.number, call, plan, pipeline=pipeline, room=room
             )
-            run.counts.plan = plan
-            if driven.num_blocks:
-                balance.measured(
-                    plan, workload, driven.busy_s, model=known.number, replan=call.replan
-                )
-            is_empty = driven.num_blocks == 0
-            step = Step(driven.out, gathered_for=changes[0].reason, is_empty=is_empty)
-            return self._checked(step, crew, run)
-        except (XditError, UncarriedArgumentError) as error:
-            refusal = refusal_of(error, self._totals)
-            if refusal is None:
-                raise
-            if isinstance(error, CallRaisedError):
-                self._holding.forget_what_is_held(crew)
-            return refusal
-
-    def _checked(self, step: Step, crew: Crew, run: Run) -> Step | Refusal:
-        if self._holding.has_changed_file(run):
-            return Refusal("the model's file was changed during this step", Scope.STEP)
-        return crew.of(Likeness).late_change(crew) or checked(step)
+            run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
+            gathered_for = call.carried.gathered
+        run.counts.plan = plan
+        balance = crew.of(self._holding.balance)
+        if not computed.is_empty:
+            balance.measured(
+                plan,
+                call.workload,
+                computed.busy_s,
+                is_launch_bound=computed.is_launch_bound,
+                model=known.number,
+                replan=planned.replan,
+            )
+        # Even shares of unequal ranks say nothing about those to come.
+        tells = not call.changes and balance.is_at_rest
+        return Step(
+            computed.out,
+            gathered_for=gathered_for,
+            is_empty=computed.is_empty,
+            kind=planned.kind if tells else None,
+        )
 
     def end(self, run: Run) -> None:
         """Have the ranks free what they keep for a run."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 from comfy_xdit_patch.errors import DeclinedError
-from comfy_xdit_patch.host.pool.crew import Crew, Room
-from comfy_xdit_patch.host.pool.exchange import Poll
+from comfy_xdit_patch.host.call import Call
+from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.reading.node_patches import other_options
+from comfy_xdit_patch.host.step.outcome import Computed
 from comfy_xdit_patch.host.step.pipefusion import PipelinedCall
-from comfy_xdit_patch.host.step.residuals_there import calls_kept, encode_control
+from comfy_xdit_patch.host.step.residuals_there import ControlCall, calls_kept, encode_control
+from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
 from comfy_xdit_patch.report.status import Totals
@@ -29,17 +31,6 @@ from comfy_xdit_patch.wire.messages.requests import Forward, Tree
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A model's output, on the device of ``x`` and in a tensor of its own, and what it took."""
-
-    out: torch.Tensor
-    busy_s: tuple[float, ...]
-    """What each rank computed, without what it waited for others."""
-    is_launch_bound: bool
-    """Whether the CPU of a rank, and not its GPU, set its pace."""
 
 
 class RemoteForward:
@@ -52,12 +43,9 @@ class RemoteForward:
         self,
         crew: Crew,
         model: int,
-        arguments: Mapping[str, Any],
-        *,
+        call: Call,
         plan: ParallelPlan,
-        patches: dict[str, Any] | None,
-        out_channels: int,
-        poll: Poll,
+        *,
         pipeline: PipelinedCall | None = None,
         room: Room | None = None,
     ) -> Computed:
@@ -65,9 +53,6 @@ class RemoteForward:
 
         Args:
             model: number of a model that every rank holds.
-            arguments: the bound arguments of ``Flux._forward``.
-            patches: of nodes, from ``node_patches.py``.
-            out_channels: channels of the result; its other sizes are those of ``x``.
             pipeline: decides how PipeFusion computes the call.
             room: for a look whether a card has it; None to compute at once.
 
@@ -78,24 +63,11 @@ class RemoteForward:
             WorkerError: the workers are lost.
         """
         slots = crew.slots
-        x = arguments["x"]
-        shape = (x.shape[0], out_channels, *x.shape[2:])
-        options = arguments.get("transformer_options") or {}
-        with crew.turn(poll) as turn:
+        x = call.arguments["x"]
+        shape = (x.shape[0], num_out_channels(call.module, x.shape[1]), *x.shape[2:])
+        with crew.turn(call.poll) as turn:
             written, control = slots.bytes_written, crew.control_bytes
-            names = [n for n in CARRIED_ARGUMENTS if n in arguments and n != "control"]
-            tree: dict[str, Tree] = turn.place({name: arguments[name] for name in names})
-            if arguments.get("control") is not None:
-                kept = crew.of(calls_kept)
-                tree["control"] = encode_control(
-                    arguments["control"], turn.put, kept=kept, plan=plan
-                )
-            tree["transformer_options"] = {
-                name: turn.put(name, options[name]) for name in CARRIED_OPTIONS if name in options
-            }
-            if patches is not None:
-                patches = {**patches, "options": turn.put("options", other_options(options))}
-                tree["patches"] = patches
+            tree = _tree(turn, call, plan, kept=crew.of(calls_kept))
             result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
             replies = turn.compute(
                 Forward(
@@ -136,9 +108,28 @@ class RemoteForward:
             self._totals.bytes_from_workers += reply.bytes_written
 
 
-def arguments_of(flux: Any, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def _tree(
+    turn: Turn, call: Call, plan: ParallelPlan, *, kept: WeakSet[ControlCall]
+) -> dict[str, Tree]:
+    """Put what a call depends on into slots, and say where it lies."""
+    arguments = _with_default_method(call)
+    names = [name for name in CARRIED_ARGUMENTS if name in arguments and name != "control"]
+    tree: dict[str, Tree] = turn.place({name: arguments[name] for name in names})
+    if arguments.get("control") is not None:
+        tree["control"] = encode_control(arguments["control"], turn.put, kept=kept, plan=plan)
+    options = call.options
+    tree["transformer_options"] = {
+        name: turn.put(name, options[name]) for name in CARRIED_OPTIONS if name in options
+    }
+    if call.carried.tree is not None:
+        others = turn.put("options", other_options(options))
+        tree["patches"] = {**call.carried.tree, "options": others}
+    return tree
+
+
+def _with_default_method(call: Call) -> Mapping[str, Any]:
     """The arguments of a call, with what the model itself would take from its parameters."""
     name = "default_ref_method"
-    if not arguments.get("ref_latents") or not hasattr(flux.params, name):
-        return arguments
-    return {"ref_latents_method": getattr(flux.params, name), **arguments}
+    if not call.arguments.get("ref_latents") or not hasattr(call.module.params, name):
+        return call.arguments
+    return {"ref_latents_method": getattr(call.module.params, name), **call.arguments}

@@ -9,22 +9,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from comfy_xdit_patch.errors import Refusal, Scope, WorkerError
 from comfy_xdit_patch.host import page
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
 from comfy_xdit_patch.host.pool.crew import Crew, Room
-from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.reading.limits import no_tensor_weights
 from comfy_xdit_patch.host.reading.models import KnownModel, ModelRegistry, flux_of
+from comfy_xdit_patch.host.reading.weight_states import WeightState
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.weights.held import RemoteWeights
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory
-from comfy_xdit_patch.host.weights.residency import Residency
-from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.host.weights.residency import Placement, Residency
+from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.strategy import Strategy
 from comfy_xdit_patch.report.status import Totals
 
@@ -71,7 +70,7 @@ class Holding:
         """The ranks that live now."""
         return self._pool.crew
 
-    def come_up(self, model: Any, poll: Poll) -> Crew | Refusal:
+    def come_up(self, call: Call) -> Crew | Refusal:
         """Have the workers ready; while they start, ComfyUI computes alone if that is quicker.
 
         It is not where ComfyUI's own copy of the model stays off the GPU that a worker is to have.
@@ -81,12 +80,12 @@ class Holding:
         if pool.state is PoolState.STARTING:
             text = f"starting {pool.world_size} {pool.device_word}"
             self._is_start_shown = True
-            if not (self._waits or self.is_held_back(model)):
+            if not (self._waits or self.is_held_back(call.model)):
                 page.tell(f"{text}, ComfyUI computes alone meanwhile")
                 return STARTING
             page.tell(f"{text}...")
         try:
-            crew = pool.wait_until_ready(poll)
+            crew = pool.wait_until_ready(call.poll)
         except WorkerError as error:
             self._totals.last_error = str(error)
             self._show_end_of_start(NOT_STARTED.reason)
@@ -100,24 +99,12 @@ class Holding:
             page.tell(text)
 
     def hold(
-        self,
-        crew: Crew,
-        model: Any,
-        run: Run,
-        *,
-        workload: Workload,
-        plan: ParallelPlan,
-        dtype: torch.dtype,
-        poll: Poll,
-        is_guest: bool = False,
-        is_gathered: bool = False,
+        self, crew: Crew, call: Call, plan: ParallelPlan, *, is_guest: bool = False
     ) -> KnownModel | Refusal:
-        """Have every rank hold a model as its current ModelPatcher has it, once they are up.
+        """Have every rank hold a call's model as its current ModelPatcher has it.
 
         Args:
-            model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
             is_guest: the model may not drive another one off the workers' cards.
-            is_gathered: its blocks are all that the workers run.
 
         Returns:
             The model as the workers know it now. A refusal is around the blocks if it is known only
@@ -126,26 +113,41 @@ class Holding:
         Raises:
             WorkerError: the workers are lost.
         """
+        model, run = call.model, call.run
         run.in_use.add(model)
-        found = self._models.follow_file(
+        known = self._models.follow_file(
             model, run.models.get(id(model)) or self._models.find(model)
         )
-        if isinstance(found, Refusal):
-            return found
-        known = found
+        if isinstance(known, Refusal):
+            return known
         if plan.tensor_degree > 1:
             refusal = no_tensor_weights(model, plan.tensor_degree, run.tensor)
             if refusal is not None:
                 return refusal
-        weights, residency = crew.of(self._weights), crew.of(self._residency)
+        weights = crew.of(self._weights)
         state = weights.state(crew, model, self._bypass(model, run))
         if isinstance(state, Refusal):
             return state
+        place = self._place(crew, call, plan, state, is_guest=is_guest)
+        if isinstance(place, Refusal):
+            return place
+        if is_guest:
+            others = {self._models.find(other).number for other in run.in_use}
+            can_be_guest = place.mode == "full" or plan.tensor_degree > 1
+            if not (can_be_guest and weights.lets_in(known, place, others)):
+                return Refusal("it does not fit on the cards beside the model", Scope.STEP)
+        return self._held(crew, call, known, state, place)
+
+    def _place(
+        self, crew: Crew, call: Call, plan: ParallelPlan, state: WeightState, *, is_guest: bool
+    ) -> Placement | Refusal:
+        """Decide where the weights of a call's model lie."""
+        residency = crew.of(self._residency)
         place = residency.place(
-            model,
-            workload,
+            call.model,
+            call.workload,
             plan,
-            dtype,
+            call.dtype,
             first="sharded" if self.strategy.shards_weights and not is_guest else "full",
         )
         if isinstance(place, Refusal):
@@ -157,19 +159,21 @@ class Holding:
             return Refusal("bypass LoRAs need the whole model on every card")
         if state.tree["bypass"] and plan.tensor_degree > 1:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
-        can_be_guest = place.mode == "full" or plan.tensor_degree > 1
-        if is_guest:
-            others = {self._models.find(other).number for other in run.in_use}
-            if not (can_be_guest and weights.lets_in(known, place, others)):
-                return Refusal("it does not fit on the cards beside the model", Scope.STEP)
-        else:
+        if not is_guest:
             self._totals.residency = residency.arithmetic
+        return place
+
+    def _held(
+        self, crew: Crew, call: Call, known: KnownModel, state: WeightState, place: Placement
+    ) -> KnownModel | Refusal:
+        """Load weights, or compare those that ranks hold, if this run has not done so yet."""
+        model, run, weights = call.model, call.run, crew.of(self._weights)
+        is_gathered = bool(call.changes)
         # Also once in every run: the host's weights are compared with the workers' again.
         is_held = weights.holds(known, place.name, state.key)
         part = "blocks" if is_gathered else "whole"
-        compared = (*weights.comparison(known, state), part)
         of_run = weights.compared.setdefault(run, set())
-        is_compared = compared in of_run
+        is_compared = (*weights.comparison(known, state), part) in of_run
         is_compared = is_compared and weights.holds(known, place.name)
         if not (is_compared and is_held):
             if not is_compared:
@@ -185,7 +189,7 @@ class Holding:
                 place,
                 is_compared=is_compared,
                 is_gathered=is_gathered,
-                poll=poll,
+                poll=call.poll,
             )
             if isinstance(loaded, Refusal):
                 run.changes.pop(id(model), None)
@@ -200,18 +204,10 @@ class Holding:
         patcher = getattr(model, "current_patcher", None)
         return patcher is not None and self._memory.is_held_back(patcher)
 
-    def room_for(
-        self,
-        crew: Crew,
-        model: Any,
-        run: Run,
-        known: KnownModel,
-        plan: ParallelPlan,
-        workload: Workload,
-    ) -> Room:
+    def room_for(self, crew: Crew, call: Call, known: KnownModel, plan: ParallelPlan) -> Room:
         """Say what a call takes on a card beside the weights, and how ComfyUI leaves it that."""
         weights = crew.of(self._weights)
-        kind = known.number, plan, workload
+        kind = known.number, plan, call.workload
         is_known = kind in weights.had_room
         num_bytes = 0 if is_known else weights.working_bytes.get(known.number, 0)
         weights.had_room.add(kind)
@@ -220,7 +216,7 @@ class Holding:
             self._totals.last_error = shortage
             weights.had_room.clear()
             self._memory.empty_cache()
-            self._memory.make_room_for_workers(weights, model, num_bytes, run.in_use)
+            self._memory.make_room_for_workers(weights, call.model, num_bytes, call.run.in_use)
 
         return Room(num_bytes, make)
 
@@ -228,26 +224,19 @@ class Holding:
         """Whether ComfyUI's own forward would now take what it takes without workers."""
         return self._memory.fits_beside_worker(model.current_patcher)
 
-    def is_resident(
-        self,
-        crew: Crew,
-        plan: ParallelPlan,
-        model: Any,
-        run: Run,
-        workload: Workload,
-        dtype: torch.dtype,
-    ) -> bool:
+    def is_resident(self, crew: Crew, call: Call, plan: ParallelPlan) -> bool:
         """Whether every rank can have on its card all weights that it computes with.
 
         Args:
             plan: one that ``auto`` may take.
         """
+        model, run = call.model, call.run
         if plan.tensor_degree > 1 and (
             no_tensor_weights(model, plan.tensor_degree, run.tensor) or self._bypass(model, run)
         ):
             return False
-        plan = self.fitting(crew, plan, model, workload, dtype)
-        return crew.of(self._residency).is_resident(model, workload, plan, dtype)
+        plan = self.fitting(crew, call, plan)
+        return crew.of(self._residency).is_resident(model, call.workload, plan, call.dtype)
 
     def _bypass(self, model: Any, run: Run) -> dict[str, list[Any]]:
         """ComfyUI's bypass hooks on a model's modules. Looked for once a run."""
@@ -255,12 +244,12 @@ class Holding:
             run.bypass[id(model)] = self._pristine.bypass.hooks_of(flux_of(model))
         return run.bypass[id(model)]
 
-    def fitting(
-        self, crew: Crew, plan: ParallelPlan, model: Any, workload: Workload, dtype: torch.dtype
-    ) -> ParallelPlan:
+    def fitting(self, crew: Crew, call: Call, plan: ParallelPlan) -> ParallelPlan:
         """Return a plan, with even shares if larger ones do not fit on their cards."""
         residency = crew.of(self._residency)
-        if not plan.weights or residency.has_room_for_shares(model, workload, plan, dtype):
+        if not plan.weights or residency.has_room_for_shares(
+            call.model, call.workload, plan, call.dtype
+        ):
             return plan
         return replace(plan, weights=())
 

@@ -15,15 +15,15 @@ a change, the step is computed here, and the next one begins with a look.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
 from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew
-from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.inheritance import plain_arguments
 from comfy_xdit_patch.host.reading.compared import Compared
 from comfy_xdit_patch.host.reading.models import flux_of
@@ -65,18 +65,16 @@ class Likeness:
         """What was compared with these ranks, for each kind of model."""
         return list(self._compared.values())
 
-    def changes(self, crew: Crew, model: Any, run: Run, poll: Poll) -> list[Refusal]:
+    def changes(self, crew: Crew, call: Call) -> list[Refusal]:
         """See what was replaced here, and have the ranks follow settings. Every step.
 
         Where nothing was at the last look of this run, the next one is ``late_change``.
 
-        Args:
-            model: ComfyUI's ``BaseModel``, or a ``ControlModel``.
-
         Raises:
             WorkerError: the workers are lost.
         """
-        of_run = self._of_runs.setdefault(run, {})
+        model = call.model
+        of_run = self._of_runs.setdefault(call.run, {})
         is_first = id(model) not in of_run
         if is_first or self._has_changed:
             self._follow(crew)
@@ -84,7 +82,7 @@ class Likeness:
             in_blocks, around = _classes_of(flux_of(model))
             classes = _paths(in_blocks), _paths(around - in_blocks)
             if classes not in self._compared:
-                self._compared[classes] = Compared(self._ask(crew, classes, poll))
+                self._compared[classes] = Compared(self._ask(crew, classes, call.poll))
             of_run[id(model)] = self._compared[classes], _of_local_classes(in_blocks | around)
         compared, of_local_classes = of_run[id(model)]
         self._looking = None
@@ -132,7 +130,7 @@ class Likeness:
             arguments = plain_arguments(options)
             crew.pending = [Follow(torch=torch_settings.current(), arguments=arguments)]
 
-    def _ask(self, crew: Crew, classes: Classes, poll: Poll) -> Reached:
+    def _ask(self, crew: Crew, classes: Classes, poll: Callable[[], None]) -> Reached:
         in_blocks, around = classes
         with crew.turn(poll) as turn:
             replies = turn.ask(Reach(turn.number, list(in_blocks), list(around)))

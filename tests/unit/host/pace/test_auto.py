@@ -41,9 +41,7 @@ class Driver:
 
     def turn(self, plans=PLANS, *, is_plain=True, is_at_rest=True, can_time_one=True):
         return self.auto.turn(
-            self.flux,
-            WORKLOAD,
-            self.run,
+            SimpleNamespace(module=self.flux, workload=WORKLOAD, run=self.run),
             plans,
             is_plain=is_plain,
             is_at_rest=is_at_rest,

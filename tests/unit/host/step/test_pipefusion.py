@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
-from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.plan import ParallelPlan
 
 PLAN = ParallelPlan(2, 1, 1, pipefusion_degree=2)
-WORKLOAD = Workload(batch_size=1, num_text_tokens=77, num_image_tokens=64, num_heads=4)
+CONTEXT = torch.zeros(1, 77, 8)
 SIGMAS = torch.linspace(1, 0, 11)
 
 
@@ -43,6 +44,7 @@ class Flux:
     """Has as many blocks as FLUX.1 in tests."""
 
     double_blocks = single_blocks = (None, None)
+    patch_size, num_heads = 2, 4
 
 
 Flux.__module__, Flux.__name__ = "comfy.ldm.flux.model", "Flux"
@@ -69,11 +71,21 @@ def call(pipelines, run, sigma=0.9, tree=None, **changes):
         "cond_or_uncond": changes.pop("cond", [0]),
     }
     x = torch.zeros(changes.pop("shape", (1, 16, 16, 16)))
-    given = {"plan": PLAN, "workload": WORKLOAD, "model": (1, "key"), "patches": None}
-    arguments = {"x": x, "timestep": x[:1], "transformer_options": options}
-    return pipelines.of_call(pipelines.crew, run, arguments, **(given | changes)), tree or {
-        "context": 1
-    }
+    given = Call(
+        Flux(),
+        None,
+        {
+            "x": x,
+            "timestep": x[:1],
+            "context": torch.zeros(1, 77, 8),
+            "transformer_options": options,
+        },
+        run,
+        CarriedPatches(tree=changes.pop("patches", None)),
+        poll=lambda: None,
+    )
+    of_call = {"plan": PLAN, "model": (1, "key")} | changes
+    return pipelines.of_call(pipelines.crew, given, **of_call), tree or {"context": 1}
 
 
 def exact(pipelines, run, *calls):
@@ -147,14 +159,16 @@ def test_nothing_is_asked_of_new_ranks_or_for_a_run_without_streams(pipelines):
 
 def refusal(pipelines, *, flux=None, plan=PLAN, changes=(), carried=None, is_run=True, **options):
     options = {"sample_sigmas": SIGMAS, **options}
-    return pipelines.refusal(
+    given = Call(
         flux or Flux(),
-        options,
-        run=Run(is_flux=is_run),
-        plan=plan,
-        changes=changes,
-        carried=carried or CarriedPatches(),
+        None,
+        {"transformer_options": options},
+        Run(is_flux=is_run),
+        carried or CarriedPatches(),
+        list(changes),
+        poll=lambda: None,
     )
+    return pipelines.refusal(given, plan)
 
 
 def test_a_plain_run_of_five_steps_is_served(pipelines):

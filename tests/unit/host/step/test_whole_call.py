@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from comfy_xdit_patch.errors import CardsFullError, WorkerError
+from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.pool.start import Started
+from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
+from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
@@ -100,17 +103,23 @@ class Pipeline:
         return {"call": self.num_calls}
 
 
+class Chroma:
+    """Writes as many channels as it reads."""
+
+    __module__ = "comfy.ldm.chroma.model"
+    params = None
+
+
 def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
-    return remote.forward(
-        1,
+    made = Call(
+        Chroma(),
+        None,
         {"x": x, **arguments},
-        plan=ParallelPlan(1, 1, 1),
-        patches=patches,
-        out_channels=x.shape[1],
+        Run(),
+        CarriedPatches(tree=patches),
         poll=lambda: None,
-        room=room,
-        pipeline=pipeline,
     )
+    return remote.forward(1, made, ParallelPlan(1, 1, 1), room=room, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
