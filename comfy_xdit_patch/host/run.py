@@ -79,7 +79,8 @@ class Run:
     What holds for its ranks only is kept in their crew, by run.
     """
 
-    is_flux: bool = False
+    model: Any = None
+    """The ``BaseModel`` that is sampled, if it is one for the workers."""
     num_calls: int = 0
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None
@@ -107,6 +108,11 @@ class Run:
     """Its first call was made, and shares follow what others use of the devices."""
     weights: tuple[int, ...] | None = None
     """Those that this run keeps, if it must keep them."""
+
+    @property
+    def is_flux(self) -> bool:
+        """Whether a model of the family is sampled."""
+        return self.model is not None
 
     def is_prescribed(self, module: Any) -> bool:
         """Whether a checkpoint prescribes an attention function for this model or ControlNet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -19,6 +20,9 @@ from rig.pair import STRICT, run, run_stock
 from rig.server import Server
 from rig.trees import Tree
 
+from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER
+from comfy_xdit_patch.planning.verdict import ONE
+
 Servers = Callable[..., Server]
 
 DEADLINE_S = 600.0
@@ -32,10 +36,9 @@ def setup() -> dict[str, object]:
     return {"models": feature_models(), "node_packs": (PACKS.with_name("gguf_pack"), *packs)}
 
 
-def with_ranks(servers: Servers, tree: Tree) -> Server:
-    server = servers(
-        tree, XDIT_GPUS="cpu:2", XDIT_START_TIMEOUT=STRICT["XDIT_START_TIMEOUT"], **setup()
-    )
+def with_ranks(servers: Servers, tree: Tree, **env: str) -> Server:
+    env = {"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": STRICT["XDIT_START_TIMEOUT"], **env}
+    server = servers(tree, **env, **setup())
     write_inputs(server)
     return server
 
@@ -64,6 +67,39 @@ def test_no_residual_crosses(
     record_property("bytes per step", {"without": without, "two ControlNets": together})
     assert controls == {"parallel": 2 * row.steps}
     assert together - without < RESIDUAL_BYTES, "a residual, or what could hide one, was sent"
+
+
+def have_measured(server: Server, fastest: str) -> None:
+    """Have ``auto`` know of this way as the fastest, for all that it has measured."""
+    file = server.base_dir / "cache" / "comfy-xdit-patch" / "verdicts.json"
+    body = json.loads(file.read_text())
+    for verdict in body["verdicts"].values():
+        for way, pace in verdict["paces"].items():
+            pace["fastest_s"] = pace["median_s"] = 10.0 if way == fastest else 20.0
+    file.write_text(json.dumps(body))
+    seconds = int(server.env["XDIT_START_TIMEOUT"]) + 1
+    server.have({**server.env, "XDIT_START_TIMEOUT": str(seconds)})
+
+
+@pytest.mark.newest_only
+def test_controlnets_are_shared_as_the_model_is_by_what_auto_measured(
+    servers: Servers, tree: Tree
+) -> None:
+    ranks = with_ranks(servers, tree, XDIT_STRATEGY="auto")
+    row = feature_controls.ROWS["two ControlNets, chained"]
+    run(ranks, set_inputs(Row(plain).graph(), steps=20))  # a trial
+    have_measured(ranks, "ring=2")
+    without, _ = bytes_per_step(ranks, Row(plain).graph())
+    together, controls = bytes_per_step(ranks, row.graph())
+    assert ranks.status()["last_run"]["plan"] == "ring=2"
+    assert controls == {"parallel": 2 * row.steps}
+    assert together - without < RESIDUAL_BYTES, "a residual was computed in ComfyUI and sent"
+    have_measured(ranks, ONE)
+    before = ranks.status()["controls"]
+    run(ranks, row.graph())
+    after = ranks.status()
+    assert after["last_run"]["fall_back_reasons"] == {ONE_IS_FASTER.reason: row.steps}
+    assert after["controls"]["parallel"] == before["parallel"], "for nobody"
 
 
 @pytest.mark.newest_only

@@ -97,6 +97,7 @@ class Host:
             models=self.models,
             pristine=pristine,
             totals=self.totals,
+            auto=auto,
         )
         self._lock = threading.RLock()
 
@@ -112,9 +113,9 @@ class Host:
 
     def begin_run(self, patcher: Any = None) -> Run:
         """Begin to count a sampling run of a ModelPatcher."""
-        run = Run(is_flux=self.is_flux(patcher))
+        run = Run(patcher.model if self.is_flux(patcher) else None)
         if run.is_flux:
-            run.in_use.add(patcher.model)
+            run.in_use.add(run.model)
         return run
 
     def is_flux(self, patcher: Any) -> bool:

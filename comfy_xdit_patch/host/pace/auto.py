@@ -26,6 +26,7 @@ from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.case import Case, machine_text
 from comfy_xdit_patch.host.pace.verdict_store import VerdictStore, text_of
 from comfy_xdit_patch.host.pool.pool import Pool
+from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import Strategy
 from comfy_xdit_patch.planning.verdict import NUM_WATCHED, ONE, Trial, Verdict, size_class
@@ -111,12 +112,7 @@ class Auto:
             can_time_one: whether ComfyUI's own forward would take what it takes without workers.
         """
         case = self._case(call.module, call.workload)
-        if case not in self._records:
-            self._records[case] = Record(self._store.find(case))
-        record = self._records[case]
-        if case not in call.run.paced:
-            call.run.paced.add(case)
-            self._begin_run(case, record)
+        record = self._record(case, call.run)
         chosen = {plan.name: Chosen(strategy, plan, None) for strategy, plan in plans.items()}
         usual = next(iter(chosen.values()))
         if is_plain and is_at_rest:
@@ -134,6 +130,15 @@ class Auto:
         taken = chosen.get(verdict.taken, usual)
         is_watched = is_plain and is_at_rest
         return replace(taken, kind=Kind(case, record, taken.plan.name) if is_watched else None)
+
+    def taken(self, flux: Any, call: Call) -> str | None:
+        """Name what calls of FLUX have in this run beside this one, a ControlNet's; None: unknown.
+
+        Args:
+            flux: the model that the ControlNet steers.
+        """
+        record = self._record(self._case(flux, call.workload), call.run)
+        return record.at_begin.taken if record.at_begin else None
 
     def time_one(
         self, kind: Kind, compute: Callable[[], torch.Tensor], device: torch.device
@@ -159,6 +164,16 @@ class Auto:
         record.trial.took(kind.way, seconds)
         if record.trial.due(kind.ways, kind.apart) is None:
             self._conclude(kind.case, record, kind.ways)
+
+    def _record(self, case: Case, run: Run) -> Record:
+        """What is known of a kind of call; the first of its kind in a run begins the run there."""
+        if case not in self._records:
+            self._records[case] = Record(self._store.find(case))
+        record = self._records[case]
+        if case not in run.paced:
+            run.paced.add(case)
+            self._begin_run(case, record)
+        return record
 
     def _trial(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ import torch
 from comfy_xdit_patch.errors import CallRaisedError, CardsFullError, Refusal, Scope, WorkerError
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.call import Call
+from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER, Auto
 from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.reading.arguments import check_grad
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.reading.limits import no_ring
-from comfy_xdit_patch.host.reading.models import ModelRegistry
+from comfy_xdit_patch.host.reading.models import ModelRegistry, flux_of
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.outcome import lost
 from comfy_xdit_patch.host.step.residuals_there import (
@@ -38,6 +40,8 @@ from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.planner import plan_call
+from comfy_xdit_patch.planning.strategy import parse_strategy
+from comfy_xdit_patch.planning.verdict import ONE
 from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
@@ -81,8 +85,10 @@ class ControlNets:
         models: ModelRegistry,
         pristine: Pristine,
         totals: Totals,
+        auto: Auto,
     ) -> None:
         self._remote = remote
+        self._auto = auto
         self._holding = holding
         self._memory = memory
         self._models = models
@@ -150,13 +156,7 @@ class ControlNets:
         crew = self._holding.come_up(call)
         if isinstance(crew, Refusal):
             return crew
-        plan = plan_call(
-            call.workload,
-            world_size=self._holding.world_size,
-            strategy=self._holding.strategy,
-            no_ring=no_ring(is_prescribed=run.is_prescribed(net)),
-            weights=crew.of(self._holding.balance).weights(run),
-        )
+        plan = self._plan(crew, call)
         if isinstance(plan, Refusal):
             return plan
         if plan.pipefusion_degree > 1:
@@ -185,6 +185,23 @@ class ControlNets:
         except WorkerError as error:
             run.refusal = lost(error, self._totals)
             return run.refusal
+
+    def _plan(self, crew: Crew, call: Call) -> ParallelPlan | Refusal:
+        """Share a call as the model's are shared: ranks use the residuals of their own tokens."""
+        run = call.run
+        planned = partial(
+            plan_call,
+            call.workload,
+            world_size=self._holding.world_size,
+            no_ring=no_ring(is_prescribed=run.is_prescribed(call.module)),
+            weights=crew.of(self._holding.balance).weights(run),
+        )
+        taken = self._auto.taken(flux_of(run.model), call) if self._auto.is_on else None
+        if taken == ONE:
+            return ONE_IS_FASTER
+        plan = planned(strategy=parse_strategy(taken)) if taken else None
+        # Where this call cannot have that plan, the model's cannot either.
+        return plan if isinstance(plan, ParallelPlan) else planned(strategy=self._holding.strategy)
 
 
 class RemoteControl:

@@ -163,7 +163,7 @@ def refusal(pipelines, *, flux=None, plan=PLAN, changes=(), carried=None, is_run
         flux or Flux(),
         None,
         {"transformer_options": options},
-        Run(is_flux=is_run),
+        Run(object() if is_run else None),
         carried or CarriedPatches(),
         list(changes),
         poll=lambda: None,
