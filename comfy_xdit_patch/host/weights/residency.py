@@ -15,8 +15,6 @@ import torch
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.models import flux_of
-from comfy_xdit_patch.planning.grid import num_communicators
-from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     CUDA_CONTEXT_BYTES,
@@ -28,9 +26,9 @@ from comfy_xdit_patch.planning.residency import (
     Mode,
     ModelSizes,
     ResidencyPlan,
-    TokenLoad,
-    residency_of,
+    plan_residency,
     tensor_mode,
+    token_load,
 )
 from comfy_xdit_patch.wire.fingerprint import stored_weights
 
@@ -154,9 +152,16 @@ class Residency:
     ) -> ResidencyPlan | Refusal:
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
-        sizes, load = self._sizes[base_model], _load(base_model, workload, plan, dtype)
         num_blocks = num_blocks_of(base_model)
-        return residency_of(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
+        load = token_load(
+            plan,
+            workload,
+            num_blocks=num_blocks,
+            hidden_size=flux_of(base_model).hidden_size,
+            bytes_per_value=dtype.itemsize,
+        )
+        sizes = self._sizes[base_model]
+        return plan_residency(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = self._joined
@@ -182,39 +187,6 @@ class Residency:
             )
             for r in ranks
         )
-
-
-def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype) -> TokenLoad:
-    """What the rank with the largest share has to hold."""
-    stride = plan.world_size // plan.batch_degree
-    first_ranks = range(0, plan.world_size, stride)
-    shares = [
-        plan.sequence_shares(
-            rank,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
-        for rank in first_ranks
-    ]
-    rows = [plan.batch_rows(rank, workload.batch_size) for rank in first_ranks]
-    width = flux_of(base_model).hidden_size
-    return TokenLoad(
-        num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
-        num_text_tokens=workload.num_text_tokens,
-        hidden_size=width,
-        num_rows=max(end - first for first, end in rows),
-        bytes_per_value=dtype.itemsize,
-        local_tokens=max(max(of_group.joint) for of_group in shares),
-        num_groups=num_communicators(plan.grid),
-        kept_bytes=kept_bytes(
-            plan,
-            workload,
-            num_blocks=num_blocks_of(base_model),
-            token_bytes=width * dtype.itemsize,
-        ),
-    )
 
 
 def num_blocks_of(base_model: Any) -> int:
