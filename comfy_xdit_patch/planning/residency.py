@@ -55,10 +55,6 @@ MODE_NAMES = {
 }
 
 
-TENSOR = "tensor="
-"""How a rank is told to hold its part of every block: ``tensor=2``, one of two parts."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """A diffusion model's weights in bytes, as they are stored."""
@@ -295,13 +291,3 @@ def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
 def gib(num_bytes: int) -> str:
     """Bytes as GiB with one decimal."""
     return f"{num_bytes / GIB:.1f}"
-
-
-def tensor_mode(degree: int) -> str:
-    """Name the mode of a model that is cut into so many parts."""
-    return f"{TENSOR}{degree}"
-
-
-def tensor_degree(mode: str) -> int:
-    """Into how many parts a mode cuts each block; 1 for the modes that cut none."""
-    return int(mode.removeprefix(TENSOR)) if mode.startswith(TENSOR) else 1

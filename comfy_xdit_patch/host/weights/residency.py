@@ -27,10 +27,10 @@ from comfy_xdit_patch.planning.residency import (
     ModelSizes,
     ResidencyPlan,
     plan_residency,
-    tensor_mode,
     token_load,
 )
 from comfy_xdit_patch.wire.fingerprint import stored_weights
+from comfy_xdit_patch.wire.messages.requests import Residence
 
 _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 
@@ -39,14 +39,11 @@ _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 class Placement:
     """Where one model's weights lie, and what other models may take on a card beside them.
 
-    ``mode`` is one of ``planning/residency.py``, or a ``tensor_mode``. ``room_bytes`` is None where
-    nothing limits it, or where ComfyUI's own manager does.
+    ``room_bytes`` is None where nothing limits it, or where ComfyUI's own manager does.
     """
 
-    mode: str
+    residence: Residence
     room_bytes: int | None
-    plan: ParallelPlan | None = None
-    """Whose stages share the blocks, in the mode ``staged``."""
     needed_bytes: int | None = None
     """What a rank takes on its card beside the contexts, which are there already."""
     working_bytes: int = 0
@@ -55,19 +52,6 @@ class Placement:
     def leaves(self, held_bytes: int) -> bool:
         """Whether what is held already fits into the room beside this model."""
         return self.room_bytes is None or held_bytes <= self.room_bytes
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Return what a ``Load`` says of it."""
-        grid, weights = ((), ()) if self.plan is None else (self.plan.grid, self.plan.weights)
-        lists = {"grid": list(grid), "weights": list(weights)}
-        return {"mode": self.mode, "room_bytes": self.room_bytes, **lists}
-
-    @property
-    def name(self) -> str:
-        """Name what every rank holds of the model."""
-        stages = "" if self.plan is None else f" {self.plan.grid} {self.plan.weights}"
-        return f"{self.mode}{stages}"
 
 
 class Residency:
@@ -92,12 +76,12 @@ class Residency:
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
         is_pipeline = plan.pipefusion_degree > 1
-        cut = tensor_mode(plan.tensor_degree) if plan.tensor_degree > 1 else None
+        is_tensor = plan.tensor_degree > 1
         cards = self._cards()
         if cards is None:
             # CPU ranks: ComfyUI counts no RAM, nor do we.
-            stages = Placement("staged", None, plan)
-            return stages if is_pipeline else Placement(cut or first, None)
+            mode: Mode = "tensor" if is_tensor else "staged" if is_pipeline else first
+            return Placement(_residence(mode, plan), None)
         choice = self._choice(base_model, workload, plan, dtype, cards, first)
         if isinstance(choice, Refusal):
             return choice
@@ -105,14 +89,13 @@ class Residency:
         need = choice.needs[-1]
         room = max(0, need.card.free_bytes - need.num_bytes)
         needed = need.num_bytes - CUDA_CONTEXT_BYTES * (2 if need.card.has_host else 1)
-        if cut is not None:
-            return Placement(cut, room, needed_bytes=needed, working_bytes=need.working_bytes)
-        order = PIPELINE_MODES if is_pipeline else MODES
-        before = self._modes.get(base_model, choice.mode)
-        mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
-        self._modes[base_model] = mode
-        staged = plan if mode == "staged" else None
-        return Placement(mode, room, staged, needed, need.working_bytes)
+        mode = choice.mode
+        if not is_tensor:
+            order = PIPELINE_MODES if is_pipeline else MODES
+            before = self._modes.get(base_model, mode)
+            mode = max(mode, before if before in order else mode, key=order.index)
+            self._modes[base_model] = mode
+        return Placement(_residence(mode, plan), room, needed, need.working_bytes)
 
     def is_resident(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
@@ -187,6 +170,14 @@ class Residency:
             )
             for r in ranks
         )
+
+
+def _residence(mode: Mode, plan: ParallelPlan) -> Residence:
+    if mode == "staged":
+        return Residence(grid=plan.grid, weights=plan.weights)
+    if mode == "tensor":
+        return Residence(tensor_degree=plan.tensor_degree)
+    return Residence(mode)
 
 
 def num_blocks_of(base_model: Any) -> int:

@@ -13,8 +13,6 @@ from comfy_xdit_patch.planning.residency import (
     Card,
     ModelSizes,
     plan_residency,
-    tensor_degree,
-    tensor_mode,
     token_load,
 )
 
@@ -31,11 +29,6 @@ def planned(model, degree, where):
     plan = ParallelPlan(num_ranks, 1, num_ranks // degree, tensor_degree=degree)
     load = token_load(plan, IMAGE, num_blocks=57, hidden_size=3072)
     return plan_residency(plan, model, load, num_blocks=57, cards=where)
-
-
-def test_a_mode_says_into_how_many_parts_blocks_are_cut():
-    assert [tensor_degree(mode) for mode in ("full", "sharded", "offload")] == [1, 1, 1]
-    assert tensor_degree(tensor_mode(4)) == 4
 
 
 @pytest.mark.parametrize(("degree", "gib"), [(2, 6), (4, 3.5)])
