@@ -24,7 +24,6 @@ from comfy_xdit_patch.host.boundary import is_interrupt
 from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.step.tokens_there import (
-    SEQUENCE_DIM,
     Counts,
     Kept,
     RemoteTokens,
@@ -33,6 +32,7 @@ from comfy_xdit_patch.host.step.tokens_there import (
 )
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, short
 from comfy_xdit_patch.wire.messages.requests import Fetch, RunBlock, Tree
