@@ -164,9 +164,10 @@ def build(description: Tree, tensor: Callable[[Tree], torch.Tensor]) -> Any:
 
 
 def _join(weight: Tree, tensor: Callable[[Tree], torch.Tensor]) -> torch.Tensor:
-    parts = {part: tensor(place) for part, place in weight["parts"].items()}
+    parts = decode_value(weight["parts"], {"$pack": tensor})
     if weight["form"] is None:
-        return parts[""]
+        plain: torch.Tensor = parts[""]
+        return plain
     cls, is_wrapper, values = weight["form"]
     return Form(decode_class(cls), is_wrapper, decode_value(values)).join(parts)
 

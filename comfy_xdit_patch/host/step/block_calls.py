@@ -28,7 +28,6 @@ from comfy_xdit_patch.host.step.tokens_there import (
     Kept,
     RemoteTokens,
     encode,
-    encode_modulation,
 )
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -223,8 +222,6 @@ class DrivenStep:
             for key, value in arguments.items():
                 if key in tokens:
                     tree[key] = self._tokens(turn, key, value, counts)
-                elif key == "vec":
-                    tree[key] = turn.put("driven.vec", encode_modulation(value))
                 elif key in CONSTANT and isinstance(value, torch.Tensor):
                     known, place = self._constants.get(key, (None, None))
                     tree[key] = place if known is value else turn.put(f"driven.{key}", value)

@@ -41,7 +41,7 @@ from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import LeftOutHooks
 from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
 class ParallelSteps:
@@ -223,7 +223,7 @@ class ParallelSteps:
             is_empty = driven.num_blocks == 0
             step = Step(driven.out, gathered_for=changes[0].reason, is_empty=is_empty)
             return self._checked(step, crew, run)
-        except (XditError, UncarriedArgumentError) as error:
+        except (XditError, UncarriedValueError) as error:
             refusal = refusal_of(error, self._totals)
             if refusal is None:
                 raise

@@ -154,12 +154,3 @@ class RemoteTokens(LazyTensor):
 def encode(recipe: Recipe) -> Tree:
     """Turn a recipe into a tree for the workers."""
     return follow(recipe, {"kept": lambda kept: ["kept", kept.number]}, written)
-
-
-def encode_modulation(value: Any) -> Any:
-    """Turn what modulates a block into tensors, lists and dictionaries."""
-    if isinstance(value, (tuple, list)):
-        return [encode_modulation(item) for item in value]
-    if all(hasattr(value, name) for name in ("shift", "scale", "gate")):
-        return {"$modulation": [value.shift, value.scale, value.gate]}
-    return value

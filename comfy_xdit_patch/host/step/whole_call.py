@@ -72,7 +72,7 @@ class RemoteForward:
             room: for a look whether a card has it; None to compute at once.
 
         Raises:
-            UncarriedArgumentError: an argument is not of a type that can cross.
+            UncarriedValueError: an argument is not of a type that can cross.
             DeclinedError: a node's patch cannot run there.
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
@@ -95,7 +95,6 @@ class RemoteForward:
             }
             if patches is not None:
                 patches = {**patches, "options": turn.put("options", other_options(options))}
-                tree["patches"] = patches
             result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
             replies = turn.compute(
                 Forward(
@@ -106,6 +105,7 @@ class RemoteForward:
                     arguments=tree,
                     result=result.number,
                     pipeline=None if pipeline is None else pipeline.tree(tree),
+                    patches=patches,
                 ),
                 room=room,
             )

@@ -122,8 +122,6 @@ class DrivenBlocks:
             return mine.own(value, dim=POSITIONS_DIM)
         if name in RANGES_OF:
             return mine.ranges(value, RANGES_OF[name])
-        if name == "vec":
-            return decode_modulation(value)
         return value
 
     def _follow(self, recipe: Any, shares: SequenceShares) -> torch.Tensor:
@@ -134,14 +132,3 @@ class DrivenBlocks:
 
         tokens: torch.Tensor = follow(recipe, {"kept": self._kept.__getitem__}, step)
         return tokens
-
-
-def decode_modulation(tree: Any) -> Any:
-    """Turn ``encode_modulation``'s tree into what blocks take."""
-    if isinstance(tree, dict):
-        import comfy.ldm.flux.layers
-
-        return comfy.ldm.flux.layers.ModulationOut(*tree["$modulation"])
-    if isinstance(tree, list):
-        return tuple(decode_modulation(item) for item in tree)
-    return tree

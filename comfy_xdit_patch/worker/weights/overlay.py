@@ -20,7 +20,7 @@ import torch
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.tensors import take_apart
-from comfy_xdit_patch.wire.weight_patches import decode, decode_bypass, is_quantised
+from comfy_xdit_patch.wire.weight_patches import decode, is_quantised
 from comfy_xdit_patch.worker.weights.placing import Progress, calls_counted
 
 KEPT_GROUPS = 3
@@ -161,10 +161,11 @@ class Overlay:
             return
         from comfy.weight_adapter.bypass import BypassForwardHook
 
-        for name, multiplier, adapter in decode_bypass(bypass["tree"], tensor):
-            hook = BypassForwardHook(flux.get_submodule(name), adapter, multiplier=multiplier)
-            hook.inject()
-            self._bypass.append(hook)
+        for name, adapters in decode(bypass["tree"], tensor).items():
+            for multiplier, adapter in adapters:
+                hook = BypassForwardHook(flux.get_submodule(name), adapter, multiplier=multiplier)
+                hook.inject()
+                self._bypass.append(hook)
         self._bypass_key = bypass["key"]
 
     def _eject(self) -> None:
