@@ -14,6 +14,9 @@ from itertools import accumulate
 
 from comfy_xdit_patch.errors import PlanError
 
+SEQUENCE_DIM = 1
+"""Where the tokens are in (batch, tokens, features)."""
+
 DAMPING = 0.7
 """How far weights move towards measured speeds. Below 1, so that disturbed calls do not throw them
 over; 0.7 leaves 3 % of an error after three moves."""

@@ -21,10 +21,11 @@ import torch
 
 from comfy_xdit_patch.wire.tensors import (
     PLAIN_CLASSES,
+    Form,
     class_name,
     digest,
     digest_weight,
-    flatten,
+    take_apart,
 )
 
 COMPILED = "._orig_mod"
@@ -64,13 +65,13 @@ class StoredWeight(NamedTuple):
     """Whether ComfyUI computes with it as it is, though its module names another dtype."""
 
     @property
-    def parts(self) -> tuple[dict[str, torch.Tensor], str]:
-        """The plain tensors inside, as stored, and a text of the rest (see ``flatten``).
+    def parts(self) -> tuple[dict[str, torch.Tensor], Form]:
+        """The plain tensors inside, as stored, and the form that they are in.
 
         Raises:
             ForeignTensorError: it is of a tensor class that cannot be taken apart.
         """
-        return flatten(self.tensor)
+        return take_apart(self.tensor)
 
     def cast(self, part: torch.Tensor) -> torch.Tensor:
         """Give one of the parts, or some of its elements, the dtype that is computed with."""
@@ -160,8 +161,8 @@ class Fingerprint:
             structure.update(name, text.encode())
         self._parts: list[tuple[StoredWeight, torch.Tensor]] = []
         for weight in stored_weights(flux, patcher):
-            inner, rest = weight.parts
-            structure.update(weight.name, f"{weight.name} {rest}\n".encode())
+            inner, form = weight.parts
+            structure.update(weight.name, f"{weight.name} {form.text}\n".encode())
             for part in sorted(inner):
                 dtype = weight.dtype if weight.is_cast else inner[part].dtype
                 shape = tuple(inner[part].size())

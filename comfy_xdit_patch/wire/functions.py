@@ -31,7 +31,13 @@ from comfy_xdit_patch.wire.modules import (
     encode_module,
     place_of,
 )
-from comfy_xdit_patch.wire.values import UncarriedValueError, decode_value, encode_value
+from comfy_xdit_patch.wire.values import (
+    Kinds,
+    UncarriedValueError,
+    decode_value,
+    encode_value,
+    refuse,
+)
 
 STATEFUL = (("comfy_extras.nodes_flux", "KV_Attn_Input"),)
 DYNAMO = "_torchdynamo_"
@@ -91,7 +97,7 @@ def decode_callable(tree: Tree, objects: Objects) -> Any:
     Raises:
         UncarriedValueError: the source here is another one.
     """
-    return _Decoder(objects).callable(tree)
+    return _Decoder(objects).value(tree)
 
 
 class _Encoder:
@@ -106,8 +112,7 @@ class _Encoder:
         if is_stateful(value):
             return {"$object": [*name_of(value), self._numbers(value)]}
         if isinstance(value, functools.partial):
-            parts = [value.func, value.args, value.keywords]
-            return {"$partial": [self.value(part) for part in parts]}
+            return {"$partial": self.value([value.func, value.args, value.keywords])}
         if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
             raise UncarriedValueError(f"a {type(value).__name__}")
         if id(value) in self._known:
@@ -120,15 +125,14 @@ class _Encoder:
         return {"$function": self._function(value)}
 
     def value(self, value: Any) -> Tree:
+        return encode_value(value, self._other)
+
+    def _other(self, path: str, value: Any) -> Tree:
         if isinstance(value, FUNCTIONS) or is_stateful(value):
-            return {"$callable": self.callable(value)}
+            return self.callable(value)
         if isinstance(value, types.ModuleType):
             return {"$module": encode_module(value.__name__)}
-        if type(value) is tuple:
-            return {"$items": [self.value(item) for item in value]}
-        if type(value) is dict and all(type(name) is str for name in value):
-            return {"$named": {name: self.value(item) for name, item in value.items()}}
-        return {"$value": encode_value(value)}
+        return refuse(path, value)
 
     def _function(self, function: types.FunctionType) -> Tree:
         code = function.__code__
@@ -146,16 +150,14 @@ class _Encoder:
             "path": name_of(function)[1],
             "digest": digest_of(code),
             "cells": [
-                None if _is_empty(cell) else self.value(cell.cell_contents)
+                [] if _is_empty(cell) else [self.value(cell.cell_contents)]
                 for cell in function.__closure__ or ()
             ],
             "defaults": self.value(function.__defaults__),
             "keyword_defaults": self.value(function.__kwdefaults__),
-            "attributes": {
-                name: self.value(item)
-                for name, item in vars(function).items()
-                if not name.startswith(DYNAMO)
-            },
+            "attributes": self.value(
+                {n: item for n, item in vars(function).items() if not n.startswith(DYNAMO)}
+            ),
         }
 
 
@@ -165,32 +167,25 @@ class _Decoder:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._made: dict[int, types.FunctionType] = {}
-
-    def callable(self, tree: Tree) -> Any:
-        ((kind, inner),) = tree.items()
-        if kind == "$object":
-            module, name, number = inner
-            return self._objects(number, getattr(importlib.import_module(module), name))
-        if kind == "$again":
-            return self._made[inner]
-        if kind == "$partial":
-            function, args, keywords = (self.value(part) for part in inner)
-            return functools.partial(function, *args, **keywords)
-        if kind == "$name":
-            return _find(*inner)
-        return self._function(inner)
+        self._kinds: Kinds = {
+            "$object": self._object,
+            "$partial": self._partial,
+            "$again": self._made.__getitem__,
+            "$name": lambda inner: _find(*inner),
+            "$function": self._function,
+            "$module": decode_module,
+        }
 
     def value(self, tree: Tree) -> Any:
-        ((kind, inner),) = tree.items()
-        if kind == "$callable":
-            return self.callable(inner)
-        if kind == "$module":
-            return decode_module(inner)
-        if kind == "$items":
-            return tuple(self.value(item) for item in inner)
-        if kind == "$named":
-            return {name: self.value(item) for name, item in inner.items()}
-        return decode_value(inner)
+        return decode_value(tree, self._kinds)
+
+    def _object(self, inner: Tree) -> Any:
+        module, name, number = inner
+        return self._objects(number, getattr(importlib.import_module(module), name))
+
+    def _partial(self, inner: Tree) -> Any:
+        function, args, keywords = self.value(inner)
+        return functools.partial(function, *args, **keywords)
 
     def _function(self, description: Tree) -> types.FunctionType:
         module = decode_module(description["module"])
@@ -201,13 +196,12 @@ class _Decoder:
         function = types.FunctionType(code, vars(module), code.co_name, None, tuple(cells))
         # Made before what it refers to, which may be itself.
         self._made[description["number"]] = function
-        for cell, tree in zip(cells, description["cells"], strict=True):
-            if tree is not None:
-                cell.cell_contents = self.value(tree)
+        for cell, held in zip(cells, description["cells"], strict=True):
+            for value in self.value(held):
+                cell.cell_contents = value
         function.__defaults__ = self.value(description["defaults"])
         function.__kwdefaults__ = self.value(description["keyword_defaults"])
-        for name, item in description["attributes"].items():
-            setattr(function, name, self.value(item))
+        vars(function).update(self.value(description["attributes"]))
         return function
 
 

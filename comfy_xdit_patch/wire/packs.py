@@ -3,7 +3,7 @@
 Runs in: host and worker.
 
     host                                             every worker
-    PackTable.place(tensors) -> {"$pack": [...]}     PackMap.tensor(tree) -> view of the same memory
+    PackTable.place(tensors) -> {"$pack": [...]}     PackMap.tensor -> view of the same memory
 
 Facts that shape this file.
     A LoRA has a thousand small tensors: they share one piece of memory, sent once.
@@ -211,13 +211,13 @@ class PackMap:
             weakref.WeakKeyDictionary()
         )
 
-    def tensor(self, tree: Tree) -> torch.Tensor:
-        """The tensor behind a tree of ``PackTable.place``, in shared memory.
+    def tensor(self, place: Tree) -> torch.Tensor:
+        """The tensor of a ``$pack`` of ``PackTable.place``, in shared memory.
 
         Raises:
             MessageError: what lies there is not what the host put there.
         """
-        number, offset, dtype, shape, contents = tree["$pack"]
+        number, offset, dtype, shape, contents = place
         slot = self._slots(number)
         found = slot.view(getattr(torch, dtype), tuple(shape), offset=offset)
         checked = self._checked.setdefault(slot, set())

@@ -18,7 +18,7 @@ import torch
 from comfy_xdit_patch.wire.fingerprint import stored_weights
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.packs import PackTable
-from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES, own_attributes
+from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES, Form, as_parameter
 from comfy_xdit_patch.wire.values import (
     PLAIN,
     decode_class,
@@ -44,11 +44,10 @@ def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
     parts: list[torch.Tensor] = []
     weights: dict[str, Tree] = {}
     for weight in stored_weights(flux, patcher):
-        places_of_parts: dict[str, Tree] = {}
-        weights[weight.name] = {"kind": _kind(weight.tensor), "parts": places_of_parts}
-        for part, plain in weight.parts[0].items():
-            places_of_parts[part] = len(parts)
-            parts.append(weight.cast(plain))
+        inner, form = weight.parts
+        indices = {part: len(parts) + i for i, part in enumerate(inner)}
+        weights[weight.name] = {"form": _form(form), "parts": indices}
+        parts += map(weight.cast, inner.values())
     places = packs.place(parts, owner=base_model)
     for tree in weights.values():
         tree["parts"] = {part: places[index] for part, index in tree["parts"].items()}
@@ -72,14 +71,10 @@ def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
     }
 
 
-def _kind(tensor: torch.Tensor) -> Tree:
-    if type(tensor) in PLAIN_CLASSES:
+def _form(form: Form) -> Tree:
+    if form.cls in PLAIN_CLASSES:
         return None
-    cls = encode_class(type(tensor))
-    if hasattr(tensor, "__tensor_flatten__"):
-        _, context = tensor.__tensor_flatten__()
-        return {"class": cls, "context": encode_value(context)}
-    return {"class": cls, "attributes": encode_value(own_attributes(tensor))}
+    return [encode_class(form.cls), form.is_wrapper, encode_value(form.stored_values)]
 
 
 def _operations(operations: Any) -> Tree:
@@ -169,20 +164,12 @@ def build(description: Tree, tensor: Callable[[Tree], torch.Tensor]) -> Any:
 
 
 def _join(weight: Tree, tensor: Callable[[Tree], torch.Tensor]) -> torch.Tensor:
-    parts = {part: tensor(place) for part, place in weight["parts"].items()}
-    kind = weight["kind"]
-    if kind is None:
-        return parts[""]
-    cls = decode_class(kind["class"])
-    if "context" in kind:
-        whole: torch.Tensor = cls.__tensor_unflatten__(
-            parts, decode_value(kind["context"]), None, None
-        )
-        return whole
-    whole = parts[""].as_subclass(cls)
-    for name, value in decode_value(kind["attributes"]).items():
-        setattr(whole, name, value)
-    return whole
+    parts = decode_value(weight["parts"], {"$pack": tensor})
+    if weight["form"] is None:
+        plain: torch.Tensor = parts[""]
+        return plain
+    cls, is_wrapper, values = weight["form"]
+    return Form(decode_class(cls), is_wrapper, decode_value(values)).join(parts)
 
 
 def _put(modules: Mapping[str, Any], name: str, tensor: torch.Tensor) -> None:
@@ -191,4 +178,4 @@ def _put(modules: Mapping[str, Any], name: str, tensor: torch.Tensor) -> None:
     if attribute in owner._buffers:
         owner._buffers[attribute] = tensor
     else:
-        setattr(owner, attribute, torch.nn.Parameter(tensor, requires_grad=False))
+        setattr(owner, attribute, as_parameter(tensor))

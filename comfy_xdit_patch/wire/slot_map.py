@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.wire.messages.requests import SlotRef, Tree
+from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.slots import Slot
+from comfy_xdit_patch.wire.values import decode_value
 
 
 class SlotMap:
@@ -40,21 +41,20 @@ class SlotMap:
 
     def fetch(self, tree: Tree) -> Any:
         """Turn a tree of ``SlotTable.place`` back into arguments."""
-        if isinstance(tree, dict):
-            if "$slot" in tree:
-                slot, version, dtype, shape = tree["$slot"]
-                return self._tensor(SlotRef(slot, version, dtype, tuple(shape)))
-            return {key: self.fetch(item) for key, item in tree.items()}
-        if isinstance(tree, list):
-            return [self.fetch(item) for item in tree]
-        return tree
+        return decode_value(tree, {"$slot": self._tensor, "$modulation": self._modulation})
 
-    def _tensor(self, ref: SlotRef) -> torch.Tensor:
-        shared = self._slots[ref.slot].view(getattr(torch, ref.dtype), ref.shape)
+    def _tensor(self, place: Tree) -> torch.Tensor:
+        number, placed_version, dtype, shape = place
+        shared = self._slots[number].view(getattr(torch, dtype), tuple(shape))
         if self._device.type == "cpu":
             return shared
-        version, tensor = self._on_device.get(ref.slot, (-1, shared))
-        if version != ref.version:
+        version, tensor = self._on_device.get(number, (-1, shared))
+        if version != placed_version:
             tensor = shared.to(self._device)
-            self._on_device[ref.slot] = (ref.version, tensor)
+            self._on_device[number] = (placed_version, tensor)
         return tensor
+
+    def _modulation(self, parts: Tree) -> Any:
+        import comfy.ldm.flux.layers
+
+        return comfy.ldm.flux.layers.ModulationOut(*self.fetch(parts))

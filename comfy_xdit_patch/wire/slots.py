@@ -3,9 +3,9 @@
 Runs in: host; ``slot_map.py`` is the worker's side.
 
     host                                                    every worker
-    SlotTable.place("context", t) -> SlotRef(slot 3, v 7)   SlotMap.tensor(SlotRef) -> view or
-       writes only if no slot of "context" holds             device copy, made once a version
-       these very bytes already
+    SlotTable.place("context", t) -> {"$slot": [3, 7, ...]}  SlotMap.fetch(tree) -> view or
+       slot 3, version 7: writes only if no slot of            device copy, made once a version
+       "context" holds these very bytes already
 
 Facts that shape this file.
     A slot is an anonymous file (memfd): no name in /dev/shm, no limit of /dev/shm, and the kernel
@@ -33,12 +33,14 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.wire.messages.requests import SlotRef, Tree
+from comfy_xdit_patch.wire.messages.requests import Tree
+from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES
+from comfy_xdit_patch.wire.values import BASES, UncarriedValueError, as_base, encode_value
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size."""
-
-
+MODULATION = ("shift", "scale", "gate")
+"""What ComfyUI's ``ModulationOut`` has: how a block is modulated."""
 ALWAYS_NEW = ("x", "timestep", "timesteps")
 """Arguments that no step has from the one before."""
 SLOTS_A_PATH = 4
@@ -81,10 +83,6 @@ def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tenso
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcmp.restype = ctypes.c_int
-
-
-class UncarriedArgumentError(TypeError):
-    """A value that can go neither into a message nor into a slot."""
 
 
 @dataclass(slots=True)
@@ -135,17 +133,20 @@ class SlotTable:
             path: the argument's name; inner values get ``name.0``, ``name.key``.
 
         Raises:
-            UncarriedArgumentError: a value of another type is in it.
+            UncarriedValueError: there are no words for a value.
         """
-        if isinstance(value, torch.Tensor):
+        return encode_value(value, self._place, path)
+
+    def _place(self, path: str, value: Any) -> Tree:
+        if type(value) in PLAIN_CLASSES and not value.is_sparse:
             return self._place_tensor(path, value)
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, (list, tuple)):
-            return [self.place(f"{path}.{i}", item) for i, item in enumerate(value)]
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {key: self.place(f"{path}.{key}", item) for key, item in value.items()}
-        raise UncarriedArgumentError(f"{path} is a {type(value).__name__}")
+        if isinstance(value, BASES):
+            return self.place(path, as_base(value))
+        if all(hasattr(value, name) for name in MODULATION):
+            return {
+                "$modulation": [self.place(f"{path}.{n}", getattr(value, n)) for n in MODULATION]
+            }
+        raise UncarriedValueError(f"{path} is a {type(value).__name__}")
 
     def begin_call(self, values: Mapping[str, Any] | None = None) -> None:
         """Forget the tensors of the call before.
@@ -183,8 +184,6 @@ class SlotTable:
         return dropped
 
     def _place_tensor(self, path: str, tensor: torch.Tensor) -> Tree:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_sparse:
-            raise UncarriedArgumentError(f"{path} is a {type(tensor).__name__}")
         # A ControlNet hands one residual to many blocks: the same object is sent once.
         if id(tensor) in self._placed:
             return self._placed[id(tensor)][1]
@@ -208,8 +207,7 @@ class SlotTable:
             self.bytes_written += tensor.nbytes
         entry.last_used = self._clock
         dtype = str(tensor.dtype).removeprefix("torch.")
-        ref = SlotRef(entry.slot.number, entry.version, dtype, tuple(tensor.shape))
-        tree = {"$slot": [ref.slot, ref.version, ref.dtype, list(ref.shape)]}
+        tree = {"$slot": [entry.slot.number, entry.version, dtype, list(tensor.shape)]}
         self._placed[id(given)] = given, tree
         return tree
 

@@ -1,4 +1,4 @@
-"""Take weight tensors of every class apart into plain ones, digest them, and put them together.
+"""Take weights of every tensor class apart, cut and digest what is inside, put them together.
 
 Runs in: host and worker.
 
@@ -16,7 +16,8 @@ does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,42 +35,96 @@ class ForeignTensorError(TypeError):
     """A weight is of a tensor class that cannot be taken apart."""
 
 
-def flatten(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
-    """Take a weight apart.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a weight is beside the plain tensors inside of it.
 
-    Returns:
-        The plain tensors inside by name (one named "" for a plain tensor), and a text of
-        everything else that the weight's value depends on.
+    ``values`` are the context of a wrapper, or the attributes of plain storage. A wrapper whose
+    ``size`` and ``stride`` are not known here finds them out from its tensors.
+    """
+
+    cls: type[Any]
+    is_wrapper: bool
+    values: Any
+    size: torch.Size | None = None
+    stride: tuple[int, ...] | None = None
+
+    def join(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Put a weight of this form together."""
+        made: torch.Tensor
+        if self.is_wrapper:
+            made = self.cls.__tensor_unflatten__(parts, self.values, self.size, self.stride)
+        elif self.cls in PLAIN_CLASSES:
+            made = parts[""]
+        else:
+            made = parts[""].as_subclass(self.cls)
+            vars(made).update(self.values)
+        return made
+
+    def resized(self, dim: int, length: int) -> Form:
+        """The form of a weight that is as long as this in one dimension."""
+        if not self.is_wrapper or self.size is None:
+            return self
+        size = torch.Size([*self.size[:dim], length, *self.size[dim + 1 :]])
+        stride = tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
+        return Form(
+            self.cls, True, _with_shape(self.values, tuple(self.size), tuple(size)), size, stride
+        )
+
+    @property
+    def stored_values(self) -> Any:
+        """``values`` without what hangs on a weight for a while."""
+        if self.is_wrapper:
+            return self.values
+        return {
+            name: value
+            for name, value in sorted(self.values.items())
+            if name not in _PASSING_ATTRIBUTES and not name.startswith("_")
+        }
+
+    @property
+    def text(self) -> str:
+        """Everything that the weight's value depends on beside its tensors, alike everywhere.
+
+        Raises:
+            ForeignTensorError: its class keeps more than tensors and plain values.
+        """
+        if self.cls in PLAIN_CLASSES:
+            return ""
+        return f"{class_name(self.cls)} {_text(self.stored_values, self.cls)}"
+
+
+def take_apart(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], Form]:
+    """Return the plain tensors inside of a weight by name, views of its memory, and its form.
+
+    A plain tensor, and plain storage, with the sizes that it really has, have the name "".
 
     Raises:
-        ForeignTensorError: its class keeps more than tensors and plain values.
+        ForeignTensorError: inside of its class are tensors that are not plain.
     """
-    if type(tensor) in PLAIN_CLASSES:
-        return {"": tensor.detach()}, ""
-    kind = class_name(type(tensor))
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, context = tensor.__tensor_flatten__()
-        inner = {name: getattr(tensor, name) for name in names}
-        if any(type(t) not in PLAIN_CLASSES for t in inner.values()):
-            raise ForeignTensorError(type(tensor).__name__)
-        return inner, f"{kind} {_text(context, type(tensor))}"
-    attributes = own_attributes(tensor)
-    return {"": plain_storage(tensor)}, f"{kind} {_text(attributes, type(tensor))}"
+    cls = type(weight)
+    if cls in PLAIN_CLASSES:
+        return {"": weight.detach()}, Form(cls, False, {})
+    if hasattr(weight, "__tensor_flatten__"):
+        names, context = weight.__tensor_flatten__()
+        parts = {name: getattr(weight, name) for name in names}
+        if any(type(part) not in PLAIN_CLASSES for part in parts.values()):
+            raise ForeignTensorError(cls.__name__)
+        return parts, Form(cls, True, context, weight.size(), weight.stride())
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        plain = torch.Tensor.detach(weight).as_subclass(torch.Tensor)
+    return {"": plain}, Form(cls, False, dict(vars(weight)))
 
 
-def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
-    """Attributes that a plain-storage subclass keeps beside its bytes."""
-    return {
-        name: value
-        for name, value in sorted(vars(tensor).items())
-        if name not in _PASSING_ATTRIBUTES and not name.startswith("_")
-    }
-
-
-def plain_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a plain-storage subclass, with the sizes that they really have."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
+def as_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    """Have a tensor of any class be what a module takes for a parameter."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    if type(tensor) is torch.Tensor:
+        return torch.nn.Parameter(tensor, requires_grad=False)
+    # As ``torch.nn.Parameter`` marks subclasses; it would call ``detach``, which loses attributes.
+    tensor._is_param = True
+    return tensor
 
 
 def class_name(cls: type[Any]) -> str:
@@ -145,8 +200,9 @@ def digest_weight(tensor: torch.Tensor) -> str:
     Raises:
         ForeignTensorError: its class keeps more than tensors and plain values.
     """
-    inner, rest = flatten(tensor)
-    return " ".join([rest, *(f"{name}={digest(inner[name])}" for name in sorted(inner))]).strip()
+    parts, form = take_apart(tensor)
+    named = (f"{name}={digest(parts[name])}" for name in sorted(parts))
+    return " ".join([form.text, *named]).strip()
 
 
 Ranges = Sequence[tuple[int, int]]
@@ -154,37 +210,28 @@ Ranges = Sequence[tuple[int, int]]
 
 def can_cut(weight: torch.Tensor) -> bool:
     """Whether ``cut_to`` can cut a weight of this class and format."""
-    if type(weight) in PLAIN_CLASSES:
-        return weight.is_floating_point()
-    if not hasattr(weight, "__tensor_flatten__"):
+    try:
+        parts, form = take_apart(weight)
+    except ForeignTensorError:
         return False
-    names, _ = weight.__tensor_flatten__()
-    data = [getattr(weight, name) for name in names if _is_data(weight, name)]
+    if not form.is_wrapper:
+        return form.cls in PLAIN_CLASSES and weight.is_floating_point()
+    data = [part for part in parts.values() if _is_data(part, weight)]
     return len(data) == 1 and data[0].is_floating_point() and data[0].element_size() == 1
 
 
 def cut_to(weight: torch.Tensor, dim: int, ranges: Ranges) -> torch.Tensor:
     """Return the parts of a weight between these indices, joined, in memory of their own."""
-    if type(weight) in PLAIN_CLASSES:
-        return _joined(weight.detach(), dim, ranges)
-    names, context = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    inner = {}
-    for name in names:
-        part = getattr(weight, name)
-        inner[name] = _joined(part, dim, ranges) if _is_data(weight, name) else part.clone()
-    shape = list(weight.shape)
-    shape[dim] = sum(end - start for start, end in ranges)
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    of_shape = _with_shape(context, tuple(weight.shape), tuple(shape))
-    made: torch.Tensor = type(weight).__tensor_unflatten__(  # type: ignore[attr-defined]
-        inner, of_shape, torch.Size(shape), tuple(stride)
-    )
-    return made
+    parts, form = take_apart(weight)
+    cut = {
+        name: _joined(part, dim, ranges) if _is_data(part, weight) else part.clone()
+        for name, part in parts.items()
+    }
+    return form.resized(dim, sum(end - start for start, end in ranges)).join(cut)
 
 
-def _is_data(weight: torch.Tensor, name: str) -> bool:
+def _is_data(part: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether an inner tensor is the stored values; all others must be a number each."""
-    part = getattr(weight, name)
     return bool(part.shape == weight.shape) or part.numel() != 1
 
 

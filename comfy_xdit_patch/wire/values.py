@@ -1,6 +1,10 @@
-"""Carry plain Python values that JSON has no word for: dtypes, sizes, tuples, enums, classes.
+"""The one codec of trees: carry Python values in what JSON has words for.
 
 Runs in: host and worker.
+
+Plain values, lists and dictionaries with texts for keys are themselves. All else is a dictionary
+with one key that begins with ``$``, the kind: tuples, dtypes, enums and classes here, and what the
+caller has words for, such as tensors in shared memory, functions, and adapters of LoRAs.
 
 Classes travel by name and are imported where they arrive (``modules.py``).
 """
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,40 +22,85 @@ from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.modules import decode_module, encode_module
 
 PLAIN = (bool, int, float, str, type(None))
+BASES: tuple[Any, ...] = (int, float, str, list, tuple, dict)
+
+Encode = Callable[[str, Any], Tree]
+"""Turns a value at a path, of a kind that is not known here, into a tree."""
+Kinds = Mapping[str, Callable[[Any], Any]]
+"""By the kind with its ``$``: what a tree's inner part stands for."""
 
 
 class UncarriedValueError(TypeError):
     """A value cannot be carried to another process."""
 
 
-def encode_value(value: Any) -> Tree:
+def refuse(_: str, value: Any) -> Tree:
+    """Have no words for anything else."""
+    raise UncarriedValueError(f"a {type(value).__name__}")
+
+
+def encode_value(value: Any, other: Encode = refuse, path: str = "") -> Tree:
     """Turn a value into a tree.
 
+    Args:
+        other: has words for values of other kinds.
+        path: where the value is; what is inside of it is at ``path.0``, ``path.key``.
+
     Raises:
-        UncarriedValueError: it is of another type.
+        UncarriedValueError: there are no words for a value.
     """
-    if type(value) in PLAIN:
+    cls = type(value)
+    if cls in PLAIN:
         return value
+    if cls in (list, tuple, set):
+        items = [encode_value(item, other, f"{path}.{i}") for i, item in enumerate(value)]
+        return items if cls is list else {f"${cls.__name__}": items}
+    if cls is dict:
+        pairs = [
+            [encode_value(key), encode_value(item, other, f"{path}.{key}")]
+            for key, item in value.items()
+        ]
+        is_tree = all(type(key) is str and not key.startswith("$") for key in value)
+        return dict(pairs) if is_tree else {"$dict": pairs}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.Size):
         return {"$size": list(value)}
     if isinstance(value, enum.Enum):
-        return {"$enum": [encode_class(type(value)), value.value]}
+        return {"$enum": [encode_class(cls), value.value]}
     if isinstance(value, type):
         return {"$class": encode_class(value)}
-    if isinstance(value, (tuple, list, set)):
-        return {f"${type(value).__name__}": [encode_value(item) for item in value]}
-    if type(value) is dict:
-        return {"$dict": [[encode_value(k), encode_value(v)] for k, v in value.items()]}
-    raise UncarriedValueError(f"a {type(value).__name__}")
+    return other(path, value)
 
 
-def decode_value(tree: Tree) -> Any:
-    """Turn a tree of ``encode_value`` back."""
+def as_base(value: Any) -> Any:
+    """A number, text or collection of a class of its own as the plain one that it is made of.
+
+    Raises:
+        UncarriedValueError: it is none.
+    """
+    for base in BASES:
+        if isinstance(value, base):
+            return base(value)
+    return refuse("", value)
+
+
+def decode_value(tree: Tree, kinds: Kinds | None = None) -> Any:
+    """Turn a tree of ``encode_value`` back.
+
+    Args:
+        kinds: those that ``other`` had words for.
+    """
+    if isinstance(tree, list):
+        return [decode_value(item, kinds) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    ((kind, inner),) = tree.items()
+    kind = next(iter(tree), "")
+    if not kind.startswith("$"):
+        return {key: decode_value(item, kinds) for key, item in tree.items()}
+    inner = tree[kind]
+    if kinds is not None and kind in kinds:
+        return kinds[kind](inner)
     if kind == "$dtype":
         return getattr(torch, inner)
     if kind == "$size":
@@ -59,9 +109,8 @@ def decode_value(tree: Tree) -> Any:
         return decode_class(inner[0])(inner[1])
     if kind == "$class":
         return decode_class(inner)
-    if kind == "$dict":
-        return {decode_value(k): decode_value(v) for k, v in inner}
-    return {"$tuple": tuple, "$list": list, "$set": set}[kind](decode_value(i) for i in inner)
+    items = decode_value(inner, kinds)
+    return {"$tuple": tuple, "$set": set, "$dict": dict}[kind](items)
 
 
 def encode_class(cls: type[Any]) -> Tree:

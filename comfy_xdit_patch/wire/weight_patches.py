@@ -22,6 +22,12 @@ import torch
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.packs import check_room
 from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES
+from comfy_xdit_patch.wire.values import (
+    UncarriedValueError,
+    as_base,
+    decode_value,
+    encode_value,
+)
 
 Place = Callable[[Sequence[torch.Tensor]], list[Tree]]
 
@@ -41,10 +47,6 @@ _BYPASS_NOTES = frozenset(
 _IDENTITY = "ModelPatcher.get_key_patches.<locals>.<lambda>"
 
 
-class UncarriedPatchError(TypeError):
-    """A weight patch holds something that cannot be carried to another process."""
-
-
 class PatchEncoder:
     """Turns patches into a tree; all tensors are placed together at the end."""
 
@@ -52,7 +54,10 @@ class PatchEncoder:
         from comfy import weight_adapter
 
         self._adapters = tuple(weight_adapter.adapters)
-        self._tensors: list[torch.Tensor] = []
+        self._tensors: list[tuple[torch.Tensor, dict[str, Tree]]] = []
+        """With the nodes of the tree where their places will stand."""
+        self._beside: dict[int, Set[str]] = {}
+        """What may be on an adapter beside its weights, by the adapter's identity."""
         self.made: list[torch.Tensor] = []
         """Tensors made here. Their copies in shared memory live as long as these do."""
 
@@ -60,59 +65,45 @@ class PatchEncoder:
         """Turn a ModelPatcher's ``patches`` into a tree.
 
         Raises:
-            UncarriedPatchError: a patch holds something that cannot be carried.
+            UncarriedValueError: a patch holds something that cannot be carried.
             NoRoomError: the patches would take too much memory.
         """
-        tree = {key: [self._patch(patch) for patch in patches[key]] for key in sorted(patches)}
-        return _fill(tree, place(self._tensors))
+        return self._placed({key: [*map(self._patch, patches[key])] for key in patches}, place)
 
     def encode_bypass(self, hooks: Mapping[str, Sequence[Any]], place: Place) -> Tree:
         """Turn ComfyUI's bypass hooks, by their module's name, into a tree.
 
         Raises:
-            UncarriedPatchError: an adapter holds something that cannot be carried.
+            UncarriedValueError: an adapter holds something that cannot be carried.
             NoRoomError: the adapters would take too much memory.
         """
-        tree: dict[str, Tree] = {}
-        for name in sorted(hooks):
-            tree[name] = []
+        found: dict[str, list[Any]] = {}
+        for name in hooks:
+            found[name] = []
             for hook in hooks[name]:
                 if getattr(hook.adapter, "multiplier", None) != hook.multiplier:
-                    raise UncarriedPatchError("an adapter that bypass hooks share")
-                adapter = self._adapter(hook.adapter, _BYPASS_NOTES)
-                tree[name].append([float(hook.multiplier), adapter])
-        return _fill(tree, place(self._tensors))
+                    raise UncarriedValueError("an adapter that bypass hooks share")
+                self._beside[id(hook.adapter)] = _BYPASS_NOTES
+                found[name].append([float(hook.multiplier), hook.adapter])
+        return self._placed(found, place)
 
-    def _patch(self, patch: Sequence[Any]) -> Tree:
+    def _placed(self, values: Mapping[str, Any], place: Place) -> Tree:
+        tree = encode_value({key: values[key] for key in sorted(values)}, self._other)
+        tensors = [tensor for tensor, _ in self._tensors]
+        for (_, node), placed in zip(self._tensors, place(tensors), strict=True):
+            node.update(placed)
+        return tree
+
+    def _patch(self, patch: Sequence[Any]) -> tuple[Any, ...]:
+        """A patch in plain numbers; a merge's other weight is converted."""
         strength, value, strength_model, offset, function = patch
-        return [
-            float(strength),
-            self._value(value),
-            float(strength_model),
-            None if offset is None else [int(number) for number in offset],
-            None if function is None else _function_name(function),
-        ]
-
-    def _value(self, value: Any) -> Tree:
         if isinstance(value, list):
             (weight, convert), *patches = value
-            return {
-                "$model": [self._other_weight(weight, convert), *map(self._patch, patches)],
-            }
-        if type(value) in self._adapters:
-            return self._adapter(value)
-        return self._part(value)
+            value = [(self._other_weight(weight, convert), _as_it_is), *map(self._patch, patches)]
+        where = None if offset is None else tuple(int(number) for number in offset)
+        return float(strength), value, float(strength_model), where, function
 
-    def _adapter(self, adapter: Any, notes: Set[str] = frozenset()) -> Tree:
-        name = type(adapter).__name__
-        if type(adapter) not in self._adapters:
-            raise UncarriedPatchError(f"a {name}")
-        extra = set(vars(adapter)) - {"loaded_keys", "weights"} - notes
-        if extra:
-            raise UncarriedPatchError(f"{name}.{min(extra)}")
-        return {"$adapter": name, "weights": self._part(adapter.weights)}
-
-    def _other_weight(self, weight: torch.Tensor, convert: Any) -> Tree:
+    def _other_weight(self, weight: torch.Tensor, convert: Any) -> torch.Tensor:
         """The other model's weight in a merge, converted as ``calculate_weight`` would."""
         if getattr(convert, "__qualname__", "") != _IDENTITY:
             import comfy.model_management
@@ -125,101 +116,58 @@ class PatchEncoder:
             self.made.append(weight)
             # Once here and once in shared memory.
             check_room(2 * sum(made.nbytes for made in self.made))
-        return self._part(weight)
+        return weight
 
-    def _part(self, part: Any) -> Tree:
-        if isinstance(part, torch.Tensor):
-            if type(part) not in PLAIN_CLASSES or part.is_sparse:
-                raise UncarriedPatchError(f"a tensor of class {type(part).__name__}")
-            self._tensors.append(part)
-            return {"$tensor": len(self._tensors) - 1}
-        if isinstance(part, (tuple, list)):
-            kind = "$tuple" if isinstance(part, tuple) else "$list"
-            return {kind: [self._part(item) for item in part]}
-        if isinstance(part, dict) and all(isinstance(key, str) for key in part):
-            return {"$dict": {key: self._part(item) for key, item in part.items()}}
-        if part is None or isinstance(part, (bool, int, float, str)):
-            return part
-        raise UncarriedPatchError(f"a {type(part).__name__}")
-
-
-def _fill(tree: Tree, places: Sequence[Tree]) -> Tree:
-    """Put the tensors' places where their numbers stand."""
-    if isinstance(tree, dict):
-        if "$tensor" in tree:
-            return places[tree["$tensor"]]
-        return {key: _fill(item, places) for key, item in tree.items()}
-    return [_fill(item, places) for item in tree] if isinstance(tree, list) else tree
+    def _other(self, _: str, value: Any) -> Tree:
+        if isinstance(value, torch.Tensor):
+            if type(value) not in PLAIN_CLASSES or value.is_sparse:
+                raise UncarriedValueError(f"a tensor of class {type(value).__name__}")
+            node: dict[str, Tree] = {}
+            self._tensors.append((value, node))
+            return node
+        if type(value) in self._adapters:
+            name, notes = type(value).__name__, self._beside.get(id(value), frozenset())
+            extra = set(vars(value)) - {"loaded_keys", "weights"} - notes
+            if extra:
+                raise UncarriedValueError(f"{name}.{min(extra)}")
+            return {"$adapter": [name, encode_value(value.weights, self._other)]}
+        if isinstance(value, types.FunctionType):
+            return {"$function": None if value is _as_it_is else _function_name(value)}
+        return encode_value(as_base(value), self._other)
 
 
-def _function_name(function: Any) -> str:
+def _function_name(function: types.FunctionType) -> str:
     """Name a function of ComfyUI's own, such as ``swap_scale_shift``.
 
     Raises:
-        UncarriedPatchError: it is not a module-level function of ComfyUI.
+        UncarriedValueError: it is not a module-level function of ComfyUI.
     """
-    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    module, name = function.__module__ or "", function.__qualname__
     if (
-        not isinstance(function, types.FunctionType)
-        or module.split(".")[0] != "comfy"
+        module.split(".")[0] != "comfy"
         or getattr(importlib.import_module(module), name, None) is not function
     ):
-        raise UncarriedPatchError(f"the function {name or type(function).__name__}")
+        raise UncarriedValueError(f"the function {name}")
     return f"{module}:{name}"
 
 
 def decode(tree: Tree, tensor: Callable[[Tree], torch.Tensor]) -> dict[str, list[Any]]:
-    """Turn a tree of ``PatchEncoder.encode`` into a ModelPatcher's ``patches``.
+    """Turn a tree of ``PatchEncoder`` back: lists of patches, or of bypass hooks, by their names.
 
     Args:
         tensor: finds the tensor behind a place.
     """
 
-    def value(node: Tree) -> Any:
-        if isinstance(node, dict) and "$model" in node:
-            weight, *patches = node["$model"]
-            return [(_part(weight, tensor), _as_it_is), *map(patch, patches)]
-        return _part(node, tensor)
+    def adapter(inner: Tree) -> Any:
+        from comfy import weight_adapter
 
-    def patch(node: Tree) -> tuple[Any, ...]:
-        strength, inner, strength_model, offset, function = node
-        return (
-            strength,
-            value(inner),
-            strength_model,
-            None if offset is None else tuple(offset),
-            None if function is None else _function(function),
-        )
+        name, weights = inner
+        (found,) = (c for c in weight_adapter.adapters if c.__name__ == name)
+        return found(set(), decode_value(weights, kinds))
 
-    return {key: [patch(item) for item in patches] for key, patches in tree.items()}
-
-
-def decode_bypass(
-    tree: Tree, tensor: Callable[[Tree], torch.Tensor]
-) -> list[tuple[str, float, Any]]:
-    """Turn a tree of ``PatchEncoder.encode_bypass`` into modules' names, strengths, adapters."""
-    return [
-        (name, multiplier, _part(adapter, tensor))
-        for name, hooks in tree.items()
-        for multiplier, adapter in hooks
-    ]
-
-
-def _part(node: Tree, tensor: Callable[[Tree], torch.Tensor]) -> Any:
-    if not isinstance(node, dict):
-        return node
-    if "$pack" in node:
-        return tensor(node)
-    if "$tuple" in node:
-        return tuple(_part(item, tensor) for item in node["$tuple"])
-    if "$list" in node:
-        return [_part(item, tensor) for item in node["$list"]]
-    if "$dict" in node:
-        return {key: _part(item, tensor) for key, item in node["$dict"].items()}
-    from comfy import weight_adapter
-
-    (adapter,) = (c for c in weight_adapter.adapters if c.__name__ == node["$adapter"])
-    return adapter(set(), _part(node["weights"], tensor))
+    kinds = {"$pack": tensor, "$adapter": adapter, "$function": _function}
+    decoded: dict[str, list[Any]] = decode_value(tree, kinds)
+    return decoded
 
 
 def is_quantised(model: Any, key: str) -> bool:
@@ -235,6 +183,8 @@ def _as_it_is(weight: torch.Tensor, **_: Any) -> torch.Tensor:
     return weight
 
 
-def _function(name: str) -> Any:
+def _function(name: str | None) -> Any:
+    if name is None:
+        return _as_it_is
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)

@@ -102,7 +102,7 @@ class Calls:
         resident = self._resident(message.model)
         plan = ParallelPlan.of_grid(message.grid, message.weights)
         arguments = self._slots.fetch(message.arguments)
-        patches = self._patches(arguments.pop("patches", None))
+        patches = self._patches(message.patches)
         rank = self._groups.rank
         # A shard is gathered by all ranks at once, and stages run different blocks.
         assert resident.blocks is None or plan.pipefusion_degree == 1
@@ -224,7 +224,10 @@ class Calls:
         return Fetched(message.request, bytes_sent)
 
     def _patches(self, tree: Tree) -> ModelPatches | None:
-        return None if tree is None else ModelPatches(tree, self._objects)
+        if tree is None:
+            return None
+        options = self._slots.fetch(tree["options"])
+        return ModelPatches({**tree, "options": options}, self._objects)
 
     def _resident(self, model: int) -> Resident:
         with torch.inference_mode():  # ComfyUI may have taken the model off, and patches it again.

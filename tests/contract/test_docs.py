@@ -26,7 +26,7 @@ TROUBLESHOOTING = DOCS / "troubleshooting.md"
 
 EXCEPTIONS = {
     name for name, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)
-} | {"UncarriedArgumentError"}
+}
 LOG_LEVELS = ("info", "warning", "error", "exception")
 # Functions that make a text which somebody else raises, logs or quotes.
 TEXT_FUNCTIONS = (

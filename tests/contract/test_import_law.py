@@ -38,10 +38,10 @@ IMPORTERS = {
         "host/weights/one_owner.py",
         "host/weights/residency.py",
         "wire/skeleton.py",
+        "wire/slot_map.py",
         "wire/weight_patches.py",
         "worker/attention/prescribed.py",
         "worker/joining.py",
-        "worker/shard/blocks.py",
         "worker/shard/quantised.py",
         "worker/weights/loading.py",
         "worker/weights/overlay.py",
@@ -83,6 +83,7 @@ IMPORTERS = {
         "host/reading/weight_states.py",
         "host/step/block_calls.py",
         "host/step/controlnets.py",
+        "host/step/lazy_tensor.py",
         "host/step/outcome.py",
         "host/step/residuals_there.py",
         "host/step/step.py",
@@ -92,6 +93,7 @@ IMPORTERS = {
         "planning/workload.py",
         "wire/fingerprint.py",
         "wire/packs.py",
+        "wire/recipes.py",
         "wire/skeleton.py",
         "wire/slot_map.py",
         "wire/slots.py",
@@ -156,7 +158,16 @@ ONLY_IN_FUNCTIONS = {
 HOLDS_TENSORS = {
     f"wire/{name}.py"
     for name in (
-        *("fingerprint", "functions", "packs", "skeleton", "slot_map", "slots", "tensors"),
+        *(
+            "fingerprint",
+            "functions",
+            "packs",
+            "recipes",
+            "skeleton",
+            "slot_map",
+            "slots",
+            "tensors",
+        ),
         *("torch_settings", "values", "weight_patches"),
     )
 }

@@ -188,7 +188,7 @@ class Turn:
         """Put the arguments of a call into slots, by their paths; see ``SlotTable.place``.
 
         Raises:
-            UncarriedArgumentError: an argument is not of a type that can cross.
+            UncarriedValueError: an argument is not of a type that can cross.
         """
         self._crew.slots.begin_call(values)
         return {path: self.put(path, value) for path, value in values.items()}

@@ -22,7 +22,8 @@ from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.wire.fingerprint import is_dynamic
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.packs import NoRoomError, PackTable
-from comfy_xdit_patch.wire.weight_patches import PatchEncoder, UncarriedPatchError, is_quantised
+from comfy_xdit_patch.wire.values import UncarriedValueError
+from comfy_xdit_patch.wire.weight_patches import PatchEncoder, is_quantised
 
 REMEMBERED_STATES = 8
 """Encodings kept for a model: the stacks of LoRAs that a user switches between."""
@@ -73,7 +74,7 @@ class WeightStates:
         if state is None:
             try:
                 encoded = self._encode(patcher, bypass)
-            except UncarriedPatchError as error:
+            except UncarriedValueError as error:
                 return Refusal(f"a weight patch holds {error}")
             except NoRoomError as error:
                 return Refusal(f"the weight patches do not fit in memory: {error}")

@@ -25,15 +25,14 @@ from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.reading.node_patches import other_options
 from comfy_xdit_patch.host.step.outcome import Computed
 from comfy_xdit_patch.host.step.tokens_there import (
-    SEQUENCE_DIM,
     Counts,
     Kept,
     RemoteTokens,
     encode,
-    encode_modulation,
 )
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, Reply, short
 from comfy_xdit_patch.wire.messages.requests import Fetch, RunBlock, Tree
@@ -232,8 +231,6 @@ class DrivenStep:
         """Put an argument of a block into slots; one of ``CONSTANT`` is put there once."""
         if key in TOKENS:
             return self._tokens(turn, key, value, counts)
-        if key == "vec":
-            return turn.put("driven.vec", encode_modulation(value))
         known, place = self._constants.get(key, (None, None))
         if known is None or known is not value:
             place = turn.put(f"driven.{key}", value)

@@ -47,7 +47,7 @@ from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
 from comfy_xdit_patch.wire.messages.replies import Controlled
 from comfy_xdit_patch.wire.messages.requests import Control
-from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+from comfy_xdit_patch.wire.values import UncarriedValueError
 
 LOADER = "load_controlnet"
 
@@ -174,7 +174,7 @@ class ControlNets:
             return likeness.late_change(crew) or residuals
         except CardsFullError:
             return Refusal("the cards have no room for its call beside the weights", Scope.STEP)
-        except UncarriedArgumentError as error:
+        except UncarriedValueError as error:
             return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
         except CallRaisedError as error:
             self._totals.last_error = str(error)
@@ -232,7 +232,7 @@ class RemoteControl:
             What ComfyUI's own forward returns, in residuals that are the workers'.
 
         Raises:
-            UncarriedArgumentError: an argument is not of a type that can cross.
+            UncarriedValueError: an argument is not of a type that can cross.
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
         """

@@ -28,7 +28,7 @@ from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.weights.holding import LOST, STARTING
 from comfy_xdit_patch.report.log import say, say_unheard, summary, warn_once
 from comfy_xdit_patch.report.status import RunCounts, Totals
-from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def refusal_of(error: Exception, totals: Totals) -> Refusal | None:
         return Refusal("the cards have no room for this call beside the weights", error=str(error))
     if isinstance(error, PlanError):
         return Refusal("a node left a rank without tokens", Scope.STEP)
-    if isinstance(error, UncarriedArgumentError):
+    if isinstance(error, UncarriedValueError):
         return Refusal(f"an argument cannot be carried over: {error}", Scope.STEP)
     return None
 

@@ -2,11 +2,9 @@
 
 Runs in: host process.
 
-To ComfyUI it is a tensor: it has shape, dtype and device, and ComfyUI multiplies it by a strength
-and adds another ControlNet's to it. What is done to it is written down as a recipe, which the
-workers follow on their own tokens. Anything else that anybody does with it needs the numbers: then
-ComfyUI's own ControlNet computes them here, once, and the object is an ordinary tensor from there
-on.
+ComfyUI multiplies it by a strength and adds another ControlNet's to it. That is written down, and
+the workers do it on their own tokens. Anything else needs the numbers: then ComfyUI's own
+ControlNet computes them here.
 """
 
 from __future__ import annotations
@@ -16,16 +14,16 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from comfy_xdit_patch.host.pool.crew import Crew
+from comfy_xdit_patch.host.step.lazy_tensor import LazyTensor
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.messages.requests import Tree
+from comfy_xdit_patch.wire.recipes import Leaves, Recipe, arithmetic, follow, written
 
 aten = torch.ops.aten
 TIMES = (aten.mul.Tensor, aten.mul.Scalar)
 TIMES_IN_PLACE = (aten.mul_.Tensor, aten.mul_.Scalar)
-Recipe = tuple[Any, ...]
 Residuals = Mapping[str, Sequence[torch.Tensor | None]]
 """What a ControlNet returns: for each of ComfyUI's lists a residual or None for every block."""
 
@@ -68,83 +66,59 @@ def calls_kept(_: Crew) -> weakref.WeakSet[ControlCall]:
     return weakref.WeakSet()
 
 
-class DeferredResidual(torch.Tensor):
-    """A residual by its recipe: see the module, and ``worker/shard/residuals.py`` for the steps."""
+class DeferredResidual(LazyTensor):
+    """A residual by its recipe."""
 
     recipe: Recipe
-    here: torch.Tensor | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def make(
         recipe: Recipe, *, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> DeferredResidual:
         """Return the residual of a recipe."""
-        made: DeferredResidual = torch.Tensor._make_wrapper_subclass(
-            DeferredResidual, tuple(shape), dtype=dtype, device=device
-        )
-        made.recipe, made.here = recipe, None
+        made = DeferredResidual.empty(shape, dtype=dtype, device=device)
+        made.recipe = recipe
         return made
 
-    def numbers(self) -> torch.Tensor:
-        """Become an ordinary tensor, and return it."""
-        if self.here is None:
-            self.here = _follow(self.recipe)
-        return self.here
+    def compute(self) -> torch.Tensor:
+        """Follow the recipe here. A copy: the numbers may be changed in place later."""
+        leaves: Leaves = {
+            "residual": lambda call, index: call.residual(index).clone(),
+            "tensor": lambda tensor: tensor,
+        }
+        numbers: torch.Tensor = follow(self.recipe, leaves, arithmetic)
+        return numbers
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        deferred = _recorded(func, args, kwargs)
-        if deferred is not None:
-            return deferred
-        owners: dict[int, DeferredResidual] = {}
-
-        def unwrap(value: Any) -> Any:
-            if isinstance(value, DeferredResidual):
-                owners[id(value.numbers())] = value
-                return value.numbers()
-            return value
-
-        out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-        # What was changed in place is still the same object to who holds it.
-        return tree_map(lambda value: owners.get(id(value), value), out)
-
-
-def _recorded(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> DeferredResidual | None:
-    """Write down what is done to a residual, or return None: the numbers are needed."""
-    first, *rest = args
-    if not isinstance(first, DeferredResidual) or first.here is not None:
-        return None
-    if func in TIMES_IN_PLACE and not kwargs and isinstance(rest[0], (int, float)):
-        first.recipe = ("mul", first.recipe, rest[0])
-        return first
-    shape, dtype, device = first.shape, first.dtype, first.device
-    if (
-        func in TIMES
-        and not kwargs
-        and isinstance(rest[0], (int, float))
-        and dtype.is_floating_point
-    ):
-        recipe: Recipe = ("mul", first.recipe, rest[0])
-    elif func is aten.add.Tensor and not kwargs and _is_alike(first, rest[0]):
-        other = rest[0]
-        is_deferred = isinstance(other, DeferredResidual) and other.here is None
-        recipe = ("add", first.recipe, other.recipe if is_deferred else ("tensor", _plain(other)))
-        shape = max(shape, other.shape)
-        dtype = torch.promote_types(dtype, other.dtype)
-    elif func is aten._to_copy.default and kwargs.get("device") in (None, device):
-        dtype = kwargs.get("dtype") or dtype
-        recipe = ("to", first.recipe, dtype)
-    elif func is aten.to.dtype:  # as it comes under inference_mode
-        dtype = rest[0]
-        recipe = ("to", first.recipe, dtype)
-    else:
-        return None
-    return DeferredResidual.make(recipe, shape=shape, dtype=dtype, device=device)
+    def record(
+        cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> DeferredResidual | None:
+        """Write down what is done to a residual, or return None: the numbers are needed."""
+        first, *rest = args
+        if not isinstance(first, DeferredResidual) or first.here is not None:
+            return None
+        is_times = not kwargs and bool(rest) and isinstance(rest[0], (int, float))
+        if func in TIMES_IN_PLACE and is_times:
+            first.recipe = ("mul", first.recipe, rest[0])
+            return first
+        recipe: Recipe
+        shape, dtype, device = first.shape, first.dtype, first.device
+        if func in TIMES and is_times and dtype.is_floating_point:
+            recipe = ("mul", first.recipe, rest[0])
+        elif func is aten.add.Tensor and not kwargs and _is_alike(first, rest[0]):
+            other = rest[0]
+            recipe = ("add", first.recipe, _recipe(other))
+            shape = max(shape, other.shape)
+            dtype = torch.promote_types(dtype, other.dtype)
+        elif func is aten._to_copy.default and kwargs.get("device") in (None, device):
+            dtype = kwargs.get("dtype") or dtype
+            recipe = ("to", first.recipe, _name(dtype))
+        elif func is aten.to.dtype:  # as it comes under inference_mode
+            dtype = rest[0]
+            recipe = ("to", first.recipe, _name(dtype))
+        else:
+            return None
+        return DeferredResidual.make(recipe, shape=shape, dtype=dtype, device=device)
 
 
 def _is_alike(residual: DeferredResidual, other: Any) -> bool:
@@ -157,23 +131,18 @@ def _is_alike(residual: DeferredResidual, other: Any) -> bool:
     )
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.numbers() if isinstance(tensor, DeferredResidual) else tensor
+def _recipe(tensor: torch.Tensor) -> Recipe:
+    if isinstance(tensor, DeferredResidual) and tensor.here is None:
+        return tensor.recipe
+    return _leaf(tensor)
 
 
-def _follow(recipe: Recipe) -> torch.Tensor:
-    kind, first, *rest = recipe
-    if kind == "residual":
-        out: torch.Tensor = first.residual(rest[0]).clone()
-    elif kind == "tensor":
-        out = first
-    elif kind == "mul":
-        out = _follow(first) * rest[0]
-    elif kind == "add":
-        out = _follow(first) + _follow(rest[0])
-    else:
-        out = _follow(first).to(rest[0])
-    return out
+def _leaf(tensor: torch.Tensor) -> Recipe:
+    return ("tensor", tensor.numbers() if isinstance(tensor, LazyTensor) else tensor)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def encode_control(
@@ -201,32 +170,27 @@ def encode_control(
             is_there(part) for part in recipe[1:] if isinstance(part, tuple)
         )
 
-    def tree(recipe: Recipe, num_rows: int) -> Tree:
-        kind, first, *rest = recipe
-        if kind == "residual":
-            return [kind, first.number, rest[0]]
-        if kind == "tensor":
+    def tree(recipe: Recipe, rows: Sequence[int]) -> Tree:
+        def placed(tensor: torch.Tensor) -> Tree:
             # Rows of the batch may be shared among the ranks: every row must be there.
-            whole = first.expand(num_rows, *first.shape[1:])
-            return [kind, place(f"control.{len(unique)}", whole)]
-        if kind == "to":
-            return [kind, tree(first, num_rows), str(rest[0]).removeprefix("torch.")]
-        if kind == "mul":
-            return [kind, tree(first, num_rows), rest[0]]
-        return [kind, tree(first, num_rows), tree(rest[0], num_rows)]
+            is_whole = tensor.shape[:1] == rows
+            whole = tensor if is_whole else tensor.expand(*rows, *tensor.shape[1:])
+            return ["tensor", place(f"control.{len(unique)}", whole)]
+
+        def numbered(call: ControlCall, index: int) -> Tree:
+            return ["residual", call.number, index]
+
+        return follow(recipe, {"residual": numbered, "tensor": placed}, written)
 
     def number(residual: torch.Tensor | None) -> int | None:
         if residual is None:
             return None
         if id(residual) not in known:
-            if isinstance(residual, DeferredResidual):
-                is_deferred = residual.here is None and is_there(residual.recipe)
-                recipe = residual.recipe if is_deferred else ("tensor", residual.numbers())
-                entry = tree(recipe, residual.shape[0])
-            else:
-                entry = ["tensor", place(f"control.{len(unique)}", residual)]
+            recipe = _recipe(residual)
+            if not is_there(recipe):
+                recipe = _leaf(residual)
             known[id(residual)] = len(unique)
-            unique.append(entry)
+            unique.append(tree(recipe, residual.shape[:1]))
         return known[id(residual)]
 
     blocks = {name: [number(residual) for residual in part] for name, part in control.items()}

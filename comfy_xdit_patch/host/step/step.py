@@ -41,7 +41,7 @@ from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import LeftOutHooks
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
 class ParallelSteps:
@@ -126,7 +126,7 @@ class ParallelSteps:
             if self._holding.has_changed_file(run):
                 return Refusal("the model's file was changed during this step", Scope.STEP)
             return crew.of(Likeness).late_change(crew) or checked(step)
-        except (XditError, UncarriedArgumentError) as error:
+        except (XditError, UncarriedValueError) as error:
             refusal = refusal_of(error, self._totals)
             if refusal is None:
                 raise

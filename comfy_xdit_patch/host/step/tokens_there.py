@@ -10,16 +10,17 @@ from all ranks; from then on they are here, and are sent when a block wants them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
+from comfy_xdit_patch.host.step.lazy_tensor import LazyTensor
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM
 from comfy_xdit_patch.wire.messages.requests import Tree
+from comfy_xdit_patch.wire.recipes import Recipe, follow, written
 
 aten = torch.ops.aten
-SEQUENCE_DIM = 1
 
 Counts = tuple[int, int, int]
 """How many text, image and reference tokens all ranks share."""
@@ -36,12 +37,10 @@ class Kept:
         self._forget(self.number)
 
 
-Recipe = tuple[Any, ...]
-"""("kept", Kept), ("join", text, image) or ("image", joint)."""
 Fetch = Callable[["RemoteTokens"], torch.Tensor]
 
 
-class RemoteTokens(torch.Tensor):
+class RemoteTokens(LazyTensor):
     """Tokens of one stream: see the module.
 
     They are ``here`` as an ordinary tensor, or on the ranks as ``recipe`` says, or they are the
@@ -52,12 +51,9 @@ class RemoteTokens(torch.Tensor):
     stream: str
     counts: Counts
     own_weights: tuple[int, ...]
-    here: torch.Tensor | None
     parent: RemoteTokens | None
     fetch: Fetch | None
     own_recipe: Recipe
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def make(
@@ -73,9 +69,7 @@ class RemoteTokens(torch.Tensor):
         fetch: Fetch | None = None,
     ) -> RemoteTokens:
         """Return tokens of the dtype and on the device of ``like``."""
-        made: RemoteTokens = torch.Tensor._make_wrapper_subclass(
-            RemoteTokens, tuple(shape), dtype=like.dtype, device=like.device
-        )
+        made = RemoteTokens.empty(shape, dtype=like.dtype, device=like.device)
         made.stream, made.own_recipe, made.counts = stream, recipe, counts
         made.here, made.parent, made.fetch = here, parent, fetch
         made.own_weights = weights
@@ -94,13 +88,15 @@ class RemoteTokens(torch.Tensor):
         return self.own_weights if self.parent is None else self.parent.weights
 
     def numbers(self) -> torch.Tensor:
-        """Be an ordinary tensor, and return it."""
+        """Be an ordinary tensor, and return it; a part is one of its parent's."""
         if self.parent is not None:
             return self.parent.numbers()[:, self.parent.counts[0] :]
-        if self.here is None:
-            assert self.fetch is not None
-            self.here = self.fetch(self)
-        return self.here
+        return super().numbers()
+
+    def compute(self) -> torch.Tensor:
+        """Gather them from the ranks."""
+        assert self.fetch is not None
+        return self.fetch(self)
 
     def move(
         self, recipe: Recipe, counts: Counts, fetch: Fetch, weights: tuple[int, ...] = ()
@@ -110,71 +106,51 @@ class RemoteTokens(torch.Tensor):
         self.own_weights = weights
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        recorded = _recorded(func, args)
-        if recorded is not None:
-            return recorded
-        owners: dict[int, RemoteTokens] = {}
-
-        def unwrap(value: Any) -> Any:
-            if isinstance(value, RemoteTokens):
-                numbers = value.numbers()
-                owners[id(numbers)] = value
-                return numbers
-            return value
-
-        out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
-        return tree_map(lambda value: owners.get(id(value), value), out)
-
-
-def _recorded(func: Any, args: Sequence[Any]) -> RemoteTokens | None:
-    """Write down what is done to tokens, or return None: the numbers are needed."""
-    if func is aten.cat.default and len(args) == 2 and args[1] in (SEQUENCE_DIM, SEQUENCE_DIM - 3):
-        parts = args[0]
-        if len(parts) == 2 and all(isinstance(p, RemoteTokens) and p.recipe for p in parts):
-            text, image = parts
-            is_pair = (text.stream, image.stream) == ("text", "image")
-            is_pair = is_pair and text.weights == image.weights
-            if is_pair and text.counts == image.counts:
-                return RemoteTokens.make(
-                    "joint",
-                    shape=(image.shape[0], text.shape[1] + image.shape[1], image.shape[2]),
-                    like=image,
-                    recipe=("join", text.recipe, image.recipe),
-                    counts=image.counts,
-                    fetch=image.fetch,
-                    weights=image.weights,
-                )
-    if func is aten.slice.Tensor:
-        tokens, dim, start, end = (*args, 0, None, None)[:4]
-        is_there = isinstance(tokens, RemoteTokens) and tokens.recipe is not None
-        if is_there and tokens.stream == "joint" and dim == SEQUENCE_DIM and args[4:] in ((), (1,)):
-            length, num_text = tokens.shape[1], tokens.counts[0]
-            if start == num_text and (end is None or end >= length):
-                return RemoteTokens.make(
-                    "image",
-                    shape=(tokens.shape[0], length - num_text, tokens.shape[2]),
-                    like=tokens,
-                    counts=tokens.counts,
-                    parent=tokens,
-                )
-    return None
+    def record(
+        cls, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> RemoteTokens | None:
+        """Write down what is done to tokens, or return None: the numbers are needed."""
+        if (
+            func is aten.cat.default
+            and len(args) == 2
+            and args[1] in (SEQUENCE_DIM, SEQUENCE_DIM - 3)
+        ):
+            parts = args[0]
+            if len(parts) == 2 and all(isinstance(p, RemoteTokens) and p.recipe for p in parts):
+                text, image = parts
+                is_pair = (text.stream, image.stream) == ("text", "image")
+                is_pair = is_pair and text.weights == image.weights
+                if is_pair and text.counts == image.counts:
+                    return RemoteTokens.make(
+                        "joint",
+                        shape=(image.shape[0], text.shape[1] + image.shape[1], image.shape[2]),
+                        like=image,
+                        recipe=("join", text.recipe, image.recipe),
+                        counts=image.counts,
+                        fetch=image.fetch,
+                        weights=image.weights,
+                    )
+        if func is aten.slice.Tensor:
+            tokens, dim, start, end = (*args, 0, None, None)[:4]
+            is_there = isinstance(tokens, RemoteTokens) and tokens.recipe is not None
+            if (
+                is_there
+                and tokens.stream == "joint"
+                and dim == SEQUENCE_DIM
+                and args[4:] in ((), (1,))
+            ):
+                length, num_text = tokens.shape[1], tokens.counts[0]
+                if start == num_text and (end is None or end >= length):
+                    return RemoteTokens.make(
+                        "image",
+                        shape=(tokens.shape[0], length - num_text, tokens.shape[2]),
+                        like=tokens,
+                        counts=tokens.counts,
+                        parent=tokens,
+                    )
+        return None
 
 
 def encode(recipe: Recipe) -> Tree:
     """Turn a recipe into a tree for the workers."""
-    kind, *parts = recipe
-    if kind == "kept":
-        return [kind, parts[0].number]
-    return [kind, *(encode(part) for part in parts)]
-
-
-def encode_modulation(value: Any) -> Any:
-    """Turn what modulates a block into tensors, lists and dictionaries."""
-    if isinstance(value, (tuple, list)):
-        return [encode_modulation(item) for item in value]
-    if all(hasattr(value, name) for name in ("shift", "scale", "gate")):
-        return {"$modulation": [value.shift, value.scale, value.gate]}
-    return value
+    return follow(recipe, {"kept": lambda kept: ["kept", kept.number]}, written)

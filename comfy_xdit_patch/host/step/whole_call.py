@@ -57,7 +57,7 @@ class RemoteForward:
             room: for a look whether a card has it; None to compute at once.
 
         Raises:
-            UncarriedArgumentError: an argument is not of a type that can cross.
+            UncarriedValueError: an argument is not of a type that can cross.
             DeclinedError: a node's patch cannot run there.
             CardsFullError: there is no room on a card.
             WorkerError: the workers are lost.
@@ -68,6 +68,10 @@ class RemoteForward:
         with crew.turn(call.poll) as turn:
             written, control = slots.bytes_written, crew.control_bytes
             tree = _tree(turn, call, plan, kept=crew.of(calls_kept))
+            patches = call.carried.tree
+            if patches is not None:
+                others = other_options(call.options)
+                patches = {**patches, "options": turn.put("options", others)}
             result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
             replies = turn.compute(
                 Forward(
@@ -78,6 +82,7 @@ class RemoteForward:
                     arguments=tree,
                     result=result.number,
                     pipeline=None if pipeline is None else pipeline.tree(tree),
+                    patches=patches,
                 ),
                 room=room,
             )
@@ -121,9 +126,6 @@ def _tree(
     tree["transformer_options"] = {
         name: turn.put(name, options[name]) for name in CARRIED_OPTIONS if name in options
     }
-    if call.carried.tree is not None:
-        others = turn.put("options", other_options(options))
-        tree["patches"] = {**call.carried.tree, "options": others}
     return tree
 
 

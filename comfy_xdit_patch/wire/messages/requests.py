@@ -10,17 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Tree: TypeAlias = Any
-"""None, bool, int, float, str, list, dict with string keys, or a ``SlotRef`` as a dict."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlotRef:
-    """One tensor in a slot. ``version`` changes with every write to that slot."""
-
-    slot: int
-    version: int
-    dtype: str
-    shape: tuple[int, ...]
+"""None, bool, int, float, str, list, dict with string keys: what ``wire/values.py`` makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +144,11 @@ class Forward:
     """One call of the diffusion model.
 
     ``arguments`` is the tree of ``Flux._forward``'s keyword arguments; ``control`` in it
-    holds recipes for residuals (``worker/shard/residuals.py``), ``patches`` are those of nodes
-    (``worker/shard/node_patches.py``). The ranks that own a part
+    holds recipes for residuals (``worker/shard/residuals.py``). The ranks that own a part
     of the batch write it to the slot ``result``. ``pipeline`` is None but for PipeFusion
     (``worker/pipefusion/sequence.py``). ``working_bytes`` is what the call takes on a device beside
-    the weights, for a look whether there is room; 0 to make it at once.
+    the weights, for a look whether there is room; 0 to make it at once. ``patches`` are those of
+    nodes (``worker/shard/node_patches.py``), or None.
     """
 
     request: int
@@ -169,6 +159,7 @@ class Forward:
     result: int
     pipeline: Tree = None
     working_bytes: int = 0
+    patches: Tree = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ import torch
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.pipeline import patch_shares, stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.attention.masks import RankMasks, Span, inverse_of, order_of
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
@@ -40,7 +40,7 @@ from comfy_xdit_patch.worker.pipefusion.stage import Stage
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches, PatchRefusedError
 from comfy_xdit_patch.worker.shard.quantised import ScaledLayers, scales_on_weights
-from comfy_xdit_patch.worker.shard.rank_tokens import SEQUENCE_DIM, RankTokens, gather_sequence
+from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens, gather_sequence
 from comfy_xdit_patch.worker.shard.residuals import Residuals
 from comfy_xdit_patch.worker.shard.sequence import keep_own, stream_counts
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.ranks import collectives
-from comfy_xdit_patch.worker.shard.rank_tokens import SEQUENCE_DIM
 
 DOUBLE = ("img", "txt")
 """First arguments of a double block's ``forward``, and what it returns."""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares
+from comfy_xdit_patch.wire.recipes import follow
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
 from comfy_xdit_patch.worker.ranks.groups import Groups
@@ -26,7 +27,7 @@ from comfy_xdit_patch.worker.shard.quantised import (
     scales_on_weights,
     whole_input_scales,
 )
-from comfy_xdit_patch.worker.shard.rank_tokens import SEQUENCE_DIM, RankTokens
+from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens
 from comfy_xdit_patch.worker.shard.sequence import REFERENCES, stream_counts
 
 STREAM_OF = {"img": "image", "txt": "text", "x": "joint"}
@@ -121,27 +122,13 @@ class DrivenBlocks:
             return mine.own(value, dim=POSITIONS_DIM)
         if name in RANGES_OF:
             return mine.ranges(value, RANGES_OF[name])
-        if name == "vec":
-            return decode_modulation(value)
         return value
 
     def _follow(self, recipe: Any, shares: SequenceShares) -> torch.Tensor:
-        kind, first, *rest = recipe
-        if kind == "kept":
-            return self._kept[first]
-        if kind == "join":
-            parts = [self._follow(first, shares), self._follow(rest[0], shares)]
-            return torch.cat(parts, SEQUENCE_DIM)
         num_text = shares.text[self._groups.rank]
-        return self._follow(first, shares)[:, num_text:]
 
+        def step(kind: str, *parts: torch.Tensor) -> torch.Tensor:
+            return torch.cat(parts, SEQUENCE_DIM) if kind == "join" else parts[0][:, num_text:]
 
-def decode_modulation(tree: Any) -> Any:
-    """Turn ``encode_modulation``'s tree into what blocks take."""
-    if isinstance(tree, dict):
-        import comfy.ldm.flux.layers
-
-        return comfy.ldm.flux.layers.ModulationOut(*tree["$modulation"])
-    if isinstance(tree, list):
-        return tuple(decode_modulation(item) for item in tree)
-    return tree
+        tokens: torch.Tensor = follow(recipe, {"kept": self._kept.__getitem__}, step)
+        return tokens

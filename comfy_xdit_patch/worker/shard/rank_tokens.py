@@ -26,14 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares
 from comfy_xdit_patch.worker.attention.masks import order_of
 from comfy_xdit_patch.worker.ranks import collectives
 
 STREAMS = {"text": (0,), "image": (1, 2), "joint": (0, 1, 2)}
 """Which kinds of tokens (text, image, reference) make up a stream."""
-
-SEQUENCE_DIM = 1
 
 
 class RankTokens:

@@ -4,9 +4,7 @@ Runs in: worker process.
 
 The host holds a recipe for each residual instead of its numbers (``host/step/residuals_there.py``):
 which tensor of which ControlNet call, and what ComfyUI did to it since (strength, sums of several
-ControlNets). The recipe is followed here on this rank's tokens.
-
-    ["residual", call, index]  ["tensor", t]  ["mul", a, number]  ["add", a, b]  ["to", a, dtype]
+ControlNets). The recipe (``wire/recipes.py``) is followed here on this rank's tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +17,8 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.wire.recipes import Leaves, arithmetic, follow
 from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens, gather_sequence
-
-Recipe = list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +92,8 @@ def _follow(
     residual: Callable[[int, int], torch.Tensor],
     cut: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, Any]:
-    def value(recipe: Recipe) -> torch.Tensor:
-        kind, first, *rest = recipe
-        if kind == "residual":
-            return residual(first, rest[0])
-        if kind == "tensor":
-            return cut(first)
-        if kind == "mul":
-            return torch.mul(value(first), rest[0])
-        if kind == "add":
-            return value(first) + value(rest[0])
-        if kind == "to":
-            dtype: torch.dtype = getattr(torch, rest[0])
-            return value(first).to(dtype)
-        raise ValueError(f"{kind!r} is not a step of a residual's recipe.")
-
-    unique = [value(recipe) for recipe in control["unique"]]
+    leaves: Leaves = {"residual": residual, "tensor": cut}
+    unique = [follow(recipe, leaves, arithmetic) for recipe in control["unique"]]
     return {
         name: [None if i is None else unique[i] for i in blocks]
         for name, blocks in control["blocks"].items()

@@ -21,7 +21,7 @@ import torch
 
 from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
@@ -29,7 +29,7 @@ from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
 from comfy_xdit_patch.worker.shard.pixel_space import sharded_head
 from comfy_xdit_patch.worker.shard.quantised import ScaledLayers, scales_on_weights
-from comfy_xdit_patch.worker.shard.rank_tokens import SEQUENCE_DIM, RankTokens, gather_sequence
+from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens, gather_sequence
 from comfy_xdit_patch.worker.shard.residuals import Residuals
 
 # Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.

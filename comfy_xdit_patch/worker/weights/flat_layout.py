@@ -2,18 +2,17 @@
 
 Runs in: worker process.
 
-Three kinds of tensors occur as weights in ComfyUI: plain ones of any dtype; wrappers around inner
-tensors (``__tensor_flatten__``; comfy_kitchen's and 0.3.75's ``QuantizedTensor``); and plain
-subclasses with Python attributes (``GGMLTensor`` of ComfyUI-GGUF). None of them can be told apart
-by bytes, so that the wire knows bytes only: gloo and NCCL gather no float8.
+Tensors of every class that ComfyUI has for weights (``wire/tensors.py``) become bytes, so that the
+wire knows bytes only: gloo and NCCL gather no float8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+
+from comfy_xdit_patch.wire.tensors import take_apart
 
 # What CUDA's caching allocator gives. Kernels choose their way by alignment, and another way can
 # mean other bits.
@@ -36,37 +35,13 @@ class FlatLayout:
 
         Raises:
             ValueError: the tensor has no data.
+            ForeignTensorError: it is of a class that cannot be taken apart.
         """
         if tensor.is_meta:
             raise ValueError(f"A tensor of shape {tuple(tensor.shape)} is on the meta device.")
-        if hasattr(tensor, "__tensor_flatten__"):
-            return self._add_wrapper(tensor)
-        kind, attributes = type(tensor), dict(tensor.__dict__)
-        # GGMLTensor answers the logical shape; the bytes have another.
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            plain = tensor.as_subclass(torch.Tensor).detach()
-        view = self._add_plain(plain)
-        if kind in (torch.Tensor, torch.nn.Parameter):
-            return view
-
-        def make(flat: torch.Tensor) -> torch.Tensor:
-            made: torch.Tensor = view(flat).as_subclass(kind)
-            made.__dict__.update(attributes)
-            return made
-
-        return make
-
-    def _add_wrapper(self, tensor: Any) -> Recipe:
-        kind, size, stride = type(tensor), tensor.size(), tensor.stride()
-        names, context = tensor.__tensor_flatten__()
-        recipes = {name: self.add(getattr(tensor, name)) for name in names}
-
-        def make(flat: torch.Tensor) -> torch.Tensor:
-            inner = {name: recipe(flat) for name, recipe in recipes.items()}
-            made: torch.Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
-            return made
-
-        return make
+        parts, form = take_apart(tensor)
+        views = {name: self._add_plain(part) for name, part in parts.items()}
+        return lambda flat: form.join({name: view(flat) for name, view in views.items()})
 
     def _add_plain(self, tensor: torch.Tensor) -> Recipe:
         shape, dtype = tensor.shape, tensor.dtype

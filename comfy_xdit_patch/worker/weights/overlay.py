@@ -19,8 +19,8 @@ import torch
 
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.tensors import flatten
-from comfy_xdit_patch.wire.weight_patches import decode, decode_bypass, is_quantised
+from comfy_xdit_patch.wire.tensors import take_apart
+from comfy_xdit_patch.wire.weight_patches import decode, is_quantised
 from comfy_xdit_patch.worker.weights.placing import Progress, calls_counted
 
 KEPT_GROUPS = 3
@@ -97,7 +97,7 @@ class Overlay:
             for weights in kept
             for weight, _ in weights.values()
             if weight.device == patcher.load_device
-            for part in flatten(weight)[0].values()
+            for part in take_apart(weight)[0].values()
         )
 
     def _register(
@@ -110,7 +110,7 @@ class Overlay:
         if patcher.model.model_lowvram:
             raise WorkerError("Hook-scheduled weight patches need the whole model on the device.")
         weights = {key: comfy.utils.get_attr(patcher.model, key) for key in patches}
-        size = sum(part.nbytes for w in weights.values() for part in flatten(w)[0].values())
+        size = sum(part.nbytes for w in weights.values() for part in take_apart(w)[0].values())
         has_room = self._has_room(patcher, size)
         # ComfyUI puts what it remembers of a quantised weight back as if it were not quantised.
         remembers = has_room and not any(is_quantised(patcher.model, key) for key in patches)
@@ -161,10 +161,11 @@ class Overlay:
             return
         from comfy.weight_adapter.bypass import BypassForwardHook
 
-        for name, multiplier, adapter in decode_bypass(bypass["tree"], tensor):
-            hook = BypassForwardHook(flux.get_submodule(name), adapter, multiplier=multiplier)
-            hook.inject()
-            self._bypass.append(hook)
+        for name, adapters in decode(bypass["tree"], tensor).items():
+            for multiplier, adapter in adapters:
+                hook = BypassForwardHook(flux.get_submodule(name), adapter, multiplier=multiplier)
+                hook.inject()
+                self._bypass.append(hook)
         self._bypass_key = bypass["key"]
 
     def _eject(self) -> None:
@@ -177,7 +178,7 @@ class Overlay:
 def _is_same_memory(weight: torch.Tensor, other: torch.Tensor | None) -> bool:
     if other is None:
         return False
-    parts, others = flatten(weight)[0], flatten(other)[0]
+    parts, others = take_apart(weight)[0], take_apart(other)[0]
     return any(
         part.data_ptr() == others[name].data_ptr() for name, part in parts.items() if name in others
     )

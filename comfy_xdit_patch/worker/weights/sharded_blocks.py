@@ -31,11 +31,13 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
+from comfy_xdit_patch.wire.tensors import as_parameter
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.weights.flat_layout import ALIGNMENT, FlatLayout, Recipe, round_up
 
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
-"""Takes a weight's name in the diffusion model and the whole weight; returns it patched."""
+"""Takes a weight's name in the diffusion model and the whole weight, on the device; returns it
+patched."""
 
 # In the order in which ``Flux.forward_orig`` runs them.
 NUM_WINDOWS = 2
@@ -53,7 +55,7 @@ class _Place:
 
     def make(self, flat: torch.Tensor) -> torch.Tensor:
         tensor = self.recipe(flat)
-        return _as_parameter(tensor) if self.is_parameter else tensor
+        return as_parameter(tensor) if self.is_parameter else tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,7 @@ class ShardedBlocks:
                         whole_name = ".".join(filter(None, (block_name, module_name, name)))
                         tensor = bake(whole_name, tensor.to(self._device))
                     empty = torch.empty(0, dtype=tensor.dtype, device=self._device)
-                    placeholder = _as_parameter(empty) if is_parameter else empty
+                    placeholder = as_parameter(empty) if is_parameter else empty
                     recipe = layout.add(tensor)
                     places.append(_Place(owner, name, is_parameter, recipe, placeholder))
         shard_bytes = round_up(-(-layout.num_bytes // self._world_size), ALIGNMENT)
@@ -239,11 +241,3 @@ class ShardedBlocks:
         collectives.finish([pending.work])
         self.wait_s += time.perf_counter() - start
         return pending.window
-
-
-def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) is torch.Tensor:
-        return torch.nn.Parameter(tensor, requires_grad=False)
-    # As ``torch.nn.Parameter`` marks subclasses; it would call ``detach``, which loses attributes.
-    tensor._is_param = True
-    return tensor

@@ -13,7 +13,6 @@ work on it as on any weight. Two things happen to what a linear returns, in forw
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,12 +21,10 @@ import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import shard_sizes
 from comfy_xdit_patch.planning.tensor_cuts import BlockCuts, Cut, cuts_of
-from comfy_xdit_patch.wire.tensors import cut_to
+from comfy_xdit_patch.wire.tensors import as_parameter, cut_to
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.shard.rank_tokens import gather_sequence
-
-Bake = Callable[[str, torch.Tensor], torch.Tensor]
-"""Takes a weight's name in the model and the whole weight, on the device; returns it patched."""
+from comfy_xdit_patch.worker.weights.sharded_blocks import Bake
 
 
 class TensorBlocks:
@@ -93,10 +90,10 @@ class TensorBlocks:
     def _part(self, cut: Cut | None, name: str, whole: torch.Tensor) -> torch.Tensor | None:
         """This rank's part of one parameter of a linear; what is no weight or bias is small."""
         if cut is None or name not in ("weight", "bias"):
-            return _as_parameter(whole)
+            return as_parameter(whole)
         if name == "bias" and cut.result == "summed":
-            return _as_parameter(whole) if self._index == 0 else None
-        return _as_parameter(cut_to(whole, cut.dim, cut.ranges(self._index, self.degree)))
+            return as_parameter(whole) if self._index == 0 else None
+        return as_parameter(cut_to(whole, cut.dim, cut.ranges(self._index, self.degree)))
 
     def _summed(self, _: Any, __: Any, part: torch.Tensor) -> torch.Tensor:
         assert self._group is not None, "a forward begins with its group"
@@ -115,9 +112,3 @@ class TensorBlocks:
         rows = part_BTD[..., 0].numel()
         self.bytes_sent += max(sizes) * rows * part_BTD.element_size() * (self.degree - 1)
         return joined_BDT.transpose(1, 2).contiguous()
-
-
-def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, torch.nn.Parameter):
-        return tensor
-    return torch.nn.Parameter(tensor, requires_grad=False)

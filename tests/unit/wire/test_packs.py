@@ -46,7 +46,7 @@ def both():
 def test_tensors_arrive_as_they_were(both, dtype):
     sent = [torch.rand(5, 3).to(dtype), torch.tensor(2.0).to(dtype), torch.rand(0, 4).to(dtype)]
     for tensor, tree in zip(sent, both.place(*sent), strict=True):
-        arrived = both.map.tensor(tree)
+        arrived = both.map.tensor(tree["$pack"])
         assert arrived.dtype == dtype
         assert arrived.shape == tensor.shape
         assert arrived.flatten().tolist() == tensor.flatten().tolist()
@@ -56,7 +56,7 @@ def test_tensors_arrive_as_they_were(both, dtype):
 def test_views_arrive_as_contents(both):
     base = torch.rand(8, 6)
     (tree,) = both.place(base.t()[1:3])
-    assert torch.equal(both.map.tensor(tree), base.t()[1:3])
+    assert torch.equal(both.map.tensor(tree["$pack"]), base.t()[1:3])
 
 
 def test_the_same_tensor_and_the_same_contents_are_sent_once(both):
@@ -76,7 +76,7 @@ def test_a_tensor_changed_in_place_is_sent_again(both):
     tensor.mul_(2)
     (second,) = both.place(tensor)
     assert first != second
-    assert torch.equal(both.map.tensor(second), tensor)
+    assert torch.equal(both.map.tensor(second["$pack"]), tensor)
 
 
 def test_tensors_made_in_inference_mode_can_be_sent(both):
@@ -96,7 +96,7 @@ def test_what_was_dropped_is_kept_within_a_limit_and_then_given_up(both, monkeyp
     written = both.table.bytes_written
     both.place(copies[3])  # the last two are kept: 2 x 4096 bytes
     assert both.table.bytes_written == written
-    assert both.map.tensor(trees[3]).eq(3).all()
+    assert both.map.tensor(trees[3]["$pack"]).eq(3).all()
     both.place(copies[0])
     assert both.table.bytes_written == written + copies[0].nbytes, "the first was given up"
 
@@ -106,7 +106,7 @@ def test_nothing_living_is_given_up(both, monkeypatch):
     tensors = [torch.full((1000,), float(i)) for i in range(50)]
     trees = [both.place(tensor)[0] for tensor in tensors]
     for tensor, tree in zip(tensors, trees, strict=True):
-        assert torch.equal(both.map.tensor(tree), tensor)
+        assert torch.equal(both.map.tensor(tree["$pack"]), tensor)
         assert both.place(tensor) == [tree]
 
 
@@ -139,7 +139,7 @@ def test_what_is_not_what_was_sent_is_an_error(both):
     (tree,) = both.place(tensor)
     both.far[tree["$pack"][0]].view(torch.float32, (50,))[17] += 1
     with pytest.raises(MessageError, match="as ComfyUI has them"):
-        both.map.tensor(tree)
+        both.map.tensor(tree["$pack"])
 
 
 def test_more_than_half_of_the_free_memory_is_refused():

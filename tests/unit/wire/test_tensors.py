@@ -12,7 +12,7 @@ from comfy_xdit_patch.wire.tensors import (
     ForeignTensorError,
     digest,
     digest_weight,
-    flatten,
+    take_apart,
 )
 
 FP8 = torch.float8_e4m3fn
@@ -82,19 +82,19 @@ def test_a_name_does_not_depend_on_strides():
 
 def test_a_plain_weight_is_itself():
     weight = torch.nn.Parameter(torch.rand(4))
-    inner, rest = flatten(weight)
-    assert rest == ""
+    inner, form = take_apart(weight)
+    assert form.text == ""
     assert list(inner) == [""]
     assert torch.equal(inner[""], weight)
 
 
 def test_a_wrapper_is_its_tensors_and_its_context():
     weight = Wrapped(torch.rand(4, 2), torch.rand(()), "fp8")
-    inner, rest = flatten(weight)
+    inner, form = take_apart(weight)
     assert set(inner) == {"data_", "scale"}
-    assert "Wrapped" in rest
-    assert "note:fp8" in rest
-    assert "builtins.dict" in rest, "a class is spelt without an address"
+    assert "Wrapped" in form.text
+    assert "note:fp8" in form.text
+    assert "builtins.dict" in form.text, "a class is spelt without an address"
     other = Wrapped(weight.data_.clone(), weight.scale.clone(), "fp8")
     assert digest_weight(other) == digest_weight(weight)
     assert digest_weight(Wrapped(weight.data_, weight.scale, "fp4")) != digest_weight(weight)
@@ -110,15 +110,15 @@ def stored(**attributes):
 
 def test_a_subclass_with_attributes_is_its_bytes_and_its_attributes():
     weight = stored(tensor_type=Kind.Q8, tensor_shape=torch.Size([4, 8]), patches=[object()])
-    inner, rest = flatten(weight)
+    inner, form = take_apart(weight)
     assert type(inner[""]) is torch.Tensor
     assert inner[""].shape == (34,), "the bytes there are, not the shape they stand for"
-    assert "tensor_type:8" in rest
-    assert "tensor_shape:(4,8)" in rest
-    assert "patches" not in rest, "a LoRA of the moment is no part of the stored weight"
+    assert "tensor_type:8" in form.text
+    assert "tensor_shape:(4,8)" in form.text
+    assert "patches" not in form.text, "a LoRA of the moment is no part of the stored weight"
     assert digest_weight(weight) != digest_weight(stored(tensor_shape=torch.Size([8, 4])))
 
 
 def test_a_class_that_keeps_more_is_refused_by_name():
     with pytest.raises(ForeignTensorError, match=r"^Stored$"):
-        flatten(stored(table=object()))
+        digest_weight(stored(table=object()))

@@ -6,6 +6,7 @@ import enum
 import json
 import sys
 import types
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ class Kind(enum.IntEnum):
     Q4_K = 12
 
 
+class Point(NamedTuple):
+    x: int
+
+
 class Outer:
     class Inner:
         """A class inside of a class, as operations classes have."""
@@ -36,6 +41,8 @@ VALUES = [
     Outer.Inner,
     (1, [2, (3,)], {4}),
     {"a": (1, 2), 5: None, "dtype": torch.bfloat16},
+    {"$tuple": [1], "b": {"$list": {}}},
+    {},
 ]
 
 
@@ -46,10 +53,27 @@ def test_a_value_arrives_as_it_was(value):
     assert type(arrived) is type(value)
 
 
-@pytest.mark.parametrize("value", [object(), lambda: None, torch.ones(1), b"bytes", [object()]])
+@pytest.mark.parametrize(
+    "value", [object(), lambda: None, torch.ones(1), b"bytes", [object()], Point(1)]
+)
 def test_anything_else_is_refused(value):
     with pytest.raises(UncarriedValueError):
         encode_value(value)
+
+
+def test_a_caller_has_words_for_kinds_of_its_own_and_hears_where_they_are():
+    seen = []
+
+    def place(path, value):
+        seen.append(path)
+        return {"$complex": encode_value((value.real, value.imag))}
+
+    value = {"a": [1, (2j, {"b": 3j})], "c": 4}
+    tree = json.loads(json.dumps(encode_value(value, place, "value")))
+    assert tree["c"] == 4, "what JSON has words for is itself"
+    assert seen == ["value.a.1.0", "value.a.1.1.b"]
+    kinds = {"$complex": lambda inner: complex(*decode_value(inner))}
+    assert decode_value(tree, kinds) == value
 
 
 def test_a_class_that_has_no_importable_name_is_refused():

@@ -20,7 +20,7 @@ from comfy_xdit_patch.host.pool.crew import Crew, Gone
 from comfy_xdit_patch.host.pool.start import Started
 from comfy_xdit_patch.wire.messages.replies import Raised, Unloaded
 from comfy_xdit_patch.wire.messages.requests import Drop, Forget, Map, Unload
-from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
 class Exchange:
@@ -102,7 +102,7 @@ def test_what_says_that_ranks_are_not_well_loses_them_once_and_for_all(crew, err
 
 
 @pytest.mark.parametrize(
-    "error", [UncarriedArgumentError, CardsFullError, CallRaisedError, KeyboardInterrupt, KeyError]
+    "error", [UncarriedValueError, CardsFullError, CallRaisedError, KeyboardInterrupt, KeyError]
 )
 def test_what_is_not_the_ranks_fault_leaves_them_as_they_are(crew, error):
     with pytest.raises(error), crew.turn(nothing):

@@ -21,7 +21,7 @@ from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.replies import Done, NoRoom
 from comfy_xdit_patch.wire.messages.requests import Map, Unmap
 from comfy_xdit_patch.wire.slot_map import SlotMap
-from comfy_xdit_patch.wire.slots import UncarriedArgumentError
+from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
 class Exchange:
@@ -143,7 +143,7 @@ def test_only_what_the_workers_need_of_the_options_is_carried(remote):
 
 
 def test_an_argument_that_cannot_be_carried_ends_the_call_before_it_is_sent(remote):
-    with pytest.raises(UncarriedArgumentError, match=r"^y is a object$"):
+    with pytest.raises(UncarriedValueError, match=r"^y is a object$"):
         call(remote, torch.ones(1, 4, 2, 2), y=object())
     assert remote.requests == []
     assert torch.equal(call(remote, torch.ones(1, 4, 2, 2)), torch.full((1, 4, 2, 2), 2.0))
