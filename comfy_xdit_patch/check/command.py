@@ -23,10 +23,11 @@ from comfy_xdit_patch.check.cases import STOCK, Bench, CaseResult, cases_for
 from comfy_xdit_patch.check.comparison import compare, read_latent
 from comfy_xdit_patch.check.graph import MODEL_NAME
 from comfy_xdit_patch.check.machine import find_machine
-from comfy_xdit_patch.check.model_file import HEAD_WIDTH, Sizes, file_bytes, write_model
+from comfy_xdit_patch.check.model_file import Sizes, file_bytes, write_model
 from comfy_xdit_patch.errors import CheckError, SettingsError
 from comfy_xdit_patch.hardware.survey import driver_version
 from comfy_xdit_patch.host.pace.case import comfyui_version
+from comfy_xdit_patch.planning.family import HEAD_WIDTH
 from comfy_xdit_patch.planning.residency import gib
 
 DEPTHS = {"few": (2, 4), "true": (19, 38)}

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-HEAD_WIDTH = 128
+from comfy_xdit_patch.planning.family import HEAD_WIDTH
+
 TIME_WIDTH = 256
 TEXT_WIDTH = 4096
 POOLED_WIDTH = 768

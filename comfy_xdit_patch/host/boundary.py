@@ -11,17 +11,18 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from comfy_xdit_patch.errors import FallBackError, TheirError
-from comfy_xdit_patch.report.log import is_heard
+from comfy_xdit_patch.report.log import is_new
 
 T = TypeVar("T")
 
 log = logging.getLogger("comfy_xdit_patch")
-_said: set[str] = set()
 
 
 @contextmanager
 def our_faults_stay_ours(where: str, *, strict: bool = False) -> Iterator[None]:
-    """Log an exception of our own code and go on; ComfyUI's own call stands outside.
+    """Log an exception of our own code, once in a prompt, and go on.
+
+    ComfyUI's own call stands outside.
 
     Args:
         strict: let our faults out too (``XDIT_STRICT=1``).
@@ -36,10 +37,7 @@ def our_faults_stay_ours(where: str, *, strict: bool = False) -> Iterator[None]:
     except Exception as error:
         if strict or is_interrupt(error):
             raise
-        key = f"{where}: {type(error).__name__}"
-        if key not in _said:
-            if is_heard(logging.ERROR):
-                _said.add(key)
+        if is_new(f"{where}: {type(error).__name__}", logging.ERROR):
             log.exception("xDiT: a fault of comfy-xdit-patch in %s; ComfyUI goes on alone", where)
 
 

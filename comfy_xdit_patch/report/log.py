@@ -1,6 +1,9 @@
-"""One line for each reason, one line for each prompt.
+"""One line for each reason in a prompt, one line for each prompt.
 
 Runs in: host process.
+
+ComfyUI executes one prompt at a time. What was said of it is kept for the process, as logging is.
+It is said again of the next prompt, which may be of another model.
 
 Some nodes mute all logging while they sample. A line that would reach nobody is kept, and said when
 logging is on again.
@@ -15,17 +18,23 @@ from comfy_xdit_patch.report.status import RunReport
 
 log = logging.getLogger("comfy_xdit_patch")
 _said: set[str] = set()
+"""Of the prompt that is being executed."""
 _unheard: dict[str, Callable[[str], None]] = {}
 
 
+def begin_prompt() -> None:
+    """Let everything be said once more: another prompt begins."""
+    _said.clear()
+
+
 def warn_once(reason: str) -> None:
-    """Say why steps run on one GPU, once for each reason."""
+    """Say why steps run on one GPU, once in a prompt for each reason."""
     if _is_to_be_said(reason, logging.WARNING, warn_once):
         log.warning("xDiT: running on one GPU as ComfyUI does: %s.", reason)
 
 
 def note_once(text: str) -> None:
-    """Say once what leaves all steps parallel."""
+    """Say once in a prompt what leaves all steps parallel."""
     if _is_to_be_said(text, logging.INFO, note_once):
         log.info("xDiT: %s.", text)
 
@@ -60,14 +69,21 @@ def is_heard(level: int) -> bool:
     return any(handler.level <= level for handler in handlers)
 
 
-def _is_to_be_said(text: str, level: int, speak: Callable[[str], None]) -> bool:
+def is_new(text: str, level: int) -> bool:
+    """Whether a text was not said yet in this prompt. It is noted as said if somebody hears it."""
     if text in _said:
         return False
-    if not is_heard(level):
-        _unheard[text] = speak
-        return False
-    _said.add(text)
+    if is_heard(level):
+        _said.add(text)
     return True
+
+
+def _is_to_be_said(text: str, level: int, speak: Callable[[str], None]) -> bool:
+    if not is_new(text, level):
+        return False
+    if text not in _said:
+        _unheard[text] = speak
+    return text in _said
 
 
 def summary(run: RunReport, *, device_word: str, num_runs: int = 1) -> str:

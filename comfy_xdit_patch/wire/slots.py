@@ -148,18 +148,22 @@ class SlotTable:
             }
         raise UncarriedValueError(f"{path} is a {type(value).__name__}")
 
-    def begin_call(self, values: Mapping[str, Any] | None = None) -> None:
-        """Forget the tensors of the call before.
-
-        Args:
-            values: what is to be placed, by path. A tensor on a device that is not among them is
-                taken to be new, and so are those of ``ALWAYS_NEW``.
-        """
+    def begin_call(self) -> None:
+        """Forget the tensors of the call before. What its slots hold is kept."""
         self._placed.clear()
         self._found.clear()
+
+    def look_for(self, values: Mapping[str, Any]) -> None:
+        """See which tensors on a device the slots have already, all with one wait for the device.
+
+        A tensor on a device that nobody has looked for is taken to be new.
+
+        Args:
+            values: what is to be placed, by path. Those of ``ALWAYS_NEW`` are not looked for.
+        """
         pairs = [
             (tensor, entry)
-            for path, tensor in _device_tensors(values or {})
+            for path, tensor in _device_tensors(values)
             if path.rpartition(".")[2] not in ALWAYS_NEW
             for entry in self._entries.get(path, ())
             if entry.may_hold(tensor)

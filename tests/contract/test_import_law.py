@@ -54,6 +54,7 @@ IMPORTERS = {
     "transformers": set(),
     "yunchang": set(),
     "torch.distributed": {
+        "worker/attention/local_heads.py",
         "worker/attention/ring.py",
         "worker/attention/ulysses.py",
         "worker/pipefusion/attention.py",
@@ -103,6 +104,7 @@ IMPORTERS = {
         "wire/weight_patches.py",
         "worker/answering.py",
         "worker/attention/attention.py",
+        "worker/attention/local_heads.py",
         "worker/attention/lse.py",
         "worker/attention/masks.py",
         "worker/attention/prescribed.py",

@@ -154,6 +154,7 @@ def joined(rank: int, world_size: int, device: torch.device) -> Iterator[Rank]:
     with ExitStack() as stack:
         stack.callback(os.close, store_fd)
         stack.enter_context(mock.patch.object(groups_module, "_backend", return_value="fake"))
+        stack.enter_context(mock.patch.object(groups_module, "wait_for_all"))
         stack.enter_context(mock.patch.object(groups_module, "refuse_strangers"))
         stack.enter_context(mock.patch.object(dist, "new_group", counted))
         groups = Groups.join(

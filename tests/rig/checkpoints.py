@@ -3,7 +3,7 @@
 Runs in: the rig's environment (numpy and torch; no ComfyUI).
 
 The same parameters give the same bytes. A directory of models is named after the hash of its
-parameters and of the code that makes it, so a stale file is never used.
+parameters, and lies in the folder of the code that made it (``model_cache.py``).
 
 ``variants`` adds what users load beside the plain files: LoRAs, quantised files, GGUF.
 """
@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +22,13 @@ import torch
 from safetensors.torch import save_file
 
 from rig import weights
-from rig.environment import cache_root
+from rig.model_cache import model_set
 from rig.weights import State
 
 TEXT_DTYPE = torch.float16
 VAE_DTYPE = torch.float32
 CHECKPOINT_DTYPE = torch.float8_e4m3fn
 CHECKPOINT_PREFIX = "model.diffusion_model."
-SOURCES = ("checkpoints.py", "weights.py")
-VARIANT_SOURCES = ("loras.py", "quantised.py", "gguf_files.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +52,9 @@ def models_directory(sizes: Sizes | None = None) -> Path:
     """Return a cached, complete ``models`` directory of this size, written if it is missing."""
     sizes = sizes or Sizes()
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(sizes), sort_keys=True).encode())
-    for source in SOURCES + (VARIANT_SOURCES if sizes.variants else ()):
-        digest.update(Path(__file__).with_name(source).read_bytes())
     kind = "+variants" if sizes.variants else ""
     name = f"h{sizes.hidden}-{sizes.double}+{sizes.single}{kind}-{digest.hexdigest()[:12]}"
-    directory = cache_root() / "models" / name
-    if not directory.exists():
-        # Renamed when complete; if somebody else was faster, theirs has the same content.
-        building = directory.with_name(f".{name}.{uuid.uuid4().hex}")
-        write_models(building, sizes)
-        try:
-            building.rename(directory)
-        except OSError:
-            shutil.rmtree(building)
-    return directory
+    return model_set(name, lambda building: write_models(building, sizes))
 
 
 def write_models(models_dir: Path, sizes: Sizes) -> None:

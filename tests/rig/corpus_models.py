@@ -3,15 +3,13 @@
 Runs in: the rig's environment (torch; no ComfyUI).
 
 Name, architecture and storage format are those of the published file; widths are not. As in
-``checkpoints.py``, the same code gives the same bytes, and a directory is named after its code.
+``checkpoints.py``, the same code gives the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 import torch
@@ -20,21 +18,10 @@ from safetensors.torch import save_file
 from rig import corpus_diffusion, encoder_weights, loras, lotus_weights, quantised, weights
 from rig.checkpoints import CHECKPOINT_DTYPE, checkpoint, models_directory
 from rig.corpus_diffusion import FP8, SIZES, Files, cast, flux1, flux2, plain
-from rig.environment import cache_root
+from rig.model_cache import model_set
 from rig.quantised import QuantisedFile
 from rig.weights import T5_WIDTH, Maker, State
 
-SOURCES = (
-    "corpus_models.py",
-    "corpus_diffusion.py",
-    "encoder_weights.py",
-    "family_weights.py",
-    "loras.py",
-    "lotus_weights.py",
-    "quantised.py",
-    "weights.py",
-    "checkpoints.py",
-)
 T5_EMBEDDINGS = (
     "shared.weight",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -44,23 +31,15 @@ USO_LAST_BLOCKS = ("double_blocks.18.processor.qkv_lora2", "single_blocks.37.pro
 
 def corpus_models_directory() -> Path:
     """Return a cached, complete ``models`` directory, written if it is missing."""
-    digest = hashlib.sha256()
-    for source in SOURCES:
-        digest.update(Path(__file__).with_name(source).read_bytes())
-    name = f"corpus-h{SIZES.hidden}-{SIZES.double}+{SIZES.single}-{digest.hexdigest()[:12]}"
-    directory = cache_root() / "models" / name
-    if not directory.exists():
-        building = directory.with_name(f".{name}.{uuid.uuid4().hex}")
-        shutil.copytree(models_directory(SIZES), building, copy_function=os.link)
-        for path, file in files().items():
-            target = building / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_file(file.state, target, file.metadata or None)
-        try:
-            building.rename(directory)
-        except OSError:
-            shutil.rmtree(building)
-    return directory
+    return model_set("corpus", _write)
+
+
+def _write(models: Path) -> None:
+    shutil.copytree(models_directory(SIZES), models, copy_function=os.link)
+    for path, file in files().items():
+        target = models / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(file.state, target, file.metadata or None)
 
 
 def files() -> Files:

@@ -5,10 +5,8 @@ Runs in: the rig's environment (numpy and torch; no ComfyUI).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 import torch
@@ -16,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from rig import controls, family_weights, gguf_files, loras, weights
 from rig.checkpoints import Sizes, models_directory
+from rig.model_cache import model_set
 from rig.weights import LATENT_CHANNELS, PATCH_COLUMNS, T5_WIDTH, Maker, State
 
 # Two blocks of each kind: some patches spare one of them, and residuals differ between them.
 SIZES = Sizes(hidden=384, double=2, single=2)
 SEED = 60
 DTYPE = torch.bfloat16
-SOURCES = ("feature_models.py", "controls.py", "loras.py", "gguf_files.py", "family_weights.py")
 # The latent, the picture that steers; or the latent, the masked picture, 8 x 8 bits of mask.
 CONTROL_COLUMNS = 2 * PATCH_COLUMNS
 FILL_COLUMNS = PATCH_COLUMNS + (LATENT_CHANNELS + 64) * 4
@@ -34,24 +32,11 @@ LORAS = ("kohya.safetensors", "diffusers.safetensors")
 
 def feature_models() -> Path:
     """Return a cached ``models`` directory, made if it is missing."""
-    base = models_directory(SIZES)
-    digest = hashlib.sha256(base.name.encode())
-    for source in SOURCES:
-        digest.update(Path(__file__).with_name(source).read_bytes())
-    directory = base.with_name(f"{base.name}-features-{digest.hexdigest()[:12]}")
-    if not directory.exists():
-        # Renamed when complete; if somebody else was faster, theirs has the same content.
-        building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-        shutil.copytree(base, building, copy_function=os.link)
-        _write(building)
-        try:
-            building.rename(directory)
-        except OSError:
-            shutil.rmtree(building)
-    return directory
+    return model_set(f"{models_directory(SIZES).name}-features", _write)
 
 
 def _write(models: Path) -> None:
+    shutil.copytree(models_directory(SIZES), models, copy_function=os.link)
     for name, state in controls.files(hidden=SIZES.hidden, seed=SEED).items():
         _save(models / "controlnet" / name, _cast(state))
     folder = models / "diffusion_models"

@@ -17,6 +17,7 @@ from comfy_xdit_patch.host.boundary import Attempt, attempt, our_faults_stay_our
 from comfy_xdit_patch.host.guest.host import Host
 from comfy_xdit_patch.host.guest.outer_calls import FAULT, met, watched
 from comfy_xdit_patch.host.weights.one_owner import NEXT_TO_NOTHING, nothing_pinned
+from comfy_xdit_patch.report import log
 from comfy_xdit_patch.wire.files import file_identity
 
 Call = Callable[..., Any]
@@ -119,6 +120,7 @@ class Wrappers:
     def execute_prompt(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Mark one prompt."""
         with our_faults_stay_ours("the start of a prompt"):
+            log.begin_prompt()
             self._host.books.begin_prompt()
         try:
             return wrapped(*args, **kwargs)

@@ -190,7 +190,7 @@ class Turn:
         Raises:
             UncarriedValueError: an argument is not of a type that can cross.
         """
-        self._crew.slots.begin_call(values)
+        self._crew.slots.look_for(values)
         return {path: self.put(path, value) for path, value in values.items()}
 
     def put(self, path: str, value: Any) -> Tree:

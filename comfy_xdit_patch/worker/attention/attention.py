@@ -22,7 +22,6 @@ Source: USP, arXiv:2405.07719. (xfuser's ``USP`` demands equal lengths and heads
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,17 +29,17 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.worker.attention.local_heads import LocalHeadsAttention
 from comfy_xdit_patch.worker.attention.lse import Bias
-from comfy_xdit_patch.worker.attention.masks import RankMasks, Span, inverse_of, order_of
+from comfy_xdit_patch.worker.attention.masks import Span, inverse_of, order_of
 from comfy_xdit_patch.worker.attention.ring import ring_attention
-from comfy_xdit_patch.worker.attention.ulysses import HeadExchange
 from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 
 RING_KNOWS = {"skip_reshape", "transformer_options", "_inside_attn_wrapper", "scale"}
 """Arguments of ComfyUI's attention functions."""
 
 
-class SequenceAttention:
+class SequenceAttention(LocalHeadsAttention):
     """ComfyUI's ``optimized_attention_override`` for one call on one rank."""
 
     def __init__(
@@ -62,33 +61,28 @@ class SequenceAttention:
         """
         if function is not None and groups.ring is not None:
             raise ValueError("A ring has no place for an attention function of a node's.")
+        super().__init__(shares=shares, index=index, group=groups.ulysses, function=function)
         self._shares = shares
         self._index = index
         self._groups = groups
         self._place = index // shares.ulysses_degree
-        self._exchange = HeadExchange(
-            heads=shares.heads, index=index % shares.ulysses_degree, group=groups.ulysses
-        )
-        self._masks = RankMasks(shares, index)
-        self._function = function
         self._wants_order = wants_order
         self._ring_bytes = 0
 
-    def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def prescribed(self, function: Callable[..., torch.Tensor]) -> SequenceAttention:
         """Return an override that runs the checkpoint's attention, unless a node chose a function.
 
         The checkpoint's function gets the tokens in ComfyUI's order: it may look at their places.
         """
-        if self._function is not None:
-            return self
-        other = copy.copy(self)
-        other._function, other._wants_order = (lambda _, *args, **kw: function(*args, **kw)), True
+        other = super().prescribed(function)
+        if other is not self:
+            other._wants_order = True
         return other
 
     @property
     def bytes_sent(self) -> int:
         """What this rank sent to the others."""
-        return self._exchange.bytes_sent + self._ring_bytes
+        return super().bytes_sent + self._ring_bytes
 
     def __call__(
         self,
@@ -122,21 +116,17 @@ class SequenceAttention:
             (q,) = exchange.tokens_for_heads(q_BHLK, tokens=tokens)
             k, v = exchange.tokens_for_heads(k_BHLK, v_BHLK, tokens=keys[near.start : near.stop])
         rows, columns = (Span(near, n == self._shares.joint) for n in (queries, keys))
-        if not exchange.local_heads:
-            out = q.new_empty((q.shape[0], sum(tokens), 0))
-        elif self._groups.ring is not None:
+        in_order = self._function if self._wants_order and queries == keys else None
+        if exchange.local_heads and self._groups.ring is not None:
             out = self._round_the_ring(q, k, v, heads, mask, rows, keys, **kwargs)
-        elif self._wants_order and self._function is not None and queries == keys:
+        elif exchange.local_heads and in_order is not None:
             ranges = self._masks.ranges(rows)
             back = inverse_of(ranges, q.device)
             ordered = (t.index_select(2, back) for t in (q, k, v))
-            out = self._function(attention, *ordered, exchange.local_heads, mask=mask, **kwargs)
+            out = in_order(attention, *ordered, exchange.local_heads, mask=mask, **kwargs)
             out = out.index_select(1, order_of(ranges, q.device))
         else:
-            if mask is not None:
-                mask = self._masks.cut(mask, heads=heads, rows=rows, columns=columns)
-            run = attention if self._function is None else partial(self._function, attention)
-            out = run(q, k, v, exchange.local_heads, mask=mask, **kwargs)
+            out = self._run(attention, q, k, v, heads, mask, rows=rows, columns=columns, **kwargs)
         return exchange.heads_for_tokens(out, q.shape[3], tokens=tokens)
 
     def _round_the_ring(

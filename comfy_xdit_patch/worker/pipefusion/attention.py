@@ -14,23 +14,21 @@ that come out are this patch's; ``keys`` gives those of all tokens for them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
-from comfy_xdit_patch.worker.attention.masks import RankMasks, Span
-from comfy_xdit_patch.worker.attention.ulysses import HeadExchange
+from comfy_xdit_patch.worker.attention.local_heads import LocalHeadsAttention
+from comfy_xdit_patch.worker.attention.masks import Span
 from comfy_xdit_patch.worker.pipefusion.kept_keys import KeyValue
 
 Keys = Callable[[torch.Tensor, torch.Tensor], KeyValue]
 
 
-class PatchAttention:
+class PatchAttention(LocalHeadsAttention):
     """ComfyUI's ``optimized_attention_override`` for one patch of a call on one rank."""
 
     def __init__(
@@ -52,27 +50,12 @@ class PatchAttention:
             keys: from keys and values of this patch to those of all tokens.
             function: a node's own ``optimized_attention_override``, to run on the local heads.
         """
+        super().__init__(shares=shares, index=index, group=group, function=function)
         degree = shares.ulysses_degree
         self._patch = Span(range(patch * degree, (patch + 1) * degree), with_references=True)
         self._all = Span(range(len(shares.joint)), with_references=True)
         self._tokens = shares.joint[patch * degree : (patch + 1) * degree]
-        self._exchange = HeadExchange(heads=shares.heads, index=index, group=group)
-        self._masks = RankMasks(shares, index)
         self._keys = keys
-        self._function = function
-
-    def prescribed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """Return this with an attention of the checkpoint's underneath, unless a node chose one."""
-        if self._function is not None:
-            return self
-        other = copy.copy(self)
-        other._function = lambda _, *args, **kwargs: function(*args, **kwargs)
-        return other
-
-    @property
-    def bytes_sent(self) -> int:
-        """What this rank sent to others of its stage."""
-        return self._exchange.bytes_sent
 
     def __call__(
         self,
@@ -94,12 +77,9 @@ class PatchAttention:
         """
         exchange, tokens = self._exchange, self._tokens
         q, k, v = exchange.tokens_for_heads(q_BHLK, k_BHLK, v_BHLK, tokens=tokens)
-        if not exchange.local_heads:
-            out = q.new_empty((q.shape[0], sum(tokens), 0))
-        else:
+        if exchange.local_heads:
             k, v = self._keys(k, v)
-            if mask is not None:
-                mask = self._masks.cut(mask, heads=heads, rows=self._patch, columns=self._all)
-            run = attention if self._function is None else partial(self._function, attention)
-            out = run(q, k, v, exchange.local_heads, mask=mask, **kwargs)
+        out = self._run(
+            attention, q, k, v, heads, mask, rows=self._patch, columns=self._all, **kwargs
+        )
         return exchange.heads_for_tokens(out, q.shape[3], tokens=tokens)

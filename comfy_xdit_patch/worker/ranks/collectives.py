@@ -20,7 +20,9 @@ How long a rank computes, without what it waits for:
             Where the CPU issues kernels more slowly than the GPU computes them, events measure the
             CPU: shares of the work change nothing about that.
 
-Only one call runs at a time, so there is one clock.
+A rank is a process, which computes one call at a time. So the clock and the counts below are the
+process's: new ranks are new processes, and begin at 0. The heartbeat's thread reads the count of
+what was begun, and changes nothing.
 """
 
 from __future__ import annotations

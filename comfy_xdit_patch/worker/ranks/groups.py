@@ -24,6 +24,7 @@ import socket
 import stat
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,8 +70,8 @@ class Groups:
 
     @property
     def everyone(self) -> dist.ProcessGroup | None:
-        """All ranks, as a plan with no other axis than the sequence has them. None: only one."""
-        return self.of_plan(ParallelPlan(self.world_size, 1, self.world_size)).sequence
+        """All ranks: the group with which they joined. None: only one."""
+        return dist.group.WORLD if self.world_size > 1 else None
 
     @property
     def weights(self) -> dist.ProcessGroup:
@@ -97,6 +98,7 @@ class Groups:
         """
         store = dist.FileStore(f"/proc/self/fd/{store_fd}", world_size)  # type: ignore[attr-defined]
         store.set_timeout(datetime.timedelta(seconds=join_timeout_s))
+        wait_for_all(store, rank, world_size)
         step_timeout = datetime.timedelta(seconds=step_timeout_s)
         dist.init_process_group(
             _backend(device),
@@ -171,6 +173,16 @@ log = logging.getLogger(__name__)
 
 _RETURN_NOTHING = struct.pack("HBBI", 0x06, 0, 0, 0)
 """A program for the kernel's packet filter (BPF_RET | BPF_K): of each packet, keep 0 bytes."""
+
+
+def wait_for_all(store: Any, rank: int, world_size: int) -> None:
+    """Come to the store and wait there for all ranks.
+
+    Gloo listens from then on and takes whoever connects for a rank. A rank that waited with an open
+    port for one that is late would leave the door open meanwhile.
+    """
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)])
 
 
 def refuse_strangers() -> None:

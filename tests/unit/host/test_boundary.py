@@ -9,13 +9,14 @@ import pytest
 
 from comfy_xdit_patch.errors import FallBackError, WorkerError
 from comfy_xdit_patch.host.boundary import attempt, our_faults_stay_ours, theirs
+from comfy_xdit_patch.report.log import begin_prompt
 
 _numbers = itertools.count()
 
 
 @pytest.fixture
 def where():
-    """Return a place that no other test has named: each is reported once in a process."""
+    """Return a place that no other test has named: each is reported once in a prompt."""
     return f"place {next(_numbers)}"
 
 
@@ -36,6 +37,15 @@ def test_the_same_fault_at_the_same_place_is_logged_once(interrupt, where, caplo
         with our_faults_stay_ours(where):
             raise error
     assert [type(record.exc_info[1]) for record in caplog.records] == [ValueError, TypeError]
+
+
+def test_a_fault_is_logged_again_in_the_next_prompt(interrupt, where, caplog):
+    for _ in range(2):
+        begin_prompt()
+        for _ in range(2):
+            with our_faults_stay_ours(where):
+                raise ValueError("planted")
+    assert len(caplog.records) == 2
 
 
 def test_the_users_interrupt_passes(interrupt, where, caplog):

@@ -7,7 +7,13 @@ import logging
 import pytest
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.report.log import say_unheard, summary, warn_once
+from comfy_xdit_patch.report.log import (
+    begin_prompt,
+    note_once,
+    say_unheard,
+    summary,
+    warn_once,
+)
 from comfy_xdit_patch.report.status import RunCounts
 
 
@@ -19,6 +25,17 @@ def test_a_reason_is_said_once_however_often_it_occurs(caplog):
         "xDiT: running on one GPU as ComfyUI does: second reason of a test.",
     ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_the_next_prompt_says_its_reasons_too(caplog):
+    """It may be of another model; many sampling runs of one prompt say a reason once."""
+    caplog.set_level(logging.INFO, logger="comfy_xdit_patch")
+    for _ in range(2):
+        begin_prompt()
+        for _ in range(3):
+            warn_once("a reason of a prompt")
+            note_once("a note of a prompt")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"] * 2
 
 
 def measured(num_parallel, num_measured, one_seconds):

@@ -322,7 +322,8 @@ def device(monkeypatch):
 
 
 def placed_on_device(table, values):
-    table.begin_call(values)
+    table.begin_call()
+    table.look_for(values)
     before = table.bytes_written
     tree = {path: table.place(path, value) for path, value in values.items()}
     return tree, table.bytes_written - before

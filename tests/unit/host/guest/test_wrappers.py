@@ -11,6 +11,7 @@ import pytest
 from comfy_xdit_patch.errors import FallBackError
 from comfy_xdit_patch.host.guest.wrappers import Wrappers
 from comfy_xdit_patch.host.weights.one_owner import NEXT_TO_NOTHING, LeftOutHooks
+from comfy_xdit_patch.report.log import warn_once
 
 pytestmark = pytest.mark.usefixtures("interrupt")
 
@@ -392,3 +393,15 @@ def test_a_failed_attempt_and_hooks_that_cannot_be_written_are_no_image():
     broken.patch_hooks("a")
     with pytest.raises(MemoryError):
         broken.wrappers.flux_forward(lambda x: x, object(), (1,), {})
+
+
+def test_each_prompt_says_why_its_steps_are_not_parallel(caplog):
+    def prompt():
+        for _tile in range(3):
+            warn_once("the reason of two models, one after the other")
+
+    host = Host()
+    host.books = SimpleNamespace(begin_prompt=lambda: None, end_prompt=lambda: None)
+    for _model in range(2):
+        Wrappers(host).execute_prompt(prompt, None, (), {})
+    assert len(caplog.records) == 2

@@ -80,6 +80,17 @@ def test_a_turn_settles_what_was_left_and_sends_what_the_request_needs_before_it
     assert crew._exchange.events == ["settle", *once, *["Unload", "replies"] * 2]
 
 
+def test_a_turn_sends_the_same_tensor_once_wherever_it_is_asked_for(crew):
+    """A turn begins a call, and nothing in it does so again."""
+    residual = torch.ones(2)
+    with crew.turn(nothing) as turn:
+        first = turn.put("options", residual)
+        assert turn.place({"x": residual})["x"] == first
+        assert turn.put("control", residual) == first
+    with crew.turn(nothing) as turn:
+        assert turn.put("x", residual) != first
+
+
 def test_what_is_owed_is_done_once_while_the_ranks_are_at_it(crew):
     events = crew._exchange.events
     crew.owed = lambda: events.append("owed")

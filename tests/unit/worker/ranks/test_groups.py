@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from rig.sockets import internet_sockets
 
 from comfy_xdit_patch.planning.grid import num_communicators
+from comfy_xdit_patch.worker.ranks.groups import Groups
 
 STEP_TIMEOUT_S = 0.7
 DEADLINE_S = 120
@@ -19,13 +26,16 @@ import torch, torch.distributed as dist
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
-rank, store_fd = map(int, sys.argv[1:])
+rank, world_size, store_fd = map(int, sys.argv[1:])
 print("imported", flush=True)  # It takes seconds on a busy machine, and no wait here is as long.
 sys.stdin.readline()
 groups = Groups.join(
-    rank=rank, world_size=4, device=torch.device("cpu"), store_fd=store_fd,
+    rank=rank, world_size=world_size, device=torch.device("cpu"), store_fd=store_fd,
     join_timeout_s=60, step_timeout_s={STEP_TIMEOUT_S},
 )
+if world_size == 2:
+    print("joined", flush=True)
+    sys.exit()
 plans = {{
     "ulysses=2,ring=2": ParallelPlan(4, 1, 2, 2),
     "batch=2,ulysses=2": ParallelPlan(4, 2, 2),
@@ -62,34 +72,72 @@ print(json.dumps(found), flush=True)
 """
 
 
-@pytest.fixture(scope="module")
-def world():
-    """What each of four ranks found."""
+@contextlib.contextmanager
+def ranks_of(world_size):
+    """Ranks that have imported all and wait for a line, and the store that they will share."""
     store_fd = os.memfd_create("store")
     command = [sys.executable, "-c", RANK]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(store_fd)],
+            [*command, str(rank), str(world_size), str(store_fd)],
             pass_fds=[store_fd],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for rank in range(4)
+        for rank in range(world_size)
     ]
     try:
-        assert [rank.stdout.readline() for rank in ranks] == ["imported\n"] * 4
-        for rank in ranks:
-            rank.stdin.write("\n")
-            rank.stdin.flush()
-        return [json.loads(rank.communicate(timeout=DEADLINE_S)[0]) for rank in ranks]
+        assert [rank.stdout.readline() for rank in ranks] == ["imported\n"] * world_size
+        yield ranks, store_fd
     finally:
         os.close(store_fd)
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def begin(rank):
+    rank.stdin.write("\n")
+    rank.stdin.flush()
+
+
+@pytest.fixture(scope="module")
+def world():
+    """What each of four ranks found."""
+    with ranks_of(4) as (ranks, _):
+        for rank in ranks:
+            begin(rank)
+        return [json.loads(rank.communicate(timeout=DEADLINE_S)[0]) for rank in ranks]
+
+
+def test_no_rank_listens_before_all_are_there():
+    with ranks_of(2) as (ranks, store_fd):
+        early, late = ranks
+        begin(early)
+        end = time.monotonic() + DEADLINE_S
+        while not os.fstat(store_fd).st_size:
+            assert time.monotonic() < end, "it has not come to the store"
+            time.sleep(0.01)
+        time.sleep(0.3)  # what it does next, it has done
+        assert early.poll() is None
+        assert [s for s in internet_sockets(early.pid) if s.is_listening] == []
+        begin(late)
+        assert [rank.stdout.readline() for rank in ranks] == ["joined\n"] * 2
+
+
+def test_to_ask_for_the_group_of_all_ranks_does_nothing():
+    groups = Groups(
+        rank=0,
+        world_size=2,
+        device=torch.device("cpu"),
+        step_timeout=datetime.timedelta(seconds=1),
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert groups.everyone is None, "this process has joined nobody"
+        socket.create_connection(server.getsockname(), timeout=1).close()
 
 
 def test_every_rank_is_in_the_groups_of_its_plan(world):
