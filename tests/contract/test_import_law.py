@@ -126,6 +126,7 @@ IMPORTERS = {
         "worker/shard/blocks.py",
         "worker/shard/controlnet.py",
         "worker/shard/node_patches.py",
+        "worker/shard/later_columns.py",
         "worker/shard/pixel_space.py",
         "worker/shard/quantised.py",
         "worker/shard/rank_tokens.py",

@@ -13,16 +13,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from fake_exchange import joined
 from fake_flux import CARD, MODE, arguments, model_of
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
+from comfy_xdit_patch.worker.shard import later_columns
 from comfy_xdit_patch.worker.shard.residuals import Residuals
 
 ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
@@ -67,7 +70,9 @@ def calls(num_ranks: int, *, text: int) -> dict[str, list[int]]:
     """
     counts = {"double": [0] * 4, "single": [0] * 4}
     plan = ParallelPlan(num_ranks, 1, num_ranks)
-    with joined(0, num_ranks, torch.device(CARD)) as rank, MODE, torch.inference_mode():
+    # A weight without data is multiplied as one with data would be.
+    plain = mock.patch.object(later_columns, "PLAIN", (*later_columns.PLAIN, FakeTensor))
+    with joined(0, num_ranks, torch.device(CARD)) as rank, plain, MODE, torch.inference_mode():
         model, given = model_of((1, 1), "bfloat16"), arguments(text=text)
         with Counter() as counter, ExitStack() as hooks:
 

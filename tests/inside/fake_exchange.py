@@ -48,7 +48,7 @@ class Exchanges:
         self.noted: list[dict[str, Any]] = []
         self._groups = groups
 
-    def all_to_all(
+    def all_to_all_async(
         self,
         out: torch.Tensor,
         data: torch.Tensor,
@@ -56,8 +56,9 @@ class Exchanges:
         received: Sequence[int],
         sent: Sequence[int],
         group: Any,
-    ) -> None:
+    ) -> Done:
         self._note("all_to_all", group, (data, out), sent, received)
+        return Done()
 
     def all_gather_into(self, whole: torch.Tensor, shard: torch.Tensor, *, group: Any) -> None:
         n = dist.get_world_size(group)

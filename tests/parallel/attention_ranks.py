@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
+from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 
 WORLD_SIZE = 8
@@ -191,7 +192,13 @@ def solve(
     mine = torch.tensor([t for start, end in shares.places(rank) for t in range(start, end)])
     queries = mine[mine < q.shape[2]]
     shard = q[:, :, queries], k[:, :, mine], v[:, :, mine]
-    attention = SequenceAttention(shares=shares, index=rank, groups=groups)
+    meanwhile: list[bool] = []
+    attention = SequenceAttention(
+        shares=shares,
+        index=rank,
+        groups=groups,
+        meanwhile=lambda: meanwhile.append(collectives.is_in_one()),
+    )
     run, function = attention, comfyui_like
     if problem.is_prescribed:
         if groups.ring is not None:
@@ -211,6 +218,7 @@ def solve(
         "is_even": is_even,
         "bytes_sent": attention.bytes_sent // 2,
         "bytes_whole": k.nbytes,
+        "meanwhile": meanwhile,
     }
 
 

@@ -33,6 +33,7 @@ from comfy_xdit_patch.worker.attention.local_heads import LocalHeadsAttention
 from comfy_xdit_patch.worker.attention.lse import Bias
 from comfy_xdit_patch.worker.attention.masks import Span, inverse_of, order_of
 from comfy_xdit_patch.worker.attention.ring import ring_attention
+from comfy_xdit_patch.worker.attention.ulysses import nothing
 from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 
 RING_KNOWS = {"skip_reshape", "transformer_options", "_inside_attn_wrapper", "scale"}
@@ -50,6 +51,7 @@ class SequenceAttention(LocalHeadsAttention):
         groups: PlanGroups,
         function: Callable[..., torch.Tensor] | None = None,
         wants_order: bool = False,
+        meanwhile: Callable[[], None] = nothing,
     ) -> None:
         """Prepare for a call.
 
@@ -58,6 +60,7 @@ class SequenceAttention(LocalHeadsAttention):
             index: this rank's place in the group.
             function: a node's own ``optimized_attention_override``, to run on the local heads.
             wants_order: give ``function`` the tokens in ComfyUI's order.
+            meanwhile: called once tokens are on their way, and before their exchange is over.
         """
         if function is not None and groups.ring is not None:
             raise ValueError("A ring has no place for an attention function of a node's.")
@@ -67,6 +70,7 @@ class SequenceAttention(LocalHeadsAttention):
         self._groups = groups
         self._place = index // shares.ulysses_degree
         self._wants_order = wants_order
+        self._meanwhile = meanwhile
         self._ring_bytes = 0
 
     def prescribed(self, function: Callable[..., torch.Tensor]) -> SequenceAttention:
@@ -110,10 +114,13 @@ class SequenceAttention(LocalHeadsAttention):
         queries, keys = (self._lengths(t.shape[2]) for t in (q_BHLK, k_BHLK))
         near = self._neighbours(self._place)
         tokens = queries[near.start : near.stop]
+        meanwhile = self._meanwhile
         if queries == keys:
-            q, k, v = exchange.tokens_for_heads(q_BHLK, k_BHLK, v_BHLK, tokens=tokens)
+            q, k, v = exchange.tokens_for_heads(
+                q_BHLK, k_BHLK, v_BHLK, tokens=tokens, meanwhile=meanwhile
+            )
         else:
-            (q,) = exchange.tokens_for_heads(q_BHLK, tokens=tokens)
+            (q,) = exchange.tokens_for_heads(q_BHLK, tokens=tokens, meanwhile=meanwhile)
             k, v = exchange.tokens_for_heads(k_BHLK, v_BHLK, tokens=keys[near.start : near.stop])
         rows, columns = (Span(near, n == self._shares.joint) for n in (queries, keys))
         in_order = self._function if self._wants_order and queries == keys else None

@@ -25,13 +25,17 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import bounds
 from comfy_xdit_patch.worker.ranks import collectives
+
+
+def nothing() -> None:
+    """Compute nothing while tokens are on their way."""
 
 
 class HeadExchange:
@@ -55,10 +59,18 @@ class HeadExchange:
         self.bytes_sent = 0
 
     def tokens_for_heads(
-        self, *qkv_BHLK: torch.Tensor, tokens: tuple[int, ...]
+        self,
+        *qkv_BHLK: torch.Tensor,
+        tokens: tuple[int, ...],
+        meanwhile: Callable[[], None] = nothing,
     ) -> tuple[torch.Tensor, ...]:
-        """Exchange (B, H, L, K) for (B, G, S, K), all of them in one all-to-all."""
+        """Exchange (B, H, L, K) for (B, G, S, K), all of them in one all-to-all.
+
+        Args:
+            meanwhile: called once they are on their way; what it computes hides the transfer.
+        """
         if self._group is None:
+            meanwhile()
             return qkv_BHLK
         batch, _, length, width = qkv_BHLK[0].shape
         row = len(qkv_BHLK) * batch * width
@@ -80,7 +92,11 @@ class HeadExchange:
                     out=part.view(length, len(qkv_BHLK), batch, end - start, width),
                 )
         received = self._all_to_all(
-            wire, self._group, sent=sent, received=[n * row * self.local_heads for n in tokens]
+            wire,
+            self._group,
+            sent=sent,
+            received=[n * row * self.local_heads for n in tokens],
+            meanwhile=meanwhile,
         )
         del wire
         # Shards follow each other along S, so what arrives is whole already, in rank order.
@@ -116,8 +132,11 @@ class HeadExchange:
         *,
         sent: Sequence[int],
         received: Sequence[int],
+        meanwhile: Callable[[], None] = nothing,
     ) -> torch.Tensor:
         out = data.new_empty(sum(received))
-        collectives.all_to_all(out, data, received=received, sent=sent, group=group)
+        work = collectives.all_to_all_async(out, data, received=received, sent=sent, group=group)
+        meanwhile()
+        collectives.finish([work])
         self.bytes_sent += (sum(sent) - sent[self._index]) * data.element_size()
         return out

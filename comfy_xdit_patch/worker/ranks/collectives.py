@@ -150,19 +150,23 @@ def is_in_one() -> bool:
     return _num_open > 0
 
 
-def all_to_all(
+def all_to_all_async(
     out: torch.Tensor,
     data: torch.Tensor,
     *,
     received: Sequence[int],
     sent: Sequence[int],
     group: dist.ProcessGroup,
-) -> None:
-    """Send a part of ``data`` to every rank, and fill ``out`` with what they send. Elements."""
+) -> dist.Work:
+    """Begin to send a part of ``data`` to every rank and to fill ``out`` with what they send.
+
+    Sizes are elements. ``finish`` the work before ``data`` is changed or ``out`` is read.
+    """
     _begin()
-    with clock.waiting():
-        dist.all_to_all_single(out, data, list(received), list(sent), group=group)
-    _end()
+    work: dist.Work = dist.all_to_all_single(
+        out, data, list(received), list(sent), group=group, async_op=True
+    )
+    return work
 
 
 def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:

@@ -38,9 +38,10 @@ def check(groups: Groups) -> None:
         sizes = [num_values] * groups.world_size
         sent = torch.cat([_numbers(groups.rank, to, num_values) for to in others])
         arrived = torch.empty_like(sent, device=groups.device)
-        collectives.all_to_all(
+        work = collectives.all_to_all_async(
             arrived, sent.to(groups.device), received=sizes, sent=sizes, group=group
         )
+        collectives.finish([work])
         for source, part in enumerate(torch.split(arrived.cpu(), sizes)):
             _compare(part, _numbers(source, groups.rank, num_values), f"from rank {source}")
         largest = _numbers(0, 0, num_values).to(groups.device) + groups.rank

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
 from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
 from comfy_xdit_patch.worker.shard.pixel_space import sharded_head
 from comfy_xdit_patch.worker.shard.quantised import ScaledLayers, scales_on_weights
@@ -72,12 +73,14 @@ def sharded_sequence(
             values = call.arguments
             shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
             mine = RankTokens(shares, index, group)
+            later = LaterColumns()
             attention = SequenceAttention(
                 shares=shares,
                 index=index,
                 groups=of_plan,
                 function=None if patches is None else patches.attention,
                 wants_order=patches is not None and patches.wants_order,
+                meanwhile=later.compute,
             )
             keep_own(
                 values,
@@ -93,7 +96,10 @@ def sharded_sequence(
                 until_the_head_is_done.enter_context(
                     sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
                 )
-            out = original(*call.args, **call.kwargs).narrow(SEQUENCE_DIM, 0, shares.image[index])
+            # A CPU rank's transfers take the time of the core that would compute meanwhile.
+            with nullcontext() if groups.device.type == "cpu" else later.of(flux):
+                out = original(*call.args, **call.kwargs)
+            out = out.narrow(SEQUENCE_DIM, 0, shares.image[index])
             bytes_sent.extend((attention.bytes_sent, mine.bytes_sent))
             return out if is_pixel_space else gather(out, shares)
 

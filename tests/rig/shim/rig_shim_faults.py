@@ -148,16 +148,18 @@ def adapt_groups(groups: Any) -> None:
 
 
 def adapt_first_exchange(first_exchange: Any) -> None:
-    check, exchange = first_exchange.check, first_exchange.collectives.all_to_all
+    check, exchange = first_exchange.check, first_exchange.collectives.all_to_all_async
 
-    def other_data(out: Any, *args: Any, **kwargs: Any) -> None:
-        exchange(out, *args, **kwargs)
+    def other_data(out: Any, *args: Any, **kwargs: Any) -> Any:
+        work = exchange(out, *args, **kwargs)
+        work.wait()
         out[-1] += 1
+        return work
 
     def check_with_point(groups: Any) -> None:
         kind = taken("exchange")
         if kind == "other data":
-            first_exchange.collectives.all_to_all = other_data
+            first_exchange.collectives.all_to_all_async = other_data
         else:
             obey(kind)
         check(groups)
@@ -205,16 +207,16 @@ _num_exchanges = 0
 
 
 def adapt_collectives(collectives: Any) -> None:
-    exchange = collectives.all_to_all
+    exchange = collectives.all_to_all_async
 
-    def all_to_all(*args: Any, **kwargs: Any) -> None:
+    def all_to_all_async(*args: Any, **kwargs: Any) -> Any:
         global _num_exchanges
         _num_exchanges += 1
         if _num_exchanges == WITHIN:
             obey(taken("within"))  # The others are in it already, or will be.
-        exchange(*args, **kwargs)
+        return exchange(*args, **kwargs)
 
-    collectives.all_to_all = all_to_all
+    collectives.all_to_all_async = all_to_all_async
 
 
 def adapt_channel(channel: Any) -> None:

@@ -1,0 +1,234 @@
+"""How much of the transfer of q, k and v is hidden behind the MLP's columns, on slowed links.
+
+Run: PYTHONPATH=tests python tests/bench/overlap.py [--tokens 1280] [--rounds N] [--dtype bfloat16]
+
+Two CPU ranks of one thread, each on a core of its own; ComfyUI's own single blocks of FLUX.1's real
+width (3072, 24 heads) on random numbers; ``HeadExchange`` over gloo. The link's speed is chosen by
+what this machine multiplies, so that a block's transfers take the part of its computation that they
+take on the machine named (``rig/slow_link.py`` waits). In turn, in every round:
+
+    alone        nothing is exchanged: the computation of one rank's share
+    gloo         an unslowed link, columns at once, and later: what overlap itself costs
+    NAME         a slowed link, columns at once ("exposed"), and later ("overlapped")
+
+Medians of blocks. ``can_hide`` is the smaller of the transfer of q, k and v and of the MLP's
+columns, of which ``hidden`` says the part that was. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+WIDTH, HEADS, TEXT = 3072, 24, 256
+NUM_RANKS, NUM_BLOCKS = 2, 2
+# What a card multiplies in bf16 (1e12/s), and what its link brings each way (GB/s):
+# planning/cost/known_machines.py, and performance.md section 1.6 of the design's figures for links.
+MACHINES = {"4090": (150, 15.0), "5090": (186, 24.0), "L40S": (200, 20.0), "H100": (570, 200.0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1280)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    from rig.trees import trees_for_tests
+
+    tree = trees_for_tests()[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        ranks = [
+            context.Process(target=run_rank, args=(rank, str(tree.path), folder, vars(options)))
+            for rank in range(NUM_RANKS)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        found = json.loads(Path(folder, "0.json").read_text())
+    json.dump({"comfyui": tree.version, **vars(options), **found}, sys.stdout, indent=1)
+
+
+def run_rank(rank: int, tree: str, folder: str, options: dict[str, Any]) -> None:
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    sys.argv = ["bench", "--cpu"]
+    sys.path.insert(0, tree)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(f"{folder}/store", NUM_RANKS),
+        rank=rank,
+        world_size=NUM_RANKS,
+        timeout=datetime.timedelta(seconds=300),
+    )
+    with torch.inference_mode():
+        found = Bench(rank, options).measured()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+class Bench:
+    """One rank's blocks and its share of the tokens."""
+
+    def __init__(self, rank: int, options: dict[str, Any]) -> None:
+        import comfy.ops
+        import torch
+        import torch.distributed as dist
+        from comfy.ldm.flux.layers import ModulationOut, SingleStreamBlock
+
+        from comfy_xdit_patch.planning.plan import ParallelPlan
+        from comfy_xdit_patch.worker.attention.attention import SequenceAttention
+        from comfy_xdit_patch.worker.ranks.groups import PlanGroups
+        from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
+
+        self._rounds = options["rounds"]
+        dtype = getattr(torch, options["dtype"])
+        plan = ParallelPlan(NUM_RANKS, 1, NUM_RANKS)
+        shares = plan.sequence_shares(
+            rank,
+            num_text_tokens=TEXT,
+            num_image_tokens=options["tokens"] - TEXT,
+            num_reference_tokens=0,
+            num_heads=HEADS,
+        )
+        world = dist.group.WORLD
+        generator = torch.Generator().manual_seed(1)
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        with torch.device("cpu"):
+            self.blocks = [
+                SingleStreamBlock(
+                    WIDTH, HEADS, modulation=False, dtype=dtype, operations=comfy.ops.manual_cast
+                )
+                for _ in range(NUM_BLOCKS)
+            ]
+        for block in self.blocks:
+            for parameter in block.parameters():
+                parameter.copy_(numbers(*parameter.shape) * 0.02)
+        self.x = numbers(1, shares.joint[rank], WIDTH)
+        self.mod = ModulationOut(*(numbers(1, 1, WIDTH) for _ in range(3)))
+        self.later = LaterColumns()
+        groups = PlanGroups(world, world, None)
+        self._attentions = {
+            is_later: SequenceAttention(
+                shares=shares,
+                index=rank,
+                groups=groups,
+                **({"meanwhile": self.later.compute} if is_later else {}),
+            )
+            for is_later in (False, True)
+        }
+        self.wire_bytes = self.x.nbytes // 2  # of one tensor of q, k, v or the output
+        self._generator = generator
+
+    def block_s(self, link: Any, *, is_later: bool, is_alone: bool = False) -> float:
+        """Seconds of one block, together with the other rank."""
+        import torch.distributed as dist
+
+        from comfy_xdit_patch.worker.attention.ulysses import HeadExchange
+
+        options = {"optimized_attention_override": self._attentions[is_later]}
+        model = SimpleNamespace(single_blocks=self.blocks)
+        if is_alone:
+            other = mock.patch.object(HeadExchange, "_all_to_all", same_size)
+        else:
+            other = nullcontext()  # type: ignore[assignment]
+        x = self.x.clone()
+        dist.barrier()
+        with other, link.used() if link else nullcontext():
+            begin = time.perf_counter()
+            with self.later.of(model) if is_later else nullcontext():
+                for block in self.blocks:
+                    x = block(x, vec=self.mod, pe=None, transformer_options=options)
+            return (time.perf_counter() - begin) / NUM_BLOCKS
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        call()
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    def measured(self) -> dict[str, Any]:
+        import torch
+        import torch.distributed as dist
+        from rig.slow_link import SlowLink
+
+        linear = self.blocks[0].linear1
+        both = self.seconds(lambda: linear(self.x))
+        mlp_s = both * 4 / 7
+        rate = torch.tensor([2 * self.x.numel() * 7 * WIDTH / both / 1e12])
+        dist.all_reduce(rate, op=dist.ReduceOp.MIN)  # The same links on both ranks.
+        teraflops = float(rate)
+        links = {"gloo": SlowLink(math.inf)}
+        speeds = {name: gbs * 1e9 * teraflops / tf for name, (tf, gbs) in MACHINES.items()}
+        links |= {name: SlowLink(speed) for name, speed in speeds.items()}
+        times: dict[str, list[float]] = {}
+        for number in range(self._rounds + 1):
+            rows = [("alone", None, False)]
+            rows += [
+                (f"{name} {kind}", link, kind == "overlapped")
+                for name, link in links.items()
+                for kind in ("exposed", "overlapped")
+            ]
+            for name, link, is_later in rows:
+                seconds = self.block_s(link, is_later=is_later, is_alone=link is None)
+                if number:
+                    times.setdefault(name, []).append(seconds)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        rows_found = {}
+        for name in links:
+            exposed, overlapped = medians[f"{name} exposed"], medians[f"{name} overlapped"]
+            row = {"exposed_s": exposed, "overlapped_s": overlapped, "ratio": exposed / overlapped}
+            if name in speeds:
+                qkv_s = 3 * self.wire_bytes / speeds[name]
+                can_hide = min(qkv_s, mlp_s)
+                row |= {
+                    "link_MB_per_s": speeds[name] / 1e6,
+                    "transfers_s": 4 * self.wire_bytes / speeds[name],
+                    "can_hide_s": can_hide,
+                    "hidden": (exposed - overlapped) / can_hide,
+                }
+            rows_found[name] = {key: float(f"{value:.3g}") for key, value in row.items()}
+        return {
+            "teraflops": round(teraflops, 3),
+            "alone_s": float(f"{medians['alone']:.3g}"),
+            "mlp_columns_s": float(f"{mlp_s:.3g}"),
+            **rows_found,
+        }
+
+
+def same_size(
+    _: Any, data: Any, group: Any, *, sent: Any, received: Any, meanwhile: Any = None
+) -> Any:
+    """Exchange nothing: a rank computes with what it has."""
+    return data.new_zeros(sum(received))
+
+
+if __name__ == "__main__":
+    main()
