@@ -20,41 +20,8 @@ from dataclasses import asdict
 from typing import Any, TypeAlias, get_args
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.wire.messages.likeness import Follow, Reach, Reached
-from comfy_xdit_patch.wire.messages.replies import (
-    Alive,
-    Controlled,
-    Declined,
-    Done,
-    Failed,
-    Fetched,
-    Joined,
-    Joining,
-    Loaded,
-    Loading,
-    NoRoom,
-    NotLoaded,
-    Raised,
-    Ran,
-    Unloaded,
-)
-from comfy_xdit_patch.wire.messages.requests import (
-    Control,
-    Drop,
-    Fetch,
-    Forget,
-    Forward,
-    Free,
-    GiveWay,
-    Load,
-    Map,
-    ModelSource,
-    RunBlock,
-    Start,
-    Stop,
-    Unload,
-    Unmap,
-)
+from comfy_xdit_patch.wire.messages.replies import FromWorker
+from comfy_xdit_patch.wire.messages.requests import FromHost, ModelSource
 
 Check = Callable[[Any], bool]
 
@@ -102,40 +69,7 @@ def _is_int(value: Any) -> bool:
     return type(value) is int and -INT_LIMIT <= value < INT_LIMIT
 
 
-Message: TypeAlias = (
-    Start
-    | Map
-    | Unmap
-    | Load
-    | Unload
-    | GiveWay
-    | Drop
-    | Forward
-    | Control
-    | RunBlock
-    | Fetch
-    | Free
-    | Forget
-    | Follow
-    | Reach
-    | Stop
-    | Joining
-    | Joined
-    | Alive
-    | Loading
-    | Loaded
-    | NotLoaded
-    | Unloaded
-    | Done
-    | Controlled
-    | Ran
-    | Fetched
-    | Declined
-    | NoRoom
-    | Raised
-    | Reached
-    | Failed
-)
+Message: TypeAlias = FromHost | FromWorker
 
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in get_args(Message)}
 _CHECKS = {cls: checks_of(cls) for cls in (*_TYPES.values(), ModelSource)}
