@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BLOCK_LISTS = ("double_blocks", "single_blocks")
-"""Attributes of a model that hold its blocks."""
+"""Attributes of a model that hold its blocks, in the order in which these run."""
 HEAD_WIDTH = 128
 """Features of an attention head, in every model of the family."""
 

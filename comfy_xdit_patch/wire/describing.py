@@ -106,10 +106,15 @@ def contents_of(function: types.FunctionType) -> Iterator[Any]:
 
 def content_of(cell: types.CellType) -> Any:
     """Return what is in a cell of a closure."""
+    return (held_by(cell) or [_EMPTY])[0]
+
+
+def held_by(cell: types.CellType) -> list[Any]:
+    """Return the one value that is in a cell of a closure, or none: it was never given one."""
     try:
-        return cell.cell_contents
+        return [cell.cell_contents]
     except ValueError:
-        return _EMPTY
+        return []
 
 
 def found(path: str) -> Any:
@@ -192,7 +197,7 @@ def _texts(values: Iterable[Any], depth: int) -> str:
 
 
 def _function_text(function: types.FunctionType, depth: int) -> str:
-    parts = [function.__module__, function.__qualname__, code_text(function.__code__)]
+    parts = [function.__module__, function.__qualname__, code_digest(function.__code__)]
     for values in (function.__defaults__, (function.__kwdefaults__ or {}).items()):
         parts += [_text_or_kind(item, depth - 1) for item in values or ()]
     parts += [_text_or_kind(item, depth - 1) for item in contents_of(function)]
@@ -207,7 +212,7 @@ def _text_or_kind(value: Any, depth: int) -> str:
         return type(value).__qualname__
 
 
-def code_text(code: types.CodeType) -> str:
+def code_digest(code: types.CodeType) -> str:
     """Return a digest of what a code object does, whatever its file and lines.
 
     Not ``marshal``: what that writes depends on how often each part is referred to.
@@ -217,7 +222,8 @@ def code_text(code: types.CodeType) -> str:
         digest = hashlib.sha256(code.co_code)
         for names in (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars):
             digest.update(repr(names).encode())
-        digest.update(f"{code.co_argcount} {code.co_kwonlyargcount} {code.co_flags}".encode())
+        counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
+        digest.update(f"{code.co_name} {counts} {code.co_flags}".encode())
         digest.update(repr([_constant_text(constant) for constant in code.co_consts]).encode())
         known = _codes[id(code)] = code, digest.hexdigest()[:16]
     return known[1]
@@ -225,7 +231,7 @@ def code_text(code: types.CodeType) -> str:
 
 def _constant_text(constant: Any) -> str:
     if isinstance(constant, types.CodeType):
-        return code_text(constant)
+        return code_digest(constant)
     if isinstance(constant, tuple):
         return repr([_constant_text(item) for item in constant])
     if isinstance(constant, frozenset):  # in the order of this process's hash seed

@@ -22,12 +22,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from comfy_xdit_patch.wire.describing import code_digest, held_by
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.modules import (
     canonical_module,
     code_at,
     decode_module,
-    digest_of,
     encode_module,
     place_of,
 )
@@ -79,7 +79,7 @@ def undisabled(value: Any) -> Any:
 
 def closed_over(function: types.FunctionType) -> list[Any]:
     """What a function's closure holds. A name that was never given a value holds nothing."""
-    return [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    return [value for cell in function.__closure__ or () for value in held_by(cell)]
 
 
 def encode_callable(value: Any, numbers: Numbers) -> Tree:
@@ -148,11 +148,8 @@ class _Encoder:
             "module": encode_module(module.__name__),
             "place": list(place),
             "path": name_of(function)[1],
-            "digest": digest_of(code),
-            "cells": [
-                [] if _is_empty(cell) else [self.value(cell.cell_contents)]
-                for cell in function.__closure__ or ()
-            ],
+            "digest": code_digest(code),
+            "cells": self.value([held_by(cell) for cell in function.__closure__ or ()]),
             "defaults": self.value(function.__defaults__),
             "keyword_defaults": self.value(function.__kwdefaults__),
             "attributes": self.value(
@@ -190,7 +187,7 @@ class _Decoder:
     def _function(self, description: Tree) -> types.FunctionType:
         module = decode_module(description["module"])
         code = code_at(module, tuple(description["place"]))
-        if code is None or digest_of(code) != description["digest"]:
+        if code is None or code_digest(code) != description["digest"]:
             raise UncarriedValueError(f"{description['path']} is another one in this process")
         cells = [types.CellType() for _ in description["cells"]]
         function = types.FunctionType(code, vars(module), code.co_name, None, tuple(cells))
@@ -203,14 +200,6 @@ class _Decoder:
         function.__kwdefaults__ = self.value(description["keyword_defaults"])
         vars(function).update(self.value(description["attributes"]))
         return function
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 (asking is the only way to know)
-    except ValueError:
-        return True
-    return False
 
 
 def _named(value: Any) -> Tree | None:
@@ -237,6 +226,6 @@ def _digests(value: Any) -> list[str]:
     """Name what a function does, and what the one does that ``functools.wraps`` put it around."""
     found = []
     while isinstance(value, types.FunctionType):
-        found.append(digest_of(value.__code__))
+        found.append(code_digest(value.__code__))
         value = getattr(value, "__wrapped__", None)
     return found

@@ -13,14 +13,12 @@ siblings and what a name stands for by now do not matter.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
 
 from comfy_xdit_patch.wire.messages.requests import Tree
 
@@ -30,7 +28,6 @@ Place = tuple[int, ...]
 """Way from a module's code to one inside of it: positions among the constants of each."""
 
 _places: dict[int, tuple[types.CodeType, Place]] = {}
-_digests: dict[int, tuple[types.CodeType, str]] = {}
 _codes: dict[tuple[str, Place], tuple[types.ModuleType, types.CodeType]] = {}
 # What was found before, by the identity of what was asked for, which stays with it.
 
@@ -131,55 +128,12 @@ def code_at(module: types.ModuleType, place: Place) -> types.CodeType | None:
     return code
 
 
-def digest_of(code: types.CodeType) -> str:
-    """A name of what a code does, alike in all processes of one Python.
-
-    Not ``marshal``: what that writes depends on who else refers to an object.
-    """
-    known = _digests.get(id(code))
-    if known is None:
-        total = hashlib.sha256()
-        for part in _parts(code):
-            total.update(part + b"\0")
-        known = _digests[id(code)] = code, total.hexdigest()
-    return known[1]
-
-
-def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code and all that are written inside of it."""
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from codes_in(const)
-
-
 def _search(whole: types.CodeType, code: types.CodeType, way: Place) -> Iterator[Place]:
     for position, const in enumerate(whole.co_consts):
         if isinstance(const, types.CodeType):
             if const == code:
                 yield (*way, position)
             yield from _search(const, code, (*way, position))
-
-
-def _parts(code: types.CodeType) -> Iterator[bytes]:
-    for name in (*code.co_names, *code.co_varnames, *code.co_freevars, *code.co_cellvars):
-        yield name.encode()
-    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-    yield repr((code.co_name, *counts)).encode()
-    yield code.co_code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _parts(const)
-        else:
-            yield _constant(const).encode()
-
-
-def _constant(value: Any) -> str:
-    if isinstance(value, frozenset):  # in another order in each process
-        return f"frozenset{sorted(map(_constant, value))}"
-    if isinstance(value, tuple):
-        return f"({','.join(map(_constant, value))})"
-    return repr(value)
 
 
 def _file_of(name: str) -> str:

@@ -25,7 +25,7 @@ from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.system_memory import available_bytes
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.slots import Slot
-from comfy_xdit_patch.wire.tensors import digest
+from comfy_xdit_patch.wire.tensors import digest, dtype_name, dtype_of
 
 ALIGNMENT = 64
 KEPT_BYTES = 1 << 30
@@ -60,7 +60,7 @@ class _Place:
 
     def __init__(self, pack: _Pack, offset: int, tensor: torch.Tensor, contents: str) -> None:
         self.pack = pack
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         self.tree: Tree = {
             "$pack": [pack.slot.number, offset, dtype, list(tensor.size()), contents]
         }
@@ -197,6 +197,25 @@ class PackTable:
             }
 
 
+class Packing:
+    """Tensors of one tree, which are placed together when the tree is whole."""
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._nodes: list[dict[str, Tree]] = []
+
+    def add(self, tensor: torch.Tensor) -> Tree:
+        """Return what stands for a tensor in the tree."""
+        self._tensors.append(tensor)
+        self._nodes.append({})
+        return self._nodes[-1]
+
+    def place(self, place: Callable[[Sequence[torch.Tensor]], list[Tree]]) -> None:
+        """Fill the tree in. ``place`` is ``PackTable.place``, and raises what that raises."""
+        for node, tree in zip(self._nodes, place(self._tensors), strict=True):
+            node.update(tree)
+
+
 class PackMap:
     """A worker's side: tensors in shared memory, each checked once against its digest."""
 
@@ -219,7 +238,7 @@ class PackMap:
         """
         number, offset, dtype, shape, contents = place
         slot = self._slots(number)
-        found = slot.view(getattr(torch, dtype), tuple(shape), offset=offset)
+        found = slot.view(dtype_of(dtype), tuple(shape), offset=offset)
         checked = self._checked.setdefault(slot, set())
         if (offset, contents) not in checked:
             if digest(found) != contents:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.wire.tensors import dtype_of
+
 Recipe = Sequence[Any]
 Leaves = Mapping[str, Callable[..., Any]]
 """What each kind of leaf is, from its parts."""
@@ -36,8 +38,7 @@ def arithmetic(kind: str, first: torch.Tensor, second: Any) -> torch.Tensor:
     if kind == "add":
         return torch.add(first, second)
     if kind == "to":
-        dtype: torch.dtype = getattr(torch, second)
-        return first.to(dtype)
+        return first.to(dtype_of(second))
     raise ValueError(f"{kind!r} is not a step of a residual's recipe.")
 
 

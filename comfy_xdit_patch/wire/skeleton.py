@@ -11,21 +11,16 @@ operations class; what the modules hold is carried by name, tensor subclasses ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from comfy_xdit_patch.wire.fingerprint import stored_weights
+from comfy_xdit_patch.wire.fingerprint import StoredWeight, stored_weights
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.packs import PackTable
+from comfy_xdit_patch.wire.packs import Packing, PackTable
 from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES, Form, as_parameter
-from comfy_xdit_patch.wire.values import (
-    PLAIN,
-    decode_class,
-    decode_value,
-    encode_class,
-    encode_value,
-)
+from comfy_xdit_patch.wire.values import PLAIN, decode_value, encode_value, refuse
 
 # Made by the class itself, or by us below.
 _CONFIG_OMITS = ("latent_format", "custom_operations", "unet_config")
@@ -41,25 +36,21 @@ def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
     config, patcher = base_model.model_config, base_model.current_patcher
-    parts: list[torch.Tensor] = []
-    weights: dict[str, Tree] = {}
-    for weight in stored_weights(flux, patcher):
-        inner, form = weight.parts
-        indices = {part: len(parts) + i for i, part in enumerate(inner)}
-        weights[weight.name] = {"form": _form(form), "parts": indices}
-        parts += map(weight.cast, inner.values())
-    places = packs.place(parts, owner=base_model)
-    for tree in weights.values():
-        tree["parts"] = {part: places[index] for part, index in tree["parts"].items()}
     operations = config.custom_operations
-    return {
-        "config": encode_class(type(config)),
-        "unet_config": encode_value(config.unet_config),
-        "attributes": {
-            name: encode_value(value)
-            for name, value in vars(config).items()
-            if name not in _CONFIG_OMITS
-        },
+    packing = Packing()
+
+    def other(path: str, value: Any) -> Tree:
+        if not isinstance(value, StoredWeight):
+            return refuse(path, value)
+        parts, form = value.parts
+        nodes = {part: packing.add(value.cast(plain)) for part, plain in parts.items()}
+        kind = None if form.cls in PLAIN_CLASSES else (form.cls, form.is_wrapper)
+        return {"$weight": [nodes, encode_value(kind), encode_value(form.stored_values)]}
+
+    described = {
+        "config": type(config),
+        "unet_config": config.unet_config,
+        "attributes": {n: v for n, v in vars(config).items() if n not in _CONFIG_OMITS},
         "operations": None if operations is None else _operations(operations),
         "patcher": _patcher(patcher),
         "modules": {
@@ -67,35 +58,25 @@ def describe(base_model: Any, flux: Any, packs: PackTable) -> Tree:
             for name, module in flux.named_modules()
             if (attributes := _plain_attributes(module))
         },
-        "weights": weights,
+        "weights": {weight.name: weight for weight in stored_weights(flux, patcher)},
     }
+    tree = encode_value(described, other)
+    packing.place(partial(packs.place, owner=base_model))
+    return tree
 
 
-def _form(form: Form) -> Tree:
-    if form.cls in PLAIN_CLASSES:
-        return None
-    return [encode_class(form.cls), form.is_wrapper, encode_value(form.stored_values)]
-
-
-def _operations(operations: Any) -> Tree:
+def _operations(operations: Any) -> tuple[type[Any], dict[str, Any]]:
     """An operations class, and what a node has set on its layers' classes."""
     cls = operations if isinstance(operations, type) else type(operations)
     layers = {
-        name: encode_value(
-            {
-                key: value
-                for key, value in vars(layer).items()
-                if not key.startswith("__")
-                and (type(value) in PLAIN or isinstance(value, torch.dtype))
-            }
-        )
+        name: {k: v for k, v in _plain(layer).items() if not k.startswith("__")}
         for name, layer in vars(cls).items()
         if isinstance(layer, type)
     }
-    return {"class": encode_class(cls), "layers": layers}
+    return cls, layers
 
 
-def _patcher(patcher: Any) -> Tree:
+def _patcher(patcher: Any) -> tuple[type[Any], dict[str, Any]] | None:
     """A node pack's own ModelPatcher class, and its plain settings."""
     import comfy.model_patcher
 
@@ -110,16 +91,22 @@ def _patcher(patcher: Any) -> Tree:
     settings = {
         name: value for name, value in vars(patcher).items() if name in own and type(value) in PLAIN
     }
-    return {"class": encode_class(type(patcher)), "attributes": encode_value(settings)}
+    return type(patcher), settings
 
 
-def _plain_attributes(module: torch.nn.Module) -> dict[str, Tree]:
+def _plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
     return {
-        name: encode_value(value)
-        for name, value in vars(module).items()
-        if (type(value) in PLAIN or isinstance(value, torch.dtype))
-        and name not in _MODULE_OMITS
-        and "comfy_" not in name
+        name: value
+        for name, value in _plain(module).items()
+        if name not in _MODULE_OMITS and "comfy_" not in name
+    }
+
+
+def _plain(owner: Any) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if type(value) in PLAIN or isinstance(value, torch.dtype)
     }
 
 
@@ -133,43 +120,41 @@ def build(description: Tree, tensor: Callable[[Tree], torch.Tensor]) -> Any:
     import comfy.model_patcher
     import comfy.utils
 
-    config = decode_class(description["config"])(decode_value(description["unet_config"]))
-    for name, value in description["attributes"].items():
-        setattr(config, name, decode_value(value))
-    config.unet_config = decode_value(description["unet_config"])
-    operations = description["operations"]
-    if operations is not None:
-        config.custom_operations = decode_class(operations["class"])
-        for layer, attributes in operations["layers"].items():
-            for name, value in decode_value(attributes).items():
+    made = decode_value(description, {"$pack": tensor, "$weight": partial(_join, tensor)})
+    # A class of configurations may change what it is made of.
+    config = made["config"](decode_value(description["unet_config"]))
+    for name, value in made["attributes"].items():
+        setattr(config, name, value)
+    config.unet_config = made["unet_config"]
+    if made["operations"] is not None:
+        config.custom_operations, layers = made["operations"]
+        for layer, attributes in layers.items():
+            for name, value in attributes.items():
                 setattr(getattr(config.custom_operations, layer), name, value)
     model = config.get_model({}, "")
     modules = dict(model.diffusion_model.named_modules())
-    for name, attributes in description["modules"].items():
+    for name, attributes in made["modules"].items():
         for key, value in attributes.items():
-            setattr(modules[name], key, decode_value(value))
-    for name, weight in description["weights"].items():
-        _put(modules, name, _join(weight, tensor))
+            setattr(modules[name], key, value)
+    for name, weight in made["weights"].items():
+        _put(modules, name, weight)
     patcher = comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    own = description["patcher"]
-    if own is not None:
-        patcher = decode_class(own["class"]).clone(patcher)
-        for name, value in decode_value(own["attributes"]).items():
+    if made["patcher"] is not None:
+        cls, settings = made["patcher"]
+        patcher = cls.clone(patcher)
+        for name, value in settings.items():
             setattr(patcher, name, value)
     return patcher
 
 
-def _join(weight: Tree, tensor: Callable[[Tree], torch.Tensor]) -> torch.Tensor:
-    parts = decode_value(weight["parts"], {"$pack": tensor})
-    if weight["form"] is None:
-        plain: torch.Tensor = parts[""]
-        return plain
-    cls, is_wrapper, values = weight["form"]
-    return Form(decode_class(cls), is_wrapper, decode_value(values)).join(parts)
+def _join(tensor: Callable[[Tree], torch.Tensor], inner: Tree) -> torch.Tensor:
+    parts, kind, values = decode_value(inner, {"$pack": tensor})
+    cls, is_wrapper = kind or (torch.Tensor, False)
+    return Form(cls, is_wrapper, values).join(parts)
 
 
 def _put(modules: Mapping[str, Any], name: str, tensor: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """Places for tensors in memory that host and workers share.
 
-Runs in: host; ``slot_map.py`` is the worker's side.
+Runs in: host and worker.
 
     host                                                    every worker
     SlotTable.place("context", t) -> {"$slot": [3, 7, ...]}  SlotMap.fetch(tree) -> view or
@@ -34,8 +34,14 @@ import torch
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES
-from comfy_xdit_patch.wire.values import BASES, UncarriedValueError, as_base, encode_value
+from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES, dtype_name, dtype_of
+from comfy_xdit_patch.wire.values import (
+    BASES,
+    UncarriedValueError,
+    as_base,
+    decode_value,
+    encode_value,
+)
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size."""
@@ -210,7 +216,7 @@ class SlotTable:
             entry.device_copy = None if is_here else tensor.clone()
             self.bytes_written += tensor.nbytes
         entry.last_used = self._clock
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         tree = {"$slot": [entry.slot.number, entry.version, dtype, list(tensor.shape)]}
         self._placed[id(given)] = given, tree
         return tree
@@ -241,6 +247,51 @@ class SlotTable:
         self._num_slots += 1
         self._created.append((slot, fd))
         return slot
+
+
+class SlotMap:
+    """A worker's side: slots by number. A tensor is copied to the device once a version."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots: dict[int, Slot] = {}
+        self._on_device: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def add(self, number: int, fd: int, size_bytes: int) -> None:
+        """Map a slot; the descriptor is closed."""
+        try:
+            self._slots[number] = Slot(number, fd, size_bytes)
+        finally:
+            os.close(fd)
+
+    def drop(self, numbers: list[int]) -> None:
+        """Forget slots that the host gave up."""
+        for number in numbers:
+            self._slots.pop(number, None)
+            self._on_device.pop(number, None)
+
+    def __getitem__(self, number: int) -> Slot:
+        return self._slots[number]
+
+    def fetch(self, tree: Tree) -> Any:
+        """Turn a tree of ``SlotTable.place`` back into arguments."""
+        return decode_value(tree, {"$slot": self._tensor, "$modulation": self._modulation})
+
+    def _tensor(self, place: Tree) -> torch.Tensor:
+        number, placed_version, dtype, shape = place
+        shared = self._slots[number].view(dtype_of(dtype), tuple(shape))
+        if self._device.type == "cpu":
+            return shared
+        version, tensor = self._on_device.get(number, (-1, shared))
+        if version != placed_version:
+            tensor = shared.to(self._device)
+            self._on_device[number] = (placed_version, tensor)
+        return tensor
+
+    def _modulation(self, parts: Tree) -> Any:
+        import comfy.ldm.flux.layers
+
+        return comfy.ldm.flux.layers.ModulationOut(*self.fetch(parts))
 
 
 def _close(created: list[tuple[Slot, int]]) -> None:

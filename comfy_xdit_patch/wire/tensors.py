@@ -127,6 +127,18 @@ def as_parameter(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16``, as messages have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name."""
+    dtype = getattr(torch, name.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
+
+
 def class_name(cls: type[Any]) -> str:
     """``module.QualifiedName`` of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -175,7 +187,7 @@ def digest(tensor: torch.Tensor) -> str:
             mixed ^= mixed >> shift
         total += mixed.sum()
     tail = bytes(flat[num_words * 8 :].cpu().tolist()).hex()
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     shape = "x".join(str(size) for size in tensor.size())
     return f"{dtype}[{shape}]:{int(total) & _MASK:016x}{tail}"
 

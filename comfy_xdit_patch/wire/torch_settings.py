@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.library
 
+from comfy_xdit_patch.wire.tensors import dtype_of
+
 Value: TypeAlias = Any
 """None for a setting that torch cannot tell, else a bool, int, str or a list of these."""
 PAIRS = (
@@ -108,7 +110,7 @@ _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 def _rows() -> dict[str, tuple[Callable[[], Value], Callable[[Value], None]]]:
     core: Any = torch._C
     rows: dict[str, tuple[Callable[[], Value], Callable[[Value], None]]] = {
-        "default dtype": (_default_dtype, lambda name: torch.set_default_dtype(_dtype(name))),
+        "default dtype": (_default_dtype, lambda name: torch.set_default_dtype(dtype_of(name))),
         "deterministic algorithms": (
             lambda: [core._get_deterministic_algorithms(), _warns_only()],
             lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
@@ -164,7 +166,7 @@ def _autocast(device: str) -> tuple[Callable[[], Value], Callable[[Value], None]
     def setting(value: Value) -> None:
         is_on, dtype = value
         if is_on:
-            torch.set_autocast_dtype(device, _dtype(dtype))
+            torch.set_autocast_dtype(device, dtype_of(dtype))
         torch.set_autocast_enabled(device, is_on)
         torch.clear_autocast_cache()
 
@@ -177,9 +179,3 @@ def _default_dtype() -> str:
 
 def _warns_only() -> bool:
     return torch.is_deterministic_algorithms_warn_only_enabled()
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."))
-    assert isinstance(dtype, torch.dtype)
-    return dtype

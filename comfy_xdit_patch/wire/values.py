@@ -20,6 +20,7 @@ import torch
 
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.modules import decode_module, encode_module
+from comfy_xdit_patch.wire.tensors import dtype_name, dtype_of
 
 PLAIN = (bool, int, float, str, type(None))
 BASES: tuple[Any, ...] = (int, float, str, list, tuple, dict)
@@ -63,7 +64,7 @@ def encode_value(value: Any, other: Encode = refuse, path: str = "") -> Tree:
         is_tree = all(type(key) is str and not key.startswith("$") for key in value)
         return dict(pairs) if is_tree else {"$dict": pairs}
     if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
+        return {"$dtype": dtype_name(value)}
     if isinstance(value, torch.Size):
         return {"$size": list(value)}
     if isinstance(value, enum.Enum):
@@ -102,7 +103,7 @@ def decode_value(tree: Tree, kinds: Kinds | None = None) -> Any:
     if kinds is not None and kind in kinds:
         return kinds[kind](inner)
     if kind == "$dtype":
-        return getattr(torch, inner)
+        return dtype_of(inner)
     if kind == "$size":
         return torch.Size(inner)
     if kind == "$enum":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.packs import check_room
+from comfy_xdit_patch.wire.packs import Packing, check_room
 from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES
 from comfy_xdit_patch.wire.values import (
     UncarriedValueError,
@@ -54,8 +54,7 @@ class PatchEncoder:
         from comfy import weight_adapter
 
         self._adapters = tuple(weight_adapter.adapters)
-        self._tensors: list[tuple[torch.Tensor, dict[str, Tree]]] = []
-        """With the nodes of the tree where their places will stand."""
+        self._packing = Packing()
         self._beside: dict[int, Set[str]] = {}
         """What may be on an adapter beside its weights, by the adapter's identity."""
         self.made: list[torch.Tensor] = []
@@ -89,9 +88,7 @@ class PatchEncoder:
 
     def _placed(self, values: Mapping[str, Any], place: Place) -> Tree:
         tree = encode_value({key: values[key] for key in sorted(values)}, self._other)
-        tensors = [tensor for tensor, _ in self._tensors]
-        for (_, node), placed in zip(self._tensors, place(tensors), strict=True):
-            node.update(placed)
+        self._packing.place(place)
         return tree
 
     def _patch(self, patch: Sequence[Any]) -> tuple[Any, ...]:
@@ -122,9 +119,7 @@ class PatchEncoder:
         if isinstance(value, torch.Tensor):
             if type(value) not in PLAIN_CLASSES or value.is_sparse:
                 raise UncarriedValueError(f"a tensor of class {type(value).__name__}")
-            node: dict[str, Tree] = {}
-            self._tensors.append((value, node))
-            return node
+            return self._packing.add(value)
         if type(value) in self._adapters:
             name, notes = type(value).__name__, self._beside.get(id(value), frozenset())
             extra = set(vars(value)) - {"loaded_keys", "weights"} - notes

@@ -31,7 +31,8 @@ from comfy_xdit_patch.wire.messages.requests import (
     RunBlock,
     Tree,
 )
-from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.wire.slots import SlotMap
+from comfy_xdit_patch.wire.tensors import dtype_name
 from comfy_xdit_patch.worker.answering import answer
 from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
@@ -137,7 +138,7 @@ class Calls:
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
-            dtype=str(rows.dtype).removeprefix("torch."),
+            dtype=dtype_name(rows.dtype),
             shape=shape,
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
@@ -166,7 +167,7 @@ class Calls:
         return Controlled(
             request=message.request,
             layout=layout,
-            dtype=str(residuals.tensors[0].dtype).removeprefix("torch."),
+            dtype=dtype_name(residuals.tensors[0].dtype),
             shape=(num_rows, sum(residuals.image), features),
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,

@@ -13,7 +13,7 @@ import torch
 from comfy_xdit_patch.wire.fingerprint import Look
 from comfy_xdit_patch.wire.messages.replies import Loaded, NotLoaded, Unloaded
 from comfy_xdit_patch.wire.messages.requests import Forget, Free, Load
-from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.wire.slots import SlotMap
 from comfy_xdit_patch.worker.calls import Answer, Call, Calls
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.weights.placing import Progress

@@ -24,18 +24,19 @@ from typing import TYPE_CHECKING, NoReturn
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
 from comfy_xdit_patch.wire.channel import Channel
 from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.likeness import Follow, Reach, Reached
-from comfy_xdit_patch.wire.messages.replies import Alive, Failed, Loading, Unloaded
+from comfy_xdit_patch.wire.messages.replies import Alive, Failed, Loading, Reached, Unloaded
 from comfy_xdit_patch.wire.messages.requests import (
     Control,
     Drop,
     Fetch,
+    Follow,
     Forget,
     Forward,
     Free,
     GiveWay,
     Load,
     Map,
+    Reach,
     RunBlock,
     Start,
     Stop,
@@ -45,7 +46,7 @@ from comfy_xdit_patch.wire.messages.requests import (
 from comfy_xdit_patch.worker.joining import REPLY_DEADLINE_S, join
 
 if TYPE_CHECKING:
-    from comfy_xdit_patch.wire.slot_map import SlotMap
+    from comfy_xdit_patch.wire.slots import SlotMap
     from comfy_xdit_patch.worker.engine import Engine
     from comfy_xdit_patch.worker.ranks.groups import Groups
 
@@ -104,7 +105,7 @@ class Worker:
             store_fd=self._store_fd,
             entering=self._enter_phase,
         )
-        from comfy_xdit_patch.wire.slot_map import SlotMap
+        from comfy_xdit_patch.wire.slots import SlotMap
         from comfy_xdit_patch.worker.engine import Engine
         from comfy_xdit_patch.worker.process import Heartbeat
         from comfy_xdit_patch.worker.ranks import collectives

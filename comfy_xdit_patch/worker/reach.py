@@ -26,7 +26,7 @@ from typing import Any
 from comfy_xdit_patch.blame import inner_of
 from comfy_xdit_patch.planning.ways_in import WAYS
 from comfy_xdit_patch.wire.describing import codes_in, contents_of, description, found
-from comfy_xdit_patch.wire.messages.likeness import is_plain
+from comfy_xdit_patch.wire.messages.requests import is_plain
 
 _STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 

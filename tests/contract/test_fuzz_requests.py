@@ -18,7 +18,7 @@ from comfy_xdit_patch.errors import ChannelClosedError
 from comfy_xdit_patch.wire.channel import Channel, frame_of
 from comfy_xdit_patch.wire.messages import replies, requests
 from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.wire.slots import SlotMap
 from comfy_xdit_patch.worker import process
 from comfy_xdit_patch.worker.engine import Engine
 from comfy_xdit_patch.worker.process import Heartbeat

@@ -5,7 +5,7 @@ Runs in: the tests.
 
 from __future__ import annotations
 
-from comfy_xdit_patch.wire.messages import likeness, replies, requests
+from comfy_xdit_patch.wire.messages import replies, requests
 from comfy_xdit_patch.wire.messages.requests import ModelSource
 
 SOURCE = ModelSource(
@@ -91,9 +91,9 @@ MESSAGES = [
         counts=[512, 4096, 0],
         result=1,
     ),
-    likeness.Follow(torch={"default dtype": "torch.float32"}, arguments={"fp16_unet": False}),
-    likeness.Reach(request=7, in_blocks=["comfy.ops:Linear"], around=["comfy.ldm.flux.model:Flux"]),
-    likeness.Reached(
+    requests.Follow(torch={"default dtype": "torch.float32"}, arguments={"fp16_unet": False}),
+    requests.Reach(request=7, in_blocks=["comfy.ops:Linear"], around=["comfy.ldm.flux.model:Flux"]),
+    replies.Reached(
         request=7,
         in_blocks={"torch.nn.functional": {"linear": "0123456789abcdef"}},
         around={},

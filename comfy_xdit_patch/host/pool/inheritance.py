@@ -17,7 +17,7 @@ from typing import Any
 
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.marks import WORKER_MARK
-from comfy_xdit_patch.wire.messages.likeness import is_plain
+from comfy_xdit_patch.wire.messages.requests import is_plain
 
 # ``torchrun`` and other launchers leave these behind; a worker must not join somebody else's job.
 _FOREIGN_VARIABLES = (

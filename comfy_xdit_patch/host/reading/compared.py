@@ -27,7 +27,7 @@ from comfy_xdit_patch.wire.describing import (
     description_of_module,
     found,
 )
-from comfy_xdit_patch.wire.messages.likeness import Reached
+from comfy_xdit_patch.wire.messages.replies import Reached
 
 _SET_ON_FUNCTIONS = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _ABSENT = object()

@@ -25,6 +25,7 @@ import torch
 
 from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.wire.describing import codes_in
 from comfy_xdit_patch.wire.functions import (
     closed_over,
     encode_callable,
@@ -33,7 +34,6 @@ from comfy_xdit_patch.wire.functions import (
     undisabled,
 )
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.modules import codes_in
 from comfy_xdit_patch.wire.values import PLAIN, UncarriedValueError
 
 OVERRIDE = "optimized_attention_override"

@@ -20,6 +20,7 @@ from comfy_xdit_patch.host.step.lazy_tensor import LazyTensor
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.messages.requests import Tree
 from comfy_xdit_patch.wire.recipes import Leaves, Recipe, arithmetic, follow, written
+from comfy_xdit_patch.wire.tensors import dtype_name
 
 aten = torch.ops.aten
 TIMES = (aten.mul.Tensor, aten.mul.Scalar)
@@ -112,10 +113,10 @@ class DeferredResidual(LazyTensor):
             dtype = torch.promote_types(dtype, other.dtype)
         elif func is aten._to_copy.default and kwargs.get("device") in (None, device):
             dtype = kwargs.get("dtype") or dtype
-            recipe = ("to", first.recipe, _name(dtype))
+            recipe = ("to", first.recipe, dtype_name(dtype))
         elif func is aten.to.dtype:  # as it comes under inference_mode
             dtype = rest[0]
-            recipe = ("to", first.recipe, _name(dtype))
+            recipe = ("to", first.recipe, dtype_name(dtype))
         else:
             return None
         return DeferredResidual.make(recipe, shape=shape, dtype=dtype, device=device)
@@ -139,10 +140,6 @@ def _recipe(tensor: torch.Tensor) -> Recipe:
 
 def _leaf(tensor: torch.Tensor) -> Recipe:
     return ("tensor", tensor.numbers() if isinstance(tensor, LazyTensor) else tensor)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def encode_control(

@@ -31,7 +31,8 @@ from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.wire import torch_settings
 from comfy_xdit_patch.wire.describing import codes_in, found
-from comfy_xdit_patch.wire.messages.likeness import Follow, Reach, Reached
+from comfy_xdit_patch.wire.messages.replies import Reached
+from comfy_xdit_patch.wire.messages.requests import Follow, Reach
 
 Classes: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 """Those of a model's modules by ``module:path``: in its blocks, and around them."""

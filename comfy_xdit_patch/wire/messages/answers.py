@@ -14,7 +14,6 @@ from typing import Any
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire.messages.codec import Message
-from comfy_xdit_patch.wire.messages.likeness import Reach, Reached
 from comfy_xdit_patch.wire.messages.replies import (
     Controlled,
     Declined,
@@ -25,6 +24,7 @@ from comfy_xdit_patch.wire.messages.replies import (
     NotLoaded,
     Raised,
     Ran,
+    Reached,
     Reply,
     Unloaded,
 )
@@ -35,6 +35,7 @@ from comfy_xdit_patch.wire.messages.requests import (
     Free,
     GiveWay,
     Load,
+    Reach,
     RunBlock,
     Unload,
 )

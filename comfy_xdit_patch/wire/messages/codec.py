@@ -21,42 +21,8 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from comfy_xdit_patch.errors import MessageError
-from comfy_xdit_patch.wire.messages.likeness import Follow, Reach, Reached
-from comfy_xdit_patch.wire.messages.replies import (
-    Alive,
-    Controlled,
-    Declined,
-    Done,
-    Failed,
-    Fetched,
-    Joined,
-    Joining,
-    Loaded,
-    Loading,
-    NoRoom,
-    NotLoaded,
-    Raised,
-    Ran,
-    Unloaded,
-)
-from comfy_xdit_patch.wire.messages.requests import (
-    Control,
-    Drop,
-    Fetch,
-    Forget,
-    Forward,
-    Free,
-    GiveWay,
-    Load,
-    Map,
-    ModelSource,
-    Residence,
-    RunBlock,
-    Start,
-    Stop,
-    Unload,
-    Unmap,
-)
+from comfy_xdit_patch.wire.messages.replies import FromWorker
+from comfy_xdit_patch.wire.messages.requests import FromHost, ModelSource, Residence
 
 Check = Callable[[Any], bool]
 Read = Callable[[Any], Any]
@@ -125,40 +91,7 @@ def _is_int(value: Any) -> bool:
     return type(value) is int and -INT_LIMIT <= value < INT_LIMIT
 
 
-Message: TypeAlias = (
-    Start
-    | Map
-    | Unmap
-    | Load
-    | Unload
-    | GiveWay
-    | Drop
-    | Forward
-    | Control
-    | RunBlock
-    | Fetch
-    | Free
-    | Forget
-    | Follow
-    | Reach
-    | Stop
-    | Joining
-    | Joined
-    | Alive
-    | Loading
-    | Loaded
-    | NotLoaded
-    | Unloaded
-    | Done
-    | Controlled
-    | Ran
-    | Fetched
-    | Declined
-    | NoRoom
-    | Raised
-    | Reached
-    | Failed
-)
+Message: TypeAlias = FromHost | FromWorker
 
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in get_args(Message)}
 _WITH_FIELDS: tuple[type[Any], ...] = (*_TYPES.values(), ModelSource, Residence)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from comfy_xdit_patch.wire.messages.likeness import Reached
-
 MAX_TEXT_CHARS = 2000
 
 
@@ -190,6 +188,21 @@ class Failed:
     traceback: str
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Names that the code of a model's blocks reaches, and what is reached around them alone.
+
+    By container and name: a description (``describing.py``). ``kernels`` are torch's operators that
+    Python code has replaced here, ``modes`` what is active here around all of torch's functions.
+    """
+
+    request: int
+    in_blocks: dict[str, dict[str, str]]
+    around: dict[str, dict[str, str]]
+    kernels: list[str]
+    modes: list[str]
+
+
 Reply: TypeAlias = (
     Loaded
     | NotLoaded
@@ -204,3 +217,4 @@ Reply: TypeAlias = (
     | Reached
     | Failed
 )
+FromWorker: TypeAlias = Joining | Joined | Alive | Loading | Reply

@@ -11,6 +11,14 @@ from typing import Any, Literal, TypeAlias
 
 Tree: TypeAlias = Any
 """None, bool, int, float, str, list, dict with string keys: what ``wire/values.py`` makes."""
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def is_plain(option: Any) -> bool:
+    """Whether one of ComfyUI's options is sent to the workers, who set it as it is here."""
+    return isinstance(option, _PLAIN) or (
+        isinstance(option, list) and all(isinstance(item, _PLAIN) for item in option)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,3 +242,40 @@ class Forget:
     calls: list[int]
     objects: list[int]
     tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Settings of the host: torch's (``torch_settings.py``), and ComfyUI's plain options."""
+
+    torch: dict[str, Tree]
+    arguments: dict[str, Tree]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Say what a model's code reaches. Classes of its modules as ``module:path``."""
+
+    request: int
+    in_blocks: list[str]
+    around: list[str]
+
+
+FromHost: TypeAlias = (
+    Start
+    | Map
+    | Unmap
+    | Load
+    | Unload
+    | GiveWay
+    | Drop
+    | Stop
+    | Forward
+    | Control
+    | RunBlock
+    | Fetch
+    | Free
+    | Forget
+    | Follow
+    | Reach
+)

@@ -26,15 +26,10 @@ from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens, rows_of
 from comfy_xdit_patch.worker.shard.residuals import ResidualSet
+from comfy_xdit_patch.worker.shard.sequence import STREAM_OF
 
 # Arguments of ``forward_orig`` with one row for each token, by the stream they belong to.
-STREAM_OF = {
-    "txt": "text",
-    "txt_ids": "text",
-    "img": "image",
-    "img_ids": "image",
-    "controlnet_cond": "image",
-}
+CONTROL_STREAM_OF = {**STREAM_OF, "controlnet_cond": "image"}
 
 Layout = dict[str, list[int | None]]
 """Which of the residuals every block of the diffusion model takes."""
@@ -99,7 +94,7 @@ def _sharded(
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         values = call.arguments
-        for name, stream in STREAM_OF.items():
+        for name, stream in CONTROL_STREAM_OF.items():
             values[name] = mine.own(values[name], stream)
         # A union ControlNet puts the token of its mode before the text: once, not on every rank.
         modes = values.get("control_type") or []

@@ -19,6 +19,7 @@ import torch
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.wire.files import file_identity
 from comfy_xdit_patch.wire.messages.requests import ModelSource
+from comfy_xdit_patch.wire.tensors import dtype_of
 
 
 def load_patcher(source: ModelSource) -> Any:
@@ -92,7 +93,7 @@ def _controlnet(path: str, options: dict[str, Any]) -> Any:
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    return getattr(torch, name.removeprefix("torch.")) if name else None
+    return dtype_of(name) if name else None
 
 
 @contextmanager

@@ -16,8 +16,6 @@ import gc
 import uuid
 from typing import Any
 
-import torch
-
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.pipeline import stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -26,7 +24,8 @@ from comfy_xdit_patch.wire.messages.requests import Load, Residence, Tree
 from comfy_xdit_patch.wire.packs import PackMap
 from comfy_xdit_patch.wire.plain_attributes import plain_attributes
 from comfy_xdit_patch.wire.skeleton import build
-from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.wire.slots import SlotMap
+from comfy_xdit_patch.wire.tensors import dtype_of
 from comfy_xdit_patch.wire.weight_patches import decode
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.quantised import scaled_layers
@@ -152,7 +151,7 @@ class Residents:
         self._models[number] = self._models.pop(number)  # used last
         if not resident.is_on_device:
             dtype = resident.state.get("weight_patch_dtype")
-            with patches_computed_in(None if dtype is None else _dtype(dtype)):
+            with patches_computed_in(None if dtype is None else dtype_of(dtype)):
                 self._place_patched(resident, verify=verify, progress=progress)
         resident.lay_over(self._packs.tensor, progress)
         if verify and not resident.digests:
@@ -206,7 +205,7 @@ class Residents:
         current.patches_uuid = uuid.uuid4()
         current.force_cast_weights = state["force_cast_weights"]
         if dtype is not None:
-            current.add_object_patch("manual_cast_dtype", _dtype(dtype))
+            current.add_object_patch("manual_cast_dtype", dtype_of(dtype))
         return current
 
     def _load(self, message: Load) -> Resident:
@@ -226,9 +225,3 @@ class Residents:
             Overlay(self._groups.world_size),
             plain_attributes(model.diffusion_model),
         )
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."))
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
+from comfy_xdit_patch.planning.residency import NUM_WINDOWS
 from comfy_xdit_patch.wire.tensors import as_parameter
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.weights.flat_layout import ALIGNMENT, FlatLayout, Recipe, round_up
@@ -38,9 +39,6 @@ from comfy_xdit_patch.worker.weights.flat_layout import ALIGNMENT, FlatLayout, R
 Bake = Callable[[str, torch.Tensor], torch.Tensor]
 """Takes a weight's name in the diffusion model and the whole weight, on the device; returns it
 patched."""
-
-# In the order in which ``Flux.forward_orig`` runs them.
-NUM_WINDOWS = 2
 
 
 @dataclass(frozen=True, slots=True)

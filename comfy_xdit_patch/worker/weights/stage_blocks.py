@@ -17,8 +17,6 @@ import torch
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.wire.fingerprint import PREFIX
 
-"""In the order in which blocks are numbered."""
-
 
 class StagedBlocks:
     """The blocks of one model that are put aside."""

@@ -10,8 +10,7 @@ import torch
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire import packs as module
 from comfy_xdit_patch.wire.packs import NoRoomError, PackMap, PackTable, check_room
-from comfy_xdit_patch.wire.slot_map import SlotMap
-from comfy_xdit_patch.wire.slots import SlotTable
+from comfy_xdit_patch.wire.slots import SlotMap, SlotTable
 
 
 class Model:

@@ -11,9 +11,9 @@ import torch
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire import slots as module
-from comfy_xdit_patch.wire.slot_map import SlotMap
 from comfy_xdit_patch.wire.slots import (
     SLOTS_A_PATH,
+    SlotMap,
     SlotTable,
 )
 from comfy_xdit_patch.wire.values import UncarriedValueError

@@ -10,8 +10,7 @@ import torch
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.messages.requests import RunBlock
-from comfy_xdit_patch.wire.slot_map import SlotMap
-from comfy_xdit_patch.wire.slots import SlotTable
+from comfy_xdit_patch.wire.slots import SlotMap, SlotTable
 from comfy_xdit_patch.worker.calls import Calls
 from comfy_xdit_patch.worker.shard.blocks import DrivenBlocks
 

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from comfy_xdit_patch.host.reading.compared import Compared
-from comfy_xdit_patch.wire.messages.likeness import Reached
+from comfy_xdit_patch.wire.messages.replies import Reached
 from comfy_xdit_patch.worker.reach import reached
 
 SOURCE = """

@@ -210,7 +210,7 @@ def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, 
     worker = [sys.executable, "-c", serve]
     script += (
         "import subprocess, sys; from comfy_xdit_patch.wire.channel import Channel; "
-        "from comfy_xdit_patch.wire.messages.codec import Stop; "
+        "from comfy_xdit_patch.wire.messages.requests import Stop; "
         "Channel(a).send(Stop(), deadline_s=1); "
     )
     if host == "no socket":

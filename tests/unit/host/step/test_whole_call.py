@@ -20,7 +20,7 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.replies import Done, NoRoom
 from comfy_xdit_patch.wire.messages.requests import Map, Unmap
-from comfy_xdit_patch.wire.slot_map import SlotMap
+from comfy_xdit_patch.wire.slots import SlotMap
 from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
