@@ -68,9 +68,9 @@ def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
             num_heads=workload.num_heads,
         )
         place = plan.sequence_index(rank)
-        ring_place, near = divmod(place, plan.ulysses_degree)
-        start = ring_place * plan.ulysses_degree
-        queries = sum(shares.joint[start : start + plan.ulysses_degree])
+        ring_place, near = divmod(place, plan.ulysses)
+        start = ring_place * plan.ulysses
+        queries = sum(shares.joint[start : start + plan.ulysses])
         linear = (1 - attention) * shares.joint[place] / num_tokens
         heads = attention * queries / num_tokens * shares.heads[near] / workload.num_heads
         parts.append((end - first) / workload.batch_size * (linear + heads))

@@ -105,7 +105,7 @@ class Calls:
         patches = self._patches(arguments.pop("patches", None))
         rank = self._groups.rank
         # A shard is gathered by all ranks at once, and stages run different blocks.
-        assert resident.blocks is None or plan.pipefusion_degree == 1
+        assert resident.blocks is None or plan.pipefusion == 1
         with torch.inference_mode():
             sent = resident.begin(plan, self._groups)
             if resident.blocks is not None:

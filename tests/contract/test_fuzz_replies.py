@@ -31,7 +31,7 @@ from comfy_xdit_patch.wire.messages import replies, requests
 from comfy_xdit_patch.wire.messages.codec import Message
 
 NUM_RANKS = 2
-PLAN = ParallelPlan(NUM_RANKS, 1, NUM_RANKS)
+PLAN = ParallelPlan(ulysses=NUM_RANKS)
 
 
 class Process:

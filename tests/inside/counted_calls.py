@@ -66,7 +66,7 @@ def calls(num_ranks: int, *, text: int) -> dict[str, list[int]]:
         of everything ``outside`` of both.
     """
     counts = {"double": [0] * 4, "single": [0] * 4}
-    plan = ParallelPlan(num_ranks, 1, num_ranks)
+    plan = ParallelPlan(ulysses=num_ranks)
     with joined(0, num_ranks, torch.device(CARD)) as rank, MODE, torch.inference_mode():
         model, given = model_of((1, 1), "bfloat16"), arguments(text=text)
         with Counter() as counter, ExitStack() as hooks:

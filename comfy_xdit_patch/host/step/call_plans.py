@@ -96,7 +96,7 @@ class CallPlans:
 
             def can_have(strategy: Strategy) -> ParallelPlan | None:
                 other = planned(strategy=strategy, weights=weights)
-                if isinstance(other, Refusal) or (strategy.tensor > 1 and not can_cut):
+                if isinstance(other, Refusal) or (strategy.degrees.tensor > 1 and not can_cut):
                     return None
                 return other if is_resident(other) else None
 
@@ -115,24 +115,24 @@ class CallPlans:
                 return turn
             plan, kind = plans[turn.strategy], turn.kind
             planned = partial(planned, strategy=turn.strategy)
-        if plan.tensor_degree > 1:
+        if plan.tensor > 1:
             refusal = no_tensor_call(arguments, carried, changes)
             if refusal is not None:
                 return refusal
         plan = self._holding.fitting(crew, plan, base_model, workload, dtype)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.
-        keeps = carried.keeps_references or plan.pipefusion_degree > 1
+        keeps = carried.keeps_references or plan.pipefusion > 1
         if keeps or plan.weights != weights:
             balance.hold(run, plan.weights)
-        if plan.pipefusion_degree > 1:
+        if plan.pipefusion > 1:
             options = arguments.get("transformer_options") or {}
             refusal = self._pipelines.refusal(
                 flux, options, run=run, plan=plan, changes=changes, carried=carried
             )
             if refusal is not None:
                 return refusal
-        if changes and (plan.sequence_degree == 1 or carried.keeps_references):
+        if changes and (plan.sequence == 1 or carried.keeps_references):
             return changes[0]
         return CallPlan(plan, workload, _with(planned), kind)
 

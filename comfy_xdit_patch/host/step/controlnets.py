@@ -163,7 +163,7 @@ class ControlNets:
         )
         if isinstance(plan, Refusal):
             return plan
-        if plan.pipefusion_degree > 1:
+        if plan.pipefusion > 1:
             return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
         likeness = crew.of(Likeness)
         try:

@@ -166,7 +166,7 @@ class ParallelSteps:
             room = self._holding.room_for(crew, base_model, run, known, plan, workload)
             if not changes:
                 pipeline = None
-                if plan.pipefusion_degree > 1:
+                if plan.pipefusion > 1:
                     pipeline = self._pipelines.of_call(
                         crew,
                         run,

@@ -133,8 +133,8 @@ class Holding:
         if isinstance(found, Refusal):
             return found
         known = found
-        if plan.tensor_degree > 1:
-            refusal = no_tensor_weights(model, plan.tensor_degree, run.tensor)
+        if plan.tensor > 1:
+            refusal = no_tensor_weights(model, plan.tensor, run.tensor)
             if refusal is not None:
                 return refusal
         weights, residency = crew.of(self._weights), crew.of(self._residency)
@@ -156,9 +156,9 @@ class Holding:
             return Refusal("hook-scheduled weight patches need the whole model on every card")
         if residence.grid and state.tree["bypass"] is not None:
             return Refusal("bypass LoRAs need the whole model on every card")
-        if state.tree["bypass"] and plan.tensor_degree > 1:
+        if state.tree["bypass"] and plan.tensor > 1:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
-        can_be_guest = residence.is_whole or plan.tensor_degree > 1
+        can_be_guest = residence.is_whole or plan.tensor > 1
         if is_guest:
             others = {self._models.find(other).number for other in run.in_use}
             if not (can_be_guest and weights.lets_in(known, place, others)):
@@ -243,8 +243,8 @@ class Holding:
         Args:
             plan: one that ``auto`` may take.
         """
-        if plan.tensor_degree > 1 and (
-            no_tensor_weights(model, plan.tensor_degree, run.tensor) or self._bypass(model, run)
+        if plan.tensor > 1 and (
+            no_tensor_weights(model, plan.tensor, run.tensor) or self._bypass(model, run)
         ):
             return False
         plan = self.fitting(crew, plan, model, workload, dtype)

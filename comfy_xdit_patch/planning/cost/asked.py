@@ -9,26 +9,16 @@ from dataclasses import dataclass
 
 from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate
 from comfy_xdit_patch.planning.grid import AXES
-from comfy_xdit_patch.planning.strategy import PLAN, parse_strategy
+from comfy_xdit_patch.planning.strategy import AXES_OF, FREE, NAMES, PLAN, parse_strategy
 
 EXACT = frozenset({"batch", "ulysses", "ring"})
 """Axes that share rows and tokens, whose image is one GPU's, up to rounding; ``auto`` takes no
 others. Cutting weights (``tensor``) is as exact, and used by name."""
 BUILT = EXACT | {"tensor", "pipefusion"}
 """The axes that the engine has."""
-STRATEGY_AXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    # name: axes that it must have, axes that it may have besides
-    "auto": (frozenset(), EXACT),
-    "batch": (frozenset({"batch"}), frozenset()),
-    "ulysses": (frozenset({"ulysses"}), frozenset()),
-    "ring": (frozenset({"ring"}), frozenset()),
-    "usp": (frozenset({"ulysses", "ring"}), frozenset()),
-    "tensor": (frozenset({"tensor"}), frozenset()),
-    "pipefusion": (frozenset({"pipefusion"}), frozenset()),
-    "fsdp": (frozenset(), frozenset({"batch", "ulysses", "ring"})),
-}
+NAMED = tuple(name for name in NAMES if name != "off")
 STRATEGY_LEGAL = (
-    f"single, {', '.join(STRATEGY_AXES)}, or a plan such as batch=2,ulysses=2: degrees of "
+    f"single, {', '.join(NAMED)}, or a plan such as batch=2,ulysses=2: degrees of "
     f"{', '.join(AXES)}, and fsdp=N or offload=N for the weights of all N ranks"
 )
 
@@ -44,22 +34,15 @@ class Asked:
         """Whether a plan is what was asked for. One GPU is part of ``auto`` only."""
         if self.plan is not None:
             return plan == self.plan
-        needed, besides = STRATEGY_AXES[self.text]
-        used = axes_of(plan)
-        if self.text == "fsdp" and plan.weights != "sharded":
-            return False
-        return needed <= used <= needed | besides
+        if self.text in FREE:
+            is_as_asked = self.text != "fsdp" or plan.weights == "sharded"
+            return is_as_asked and EXACT.issuperset(plan.axes)
+        return set(plan.axes) == set(AXES_OF[self.text])
 
 
 def is_built(plan: Candidate) -> bool:
     """Whether the engine can follow a plan: in a pipeline stage there is no ring, and no tensor."""
-    axes = axes_of(plan)
-    return axes <= BUILT and not ("pipefusion" in axes and axes & {"ring", "tensor"})
-
-
-def axes_of(plan: Candidate) -> frozenset[str]:
-    """The axes on which a plan has several ranks."""
-    return frozenset(axis for axis, degree in plan.degrees.items() if degree > 1)
+    return BUILT.issuperset(plan.axes) and (plan.pipefusion == 1 or plan.ring * plan.tensor == 1)
 
 
 def parse_asked(text: str) -> Asked:
@@ -76,10 +59,10 @@ def parse_asked(text: str) -> Asked:
         strategy = parse_strategy(word.replace("offload=", "fsdp="))
     except ValueError:
         raise ValueError(text) from None
-    if strategy.name in STRATEGY_AXES:
+    if strategy.name in NAMED:
         return Asked(strategy.name)
     plan = Candidate(
-        **{axis: getattr(strategy, axis) for axis in AXES},
+        *strategy.degrees.grid,
         weights="full" if not strategy.fsdp else "offload" if "offload=" in word else "sharded",
     )
     is_split_already = plan.pipefusion > 1 or plan.tensor > 1

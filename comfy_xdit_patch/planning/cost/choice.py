@@ -161,7 +161,7 @@ def need(plan: Candidate, job: Job, machine: Machine) -> Need:
     """Return the need of the card where it is tightest."""
     shape = job.shape
     load = token_load(
-        ParallelPlan.of_grid(tuple(plan.degrees.values()), ()),
+        ParallelPlan(*plan.grid),
         job.workload,
         num_blocks=shape.num_blocks,
         hidden_size=shape.width,

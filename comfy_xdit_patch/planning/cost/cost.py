@@ -133,7 +133,7 @@ def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
     def along(axis: str, place: tuple[int, ...]) -> list[float]:
         """Speed at every index of an axis, of the ranks that share the indices before it."""
         before = place[: AXES.index(axis)]
-        return [speed[(*before, index)] for index in range(plan.degrees[axis])]
+        return [speed[(*before, index)] for index in range(getattr(plan, axis))]
 
     workload = job.workload
     rows = proportional(workload.batch_size, along("batch", places[0]), minimum=1)

@@ -70,7 +70,7 @@ class Groups:
     @property
     def everyone(self) -> dist.ProcessGroup | None:
         """All ranks, as a plan with no other axis than the sequence has them. None: only one."""
-        return self.of_plan(ParallelPlan(self.world_size, 1, self.world_size)).sequence
+        return self.of_plan(ParallelPlan(ulysses=self.world_size)).sequence
 
     @property
     def weights(self) -> dist.ProcessGroup:

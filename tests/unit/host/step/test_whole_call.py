@@ -104,7 +104,7 @@ def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
     return remote.forward(
         1,
         {"x": x, **arguments},
-        plan=ParallelPlan(1, 1, 1),
+        plan=ParallelPlan(),
         patches=patches,
         out_channels=x.shape[1],
         poll=lambda: None,

@@ -43,8 +43,8 @@ def fastest(choice, *, has=(), has_not=()):
     return next(
         found
         for found in choice.options
-        if all(found.plan.degrees[axis] > 1 for axis in has)
-        and all(found.plan.degrees[axis] == 1 for axis in has_not)
+        if all(getattr(found.plan, axis) > 1 for axis in has)
+        and all(getattr(found.plan, axis) == 1 for axis in has_not)
         and found.plan.weights == "full"
     )
 
