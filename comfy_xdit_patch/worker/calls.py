@@ -6,7 +6,7 @@ Runs in: worker process.
 from __future__ import annotations
 
 import time
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from comfy_xdit_patch.wire.messages.replies import (
     Declined,
     Done,
     Fetched,
+    FloatDtype,
     NoRoom,
     Raised,
     Ran,
@@ -137,7 +138,7 @@ class Calls:
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
-            dtype=str(rows.dtype).removeprefix("torch."),
+            dtype=_dtype_name(rows),
             shape=shape,
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
@@ -166,7 +167,7 @@ class Calls:
         return Controlled(
             request=message.request,
             layout=layout,
-            dtype=str(residuals.tensors[0].dtype).removeprefix("torch."),
+            dtype=_dtype_name(residuals.tensors[0]),
             shape=(num_rows, sum(residuals.image), features),
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
@@ -232,3 +233,7 @@ class Calls:
         if resident is None:
             raise WorkerError(f"Model {model} is asked for and not held.")
         return resident
+
+
+def _dtype_name(tensor: torch.Tensor) -> FloatDtype:
+    return cast(FloatDtype, str(tensor.dtype).removeprefix("torch."))

@@ -268,16 +268,15 @@ class RemoteControl:
             call, plan=plan, layout=first.layout, compute=compute, gone=crew.gone.calls
         )
         crew.of(calls_kept).add(kept)
-        num_residuals = 1 + max(i for part in first.layout.values() for i in part if i is not None)
-        residuals = [
-            DeferredResidual.make(
+        residuals = {
+            index: DeferredResidual.make(
                 ("residual", kept, index),
                 shape=first.shape,
                 dtype=getattr(torch, first.dtype),
                 device=arguments["x"].device,
             )
-            for index in range(num_residuals)
-        ]
+            for index in {i for part in first.layout.values() for i in part if i is not None}
+        }
         return {
             name: tuple(None if i is None else residuals[i] for i in part)
             for name, part in first.layout.items()
