@@ -60,13 +60,7 @@ def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
     parts = []
     for rank in range(plan.world_size):
         first, end = plan.batch_rows(rank, workload.batch_size)
-        shares = plan.sequence_shares(
-            rank,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
+        shares = plan.shares_of_call(rank, workload)
         place = plan.sequence_index(rank)
         ring_place, near = divmod(place, plan.ulysses)
         start = ring_place * plan.ulysses

@@ -61,9 +61,14 @@ class Degrees:
         return " x ".join(f"{axis} {n}" for axis, n in zip(AXES, self.grid, strict=True))
 
     @property
+    def parts(self) -> list[str]:
+        """What the name is made of: ``batch=2`` and ``ulysses=2``."""
+        return [f"{axis}={getattr(self, axis)}" for axis in self.axes]
+
+    @property
     def name(self) -> str:
         """As users write and read it, e.g. ``batch=2,ulysses=2``; ``single`` for one rank."""
-        return ",".join(f"{axis}={getattr(self, axis)}" for axis in self.axes) or "single"
+        return ",".join(self.parts) or "single"
 
     @property
     def is_exact(self) -> bool:

@@ -79,6 +79,11 @@ class ParallelPlan(Degrees):
         """The names of the axes in use: ``batch``, ``ulysses``, ``batch+ring``..."""
         return "+".join(self.axes) or "single"
 
+    @property
+    def first_ranks(self) -> range:
+        """The first rank of each part of the batch."""
+        return range(0, self.world_size, self.world_size // self.batch)
+
     def batch_index(self, rank: int) -> int:
         return rank // (self.world_size // self.batch)
 
@@ -145,6 +150,15 @@ class ParallelPlan(Degrees):
             weights=self.place_weights(self.batch_index(rank)),
             ring_degree=self.ring,
         )
+
+    def shares_of_call(self, rank: int, workload: Workload) -> SequenceShares:
+        """The same for a whole call."""
+        counts = (
+            workload.num_text_tokens,
+            workload.num_image_tokens,
+            workload.num_reference_tokens,
+        )
+        return self.shares_of_counts(rank, counts, num_heads=workload.num_heads)
 
     def shares_of_counts(
         self, rank: int, counts: Sequence[int], *, num_heads: int

@@ -77,15 +77,9 @@ def _refusal(
         )
     if plan.ring > 1 and no_ring is not None:
         return no_ring
-    for first in range(0, plan.world_size, plan.world_size // plan.batch):
+    for first in plan.first_ranks:
         try:
-            shares = plan.sequence_shares(
-                first,
-                num_text_tokens=workload.num_text_tokens,
-                num_image_tokens=workload.num_image_tokens,
-                num_reference_tokens=workload.num_reference_tokens,
-                num_heads=workload.num_heads,
-            )
+            shares = plan.shares_of_call(first, workload)
         except PlanError:
             return Refusal(
                 f"the image or the prompt has fewer tokens than {plan.world_size} ranks need",
@@ -124,8 +118,8 @@ def _auto_of_unequal(
 def _batch_efficiency(plan: ParallelPlan, batch_size: int) -> float:
     """The time of ranks that share everything as they should, over that of whole rows."""
     times = []
-    for index in range(plan.batch):
-        first, end = plan.batch_rows(index * (plan.world_size // plan.batch), batch_size)
+    for index, rank in enumerate(plan.first_ranks):
+        first, end = plan.batch_rows(rank, batch_size)
         times.append((end - first) / sum(plan.place_weights(index)))
     return batch_size / sum(plan.weights) / max(times)
 

@@ -179,18 +179,8 @@ def token_load(
     Raises:
         PlanError: the call has fewer tokens than the plan needs.
     """
-    firsts = range(0, plan.world_size, plan.world_size // plan.batch)
-    shares = [
-        plan.sequence_shares(
-            first,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
-        for first in firsts
-    ]
-    rows = [plan.batch_rows(first, workload.batch_size) for first in firsts]
+    shares = [plan.shares_of_call(rank, workload) for rank in plan.first_ranks]
+    rows = [plan.batch_rows(rank, workload.batch_size) for rank in plan.first_ranks]
     token_bytes = hidden_size * bytes_per_value
     return TokenLoad(
         num_tokens=workload.num_tokens,

@@ -50,8 +50,8 @@ class Strategy:
     def __str__(self) -> str:
         if self.name != PLAN:
             return self.name
-        name = self.degrees.name if self.degrees.axes else "ulysses=1"
-        return f"{name},fsdp={self.fsdp}" if self.fsdp else name
+        fsdp = [f"fsdp={self.fsdp}"] if self.fsdp else []
+        return ",".join([*self.degrees.parts, *fsdp]) or "ulysses=1"
 
 
 AUTO = Strategy("auto")

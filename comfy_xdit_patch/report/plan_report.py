@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
-from comfy_xdit_patch.planning.cost.asked import STRATEGY_LEGAL, is_built, parse_asked
+from comfy_xdit_patch.planning.cost.candidate import STRATEGY_LEGAL, is_built, parse_asked
 from comfy_xdit_patch.planning.cost.choice import Choice, Option, choose
 from comfy_xdit_patch.planning.cost.job import COMPILED, EAGER, Job
 from comfy_xdit_patch.planning.cost.known_machines import CARDS, machine_of

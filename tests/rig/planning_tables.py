@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.balance import Balance
-from comfy_xdit_patch.planning.cost.asked import is_built
+from comfy_xdit_patch.planning.cost.candidate import is_built
 from comfy_xdit_patch.planning.cost.choice import Choice, choose
 from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.known_machines import CARDS, machine_of

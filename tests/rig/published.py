@@ -18,7 +18,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from comfy_xdit_patch.planning.cost.asked import parse_asked
+from comfy_xdit_patch.planning.cost.candidate import parse_asked
 from comfy_xdit_patch.planning.cost.cost import predict
 from comfy_xdit_patch.planning.cost.job import EXECUTIONS, Job
 from comfy_xdit_patch.planning.cost.known_machines import machine_of

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.cost.asked import Asked
-from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, candidates
+from comfy_xdit_patch.planning.cost.candidate import SINGLE, Asked, Candidate, candidates
 from comfy_xdit_patch.planning.cost.cost import Time, predict
 from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import Machine

@@ -6,13 +6,15 @@ import re
 
 import pytest
 
-from comfy_xdit_patch.planning.cost.asked import (
+from comfy_xdit_patch.planning.cost.candidate import (
     NAMED,
+    SINGLE,
     STRATEGY_LEGAL,
+    Candidate,
+    candidates,
     is_built,
     parse_asked,
 )
-from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, candidates
 from comfy_xdit_patch.planning.grid import AXES
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
@@ -86,6 +88,7 @@ def test_only_pipefusion_is_not_exact():
         ("fsdp=4", "ulysses=4,fsdp=4"),
         ("ring=4,fsdp=4", "ring=4,fsdp=4"),
         ("single", "single"),
+        ("fsdp=1", "fsdp=1"),
     ],
 )
 def test_a_plan_is_read_as_a_user_writes_it(text, name):
