@@ -53,9 +53,7 @@ def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
 
     Attention is ``4 S^2 D`` of ``4 S^2 D + 24 D^2 S`` FLOPs in a block; the rest goes by tokens.
     """
-    num_tokens = (
-        workload.num_text_tokens + workload.num_image_tokens + workload.num_reference_tokens
-    )
+    num_tokens = workload.num_tokens
     attention = num_tokens / (6 * HEAD_WIDTH * workload.num_heads + num_tokens)
     parts = []
     for rank in range(plan.world_size):

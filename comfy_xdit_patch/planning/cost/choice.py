@@ -13,8 +13,8 @@ from functools import cached_property
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.cost.candidate import SINGLE, Asked, Candidate, candidates
 from comfy_xdit_patch.planning.cost.cost import Time, predict
-from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import Machine
+from comfy_xdit_patch.planning.cost.model_shape import Job
 from comfy_xdit_patch.planning.pipeline import MIN_STEPS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.residency import Card, Need, need_of, token_load

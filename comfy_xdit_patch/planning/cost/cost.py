@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from comfy_xdit_patch.planning.cost.candidate import Candidate
-from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import RING_STEP_S, Machine
-from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES
+from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES, Job
 from comfy_xdit_patch.planning.cost.rank_time import (
     ComputeTime,
     Part,
