@@ -53,24 +53,16 @@ def work_parts(plan: ParallelPlan, workload: Workload) -> tuple[float, ...]:
 
     Attention is ``4 S^2 D`` of ``4 S^2 D + 24 D^2 S`` FLOPs in a block; the rest goes by tokens.
     """
-    num_tokens = (
-        workload.num_text_tokens + workload.num_image_tokens + workload.num_reference_tokens
-    )
+    num_tokens = workload.num_tokens
     attention = num_tokens / (6 * HEAD_WIDTH * workload.num_heads + num_tokens)
     parts = []
     for rank in range(plan.world_size):
         first, end = plan.batch_rows(rank, workload.batch_size)
-        shares = plan.sequence_shares(
-            rank,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
+        shares = plan.shares_of_call(rank, workload)
         place = plan.sequence_index(rank)
-        ring_place, near = divmod(place, plan.ulysses_degree)
-        start = ring_place * plan.ulysses_degree
-        queries = sum(shares.joint[start : start + plan.ulysses_degree])
+        ring_place, near = divmod(place, plan.ulysses)
+        start = ring_place * plan.ulysses
+        queries = sum(shares.joint[start : start + plan.ulysses])
         linear = (1 - attention) * shares.joint[place] / num_tokens
         heads = attention * queries / num_tokens * shares.heads[near] / workload.num_heads
         parts.append((end - first) / workload.batch_size * (linear + heads))

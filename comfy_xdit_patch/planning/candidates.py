@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from comfy_xdit_patch.planning.grid import Degrees
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import AUTO, PLAN, Strategy
 
@@ -46,11 +47,15 @@ def candidates(
 
 def _with_ring(usual: ParallelPlan, num_heads: int) -> list[Strategy]:
     """Return the plan with the smallest ring whose Ulysses groups share the heads evenly."""
-    degree = usual.ulysses_degree
+    degree = usual.ulysses
     if degree == 1:
         return []
     ulysses = max(n for n in range(1, degree) if degree % n == 0 and num_heads % n == 0)
-    return [Strategy(PLAN, batch=usual.batch_degree, ulysses=ulysses, ring=degree // ulysses)]
+    return [_plan(batch=usual.batch, ulysses=ulysses, ring=degree // ulysses)]
+
+
+def _plan(**degrees: int) -> Strategy:
+    return Strategy(PLAN, Degrees(**degrees))
 
 
 def _with_cuts(usual: ParallelPlan) -> list[Strategy]:
@@ -58,11 +63,11 @@ def _with_cuts(usual: ParallelPlan) -> list[Strategy]:
 
     Ranks that share tokens cut first, and then those that share rows.
     """
-    batch, ulysses = usual.batch_degree, usual.ulysses_degree
+    batch, ulysses = usual.batch, usual.ulysses
     found = []
     for tensor in (n for n in range(2, usual.world_size + 1) if usual.world_size % n == 0):
         if ulysses % tensor == 0:
-            found.append(Strategy(PLAN, batch=batch, ulysses=ulysses // tensor, tensor=tensor))
+            found.append(_plan(batch=batch, ulysses=ulysses // tensor, tensor=tensor))
         elif tensor % ulysses == 0 and batch % (tensor // ulysses) == 0:
-            found.append(Strategy(PLAN, batch=batch * ulysses // tensor, tensor=tensor))
+            found.append(_plan(batch=batch * ulysses // tensor, tensor=tensor))
     return found

@@ -1,46 +1,101 @@
-"""The grid of ranks: which of them share an axis of a plan.
+"""The grid of ranks: how many share each axis of a plan, and which.
 
-Runs in: host, worker and the command line's process.
+Runs in: host, worker and the command line's process. Standard library only.
 
-Tensor varies fastest, then ulysses, ring, pipefusion, batch: what talks most sits closest. It is
-the order "tp-sp-pp-cfg-dp" of xfuser's ``RankGenerator``.
+One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``. Tensor varies fastest,
+then ulysses, ring, pipefusion, batch: what talks most sits closest. It is the order
+"tp-sp-pp-cfg-dp" of xfuser's ``RankGenerator``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from comfy_xdit_patch.errors import PlanError
+
 AXES = ("batch", "pipefusion", "ring", "ulysses", "tensor")
-"""Slowest first."""
+"""Slowest first; how messages name a plan."""
+AS_WRITTEN = ("batch", "pipefusion", "ulysses", "ring", "tensor")
+"""In the order in which a plan's name has them."""
 
 
-def ranks_along(degrees: Sequence[int], *axes: str) -> list[tuple[int, ...]]:
-    """Ranks that differ in these axes only, one tuple for each collective that runs at once.
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """How many ranks share each of ``AXES``."""
 
-    Args:
-        degrees: of every one of ``AXES``.
-    """
-    found: dict[tuple[int, ...], list[int]] = {}
-    for rank, place in enumerate(product(*map(range, degrees))):
-        others = tuple(i for axis, i in zip(AXES, place, strict=True) if axis not in axes)
-        found.setdefault(others, []).append(rank)
-    return [tuple(ranks) for ranks in found.values()]
+    batch: int = 1
+    pipefusion: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.grid) < 1:
+            raise PlanError(f"{self.product} are not degrees.")
 
-def num_communicators(degrees: Sequence[int]) -> int:
-    """How many communicators a rank has when it has made a call, without that of weight shards.
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The degrees in the order of ``AXES``."""
+        return self.batch, self.pipefusion, self.ring, self.ulysses, self.tensor
 
-    One of all ranks, in which they first meet; one for each axis on which there are others, unless
-    that is all ranks; and what passes from stage to stage has one for each neighbour.
+    @property
+    def world_size(self) -> int:
+        return prod(self.grid)
 
-    Args:
-        degrees: of every one of ``AXES``.
-    """
-    _, pipefusion, ring, ulysses, tensor = degrees
-    axes = [ring * ulysses, tensor]
-    if ring > 1 and ulysses > 1:
-        axes += [ring, ulysses]
-    apart = sum(1 < degree < prod(degrees) for degree in axes)
-    return 1 + apart + min(pipefusion - 1, 2)
+    @property
+    def sequence(self) -> int:
+        """How many ranks share the tokens of one row."""
+        return self.ring * self.ulysses
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes on which there are several ranks, ``AS_WRITTEN``."""
+        return tuple(axis for axis in AS_WRITTEN if getattr(self, axis) > 1)
+
+    @property
+    def product(self) -> str:
+        """All degrees, for an error about them."""
+        return " x ".join(f"{axis} {n}" for axis, n in zip(AXES, self.grid, strict=True))
+
+    @property
+    def parts(self) -> list[str]:
+        """What the name is made of: ``batch=2`` and ``ulysses=2``."""
+        return [f"{axis}={getattr(self, axis)}" for axis in self.axes]
+
+    @property
+    def name(self) -> str:
+        """As users write and read it, e.g. ``batch=2,ulysses=2``; ``single`` for one rank."""
+        return ",".join(self.parts) or "single"
+
+    @property
+    def is_exact(self) -> bool:
+        """PipeFusion uses keys and values of the call before: its image is an approximation."""
+        return self.pipefusion == 1
+
+    def places(self) -> Iterator[tuple[int, ...]]:
+        """Each rank's index in every one of ``AXES``."""
+        return product(*map(range, self.grid))
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """Ranks that differ in these axes only, one tuple for each collective that runs at once."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in enumerate(self.places()):
+            others = tuple(i for axis, i in zip(AXES, place, strict=True) if axis not in axes)
+            found.setdefault(others, []).append(rank)
+        return [tuple(ranks) for ranks in found.values()]
+
+    @property
+    def num_communicators(self) -> int:
+        """How many communicators a rank has after a call, without that of weight shards.
+
+        One of all ranks, in which they first meet; one for each axis on which there are others,
+        unless that is all ranks; and what passes from stage to stage has one for each neighbour.
+        """
+        axes = [self.sequence, self.tensor]
+        if self.ring > 1 and self.ulysses > 1:
+            axes += [self.ring, self.ulysses]
+        apart = sum(1 < degree < self.world_size for degree in axes)
+        return 1 + apart + min(self.pipefusion - 1, 2)

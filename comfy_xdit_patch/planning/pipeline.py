@@ -36,8 +36,8 @@ MIN_STEPS = 5
 def num_patches(plan: ParallelPlan, workload: Workload) -> int:
     """Into how many patches the tokens of a call are cut."""
     # Two image tokens for each shard: then none is left without by rounding.
-    most = min(workload.num_text_tokens, workload.num_image_tokens // 2) // plan.sequence_degree
-    return max(1, min(PATCHES_A_STAGE * plan.pipefusion_degree, most))
+    most = min(workload.num_text_tokens, workload.num_image_tokens // 2) // plan.sequence
+    return max(1, min(PATCHES_A_STAGE * plan.pipefusion, most))
 
 
 def patch_shares(
@@ -59,7 +59,7 @@ def patch_shares(
         num_image_tokens=num_image_tokens,
         num_reference_tokens=num_reference_tokens,
         num_heads=num_heads,
-        weights=(1,) * (num_patches * plan.ulysses_degree),
+        weights=(1,) * (num_patches * plan.ulysses),
         # Patches follow each other in time as the places of a ring do in space.
         ring_degree=num_patches,
     )
@@ -73,11 +73,11 @@ def stage_blocks(plan: ParallelPlan, rank: int, num_blocks: int) -> range:
     Raises:
         PlanError: there are fewer blocks than stages.
     """
-    speeds = [0] * plan.pipefusion_degree
+    speeds = [0] * plan.pipefusion
     for other, weight in enumerate(plan.weights):
         stage = plan.stage_index(other)
         speeds[stage] = min(speeds[stage] or weight, weight)
-    even = shard_sizes(num_blocks, plan.pipefusion_degree)
+    even = shard_sizes(num_blocks, plan.pipefusion)
     is_even = len(set(speeds)) == 1 and num_blocks >= len(speeds)
     sizes = even if is_even else proportional(num_blocks, [s or 1 for s in speeds], minimum=1)
     return range(*bounds(tuple(sizes))[plan.stage_index(rank)])
@@ -94,9 +94,9 @@ def kept_bytes(plan: ParallelPlan, workload: Workload, *, num_blocks: int, token
     Args:
         token_bytes: of one token's features.
     """
-    if plan.pipefusion_degree == 1:
+    if plan.pipefusion == 1:
         return 0
     most = most_blocks(plan, num_blocks)
-    num_rows = -(-workload.batch_size // plan.batch_degree)
+    num_rows = -(-workload.batch_size // plan.batch)
     row_bytes = workload.num_tokens * token_bytes
-    return 2 * most * -(-num_rows * row_bytes // plan.ulysses_degree)
+    return 2 * most * -(-num_rows * row_bytes // plan.ulysses)

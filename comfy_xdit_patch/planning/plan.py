@@ -3,11 +3,10 @@
 Runs in: host and worker. No torch, no ComfyUI: the same arithmetic on both sides, tested in
 milliseconds.
 
-One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``. Ranks form a grid in
-which tensor varies fastest, then ulysses, ring, pipefusion, batch (``grid.py``): what talks most
-sits closest.
+Ranks form a grid in which tensor varies fastest, then ulysses, ring, pipefusion, batch
+(``grid.py``): what talks most sits closest.
 
-    world_size 8, batch_degree 2, ulysses_degree 2, ring_degree 2
+    8 ranks, batch 2, ulysses 2, ring 2
         rank 0..3   rows of the first half of the batch, its tokens in four shards
             0, 1    exchange tokens for heads with each other (ulysses), so do 2, 3
             0, 2    pass keys and values of the same heads on (ring), so do 1, 3
@@ -17,11 +16,10 @@ sits closest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 
 from comfy_xdit_patch.errors import PlanError
-from comfy_xdit_patch.planning.grid import AXES, ranks_along
+from comfy_xdit_patch.planning.grid import AXES, Degrees
 from comfy_xdit_patch.planning.sequence_shares import (
     SequenceShares,
     bounds,
@@ -29,9 +27,6 @@ from comfy_xdit_patch.planning.sequence_shares import (
     shard_sizes,
     weighted_shares,
 )
-
-NAMED = ("batch", "pipefusion", "ulysses", "ring", "tensor")
-"""In the order in which a plan's name has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +52,14 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelPlan:
+class ParallelPlan(Degrees):
     """The degrees of one call, and each rank's place in the grid."""
 
-    world_size: int
-    batch_degree: int
-    ulysses_degree: int
-    ring_degree: int = 1
-    pipefusion_degree: int = 1
-    tensor_degree: int = 1
-    weights: tuple[int, ...] = ()
+    weights: tuple[int, ...] = field(default=(), kw_only=True)
     """Relative speed of every rank; empty where all are equal."""
 
     def __post_init__(self) -> None:
-        if min(self.grid) < 1 or prod(self.grid) != self.world_size:
-            factors = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, self.grid, strict=True))
-            raise PlanError(f"{factors} is not world_size {self.world_size}.")
+        Degrees.__post_init__(self)
         if self.weights and (len(self.weights) != self.world_size or min(self.weights) < 1):
             raise PlanError(f"Weights {self.weights} for {self.world_size} ranks.")
 
@@ -85,75 +72,44 @@ class ParallelPlan:
         """
         if len(grid) != len(AXES):
             raise PlanError(f"{len(grid)} degrees for the axes {', '.join(AXES)}.")
-        batch, pipefusion, ring, ulysses, tensor = grid
-        return cls(prod(grid), batch, ulysses, ring, pipefusion, tensor, tuple(weights))
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """The degrees in the order of ``AXES``; how messages name a plan."""
-        return (
-            self.batch_degree,
-            self.pipefusion_degree,
-            self.ring_degree,
-            self.ulysses_degree,
-            self.tensor_degree,
-        )
-
-    def groups(self, *axes: str) -> list[tuple[int, ...]]:
-        """Ranks that differ in these axes only; every rank is in one of the tuples."""
-        return ranks_along(self.grid, *axes)
-
-    @property
-    def name(self) -> str:
-        """The plan as users write and read it, e.g. ``batch=2,ulysses=2,ring=2``."""
-        return ",".join(f"{axis}={n}" for axis, n in self._axes) or "single"
+        return cls(*grid, weights=tuple(weights))
 
     @property
     def strategy(self) -> str:
         """The names of the axes in use: ``batch``, ``ulysses``, ``batch+ring``..."""
-        return "+".join(axis for axis, _ in self._axes) or "single"
+        return "+".join(self.axes) or "single"
 
     @property
-    def is_exact(self) -> bool:
-        """PipeFusion uses keys and values of the call before: its image is an approximation."""
-        return self.pipefusion_degree == 1
-
-    @property
-    def _axes(self) -> list[tuple[str, int]]:
-        degrees = dict(zip(AXES, self.grid, strict=True))
-        return [(axis, degrees[axis]) for axis in NAMED if degrees[axis] > 1]
-
-    @property
-    def sequence_degree(self) -> int:
-        """How many ranks share the tokens of one row."""
-        return self.ulysses_degree * self.ring_degree
+    def first_ranks(self) -> range:
+        """The first rank of each part of the batch."""
+        return range(0, self.world_size, self.world_size // self.batch)
 
     def batch_index(self, rank: int) -> int:
-        return rank // (self.world_size // self.batch_degree)
+        return rank // (self.world_size // self.batch)
 
     def stage_index(self, rank: int) -> int:
-        return rank // (self.sequence_degree * self.tensor_degree) % self.pipefusion_degree
+        return rank // (self.sequence * self.tensor) % self.pipefusion
 
     def sequence_index(self, rank: int) -> int:
-        return rank // self.tensor_degree % self.sequence_degree
+        return rank // self.tensor % self.sequence
 
     def tensor_index(self, rank: int) -> int:
-        return rank % self.tensor_degree
+        return rank % self.tensor
 
     def writes_rows(self, rank: int) -> bool:
         """Whether this rank writes its rows: of the ranks that end with the same rows, one does."""
-        is_last_stage = self.stage_index(rank) + 1 == self.pipefusion_degree
+        is_last_stage = self.stage_index(rank) + 1 == self.pipefusion
         return is_last_stage and self.sequence_index(rank) == self.tensor_index(rank) == 0
 
     def local_heads(self, rank: int, num_heads: int) -> int:
         """Heads of a model that a rank's tensor group leaves to it, before tokens are shared."""
-        return shard_sizes(num_heads, self.tensor_degree)[self.tensor_index(rank)]
+        return shard_sizes(num_heads, self.tensor)[self.tensor_index(rank)]
 
     def batch_rows(self, rank: int, batch_size: int) -> tuple[int, int]:
         """First and end row of the batch that this rank computes."""
-        rows = shard_sizes(batch_size, self.batch_degree)
-        if self.weights and batch_size >= self.batch_degree:
-            speeds = [sum(self.place_weights(i)) for i in range(self.batch_degree)]
+        rows = shard_sizes(batch_size, self.batch)
+        if self.weights and batch_size >= self.batch:
+            speeds = [sum(self.place_weights(i)) for i in range(self.batch)]
             rows = proportional(batch_size, speeds, minimum=1)
         return bounds(rows)[self.batch_index(rank)]
 
@@ -164,12 +120,12 @@ class ParallelPlan:
         same tokens, so the slowest of them counts.
         """
         if not self.weights:
-            return (1,) * self.sequence_degree
-        size = self.world_size // self.batch_degree
+            return (1,) * self.sequence
+        size = self.world_size // self.batch
         ranks = range(batch_index * size, (batch_index + 1) * size)
         return tuple(
             min(self.weights[rank] for rank in ranks if self.sequence_index(rank) == place)
-            for place in range(self.sequence_degree)
+            for place in range(self.sequence)
         )
 
     def sequence_shares(
@@ -192,8 +148,17 @@ class ParallelPlan:
             num_reference_tokens=num_reference_tokens,
             num_heads=num_heads,
             weights=self.place_weights(self.batch_index(rank)),
-            ring_degree=self.ring_degree,
+            ring_degree=self.ring,
         )
+
+    def shares_of_call(self, rank: int, workload: Workload) -> SequenceShares:
+        """The same for a whole call."""
+        counts = (
+            workload.num_text_tokens,
+            workload.num_image_tokens,
+            workload.num_reference_tokens,
+        )
+        return self.shares_of_counts(rank, counts, num_heads=workload.num_heads)
 
     def shares_of_counts(
         self, rank: int, counts: Sequence[int], *, num_heads: int

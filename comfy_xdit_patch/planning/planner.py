@@ -10,11 +10,9 @@ from itertools import product
 from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
+from comfy_xdit_patch.planning.grid import Degrees
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.strategy import AUTO, NAMES, PLAN, Strategy
-
-FREE = ("auto", "fsdp")
-"""Strategies that leave the axes to us."""
+from comfy_xdit_patch.planning.strategy import AUTO, AXES_OF, FREE, NAMES, PLAN, Strategy
 
 BATCH_EFFICIENCY = 0.9
 """Rows are whole numbers. Where dealing them to unequal ranks reaches less than this of what the
@@ -50,7 +48,7 @@ def plan_call(
         if is_free and tried:
             plan = _auto_of_unequal(plan, workload, tried)
         # Stages have equal parts of the blocks, and their ranks the same tokens.
-        plan = replace(plan, weights=() if plan.pipefusion_degree > 1 else tried)
+        plan = replace(plan, weights=() if plan.pipefusion > 1 else tried)
         refusal = _refusal(workload, plan, needs_references, no_ring)
         if refusal is None:
             return plan
@@ -62,33 +60,26 @@ def _refusal(
     workload: Workload, plan: ParallelPlan, needs_references: bool, no_ring: Refusal | None
 ) -> Refusal | None:
     """Say why a call cannot be shared by this plan."""
-    if plan.batch_degree > 1 and not workload.is_batch_divisible:
+    if plan.batch > 1 and not workload.is_batch_divisible:
         return Refusal(
             "XDIT_STRATEGY shares the batch, and something in this call belongs to all rows",
             Scope.STEP,
         )
-    if workload.batch_size < plan.batch_degree:
+    if workload.batch_size < plan.batch:
         return Refusal(
-            f"XDIT_STRATEGY wants the batch in {plan.batch_degree} parts, and this one has fewer "
-            f"rows",
+            f"XDIT_STRATEGY wants the batch in {plan.batch} parts, and this one has fewer rows",
             Scope.STEP,
         )
-    if plan.tensor_degree > workload.num_heads:
+    if plan.tensor > workload.num_heads:
         return Refusal(
-            f"XDIT_STRATEGY cuts the heads in {plan.tensor_degree} parts (tensor), and the model "
+            f"XDIT_STRATEGY cuts the heads in {plan.tensor} parts (tensor), and the model "
             f"has {workload.num_heads}"
         )
-    if plan.ring_degree > 1 and no_ring is not None:
+    if plan.ring > 1 and no_ring is not None:
         return no_ring
-    for first in range(0, plan.world_size, plan.world_size // plan.batch_degree):
+    for first in plan.first_ranks:
         try:
-            shares = plan.sequence_shares(
-                first,
-                num_text_tokens=workload.num_text_tokens,
-                num_image_tokens=workload.num_image_tokens,
-                num_reference_tokens=workload.num_reference_tokens,
-                num_heads=workload.num_heads,
-            )
+            shares = plan.shares_of_call(first, workload)
         except PlanError:
             return Refusal(
                 f"the image or the prompt has fewer tokens than {plan.world_size} ranks need",
@@ -107,8 +98,8 @@ def _auto(workload: Workload, world_size: int) -> ParallelPlan:
     The batch axis takes the greatest common divisor of rows and ranks, so that all rows are shared
     equally; what is left goes to the sequence axis (``ulysses``).
     """
-    batch_degree = gcd(workload.batch_size, world_size) if workload.is_batch_divisible else 1
-    return ParallelPlan(world_size, batch_degree, world_size // batch_degree)
+    batch = gcd(workload.batch_size, world_size) if workload.is_batch_divisible else 1
+    return ParallelPlan(batch=batch, ulysses=world_size // batch)
 
 
 def _auto_of_unequal(
@@ -116,19 +107,19 @@ def _auto_of_unequal(
 ) -> ParallelPlan:
     """Give the batch axis fewer ranks where whole rows do not suit their speeds."""
     world_size = plan.world_size
-    for degree in range(plan.batch_degree, 1, -1):
-        if plan.batch_degree % degree == 0:
-            found = ParallelPlan(world_size, degree, world_size // degree, weights=weights)
+    for degree in range(plan.batch, 1, -1):
+        if plan.batch % degree == 0:
+            found = ParallelPlan(batch=degree, ulysses=world_size // degree, weights=weights)
             if _batch_efficiency(found, workload.batch_size) >= BATCH_EFFICIENCY:
                 return found
-    return ParallelPlan(world_size, 1, world_size, weights=weights)
+    return ParallelPlan(ulysses=world_size, weights=weights)
 
 
 def _batch_efficiency(plan: ParallelPlan, batch_size: int) -> float:
     """The time of ranks that share everything as they should, over that of whole rows."""
     times = []
-    for index in range(plan.batch_degree):
-        first, end = plan.batch_rows(index * (plan.world_size // plan.batch_degree), batch_size)
+    for index, rank in enumerate(plan.first_ranks):
+        first, end = plan.batch_rows(rank, batch_size)
         times.append((end - first) / sum(plan.place_weights(index)))
     return batch_size / sum(plan.weights) / max(times)
 
@@ -142,41 +133,29 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
         PlanError: there is none for this number of ranks.
     """
     if strategy.name == PLAN:
+        degrees = strategy.degrees
         if strategy.fsdp not in (0, world_size):
             raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
-        if strategy.pipefusion > 1 and strategy.ring > 1:
+        if degrees.pipefusion > 1 and degrees.ring > 1:
             raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
         sharers = {
             "fsdp": strategy.fsdp > 0,
-            "pipefusion": strategy.pipefusion > 1,
-            "tensor": strategy.tensor > 1,
+            "pipefusion": degrees.pipefusion > 1,
+            "tensor": degrees.tensor > 1,
         }
         used = [name for name, is_used in sharers.items() if is_used]
         if len(used) > 1:
             raise PlanError(f"{used[0]} and {used[1]} both share out the blocks' weights.")
-        return ParallelPlan(
-            world_size,
-            strategy.batch,
-            strategy.ulysses,
-            strategy.ring,
-            strategy.pipefusion,
-            strategy.tensor,
-        )
-    if strategy.name == "pipefusion":
-        return ParallelPlan(world_size, 1, 1, pipefusion_degree=world_size)
-    if strategy.name == "batch":
-        return ParallelPlan(world_size, world_size, 1)
-    if strategy.name == "ulysses":
-        return ParallelPlan(world_size, 1, world_size)
-    if strategy.name == "tensor":
-        return ParallelPlan(world_size, 1, 1, tensor_degree=world_size)
-    ring_degree = world_size
-    if strategy.name == "usp":
-        divisors = [n for n in range(2, world_size) if world_size % n == 0]
-        if not divisors:
-            raise PlanError(f"{world_size} ranks are not a product of two degrees.")
-        ring_degree = divisors[0]
-    return ParallelPlan(world_size, 1, world_size // ring_degree, ring_degree)
+        if degrees.world_size != world_size:
+            raise PlanError(f"{degrees.product} is not world_size {world_size}.")
+        return ParallelPlan(*degrees.grid)
+    *others, last = AXES_OF[strategy.name]
+    if not others:
+        return ParallelPlan(*Degrees(**{last: world_size}).grid)
+    divisors = [n for n in range(2, world_size) if world_size % n == 0]
+    if not divisors:
+        raise PlanError(f"{world_size} ranks are not a product of two degrees.")
+    return ParallelPlan(ulysses=world_size // divisors[0], ring=divisors[0])
 
 
 def check_strategy(strategy: Strategy, *, world_size: int) -> None:
@@ -200,7 +179,7 @@ def legal_strategies(world_size: int) -> list[str]:
     """Every value of ``XDIT_STRATEGY`` that fits so many ranks."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     plans = [
-        ParallelPlan(world_size, batch, ulysses, ring, pipefusion, rest // ring).name
+        Degrees(batch, pipefusion, ring, ulysses, rest // ring).name
         for pipefusion, batch, ulysses in product(divisors, repeat=3)
         if world_size % (pipefusion * batch * ulysses) == 0
         for rest in (world_size // (pipefusion * batch * ulysses),)

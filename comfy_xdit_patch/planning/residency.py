@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 
@@ -88,7 +87,7 @@ class TokenLoad:
     kept_bytes: int = 0
     """Keys and values that a rank keeps from one step to the next (PipeFusion)."""
     num_groups: int = 1
-    """Communicators of a rank (``grid.num_communicators``)."""
+    """Communicators of a rank (``Degrees.num_communicators``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +179,8 @@ def token_load(
     Raises:
         PlanError: the call has fewer tokens than the plan needs.
     """
-    firsts = range(0, plan.world_size, plan.world_size // plan.batch_degree)
-    shares = [
-        plan.sequence_shares(
-            first,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
-        for first in firsts
-    ]
-    rows = [plan.batch_rows(first, workload.batch_size) for first in firsts]
+    shares = [plan.shares_of_call(rank, workload) for rank in plan.first_ranks]
+    rows = [plan.batch_rows(rank, workload.batch_size) for rank in plan.first_ranks]
     token_bytes = hidden_size * bytes_per_value
     return TokenLoad(
         num_tokens=workload.num_tokens,
@@ -200,7 +189,7 @@ def token_load(
         num_rows=max(end - start for start, end in rows),
         bytes_per_value=bytes_per_value,
         kept_bytes=kept_bytes(plan, workload, num_blocks=num_blocks, token_bytes=token_bytes),
-        num_groups=num_communicators(plan.grid),
+        num_groups=plan.num_communicators,
     )
 
 
@@ -228,9 +217,9 @@ def plan_residency(
         first: the user wants this mode or a later one.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
-    if plan.tensor_degree > 1:
-        modes, model = ("tensor",), model.part(1, plan.tensor_degree)
-    elif plan.pipefusion_degree > 1:
+    if plan.tensor > 1:
+        modes, model = ("tensor",), model.part(1, plan.tensor)
+    elif plan.pipefusion > 1:
         modes, model = PIPELINE_MODES, model.part(most_blocks(plan, num_blocks), num_blocks)
     tried: list[Need] = []
     for mode in modes[modes.index(first) if first in modes else 0 :]:

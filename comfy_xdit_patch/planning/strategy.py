@@ -6,10 +6,18 @@ Runs in: host and worker (and the command line). Standard library only.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-AXES = ("batch", "pipefusion", "ulysses", "ring", "tensor")
+from comfy_xdit_patch.planning.grid import AXES, Degrees
+
+FREE = ("auto", "fsdp")
+"""Names that leave the axes to us."""
+AXES_OF: dict[str, tuple[str, ...]] = {
+    **{axis: (axis,) for axis in ("ulysses", "ring", "batch", "tensor", "pipefusion")},
+    "usp": ("ulysses", "ring"),
+}
+"""The axes that the ranks share under the other names, and no others."""
 NAMES = ("auto", "ulysses", "ring", "usp", "batch", "tensor", "fsdp", "pipefusion", "off")
 ALIASES = {"cfg": "batch"}
 LEGAL = (
@@ -31,11 +39,7 @@ class Strategy:
     """
 
     name: str
-    batch: int = 1
-    ulysses: int = 1
-    ring: int = 1
-    pipefusion: int = 1
-    tensor: int = 1
+    degrees: Degrees = field(default_factory=Degrees)
     fsdp: int = 0
 
     @property
@@ -46,10 +50,8 @@ class Strategy:
     def __str__(self) -> str:
         if self.name != PLAN:
             return self.name
-        parts = [f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
-        if self.fsdp:
-            parts.append(f"fsdp={self.fsdp}")
-        return ",".join(parts) or "ulysses=1"
+        fsdp = [f"fsdp={self.fsdp}"] if self.fsdp else []
+        return ",".join([*self.degrees.parts, *fsdp]) or "ulysses=1"
 
 
 AUTO = Strategy("auto")
@@ -74,4 +76,5 @@ def parse_strategy(value: str) -> Strategy:
         degrees[axis] = int(match[2])
     if degrees.keys() == {"fsdp"}:
         degrees["ulysses"] = degrees["fsdp"]
-    return Strategy(PLAN, **degrees)
+    fsdp = degrees.pop("fsdp", 0)
+    return Strategy(PLAN, Degrees(**degrees), fsdp)

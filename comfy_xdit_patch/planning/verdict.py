@@ -166,6 +166,5 @@ class Trial:
 
 def size_class(workload: Workload) -> str:
     """Name the sizes of call that take about as long: rows, and the class of tokens in each."""
-    tokens = workload.num_text_tokens + workload.num_image_tokens + workload.num_reference_tokens
-    exponent = round(CLASSES_PER_DOUBLING * log2(tokens)) / CLASSES_PER_DOUBLING
+    exponent = round(CLASSES_PER_DOUBLING * log2(workload.num_tokens)) / CLASSES_PER_DOUBLING
     return f"{workload.batch_size} x 2^{exponent:g} tokens"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.hardware.chosen_devices import devices_of
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.hardware.survey import survey
-from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.planner import plan_call
 from comfy_xdit_patch.planning.strategy import AUTO, Strategy
 from comfy_xdit_patch.report.doctor_sections import (
+    EXAMPLE,
     gpu_faults,
     memory_lines,
     place_lines,
@@ -33,8 +34,6 @@ from comfy_xdit_patch.settings import VARIABLES, read_settings, unknown_names
 CHECK_DEADLINE_S = 180
 ASK_DEADLINE_S = 3.0
 START_FILE = "comfy_xdit_patch.pth"
-# A FLUX.1 image of 1024 px with ComfyUI's default text length.
-EXAMPLE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, num_heads=24)
 
 
 def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
@@ -120,12 +119,7 @@ def _version(package: str) -> str | None:
 
 
 def _planned(batch: int, world_size: int, strategy: Strategy) -> str:
-    workload = Workload(
-        batch_size=batch,
-        num_text_tokens=EXAMPLE.num_text_tokens,
-        num_image_tokens=EXAMPLE.num_image_tokens,
-        num_heads=EXAMPLE.num_heads,
-    )
+    workload = replace(EXAMPLE, batch_size=batch)
     plan = plan_call(workload, world_size=world_size, strategy=strategy)
     return f"one GPU, {plan.reason}" if isinstance(plan, Refusal) else plan.name
 

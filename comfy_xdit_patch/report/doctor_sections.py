@@ -14,9 +14,9 @@ from comfy_xdit_patch.hardware.interconnect import Interconnect
 from comfy_xdit_patch.hardware.survey import compute_modes
 from comfy_xdit_patch.planning.cost.known_models import FLUX1_DEV
 from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS, workload_for
-from comfy_xdit_patch.planning.planner import FREE, named_plan
+from comfy_xdit_patch.planning.planner import named_plan
 from comfy_xdit_patch.planning.residency import Card, gib, plan_residency, token_load
-from comfy_xdit_patch.planning.strategy import AUTO, Strategy
+from comfy_xdit_patch.planning.strategy import AUTO, FREE, Strategy
 
 DTYPES = ("bf16", "fp8")
 WORLD_SIZES = (2, 4, 8)

@@ -10,13 +10,18 @@ import re
 from dataclasses import dataclass
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
-from comfy_xdit_patch.planning.cost.asked import STRATEGY_LEGAL, is_built, parse_asked
+from comfy_xdit_patch.planning.cost.candidate import STRATEGY_LEGAL, is_built, parse_asked
 from comfy_xdit_patch.planning.cost.choice import Choice, Option, choose
-from comfy_xdit_patch.planning.cost.job import COMPILED, EAGER, Job
 from comfy_xdit_patch.planning.cost.known_machines import CARDS, machine_of
 from comfy_xdit_patch.planning.cost.known_models import MODELS
 from comfy_xdit_patch.planning.cost.machine import LINK_KINDS, LINK_NAMES, Machine
-from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS, workload_for
+from comfy_xdit_patch.planning.cost.model_shape import (
+    COMPILED,
+    EAGER,
+    PRECISIONS,
+    Job,
+    workload_for,
+)
 from comfy_xdit_patch.planning.residency import gib
 
 NUM_ROWS = 12

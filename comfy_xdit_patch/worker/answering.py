@@ -44,7 +44,7 @@ def answer(
     Raises:
         Exception: ``error`` itself, where this rank cannot know that it is well.
     """
-    stages = ParallelPlan.of_grid(message.grid, message.weights).pipefusion_degree
+    stages = ParallelPlan.of_grid(message.grid, message.weights).pipefusion
     # What one stage has sent lies there until another one takes it, in a later call.
     if isinstance(error, NEVER_ALIKE) or (stages > 1 and num_exchanges > 0):
         raise error

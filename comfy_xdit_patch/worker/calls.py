@@ -6,7 +6,7 @@ Runs in: worker process.
 from __future__ import annotations
 
 import time
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from comfy_xdit_patch.wire.messages.replies import (
     Declined,
     Done,
     Fetched,
+    FloatDtype,
     NoRoom,
     Raised,
     Ran,
@@ -106,7 +107,7 @@ class Calls:
         patches = self._patches(message.patches)
         rank = self._groups.rank
         # A shard is gathered by all ranks at once, and stages run different blocks.
-        assert resident.blocks is None or plan.pipefusion_degree == 1
+        assert resident.blocks is None or plan.pipefusion == 1
         with torch.inference_mode():
             sent = resident.begin(plan, self._groups)
             if resident.blocks is not None:
@@ -138,7 +139,7 @@ class Calls:
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
-            dtype=dtype_name(rows.dtype),
+            dtype=_dtype_name(rows),
             shape=shape,
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
@@ -167,7 +168,7 @@ class Calls:
         return Controlled(
             request=message.request,
             layout=layout,
-            dtype=dtype_name(residuals.tensors[0].dtype),
+            dtype=_dtype_name(residuals.tensors[0]),
             shape=(num_rows, sum(residuals.image), features),
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
@@ -236,3 +237,7 @@ class Calls:
         if resident is None:
             raise WorkerError(f"Model {model} is asked for and not held.")
         return resident
+
+
+def _dtype_name(tensor: torch.Tensor) -> FloatDtype:
+    return cast(FloatDtype, dtype_name(tensor.dtype))

@@ -61,12 +61,12 @@ def forward_share(
         Every rank of the plan must call this with the same arguments.
     """
     first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
-    mine = rows_of(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
+    mine = rows_of(dict(arguments), first, end) if plan.batch > 1 else dict(arguments)
     mine["transformer_options"] = dict(mine.get("transformer_options") or {})
     num_image_tokens = num_tokens(flux, mine["x"])
     with ExitStack() as stack:
         bytes_sent: list[int] = []
-        if plan.pipefusion_degree > 1:
+        if plan.pipefusion > 1:
             assert pipeline is not None
             bytes_sent = stack.enter_context(
                 pipelined_sequence(
@@ -84,7 +84,7 @@ def forward_share(
             )
             out = type(flux)._forward(flux, **mine)
             return out, sum(bytes_sent)
-        if plan.sequence_degree > 1:
+        if plan.sequence > 1:
             bytes_sent = stack.enter_context(
                 sharded_sequence(
                     flux,

@@ -104,7 +104,7 @@ class Bench:
 
         self._rounds = options["rounds"]
         dtype = getattr(torch, options["dtype"])
-        plan = ParallelPlan(NUM_RANKS, 1, NUM_RANKS)
+        plan = ParallelPlan(ulysses=NUM_RANKS)
         shares = plan.sequence_shares(
             rank,
             num_text_tokens=TEXT,

@@ -69,7 +69,7 @@ def calls(num_ranks: int, *, text: int) -> dict[str, list[int]]:
         of everything ``outside`` of both.
     """
     counts = {"double": [0] * 4, "single": [0] * 4}
-    plan = ParallelPlan(num_ranks, 1, num_ranks)
+    plan = ParallelPlan(ulysses=num_ranks)
     # A weight without data is multiplied as one with data would be.
     plain = mock.patch.object(later_columns, "PLAIN", (*later_columns.PLAIN, FakeTensor))
     with joined(0, num_ranks, torch.device(CARD)) as rank, plain, MODE, torch.inference_mode():

@@ -92,8 +92,7 @@ def forwards(
         case: see ``arguments`` and ``one_rank``.
     """
     strategy = parse_strategy(plan)
-    degrees = (strategy.batch, strategy.pipefusion, strategy.ring, strategy.ulysses)
-    world_size = strategy.tensor * torch.Size(degrees).numel()
+    world_size = strategy.degrees.world_size
     parallel = named_plan(strategy, world_size)
     gc.freeze()  # So many tensors are made that ComfyUI's own objects would be looked at often.
     with fake_tensors_as_plain():
@@ -124,7 +123,7 @@ def one_rank(
         kept.cache_clear()
     results, on_cpu, num_groups = [], [], []
     with joined(number, plan.world_size, torch.device(CARD)) as rank, MODE, torch.inference_mode():
-        is_cut = is_sharded or plan.tensor_degree > 1 or plan.pipefusion_degree > 1
+        is_cut = is_sharded or plan.tensor > 1 or plan.pipefusion > 1
         model = model_of(blocks, stored, is_own=is_cut)
         given = arguments(**sizes)
         streams, residuals = StreamKeys(), Residuals()
@@ -191,7 +190,7 @@ def noticed() -> dict[str, list[str]]:
 
 def pipelines(plan: ParallelPlan, given: Mapping[str, Any]) -> list[dict[str, Any] | None]:
     """How calls use PipeFusion: an exact one, then one that reads what that left."""
-    if plan.pipefusion_degree == 1:
+    if plan.pipefusion == 1:
         return [None]
     batch, text, _ = given["context"].shape
     image = LATENT[0] // 2 * (LATENT[1] // 2)
@@ -205,16 +204,16 @@ def cut(
 ) -> Iterator[ShardedBlocks | None]:
     """Have the rank hold the weights that it holds in this plan."""
     device, number = torch.device(CARD), rank.groups.rank
-    if plan.tensor_degree > 1:
+    if plan.tensor > 1:
         blocks = TensorBlocks(
             model,
             index=plan.tensor_index(number),
-            degree=plan.tensor_degree,
+            degree=plan.tensor,
             device=device,
             bake=lambda _, weight: weight,
         )
         blocks.begin(rank.groups.of_plan(plan).tensor)
-    if plan.pipefusion_degree > 1:
+    if plan.pipefusion > 1:
         num_blocks = len(model.double_blocks) + len(model.single_blocks)
         StagedBlocks(model).keep(stage_blocks(plan, number, num_blocks))
     if not is_sharded:

@@ -28,19 +28,19 @@ from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 WORLD_SIZE = 8
 DEADLINE = datetime.timedelta(seconds=120)
 PLANS = [
-    ParallelPlan(world_size, 1, ulysses, world_size // ulysses)
+    ParallelPlan(ulysses=ulysses, ring=world_size // ulysses)
     for world_size in (2, 3, 4, 5, 6, 8)
     for ulysses in range(1, world_size + 1)
     if world_size % ulysses == 0
 ]
 WEIGHTED = [
-    ParallelPlan(2, 1, 2, weights=(3, 1)),
-    ParallelPlan(2, 1, 1, 2, weights=(3, 1)),
-    ParallelPlan(3, 1, 3, weights=(1, 2, 3)),
-    ParallelPlan(3, 1, 1, 3, weights=(1, 2, 3)),
-    ParallelPlan(4, 1, 4, weights=(1, 1, 4, 2)),
-    ParallelPlan(4, 1, 2, 2, weights=(1, 1, 4, 2)),
-    ParallelPlan(4, 1, 2, 2, weights=(1, 9, 9, 1)),
+    ParallelPlan(ulysses=2, weights=(3, 1)),
+    ParallelPlan(ring=2, weights=(3, 1)),
+    ParallelPlan(ulysses=3, weights=(1, 2, 3)),
+    ParallelPlan(ring=3, weights=(1, 2, 3)),
+    ParallelPlan(ulysses=4, weights=(1, 1, 4, 2)),
+    ParallelPlan(ulysses=2, ring=2, weights=(1, 1, 4, 2)),
+    ParallelPlan(ulysses=2, ring=2, weights=(1, 9, 9, 1)),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BATCH, WIDTH = 2, 16
@@ -207,7 +207,7 @@ def solve(
     for _ in range(2):
         out = run(function, *shard, problem.sizes["heads"], **problem.arguments)
     assert out.dtype == q.dtype
-    is_even = problem.sizes["heads"] % plan.ulysses_degree == 0
+    is_even = problem.sizes["heads"] % plan.ulysses == 0
     is_even = is_even and len({*shares.joint}) == 1 and q.shape == k.shape
     return {
         "plan": label(plan),
@@ -232,7 +232,7 @@ def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 def make_groups(plan: ParallelPlan, rank: int) -> PlanGroups:
     """Make the groups of a plan among the first ranks. Collective in the whole world."""
-    world_size, degree = plan.world_size, plan.ulysses_degree
+    world_size, degree = plan.world_size, plan.ulysses
     near = [list(range(i, i + degree)) for i in range(0, world_size, degree)]
     far = [list(range(i, world_size, degree)) for i in range(degree)]
     made = []

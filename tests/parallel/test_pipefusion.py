@@ -191,18 +191,18 @@ def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_for
     runs = Runs(stock, inside(tree, XDIT_GPUS="cpu:4", **STRICT), tmp_path)
     path = flux_dev(hidden=512, double=2, single=2)
     for plan in (
-        ParallelPlan(4, 1, 2, pipefusion_degree=2),
-        ParallelPlan(4, 1, 1, pipefusion_degree=4),
-        ParallelPlan(4, 2, 1, pipefusion_degree=2),
+        ParallelPlan(ulysses=2, pipefusion=2),
+        ParallelPlan(pipefusion=4),
+        ParallelPlan(batch=2, pipefusion=2),
     ):
         with following(runs.ranks, plan.name):
-            case = ODD | {"refs": [[9, 9]], "batch": plan.batch_degree}
+            case = ODD | {"refs": [[9, 9]], "batch": plan.batch}
             errors, exact, _ = runs.run(path, AGAIN, **case)
             record_property(f"{plan.name}", errors)
             assert exact == [True, False]
             assert max(errors) <= BOUND, plan.name
             before = runs.ranks.call("forwards:status")["bytes"]["between_ranks"]
-            even = EVEN | {"batch": plan.batch_degree}
+            even = EVEN | {"batch": plan.batch}
             _, _, status = runs.run(path, AGAIN, **even, **FLOAT32)
             moved = status["bytes"]["between_ranks"] - before
             record_property(f"{plan.name}, bytes of two calls", moved)
@@ -211,9 +211,9 @@ def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_for
 
 def expected_bytes(plan: ParallelPlan, *, hidden: int, num_blocks: int) -> int:
     """What all ranks send in one forward of ``EVEN``, in float32, exact or not."""
-    text, image, u = 24, 48, plan.ulysses_degree
+    text, image, u = 24, 48, plan.ulysses
     whole = (text + image) * hidden * 4  # S D e
-    boundaries = (plan.pipefusion_degree - 1) * whole
+    boundaries = (plan.pipefusion - 1) * whole
     attention = num_blocks * u * 4 * (whole // u) * (u - 1) // u
     output = image // u * 64 * 4 * (u - 1) * u  # gathered in the last stage
-    return plan.batch_degree * (boundaries + attention + output)
+    return plan.batch * (boundaries + attention + output)

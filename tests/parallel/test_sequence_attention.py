@@ -64,7 +64,7 @@ def test_an_attention_that_a_checkpoint_prescribes_is_given_all_tokens_in_order(
 ) -> None:
     own = [found for found in results if found["case"] == "prescribed"]
     assert {found["plan"] for found in own} >= {
-        label(plan) for plan in [*PLANS, *WEIGHTED] if plan.ring_degree == 1
+        label(plan) for plan in [*PLANS, *WEIGHTED] if plan.ring == 1
     }
     assert max(found["error"] for found in own) <= BOUNDS["float32"]
 
@@ -75,7 +75,7 @@ def test_a_rank_sends_as_many_bytes_as_the_formula_says(
     plan: ParallelPlan,
     record_property: Callable[[str, object], None],
 ) -> None:
-    u, r = plan.ulysses_degree, plan.ring_degree
+    u, r = plan.ulysses, plan.ring
     even = [found for found in results if found["plan"] == plan.name and found["is_even"]]
     assert len(even) >= 3 * plan.world_size or EVEN["heads"] % u
     for found in even:

@@ -37,10 +37,10 @@ FAMILY = {
     "chroma_radiance_conv": ODD | {"height": 96, "width": 80},
 }
 PLANS_OF_4 = {
-    ParallelPlan(4, 1, 2, 2): [*DEV],
-    ParallelPlan(4, 1, 1, 4): ["attention mask, references, batch 2"],
+    ParallelPlan(ulysses=2, ring=2): [*DEV],
+    ParallelPlan(ring=4): ["attention mask, references, batch 2"],
     # A node's code, and one mask for all rows, leave the batch whole.
-    ParallelPlan(4, 2, 1, 2): ["references"],
+    ParallelPlan(batch=2, ring=2): ["references"],
 }
 
 
@@ -132,12 +132,12 @@ def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
         with following(ranks, plan.name):
             names = PLANS_OF_4[plan]
             for name in names if is_whole() else names[::3]:
-                case = DEV[name] | {"batch": max(plan.batch_degree, DEV[name]["batch"])}
+                case = DEV[name] | {"batch": max(plan.batch, DEV[name]["batch"])}
                 error, before, after = compare(stock, ranks, path, tmp_path, **case)
                 record_property(f"{plan.name}, {name}", error)
                 assert error <= BOUND, (plan.name, name)
                 assert after["steps_parallel"] == before["steps_parallel"] + 1
-            even = EVEN | {"batch": plan.batch_degree}
+            even = EVEN | {"batch": plan.batch}
             _, before, after = compare(stock, ranks, path, tmp_path, **even, **FLOAT32)
             moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
             record_property(f"{plan.name}, bytes", moved)
@@ -147,7 +147,7 @@ def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
 def expected_bytes(plan: ParallelPlan, *, hidden: int, num_blocks: int) -> int:
     """What all ranks send in one forward of ``EVEN``, in float32."""
     text, image = 24, 48
-    u, r, n = plan.ulysses_degree, plan.ring_degree, plan.sequence_degree
+    u, r, n = plan.ulysses, plan.ring, plan.sequence
     shard = (text + image) * hidden * 4 / n
     attention = num_blocks * shard * (4 * (u - 1) / u + 2 * (r - 1))
     output = image / n * 64 * 4 * (n - 1)  # gathered: 2 x 2 latent pixels of 16 channels a token

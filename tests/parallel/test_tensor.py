@@ -93,12 +93,12 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
         plan = plan_of_4(text)
         with following(ranks, text):
             for name in names if is_whole() else names[-1:]:
-                case = DEV[name] | {"batch": max(plan.batch_degree, DEV[name]["batch"])}
+                case = DEV[name] | {"batch": max(plan.batch, DEV[name]["batch"])}
                 error, before, after = compare(stock, ranks, path, tmp_path, **case)
                 record_property(f"{text}, {name}", error)
                 assert error <= BOUND, (text, name)
                 assert after["steps_parallel"] == before["steps_parallel"] + 1
-            even = EVEN | {"batch": plan.batch_degree}
+            even = EVEN | {"batch": plan.batch}
             _, before, after = compare(stock, ranks, path, tmp_path, **even, **FLOAT32)
             moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
             record_property(f"{text}, bytes", moved)
@@ -183,7 +183,7 @@ def plan_of_4(text: str) -> ParallelPlan:
 def expected_bytes(plan: ParallelPlan, *, hidden: int) -> int:
     """What all ranks send in one forward of ``EVEN``, in float32; a double and a single block."""
     text, image = 24, 48
-    t, u, r, n = plan.tensor_degree, plan.ulysses_degree, plan.ring_degree, plan.sequence_degree
+    t, u, r, n = plan.tensor, plan.ulysses, plan.ring, plan.sequence
     local = (text + image) * hidden / n
     sums = tensor_bytes(local, t, num_gathers=2 + 1, value_bytes=4)
     modulation = modulation_bytes((12 + 3) * hidden, t, value_bytes=4)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.balance import Balance
-from comfy_xdit_patch.planning.cost.asked import is_built
+from comfy_xdit_patch.planning.cost.candidate import is_built
 from comfy_xdit_patch.planning.cost.choice import Choice, choose
-from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.known_machines import CARDS, machine_of
 from comfy_xdit_patch.planning.cost.machine import Machine
+from comfy_xdit_patch.planning.cost.model_shape import Job
 from rig.published import ROWS, make_job, median_error
 from rig.unequal import SPEEDS, Ranks
 

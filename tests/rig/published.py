@@ -18,12 +18,11 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from comfy_xdit_patch.planning.cost.asked import parse_asked
+from comfy_xdit_patch.planning.cost.candidate import parse_asked
 from comfy_xdit_patch.planning.cost.cost import predict
-from comfy_xdit_patch.planning.cost.job import EXECUTIONS, Job
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
 from comfy_xdit_patch.planning.cost.known_models import MODELS
-from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS, workload_for
+from comfy_xdit_patch.planning.cost.model_shape import EXECUTIONS, PRECISIONS, Job, workload_for
 
 XDIT = "xDiT flux.md"
 CACHE_DIT = "cache-dit"

@@ -196,7 +196,7 @@ class Auto:
             return None
         if len(names) == 1:
             return None
-        apart = frozenset(plan.name for plan in plans.values() if plan.tensor_degree > 1)
+        apart = frozenset(plan.name for plan in plans.values() if plan.tensor > 1)
         apart -= {names[0]}
         way = record.trial.due(names, apart)
         if way is None:  # Those that were missing cannot be had any more.

@@ -70,19 +70,19 @@ class CallPlans:
                 return chosen
             plan, kind = chosen.plan, chosen.kind
             planned = partial(planned, strategy=chosen.strategy)
-        refusal = _no_cuts(call) if plan.tensor_degree > 1 else None
+        refusal = _no_cuts(call) if plan.tensor > 1 else None
         if refusal is not None:
             return refusal
         plan = self._holding.fitting(crew, call, plan)
         # What ranks keep from step to step is shared so; and ControlNets must follow what is
         # left of weights that do not suit this call.
-        keeps = call.carried.keeps_references or plan.pipefusion_degree > 1
+        keeps = call.carried.keeps_references or plan.pipefusion > 1
         if keeps or plan.weights != weights:
             balance.hold(call.run, plan.weights)
-        refusal = self._pipelines.refusal(call, plan) if plan.pipefusion_degree > 1 else None
+        refusal = self._pipelines.refusal(call, plan) if plan.pipefusion > 1 else None
         if refusal is not None:
             return refusal
-        if call.changes and (plan.sequence_degree == 1 or call.carried.keeps_references):
+        if call.changes and (plan.sequence == 1 or call.carried.keeps_references):
             return call.changes[0]
         return CallPlan(plan, _with(planned), kind)
 
@@ -96,7 +96,7 @@ class CallPlans:
 
         def can_have(strategy: Strategy) -> ParallelPlan | None:
             other = planned(strategy=strategy)
-            if isinstance(other, Refusal) or (strategy.tensor > 1 and _no_cuts(call)):
+            if isinstance(other, Refusal) or (strategy.degrees.tensor > 1 and _no_cuts(call)):
                 return None
             return other if is_resident(other) else None
 

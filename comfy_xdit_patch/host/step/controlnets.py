@@ -159,7 +159,7 @@ class ControlNets:
         plan = self._plan(crew, call)
         if isinstance(plan, Refusal):
             return plan
-        if plan.pipefusion_degree > 1:
+        if plan.pipefusion > 1:
             return Refusal("PipeFusion takes its residuals whole", Scope.STEP)
         likeness = crew.of(Likeness)
         try:
@@ -269,16 +269,15 @@ class RemoteControl:
             number, plan=plan, layout=first.layout, compute=compute, gone=crew.gone.calls
         )
         crew.of(calls_kept).add(kept)
-        num_residuals = 1 + max(i for part in first.layout.values() for i in part if i is not None)
-        residuals = [
-            DeferredResidual.make(
+        residuals = {
+            index: DeferredResidual.make(
                 ("residual", kept, index),
                 shape=first.shape,
                 dtype=getattr(torch, first.dtype),
                 device=arguments["x"].device,
             )
-            for index in range(num_residuals)
-        ]
+            for index in {i for part in first.layout.values() for i in part if i is not None}
+        }
         return {
             name: tuple(None if i is None else residuals[i] for i in part)
             for name, part in first.layout.items()

@@ -85,10 +85,8 @@ class Pipelines:
         if len(sigmas) - 1 < MIN_STEPS:
             return Refusal(f"PipeFusion needs {MIN_STEPS} steps or more")
         num_blocks = len(flux.double_blocks) + len(flux.single_blocks)
-        if plan.pipefusion_degree > num_blocks:
-            return Refusal(
-                f"pipefusion={plan.pipefusion_degree} is more than the {num_blocks} blocks"
-            )
+        if plan.pipefusion > num_blocks:
+            return Refusal(f"pipefusion={plan.pipefusion} is more than the {num_blocks} blocks")
         if not call.run.is_flux:
             return Refusal("PipeFusion has to know where a run begins and ends")
         return None

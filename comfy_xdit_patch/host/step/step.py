@@ -186,7 +186,7 @@ class ParallelSteps:
             computed = self._driven.run(crew, known.number, call, plan, compute, room=room)
             gathered_for: str | None = call.changes[0].reason
         else:
-            if plan.pipefusion_degree > 1:
+            if plan.pipefusion > 1:
                 model = known.number, self._holding.state_key(crew, known)
                 pipeline = self._pipelines.of_call(crew, call, plan, model)
             computed = self._remote.forward(

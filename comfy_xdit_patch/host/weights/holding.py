@@ -120,8 +120,8 @@ class Holding:
         )
         if isinstance(known, Refusal):
             return known
-        if plan.tensor_degree > 1:
-            refusal = no_tensor_weights(model, plan.tensor_degree, run.tensor)
+        if plan.tensor > 1:
+            refusal = no_tensor_weights(model, plan.tensor, run.tensor)
             if refusal is not None:
                 return refusal
         weights = crew.of(self._weights)
@@ -133,7 +133,7 @@ class Holding:
             return place
         if is_guest:
             others = {self._models.find(other).number for other in run.in_use}
-            can_be_guest = place.residence.is_whole or plan.tensor_degree > 1
+            can_be_guest = place.residence.is_whole or plan.tensor > 1
             if not (can_be_guest and weights.lets_in(known, place, others)):
                 return Refusal("it does not fit on the cards beside the model", Scope.STEP)
         return self._held(crew, call, known, state, place)
@@ -158,7 +158,7 @@ class Holding:
             return Refusal("hook-scheduled weight patches need the whole model on every card")
         if residence.grid and state.tree["bypass"] is not None:
             return Refusal("bypass LoRAs need the whole model on every card")
-        if state.tree["bypass"] and plan.tensor_degree > 1:
+        if state.tree["bypass"] and plan.tensor > 1:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
         if not is_guest:
             self._totals.residency = residency.arithmetic
@@ -232,8 +232,8 @@ class Holding:
             plan: one that ``auto`` may take.
         """
         model, run = call.model, call.run
-        if plan.tensor_degree > 1 and (
-            no_tensor_weights(model, plan.tensor_degree, run.tensor) or self._bypass(model, run)
+        if plan.tensor > 1 and (
+            no_tensor_weights(model, plan.tensor, run.tensor) or self._bypass(model, run)
         ):
             return False
         plan = self.fitting(crew, call, plan)

@@ -75,8 +75,8 @@ class Residency:
         first: Mode = "full",
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
-        is_pipeline = plan.pipefusion_degree > 1
-        is_tensor = plan.tensor_degree > 1
+        is_pipeline = plan.pipefusion > 1
+        is_tensor = plan.tensor > 1
         cards = self._cards()
         if cards is None:
             # CPU ranks: ComfyUI counts no RAM, nor do we.
@@ -101,7 +101,7 @@ class Residency:
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
     ) -> bool:
         """Whether every rank has on its card all weights that it computes with under a plan."""
-        if plan.tensor_degree == 1 and self._modes.get(base_model, "full") != "full":
+        if plan.tensor == 1 and self._modes.get(base_model, "full") != "full":
             return False
         cards = self._cards()
         if cards is None:
@@ -176,7 +176,7 @@ def _residence(mode: Mode, plan: ParallelPlan) -> Residence:
     if mode == "staged":
         return Residence(grid=plan.grid, weights=plan.weights)
     if mode == "tensor":
-        return Residence(tensor_degree=plan.tensor_degree)
+        return Residence(tensor_degree=plan.tensor)
     return Residence(mode)
 
 

@@ -1,69 +1,42 @@
-"""One way to share the work, and all ways there are.
+"""One way to share the work, all ways there are, and those that a user may ask for.
 
 Runs in: the command line's process.
 
-One equation: ``batch * pipefusion * ring * ulysses * tensor == world_size``; ``grid.py`` says
-which ranks share an axis.
+A user asks for a strategy by name, or for a plan by its degrees. ``grid.py`` says which ranks share
+an axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
-from math import prod
+from dataclasses import dataclass, field
 
-from comfy_xdit_patch.planning.grid import AXES, ranks_along
+from comfy_xdit_patch.planning.grid import AXES, Degrees
 from comfy_xdit_patch.planning.residency import Mode
-from comfy_xdit_patch.planning.strategy import AXES as AS_WRITTEN
+from comfy_xdit_patch.planning.strategy import AXES_OF, FREE, NAMES, PLAN, parse_strategy
+
+EXACT = frozenset({"batch", "ulysses", "ring"})
+"""Axes that share rows and tokens, whose image is one GPU's, up to rounding; ``auto`` takes no
+others. Cutting weights (``tensor``) is as exact, and used by name."""
+NAMED = tuple(name for name in NAMES if name != "off")
+STRATEGY_LEGAL = (
+    f"single, {', '.join(NAMED)}, or a plan such as batch=2,ulysses=2: degrees of "
+    f"{', '.join(AXES)}, and fsdp=N or offload=N for the weights of all N ranks"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Degrees):
     """Degrees of every axis, and where the weights lie."""
 
-    batch: int = 1
-    pipefusion: int = 1
-    ring: int = 1
-    ulysses: int = 1
-    tensor: int = 1
-    weights: Mode = "full"
-
-    @property
-    def degrees(self) -> dict[str, int]:
-        return {axis: getattr(self, axis) for axis in AXES}
-
-    @property
-    def world_size(self) -> int:
-        return prod(self.degrees.values())
-
-    @property
-    def sequence(self) -> int:
-        """How many shards a row's tokens are cut into."""
-        return self.ring * self.ulysses
-
-    @property
-    def is_exact(self) -> bool:
-        """PipeFusion uses keys and values of the step before: its image is an approximation."""
-        return self.pipefusion == 1
+    weights: Mode = field(default="full", kw_only=True)
 
     @property
     def name(self) -> str:
-        """As users write and read it, e.g. ``batch=2,ulysses=2``; ``single`` for one GPU."""
-        parts = [f"{axis}={self.degrees[axis]}" for axis in AS_WRITTEN if self.degrees[axis] > 1]
-        if self.weights == "sharded":
-            parts.append(f"fsdp={self.world_size}")
-        if self.weights == "offload":
-            parts.append(f"offload={self.world_size}")
-        return ",".join(parts) or "single"
-
-    def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """Ranks that differ in one axis only, one tuple for each collective that runs at once."""
-        return ranks_along(tuple(self.degrees.values()), axis)
-
-    def places(self) -> Iterator[tuple[int, ...]]:
-        """Each rank's index in every one of ``AXES``."""
-        return product(*(range(self.degrees[axis]) for axis in AXES))
+        """As users write and read it, e.g. ``batch=2,ulysses=2,fsdp=4``."""
+        word = {"sharded": "fsdp", "offload": "offload"}.get(self.weights)
+        weights = [] if word is None else [f"{word}={self.world_size}"]
+        return ",".join([*self.parts, *weights]) or "single"
 
 
 SINGLE = Candidate()
@@ -77,11 +50,11 @@ def candidates(max_world_size: int) -> Iterator[Candidate]:
     """
     for world_size in range(1, max_world_size + 1):
         for degrees in _factorings(world_size, len(AXES)):
-            plain = Candidate(weights="full", **dict(zip(AXES, degrees, strict=True)))
+            plain = Candidate(*degrees)
             yield plain
             if world_size > 1 and plain.pipefusion == plain.tensor == 1:
-                yield Candidate(**plain.degrees, weights="sharded")
-                yield Candidate(**plain.degrees, weights="offload")
+                yield Candidate(*degrees, weights="sharded")
+                yield Candidate(*degrees, weights="offload")
 
 
 def _factorings(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
@@ -92,3 +65,53 @@ def _factorings(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
         if number % first == 0:
             for rest in _factorings(number // first, num_factors - 1):
                 yield (first, *rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """``text`` as the user wrote it. ``plan`` is set where the degrees are given."""
+
+    text: str = "auto"
+    plan: Candidate | None = None
+
+    def allows(self, plan: Candidate) -> bool:
+        """Whether a plan is what was asked for. One GPU is part of ``auto`` only."""
+        if self.plan is not None:
+            return plan == self.plan
+        if self.text in FREE:
+            is_as_asked = self.text != "fsdp" or plan.weights == "sharded"
+            return is_as_asked and EXACT.issuperset(plan.axes)
+        return set(plan.axes) == set(AXES_OF[self.text])
+
+
+def is_built(plan: Candidate) -> bool:
+    """Whether the engine can follow a plan: in a pipeline stage there is no ring, and no tensor."""
+    return plan.pipefusion == 1 or plan.ring * plan.tensor == 1
+
+
+def parse_asked(text: str) -> Asked:
+    """Read what ``XDIT_STRATEGY`` takes, and besides ``single`` and ``offload=N``.
+
+    Raises:
+        ValueError: it is neither; ``STRATEGY_LEGAL`` says what is.
+    """
+    word = text.lower().replace(" ", "")
+    if word == "single":
+        return Asked(word, SINGLE)
+    try:
+        # Both say where the weights of all ranks lie, and a plan has one of them.
+        strategy = parse_strategy(word.replace("offload=", "fsdp="))
+    except ValueError:
+        raise ValueError(text) from None
+    if strategy.name in NAMED:
+        return Asked(strategy.name)
+    plan = Candidate(
+        *strategy.degrees.grid,
+        weights="full" if not strategy.fsdp else "offload" if "offload=" in word else "sharded",
+    )
+    is_split_already = plan.pipefusion > 1 or plan.tensor > 1
+    if strategy.name != PLAN or (
+        strategy.fsdp and (strategy.fsdp != plan.world_size or is_split_already)
+    ):
+        raise ValueError(text)
+    return Asked(plan.name, plan)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.cost.asked import Asked
-from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, candidates
+from comfy_xdit_patch.planning.cost.candidate import SINGLE, Asked, Candidate, candidates
 from comfy_xdit_patch.planning.cost.cost import Time, predict
-from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import Machine
+from comfy_xdit_patch.planning.cost.model_shape import Job
 from comfy_xdit_patch.planning.pipeline import MIN_STEPS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.residency import Card, Need, need_of, token_load
@@ -161,7 +160,7 @@ def need(plan: Candidate, job: Job, machine: Machine) -> Need:
     """Return the need of the card where it is tightest."""
     shape = job.shape
     load = token_load(
-        ParallelPlan.of_grid(tuple(plan.degrees.values()), ()),
+        ParallelPlan(*plan.grid),
         job.workload,
         num_blocks=shape.num_blocks,
         hidden_size=shape.width,

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from comfy_xdit_patch.planning.cost.candidate import Candidate
-from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import RING_STEP_S, Machine
-from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES
+from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES, Job
 from comfy_xdit_patch.planning.cost.rank_time import (
     ComputeTime,
     Part,
@@ -133,7 +132,7 @@ def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
     def along(axis: str, place: tuple[int, ...]) -> list[float]:
         """Speed at every index of an axis, of the ranks that share the indices before it."""
         before = place[: AXES.index(axis)]
-        return [speed[(*before, index)] for index in range(plan.degrees[axis])]
+        return [speed[(*before, index)] for index in range(getattr(plan, axis))]
 
     workload = job.workload
     rows = proportional(workload.batch_size, along("batch", places[0]), minimum=1)

@@ -16,8 +16,8 @@ from typing import Literal
 
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.planning.cost.machine import LINK_KINDS, Gpu, Link, LinkKind, Machine
+from comfy_xdit_patch.planning.residency import MIB
 
-MIB = 1 << 20
 TERA = 1e12
 GIGA = 1e9
 

@@ -1,7 +1,9 @@
-"""The FLUX family's models as numbers: widths, blocks, weights, FLOPs.
+"""What is to be computed, on whatever machine: the FLUX family's models as numbers, and a call.
 
-Runs in: the command line's process. No torch: planning asks before a model is
-there.
+Runs in: the command line's process. No torch: planning asks before a model is there.
+
+A model is widths, blocks, weights and FLOPs; a job is one call of it, its precision, and how
+kernels start.
 
 Letters: D features, S tokens of the whole sequence (text, image, references), L blocks.
 
@@ -212,3 +214,46 @@ def workload_for(
         num_heads=shape.num_heads,
         num_reference_tokens=references * num_image_tokens,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How kernels reach the GPU.
+
+    ``elementwise_values`` is what unfused kernels read and write for each token and block, in
+    units of its features. Calls are ATen operators from Python.
+    """
+
+    name: str
+    elementwise_values: float
+    calls_per_block: float
+    calls_per_attention: float
+    """Beside those, where tokens or columns are shared: two collectives and their copies."""
+
+
+EAGER = Execution(
+    "eager",
+    # Fitted to eager against compiled: SGLang on H100 46, cache-dit on L20 61, flumina on 4090 67.
+    elementwise_values=60,
+    # Counted in ComfyUI: 3790 for FLUX.1's 57 blocks (FLUX.2: 2749 for 56).
+    calls_per_block=66.5,
+    # Counted (tests/parallel/test_counted_calls.py): 19 of torch and 2 exchanges by ulysses.
+    calls_per_attention=21,
+)
+COMPILED = Execution("compiled", 0, 0, 0)
+EXECUTIONS = {execution.name: execution for execution in (EAGER, COMPILED)}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model call, and how many of them a run has."""
+
+    shape: ModelShape
+    workload: Workload
+    precision: Precision
+    num_steps: int
+    execution: Execution = EAGER
+
+    @property
+    def num_tokens(self) -> int:
+        return self.workload.num_tokens

@@ -26,9 +26,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import Gpu
-from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES
+from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES, Job
 
 SMALL_MATRIX_ROWS = 72
 """A linear of M rows runs at M / (M + this) of its full rate. Fitted: 0.94 at 1152 rows (H100)."""

@@ -6,9 +6,11 @@ Runs in: host and worker. No torch. See ``codec.py`` for the other direction and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 MAX_TEXT_CHARS = 2000
+FloatDtype: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
+"""Names of torch's."""
 
 
 def short(text: str) -> str:
@@ -104,7 +106,7 @@ class Done:
 
     request: int
     num_forwards: int
-    dtype: str
+    dtype: FloatDtype
     shape: tuple[int, ...]
     seconds: float
     bytes_between_ranks: int
@@ -123,7 +125,7 @@ class Controlled:
 
     request: int
     layout: dict[str, list[int | None]]
-    dtype: str
+    dtype: FloatDtype
     shape: tuple[int, ...]
     seconds: float
     bytes_between_ranks: int

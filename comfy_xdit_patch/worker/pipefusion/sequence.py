@@ -149,7 +149,7 @@ def pipelined_sequence(
                 parts.append(out.narrow(SEQUENCE_DIM, 0, this.shares.image[shard]))
                 bytes_sent.append(attention.bytes_sent)
         bytes_sent.append(stage.bytes_sent)
-        if place + 1 < plan.pipefusion_degree:
+        if place + 1 < plan.pipefusion:
             shape = (parts[0].shape[0], num_image_tokens, parts[0].shape[2])
             return parts[0].new_zeros(shape)
         whole, num_bytes = _joined(parts, this.shares, of_plan.sequence)

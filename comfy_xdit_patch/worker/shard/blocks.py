@@ -100,7 +100,7 @@ class DrivenBlocks:
     def fetch(self, recipe: Any, stream: str, shares: SequenceShares) -> tuple[torch.Tensor, int]:
         """Return all tokens of a recipe, in ComfyUI's order. Collective."""
         world_size = self._groups.world_size
-        group = self._groups.of_plan(ParallelPlan(world_size, 1, world_size)).sequence
+        group = self._groups.of_plan(ParallelPlan(ulysses=world_size)).sequence
         assert group is not None
         mine = RankTokens(shares, self._groups.rank, group)
         tokens = mine.gather(self._follow(recipe, shares), stream)

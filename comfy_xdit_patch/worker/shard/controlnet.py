@@ -51,7 +51,7 @@ def control_share(
         Every rank of the plan must call this with the same arguments.
     """
     first, end = plan.batch_rows(groups.rank, arguments["x"].shape[0])
-    mine = rows_of(dict(arguments), first, end) if plan.batch_degree > 1 else dict(arguments)
+    mine = rows_of(dict(arguments), first, end) if plan.batch > 1 else dict(arguments)
     shares = plan.sequence_shares(
         groups.rank,
         num_text_tokens=mine["context"].shape[1],
@@ -60,7 +60,7 @@ def control_share(
     )
     with ExitStack() as stack:
         bytes_sent: list[int] = []
-        if plan.sequence_degree > 1:
+        if plan.sequence > 1:
             bytes_sent = stack.enter_context(_sharded(net, shares, plan=plan, groups=groups))
         out = type(net).forward(net, **mine)
     unique: dict[int, int] = {}

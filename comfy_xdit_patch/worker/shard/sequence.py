@@ -61,7 +61,7 @@ def sharded_sequence(
 
     def gather(tokens: torch.Tensor, shares: SequenceShares) -> torch.Tensor:
         token_bytes = tokens.nbytes // tokens.shape[SEQUENCE_DIM]
-        bytes_sent.append(max(shares.image) * token_bytes * (plan.sequence_degree - 1))
+        bytes_sent.append(max(shares.image) * token_bytes * (plan.sequence - 1))
         return gather_sequence(tokens, sizes=shares.image, group=group)
 
     with ExitStack() as until_the_head_is_done:

@@ -89,7 +89,7 @@ class Resident:
             WorkerError: its blocks are cut for another plan.
         """
         degree = 1 if self.tensor is None else self.tensor.degree
-        if degree != plan.tensor_degree:
+        if degree != plan.tensor:
             raise WorkerError(f"The blocks are cut in {degree} and {plan.name} is asked for.")
         if self.tensor is not None:
             self.tensor.begin(groups.of_plan(plan).tensor)

@@ -27,10 +27,10 @@ TWO_ROWS = Workload(batch_size=2, num_text_tokens=256, num_image_tokens=4096, nu
 @pytest.mark.parametrize(
     ("plan", "workload"),
     [
-        (ParallelPlan(1, 1, 1), IMAGE),
-        (ParallelPlan(6, 1, 3, 2), IMAGE),
-        (ParallelPlan(4, 2, 2, weights=(3, 1, 2, 2)), TWO_ROWS),
-        (ParallelPlan(5, 1, 5, weights=(1, 2, 3, 4, 5)), IMAGE),
+        (ParallelPlan(), IMAGE),
+        (ParallelPlan(ulysses=3, ring=2), IMAGE),
+        (ParallelPlan(batch=2, ulysses=2, weights=(3, 1, 2, 2)), TWO_ROWS),
+        (ParallelPlan(ulysses=5, weights=(1, 2, 3, 4, 5)), IMAGE),
     ],
 )
 def test_the_parts_of_a_calls_work_are_the_whole(plan, workload):
@@ -38,7 +38,7 @@ def test_the_parts_of_a_calls_work_are_the_whole(plan, workload):
 
 
 def test_a_rank_with_one_head_more_has_more_work():
-    parts = work_parts(ParallelPlan(7, 1, 7), IMAGE)
+    parts = work_parts(ParallelPlan(ulysses=7), IMAGE)
     assert parts[0] / parts[6] == pytest.approx(1 + 0.19 * (4 / 3 - 1), abs=0.02)
 
 
@@ -193,7 +193,7 @@ def test_the_first_call_of_a_kind_is_not_counted():
 @pytest.mark.parametrize("busy", [(0.0, 1.0), (-1.0, 1.0), (1e-9, 1.0), (1e300, 1.0)])
 def test_busy_seconds_that_make_no_sense_are_not_counted(busy):
     balance = Balance("adaptive", 2)
-    plan = ParallelPlan(2, 1, 2)
+    plan = ParallelPlan(ulysses=2)
     for _ in range(20):
         replan = partial(ParallelPlan, 2, 1, 2, 1, 1, 1)
         assert not balance.measured(plan, IMAGE, busy, kind=1, replan=replan)

@@ -71,7 +71,7 @@ def test_weights_that_are_not_whole_are_cut_in_the_fewest_parts(workload, world_
     ("workload", "expected"), [(IMAGE, ["ulysses=4"]), (CFG, ["batch=2,ulysses=2"])]
 )
 def test_more_parts_are_cut_where_fewer_do_not_fit(workload, expected):
-    found = names(workload, 4, is_whole=False, fits=lambda plan: plan.tensor_degree == 4)
+    found = names(workload, 4, is_whole=False, fits=lambda plan: plan.tensor == 4)
     assert found == [*expected, "tensor=4"]
 
 

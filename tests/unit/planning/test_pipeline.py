@@ -20,8 +20,7 @@ IMAGE_1024 = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=4096, 
 
 
 def pipeline(stages, ulysses=1, batch=1, weights=()):
-    world_size = stages * ulysses * batch
-    return ParallelPlan(world_size, batch, ulysses, pipefusion_degree=stages, weights=weights)
+    return ParallelPlan(batch=batch, ulysses=ulysses, pipefusion=stages, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +112,4 @@ def test_keys_and_values_take_two_features_for_each_token_and_block_of_a_stage()
     assert kept_bytes(pipeline(2, ulysses=2), IMAGE_1024, **sizes) == one // 2
     rows = dataclasses.replace(IMAGE_1024, batch_size=3)
     assert kept_bytes(pipeline(2, batch=2), rows, **sizes) == 2 * one
-    assert kept_bytes(ParallelPlan(4, 1, 4), IMAGE_1024, **sizes) == 0
+    assert kept_bytes(ParallelPlan(ulysses=4), IMAGE_1024, **sizes) == 0

@@ -42,30 +42,39 @@ def test_bounds_cover_the_whole_without_gap_or_overlap(num_items, num_shards):
     assert covered == list(range(num_items))
 
 
-@pytest.mark.parametrize(
-    ("world", "batch", "ulysses", "ring"),
-    [(4, 2, 1, 1), (4, 3, 2, 1), (1, 1, 2, 1), (4, 2, 2, 2), (4, -2, -2, 1), (0, 0, 1, 1)],
-)
-def test_degrees_that_do_not_make_the_world_are_an_error_with_the_numbers(
-    world, batch, ulysses, ring
-):
+@pytest.mark.parametrize("degrees", [{"batch": 0}, {"batch": -2, "ulysses": -2}])
+def test_a_degree_below_one_is_an_error_with_the_numbers(degrees):
+    named = {"batch": 1, "ulysses": 1, **degrees}
     text = (
-        rf"batch {batch} x pipefusion 1 x ring {ring} x ulysses {ulysses} x tensor 1 "
-        rf"is not world_size {world}"
+        rf"batch {named['batch']} x pipefusion 1 x ring 1 x ulysses {named['ulysses']} x tensor 1 "
+        rf"are not degrees"
     )
     with pytest.raises(PlanError, match=text):
-        ParallelPlan(world, batch, ulysses, ring)
+        ParallelPlan(**degrees)
+
+
+@pytest.mark.parametrize("grid", [(2, 1, 1, 2), (2, 1, 1, 2, 1, 1), ()])
+def test_a_grid_with_other_axes_is_an_error(grid):
+    with pytest.raises(PlanError, match=rf"^{len(grid)} degrees for the axes batch, pipefusion"):
+        ParallelPlan.of_grid(grid, [])
+
+
+THREE_AXES = "batch+ulysses+ring"
 
 
 @pytest.mark.parametrize(
     ("plan", "name", "strategy"),
     [
-        (ParallelPlan(1, 1, 1), "single", "single"),
-        (ParallelPlan(4, 1, 4), "ulysses=4", "ulysses"),
-        (ParallelPlan(2, 2, 1), "batch=2", "batch"),
-        (ParallelPlan(4, 2, 2), "batch=2,ulysses=2", "batch+ulysses"),
-        (ParallelPlan(3, 1, 1, 3), "ring=3", "ring"),
-        (ParallelPlan(12, 2, 3, 2), "batch=2,ulysses=3,ring=2", "batch+ulysses+ring"),
+        (ParallelPlan(), "single", "single"),
+        (ParallelPlan(ulysses=4), "ulysses=4", "ulysses"),
+        (ParallelPlan(batch=2), "batch=2", "batch"),
+        (ParallelPlan(batch=2, ulysses=2), "batch=2,ulysses=2", "batch+ulysses"),
+        (ParallelPlan(ring=3), "ring=3", "ring"),
+        (
+            ParallelPlan(batch=2, ulysses=3, ring=2),
+            "batch=2,ulysses=3,ring=2",
+            "batch+ulysses+ring",
+        ),
     ],
 )
 def test_a_plan_is_named_by_its_degrees_above_one(plan, name, strategy):
@@ -73,15 +82,15 @@ def test_a_plan_is_named_by_its_degrees_above_one(plan, name, strategy):
 
 
 def test_the_sequence_axis_varies_fastest_in_the_grid_of_ranks():
-    plan = ParallelPlan(4, 2, 2)
+    plan = ParallelPlan(batch=2, ulysses=2)
     assert [plan.batch_index(rank) for rank in range(4)] == [0, 0, 1, 1]
     assert [plan.sequence_index(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert [plan.batch_rows(rank, 4) for rank in range(4)] == [(0, 2), (0, 2), (2, 4), (2, 4)]
 
 
 def test_ulysses_varies_faster_than_the_ring_and_both_faster_than_the_batch():
-    plan = ParallelPlan(8, 2, 2, 2)
-    assert plan.sequence_degree == 4
+    plan = ParallelPlan(batch=2, ulysses=2, ring=2)
+    assert plan.sequence == 4
     assert [plan.batch_index(rank) for rank in range(8)] == [0] * 4 + [1] * 4
     assert [plan.sequence_index(rank) for rank in range(8)] == [0, 1, 2, 3] * 2
     assert [plan.batch_rows(rank, 2) for rank in (0, 3, 4)] == [(0, 1), (0, 1), (1, 2)]
@@ -157,22 +166,22 @@ def test_reference_tokens_are_shared_and_every_rank_begins_with_the_image(
 
 
 def test_ranks_of_a_tensor_group_share_heads_and_have_the_same_tokens():
-    plan = ParallelPlan(6, 1, 2, tensor_degree=3)
+    plan = ParallelPlan(ulysses=2, tensor=3)
     assert [plan.tensor_index(rank) for rank in range(6)] == [0, 1, 2, 0, 1, 2]
     assert [plan.sequence_index(rank) for rank in range(6)] == [0, 0, 0, 1, 1, 1]
     assert [plan.local_heads(rank, 4) for rank in range(6)] == [2, 1, 1, 2, 1, 1]
-    assert [ParallelPlan(2, 1, 2).local_heads(rank, 4) for rank in range(2)] == [4, 4]
+    assert [ParallelPlan(ulysses=2).local_heads(rank, 4) for rank in range(2)] == [4, 4]
 
 
 @pytest.mark.parametrize(
     ("plan", "writers"),
     [
-        (ParallelPlan(4, 2, 2), [0, 2]),
-        (ParallelPlan(4, 1, 2, 2), [0]),
-        (ParallelPlan(8, 2, 2, tensor_degree=2), [0, 4]),
-        (ParallelPlan(8, 2, 2, pipefusion_degree=2), [2, 6]),
-        (ParallelPlan(3, 1, 1, pipefusion_degree=3), [2]),
-        (ParallelPlan(3, 1, 1, tensor_degree=3), [0]),
+        (ParallelPlan(batch=2, ulysses=2), [0, 2]),
+        (ParallelPlan(ulysses=2, ring=2), [0]),
+        (ParallelPlan(batch=2, ulysses=2, tensor=2), [0, 4]),
+        (ParallelPlan(batch=2, ulysses=2, pipefusion=2), [2, 6]),
+        (ParallelPlan(pipefusion=3), [2]),
+        (ParallelPlan(tensor=3), [0]),
     ],
 )
 def test_one_rank_of_those_with_the_same_rows_writes_them(plan, writers):
@@ -180,7 +189,7 @@ def test_one_rank_of_those_with_the_same_rows_writes_them(plan, writers):
 
 
 def test_ranks_that_cut_the_same_blocks_have_the_same_tokens_however_fast_they_are():
-    plan = ParallelPlan(8, 2, 2, tensor_degree=2, weights=(9, 3, 1, 5, 2, 8, 4, 4))
+    plan = ParallelPlan(batch=2, ulysses=2, tensor=2, weights=(9, 3, 1, 5, 2, 8, 4, 4))
     for first in range(0, 8, 2):
         assert shares_of(plan, first) == shares_of(plan, first + 1)
         assert plan.batch_rows(first, 5) == plan.batch_rows(first + 1, 5)
@@ -193,7 +202,11 @@ def shares_of(plan, rank, **sizes):
 
 
 def test_equal_weights_are_no_weights():
-    for plan in (ParallelPlan(6, 1, 3, 2), ParallelPlan(4, 2, 2), ParallelPlan(3, 1, 3)):
+    for plan in (
+        ParallelPlan(ulysses=3, ring=2),
+        ParallelPlan(batch=2, ulysses=2),
+        ParallelPlan(ulysses=3),
+    ):
         weighted = dataclasses.replace(plan, weights=(7,) * plan.world_size)
         for rank in range(plan.world_size):
             assert shares_of(weighted, rank, num_heads=7) == shares_of(plan, rank, num_heads=7)
@@ -201,7 +214,7 @@ def test_equal_weights_are_no_weights():
 
 
 def test_each_group_shares_its_rows_by_its_own_weights():
-    plan = ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1))
+    plan = ParallelPlan(batch=2, ulysses=2, weights=(3, 1, 1, 1))
     assert shares_of(plan, 1).joint == (360, 120)
     assert shares_of(plan, 1).heads == (9, 3)
     assert shares_of(plan, 2).joint == (240, 240)
@@ -209,17 +222,17 @@ def test_each_group_shares_its_rows_by_its_own_weights():
 
 
 def test_in_a_ring_tokens_follow_all_weights_and_heads_those_of_every_neighbourhood():
-    plan = ParallelPlan(4, 1, 2, 2, weights=(2, 1, 4, 2))
+    plan = ParallelPlan(ulysses=2, ring=2, weights=(2, 1, 4, 2))
     shares = shares_of(plan, 3, num_image_tokens=354)
     assert shares.joint == (100, 50, 200, 100)
     assert shares.heads == (8, 4)
     # The faster of one neighbourhood is the slower of the other: halves.
-    assert shares_of(ParallelPlan(4, 1, 2, 2, weights=(2, 1, 1, 2)), 0).heads == (6, 6)
-    assert shares_of(ParallelPlan(2, 1, 1, 2, weights=(2, 1)), 0).heads == (12,)
+    assert shares_of(ParallelPlan(ulysses=2, ring=2, weights=(2, 1, 1, 2)), 0).heads == (6, 6)
+    assert shares_of(ParallelPlan(ring=2, weights=(2, 1)), 0).heads == (12,)
 
 
 def test_ranks_that_have_the_same_tokens_count_as_their_slowest():
-    of_columns = ParallelPlan(4, 1, 2, tensor_degree=2, weights=(9, 3, 1, 5))
+    of_columns = ParallelPlan(ulysses=2, tensor=2, weights=(9, 3, 1, 5))
     assert [of_columns.place_weights(0), shares_of(of_columns, 3).joint] == [(3, 1), (360, 120)]
-    of_stages = ParallelPlan(4, 1, 2, pipefusion_degree=2, weights=(9, 1, 3, 5))
+    of_stages = ParallelPlan(ulysses=2, pipefusion=2, weights=(9, 1, 3, 5))
     assert [of_stages.place_weights(0), shares_of(of_stages, 0).joint] == [(3, 1), (360, 120)]

@@ -121,6 +121,22 @@ def test_a_strategy_that_no_call_could_follow_is_refused_with_those_that_fit(
     assert str(caught.value).endswith(f" Legal: {legal}.")
 
 
+@pytest.mark.parametrize(
+    ("text", "world_size", "product"),
+    [
+        ("batch=2", 4, "batch 2 x pipefusion 1 x ring 1 x ulysses 1 x tensor 1"),
+        ("batch=3,ulysses=2", 4, "batch 3 x pipefusion 1 x ring 1 x ulysses 2 x tensor 1"),
+        ("ulysses=2", 1, "batch 1 x pipefusion 1 x ring 1 x ulysses 2 x tensor 1"),
+        ("cfg=2,ulysses=2,ring=2", 4, "batch 2 x pipefusion 1 x ring 2 x ulysses 2 x tensor 1"),
+    ],
+)
+def test_degrees_that_do_not_make_the_world_are_an_error_with_the_numbers(
+    text, world_size, product
+):
+    with pytest.raises(SettingsError, match=rf": {product} is not world_size {world_size}\. "):
+        check_strategy(parse_strategy(text), world_size=world_size)
+
+
 def test_a_ring_inside_of_pipefusion_is_refused_and_says_why():
     with pytest.raises(SettingsError, match="A ring inside of pipefusion would pass all keys"):
         check_strategy(parse_strategy("pipefusion=2,ring=2"), world_size=4)

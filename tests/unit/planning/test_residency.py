@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     CUDA_CONTEXT_BYTES,
@@ -41,7 +40,7 @@ def cards(memory_bytes, num_ranks, *, has_host=False):
 def load_of(num_ranks=4, **changes):
     """Of an image of 1024 x 1024 px whose tokens the ranks share."""
     load = token_load(
-        ParallelPlan(num_ranks, 1, num_ranks),
+        ParallelPlan(ulysses=num_ranks),
         Workload(1, num_text_tokens=256, num_image_tokens=4096, num_heads=24),
         num_blocks=NUM_BLOCKS,
         hidden_size=3072,
@@ -50,7 +49,7 @@ def load_of(num_ranks=4, **changes):
 
 
 def planned_on(where, *, model=MODEL, load=None, first="full"):
-    plan = ParallelPlan(len(where), 1, len(where))
+    plan = ParallelPlan(ulysses=len(where))
     load = load or load_of(len(where))
     return plan_residency(plan, model, load, num_blocks=NUM_BLOCKS, cards=where, first=first)
 
@@ -202,17 +201,17 @@ IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=65280, num_
 @pytest.mark.parametrize(
     ("plan", "rows", "tokens", "num_rows"),
     [
-        (ParallelPlan(2, 1, 2), 1, 32768, 1),
-        (ParallelPlan(2, 1, 2, weights=(3, 1)), 1, 49152, 1),
-        (ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1)), 3, 49152, 2),
-        (ParallelPlan(2, 2, 1), 3, 65536, 2),
-        (ParallelPlan(4, 1, 2, tensor_degree=2), 1, 32768, 1),
-        (ParallelPlan(4, 1, 2, pipefusion_degree=2), 1, 32768, 1),
+        (ParallelPlan(ulysses=2), 1, 32768, 1),
+        (ParallelPlan(ulysses=2, weights=(3, 1)), 1, 49152, 1),
+        (ParallelPlan(batch=2, ulysses=2, weights=(3, 1, 1, 1)), 3, 49152, 2),
+        (ParallelPlan(batch=2), 3, 65536, 2),
+        (ParallelPlan(ulysses=2, tensor=2), 1, 32768, 1),
+        (ParallelPlan(ulysses=2, pipefusion=2), 1, 32768, 1),
     ],
 )
 def test_the_load_is_that_of_the_rank_that_has_most(plan, rows, tokens, num_rows):
     workload = dataclasses.replace(IMAGE, batch_size=rows)
     load = token_load(plan, workload, num_blocks=NUM_BLOCKS, hidden_size=3072)
     assert (load.local_tokens, load.num_rows, load.num_tokens) == (tokens, num_rows, 65536)
-    assert (load.kept_bytes > 0) == (plan.pipefusion_degree > 1)
-    assert load.num_groups == num_communicators(plan.grid)
+    assert (load.kept_bytes > 0) == (plan.pipefusion > 1)
+    assert load.num_groups == plan.num_communicators

@@ -26,7 +26,7 @@ def cards(gib, number):
 
 def planned(model, degree, where):
     num_ranks = len(where)
-    plan = ParallelPlan(num_ranks, 1, num_ranks // degree, tensor_degree=degree)
+    plan = ParallelPlan(ulysses=num_ranks // degree, tensor=degree)
     load = token_load(plan, IMAGE, num_blocks=57, hidden_size=3072)
     return plan_residency(plan, model, load, num_blocks=57, cards=where)
 

@@ -45,7 +45,7 @@ def measured(num_parallel, num_measured, one_seconds):
 
 
 def counts(num_parallel, **fall_backs):
-    made = RunCounts(plan=ParallelPlan(4, 1, 4), parallel_seconds=[0.061] * num_parallel)
+    made = RunCounts(plan=ParallelPlan(ulysses=4), parallel_seconds=[0.061] * num_parallel)
     made.fall_backs.update({reason.replace("_", " "): n for reason, n in fall_backs.items()})
     return made
 
@@ -66,7 +66,7 @@ def counts(num_parallel, **fall_backs):
         (measured(0, 1, None), "xDiT: 1 steps on one GPU (to compare)"),
         (
             RunCounts(
-                plan=ParallelPlan(4, 1, 2, pipefusion_degree=2),
+                plan=ParallelPlan(ulysses=2, pipefusion=2),
                 parallel_seconds=[0.061] * 20,
                 warm_ups=1,
             ),

@@ -18,7 +18,7 @@ def test_a_run_without_steps_has_none():
 
 
 def test_time_per_step_is_the_median_over_parallel_steps():
-    counts = RunCounts(plan=ParallelPlan(2, 1, 2), parallel_seconds=[9.0, 0.060, 0.062])
+    counts = RunCounts(plan=ParallelPlan(ulysses=2), parallel_seconds=[9.0, 0.060, 0.062])
     report = counts.report(ranks=2)
     assert report.ms_per_step == pytest.approx(62)
     assert (report.steps, report.ranks, report.plan) == (3, 2, "ulysses=2")
@@ -26,7 +26,7 @@ def test_time_per_step_is_the_median_over_parallel_steps():
 
 
 def test_steps_that_fell_back_are_counted_by_reason():
-    counts = RunCounts(plan=ParallelPlan(2, 1, 2), parallel_seconds=[1.0])
+    counts = RunCounts(plan=ParallelPlan(ulysses=2), parallel_seconds=[1.0])
     counts.fall_backs["a ControlNet is active"] += 2
     counts.fall_backs["a worker was lost"] += 1
     report = counts.report(ranks=2)
@@ -50,10 +50,10 @@ def test_a_report_does_not_change_with_the_counts_it_was_made_of():
 
 
 def test_a_run_of_an_approximate_plan_says_so_and_how_many_of_its_steps_were_exact():
-    plan = ParallelPlan(2, 1, 1, pipefusion_degree=2)
+    plan = ParallelPlan(pipefusion=2)
     report = RunCounts(plan=plan, parallel_seconds=[1.0] * 5, warm_ups=1).report(ranks=2)
     assert (report.is_exact, report.steps_warm_up) == (False, 1)
-    exact = RunCounts(plan=ParallelPlan(2, 1, 2), parallel_seconds=[1.0]).report(ranks=2)
+    exact = RunCounts(plan=ParallelPlan(ulysses=2), parallel_seconds=[1.0]).report(ranks=2)
     assert (exact.is_exact, exact.steps_warm_up) == (True, 0)
 
 

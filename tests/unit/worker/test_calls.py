@@ -44,7 +44,7 @@ def test_patches_of_a_single_block_read_tensors_among_the_options(monkeypatch):
         request=1,
         model=1,
         block="double_blocks.0",
-        grid=list(ParallelPlan(2, 1, 2).grid),
+        grid=list(ParallelPlan(ulysses=2).grid),
         weights=[1, 1],
         counts=[2, 4, 0],
         arguments={},

@@ -19,9 +19,9 @@ from comfy_xdit_patch.planning.verdict import NUM_RUNS, NUM_WATCHED, ONE
 WORKLOAD = Workload(1, 256, 4096, num_heads=24)
 ULYSSES, RING, TENSOR = "ulysses=4", "ulysses=2,ring=2", "ulysses=2,tensor=2"
 PLANS = {
-    AUTO: ParallelPlan(4, 1, 4),
-    parse_strategy(RING): ParallelPlan(4, 1, 2, 2),
-    parse_strategy(TENSOR): ParallelPlan(4, 1, 2, tensor_degree=2),
+    AUTO: ParallelPlan(ulysses=4),
+    parse_strategy(RING): ParallelPlan(ulysses=2, ring=2),
+    parse_strategy(TENSOR): ParallelPlan(ulysses=2, tensor=2),
 }
 USUAL = {AUTO: PLANS[AUTO]}
 MOST_STEPS = 40

@@ -30,7 +30,7 @@ def balance_of(totals, mode="adaptive"):
 
 
 def plan_with(weights):
-    return ParallelPlan(2, 1, 2, weights=weights)
+    return ParallelPlan(ulysses=2, weights=weights)
 
 
 def measure(balance, num_calls, run=None, busy_s=(1.0, 2.0), **more):

@@ -23,7 +23,7 @@ def books(caplog):
 
 def close(books, steps, *, ulysses=2, refusals=()):
     run = Run()
-    run.counts.plan = ParallelPlan(2, 2 // ulysses, ulysses)
+    run.counts.plan = ParallelPlan(batch=2 // ulysses, ulysses=ulysses)
     run.counts.parallel_seconds = [0.05] * steps
     for reason in refusals:
         books.refuse(Refusal(reason, Scope.STEP), run)

@@ -15,7 +15,7 @@ from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
-PLAN = ParallelPlan(2, 1, 1, pipefusion_degree=2)
+PLAN = ParallelPlan(pipefusion=2)
 CONTEXT = torch.zeros(1, 77, 8)
 SIGMAS = torch.linspace(1, 0, 11)
 
@@ -114,7 +114,7 @@ def test_the_ranks_are_told_stream_exactness_and_patches(pipelines):
         {"model": (1, "other weights")},
         {"model": (2, "key")},
         {"patches": {"skip": []}},
-        {"plan": ParallelPlan(2, 1, 1, pipefusion_degree=2, weights=(1, 2))},
+        {"plan": ParallelPlan(pipefusion=2, weights=(1, 2))},
         {"cond": [1]},
     ],
     ids=str,
@@ -187,7 +187,7 @@ TREE = {"patches": {}, "skip": [], "attention": None}
         ({"is_run": False}, "where a run begins and ends"),
         ({"context_window": object()}, "cut into windows"),
         ({"flux": Radiance()}, "work on pixels"),
-        ({"plan": ParallelPlan(5, 1, 1, pipefusion_degree=5)}, "pipefusion=5 is more than the 4"),
+        ({"plan": ParallelPlan(pipefusion=5)}, "pipefusion=5 is more than the 4"),
         ({"changes": [Refusal("a node replaces blocks")]}, "and a node replaces blocks"),
         ({"carried": CarriedPatches(gathered="a node set a x patch")}, "a node set a x patch"),
         ({"carried": CarriedPatches(keeps_references=True)}, "keeps the keys of references"),

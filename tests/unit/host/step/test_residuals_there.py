@@ -10,7 +10,7 @@ import torch
 from comfy_xdit_patch.host.step.residuals_there import ControlCall, DeferredResidual, encode_control
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
-PLAN = ParallelPlan(2, 1, 2)
+PLAN = ParallelPlan(ulysses=2)
 SHAPE = (1, 6, 4)
 
 
@@ -105,7 +105,7 @@ def test_rows_that_a_sum_repeats_are_all_there():
 
 @pytest.mark.parametrize(
     ("kept", "plan"),
-    [((), PLAN), (Everything(), ParallelPlan(2, 2, 1))],
+    [((), PLAN), (Everything(), ParallelPlan(batch=2))],
     ids=["workers", "plan"],
 )
 def test_what_the_workers_of_now_do_not_have_is_computed_here(world, kept, plan):

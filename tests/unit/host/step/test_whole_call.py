@@ -119,7 +119,7 @@ def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
         CarriedPatches(tree=patches),
         poll=lambda: None,
     )
-    return remote.forward(1, made, ParallelPlan(1, 1, 1), room=room, pipeline=pipeline)
+    return remote.forward(1, made, ParallelPlan(), room=room, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=65280, num_
 SIZES = ModelSizes(
     total_bytes=22 * GIB, largest_block_bytes=650 * MIB, outside_blocks_bytes=128 * MIB
 )
-EVEN, UNEQUAL = ParallelPlan(2, 1, 2), ParallelPlan(2, 1, 2, weights=(3, 1))
+EVEN, UNEQUAL = ParallelPlan(ulysses=2), ParallelPlan(ulysses=2, weights=(3, 1))
 DTYPE = torch.bfloat16
 
 
@@ -48,7 +48,7 @@ def test_larger_shares_have_room_where_weights_lie_as_with_even_ones(gib, has_ro
     assert made.has_room_for_shares(model, IMAGE, EVEN, DTYPE)
 
 
-CUT = ParallelPlan(2, 1, 1, tensor_degree=2)
+CUT = ParallelPlan(tensor=2)
 
 
 @pytest.mark.parametrize(

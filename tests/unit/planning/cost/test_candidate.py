@@ -6,21 +6,22 @@ import re
 
 import pytest
 
-from comfy_xdit_patch.planning.cost.asked import (
-    STRATEGY_AXES,
+from comfy_xdit_patch.planning.cost.candidate import (
+    NAMED,
+    SINGLE,
     STRATEGY_LEGAL,
+    Candidate,
+    candidates,
     is_built,
     parse_asked,
 )
-from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, candidates
 from comfy_xdit_patch.planning.grid import AXES
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
 
-def test_names_are_those_of_parallel_plans():
-    assert Candidate(batch=2, ulysses=2).name == ParallelPlan(4, 2, 2).name
-    assert SINGLE.name == ParallelPlan(1, 1, 1).name
-    assert Candidate(batch=2, ulysses=2, ring=3).name == "batch=2,ulysses=2,ring=3"
+def test_a_name_says_where_the_weights_lie_besides():
+    assert Candidate(batch=2, ulysses=2).name == "batch=2,ulysses=2"
+    assert SINGLE.name == "single"
     assert Candidate(ulysses=4, weights="sharded").name == "ulysses=4,fsdp=4"
     assert Candidate(batch=2, ring=2, weights="offload").name == "batch=2,ring=2,offload=4"
 
@@ -65,7 +66,7 @@ def test_what_talks_most_sits_closest():
 
 
 def test_the_grid_is_that_of_parallel_plans():
-    plan, parallel = Candidate(batch=2, ulysses=3), ParallelPlan(6, 2, 3)
+    plan, parallel = Candidate(batch=2, ulysses=3), ParallelPlan(batch=2, ulysses=3)
     for rank, place in enumerate(plan.places()):
         index = dict(zip(AXES, place, strict=True))
         assert index["batch"] == parallel.batch_index(rank)
@@ -87,6 +88,7 @@ def test_only_pipefusion_is_not_exact():
         ("fsdp=4", "ulysses=4,fsdp=4"),
         ("ring=4,fsdp=4", "ring=4,fsdp=4"),
         ("single", "single"),
+        ("fsdp=1", "fsdp=1"),
     ],
 )
 def test_a_plan_is_read_as_a_user_writes_it(text, name):
@@ -108,7 +110,7 @@ def test_what_is_no_plan_is_refused(text):
 
 
 def test_the_text_of_legal_strategies_names_them_all():
-    assert all(name in STRATEGY_LEGAL for name in (*STRATEGY_AXES, *AXES, "fsdp", "offload"))
+    assert all(name in STRATEGY_LEGAL for name in (*NAMED, *AXES, "fsdp", "offload"))
 
 
 @pytest.mark.parametrize(

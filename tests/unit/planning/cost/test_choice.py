@@ -15,8 +15,7 @@ from rig.planning_tables import MACHINES, Case
 from rig.published import make_job
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.cost.asked import parse_asked
-from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate
+from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, parse_asked
 from comfy_xdit_patch.planning.cost.choice import SAME_TIME, Choice, choose, why_not
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
 from comfy_xdit_patch.planning.cost.machine import Link
@@ -43,8 +42,8 @@ def fastest(choice, *, has=(), has_not=()):
     return next(
         found
         for found in choice.options
-        if all(found.plan.degrees[axis] > 1 for axis in has)
-        and all(found.plan.degrees[axis] == 1 for axis in has_not)
+        if all(getattr(found.plan, axis) > 1 for axis in has)
+        and all(getattr(found.plan, axis) == 1 for axis in has_not)
         and found.plan.weights == "full"
     )
 

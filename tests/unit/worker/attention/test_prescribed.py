@@ -79,7 +79,7 @@ def comfyui(monkeypatch):
 
 
 def ours(function=None):
-    shares = ParallelPlan(1, 1, 1).sequence_shares(
+    shares = ParallelPlan().sequence_shares(
         0, num_text_tokens=2, num_image_tokens=4, num_reference_tokens=0, num_heads=2
     )
     return SequenceAttention(

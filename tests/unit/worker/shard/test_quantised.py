@@ -77,7 +77,7 @@ def test_scales_are_back_after_an_exception():
 
 
 def test_the_whole_has_all_rows_however_they_are_dealt():
-    shares = ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1)).sequence_shares(
+    shares = ParallelPlan(batch=2, ulysses=2, weights=(3, 1, 1, 1)).sequence_shares(
         0, num_text_tokens=8, num_image_tokens=24, num_reference_tokens=8, num_heads=4
     )
     counts = stream_counts(shares, 1, rows=2, num_rows=3)
