@@ -90,7 +90,7 @@ class Host:
             auto=auto,
             pipelines=self.pipelines,
         )
-        self.controls = ControlNets(
+        self.controls: ControlNets = ControlNets(
             RemoteControl(self.totals),
             holding=self.holding,
             memory=self.memory,
@@ -98,6 +98,7 @@ class Host:
             pristine=pristine,
             totals=self.totals,
             auto=auto,
+            before=before.controls if before else None,
         )
         self._lock = threading.RLock()
 

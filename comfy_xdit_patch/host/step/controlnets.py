@@ -86,7 +86,9 @@ class ControlNets:
         pristine: Pristine,
         totals: Totals,
         auto: Auto,
+        before: ControlNets | None,
     ) -> None:
+        """Prepare; ``before`` knows those that were loaded under other settings."""
         self._remote = remote
         self._auto = auto
         self._holding = holding
@@ -94,7 +96,9 @@ class ControlNets:
         self._models = models
         self._pristine = pristine
         self._totals = totals
-        self._known: weakref.WeakKeyDictionary[Any, ControlModel] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, ControlModel] = (
+            before._known if before is not None else weakref.WeakKeyDictionary()
+        )
 
     def loaded(self, control: Any, path: str, options: dict[str, Any], *, file: str) -> None:
         """Note which file a ControlNet came from, if it is one for the workers."""
