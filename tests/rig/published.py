@@ -22,7 +22,13 @@ from comfy_xdit_patch.planning.cost.candidate import parse_asked
 from comfy_xdit_patch.planning.cost.cost import predict
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
 from comfy_xdit_patch.planning.cost.known_models import MODELS
-from comfy_xdit_patch.planning.cost.model_shape import EXECUTIONS, PRECISIONS, Job, workload_for
+from comfy_xdit_patch.planning.cost.model_shape import (
+    COMPILED,
+    EAGER,
+    PRECISIONS,
+    Job,
+    workload_for,
+)
 
 XDIT = "xDiT flux.md"
 CACHE_DIT = "cache-dit"
@@ -30,6 +36,8 @@ PARA = "ParaAttention"
 SGLANG = "SGLang"
 FLUMINA = "flumina"
 DIFFUSERS = "diffusers"
+
+EXECUTIONS = {execution.name: execution for execution in (EAGER, COMPILED)}
 
 LAUNCHES = "diffusers' launches and kernels, not ComfyUI's, set the pace"
 TENSOR_AT_SGLANG = "SGLang's tensor parallelism of that commit gains 1.2x, ours was not timed"

@@ -241,7 +241,6 @@ EAGER = Execution(
     calls_per_attention=21,
 )
 COMPILED = Execution("compiled", 0, 0, 0)
-EXECUTIONS = {execution.name: execution for execution in (EAGER, COMPILED)}
 
 
 @dataclass(frozen=True, slots=True)
