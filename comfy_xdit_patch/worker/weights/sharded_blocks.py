@@ -53,7 +53,7 @@ class _Place:
 
     def make(self, flat: torch.Tensor) -> torch.Tensor:
         tensor = self.recipe(flat)
-        return _as_parameter(tensor) if self.is_parameter else tensor
+        return as_parameter(tensor) if self.is_parameter else tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class ShardedBlocks:
                         whole_name = ".".join(filter(None, (block_name, module_name, name)))
                         tensor = bake(whole_name, tensor.to(self._device))
                     empty = torch.empty(0, dtype=tensor.dtype, device=self._device)
-                    placeholder = _as_parameter(empty) if is_parameter else empty
+                    placeholder = as_parameter(empty) if is_parameter else empty
                     recipe = layout.add(tensor)
                     places.append(_Place(owner, name, is_parameter, recipe, placeholder))
         shard_bytes = round_up(-(-layout.num_bytes // self._world_size), ALIGNMENT)
@@ -241,7 +241,8 @@ class ShardedBlocks:
         return pending.window
 
 
-def _as_parameter(tensor: torch.Tensor) -> torch.Tensor:
+def as_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a weight of any class as what a module takes for a parameter."""
     if type(tensor) is torch.Tensor:
         return torch.nn.Parameter(tensor, requires_grad=False)
     # As ``torch.nn.Parameter`` marks subclasses; it would call ``detach``, which loses attributes.
