@@ -98,6 +98,5 @@ def kept_bytes(plan: ParallelPlan, workload: Workload, *, num_blocks: int, token
         return 0
     most = most_blocks(plan, num_blocks)
     num_rows = -(-workload.batch_size // plan.batch_degree)
-    num_visual = workload.num_image_tokens + workload.num_reference_tokens
-    num_tokens = num_rows * (workload.num_text_tokens + num_visual)
-    return 2 * most * -(-num_tokens * token_bytes // plan.ulysses_degree)
+    row_bytes = workload.num_tokens * token_bytes
+    return 2 * most * -(-num_rows * row_bytes // plan.ulysses_degree)

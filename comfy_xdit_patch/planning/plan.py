@@ -50,6 +50,11 @@ class Workload:
     """Whether every tensor of the call has one row for each row of the batch."""
     num_reference_tokens: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """S, the whole sequence of one row."""
+        return self.num_text_tokens + self.num_image_tokens + self.num_reference_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class ParallelPlan:

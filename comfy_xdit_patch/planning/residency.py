@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from comfy_xdit_patch.errors import Refusal
-from comfy_xdit_patch.planning.pipeline import most_blocks
-from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.grid import num_communicators
+from comfy_xdit_patch.planning.pipeline import kept_bytes, most_blocks
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -54,10 +55,6 @@ MODE_NAMES = {
 }
 
 
-TENSOR = "tensor="
-"""How a rank is told to hold its part of every block: ``tensor=2``, one of two parts."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """A diffusion model's weights in bytes, as they are stored."""
@@ -78,20 +75,18 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class TokenLoad:
-    """The largest call that has to fit. ``num_rows`` are the batch rows of one rank."""
+    """The largest call that has to fit, on the rank that has most of it."""
 
-    num_image_tokens: int
-    num_text_tokens: int
+    num_tokens: int
+    """Of a whole row."""
+    local_tokens: int
+    """Of a row, on this rank."""
     hidden_size: int
     num_rows: int = 1
+    """Of the batch, on this rank."""
     bytes_per_value: int = 2
-    local_tokens: int | None = None
-    """Tokens of a row on the rank that has most of them; None: a part for each card."""
     kept_bytes: int = 0
     """Keys and values that a rank keeps from one step to the next (PipeFusion)."""
-    num_shards: int | None = None
-    """How many ranks have different tokens at a time; all of them, unless in a pipeline, whose
-    stages compute an exact call one after the other."""
     num_groups: int = 1
     """Communicators of a rank (``grid.num_communicators``)."""
 
@@ -172,27 +167,71 @@ class ResidencyPlan:
         ]
 
 
+def token_load(
+    plan: ParallelPlan,
+    workload: Workload,
+    *,
+    num_blocks: int,
+    hidden_size: int,
+    bytes_per_value: int = 2,
+) -> TokenLoad:
+    """Return what a plan leaves of a call to the rank that has most of it.
+
+    Raises:
+        PlanError: the call has fewer tokens than the plan needs.
+    """
+    firsts = range(0, plan.world_size, plan.world_size // plan.batch_degree)
+    shares = [
+        plan.sequence_shares(
+            first,
+            num_text_tokens=workload.num_text_tokens,
+            num_image_tokens=workload.num_image_tokens,
+            num_reference_tokens=workload.num_reference_tokens,
+            num_heads=workload.num_heads,
+        )
+        for first in firsts
+    ]
+    rows = [plan.batch_rows(first, workload.batch_size) for first in firsts]
+    token_bytes = hidden_size * bytes_per_value
+    return TokenLoad(
+        num_tokens=workload.num_tokens,
+        local_tokens=max(max(of_group.joint) for of_group in shares),
+        hidden_size=hidden_size,
+        num_rows=max(end - start for start, end in rows),
+        bytes_per_value=bytes_per_value,
+        kept_bytes=kept_bytes(plan, workload, num_blocks=num_blocks, token_bytes=token_bytes),
+        num_groups=num_communicators(plan.grid),
+    )
+
+
 def plan_residency(
+    plan: ParallelPlan,
     model: ModelSizes,
     load: TokenLoad,
     *,
+    num_blocks: int,
     cards: tuple[Card, ...],
     first: Mode = "full",
-    is_pipeline: bool = False,
 ) -> ResidencyPlan | Refusal:
-    """Take the first of full, sharded and offload that fits on every card.
-
-    Args:
-        first: the user wants this mode or a later one.
-        is_pipeline: ``model`` has the sizes of the model's largest stage, as a pipeline cuts it;
-            then ``staged`` is tried first.
+    """Take the first mode that fits on every card: of full, sharded and offload, as a rule.
 
     In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
-    links between cards once a step, offload moves them over the bus to CPU memory.
+    links between cards once a step, offload moves them over the bus to CPU memory. The stages of
+    a pipeline have blocks of their own instead of all, and blocks that are cut by heads and columns
+    lie in no other way.
+
+    Args:
+        model: the whole model's sizes.
+        load: the plan's own, by ``token_load``. It counts as if no activation were cut by heads
+            and columns, which they are.
+        num_blocks: how many the model has.
+        first: the user wants this mode or a later one.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
-    if is_pipeline:
-        modes = PIPELINE_MODES
+    if plan.tensor_degree > 1:
+        modes, model = ("tensor",), model.part(1, plan.tensor_degree)
+    elif plan.pipefusion_degree > 1:
+        modes, model = PIPELINE_MODES, model.part(most_blocks(plan, num_blocks), num_blocks)
     tried: list[Need] = []
     for mode in modes[modes.index(first) if first in modes else 0 :]:
         tried.append(need_of(mode, model, load, cards=cards))
@@ -215,8 +254,7 @@ def need_of(mode: Mode, model: ModelSizes, load: TokenLoad, *, cards: tuple[Card
 def _costs(
     mode: Mode, model: ModelSizes, load: TokenLoad, card: Card, num_ranks: int
 ) -> tuple[Cost, ...]:
-    whole = load.num_image_tokens + load.num_text_tokens
-    local = load.local_tokens or -(-whole // (load.num_shards or num_ranks))
+    whole, local = load.num_tokens, load.local_tokens
     values = BLOCK_VALUES_PER_TOKEN + (EXCHANGE_VALUES_PER_TOKEN if num_ranks > 1 else 0)
     embedded = whole if num_ranks > 1 else 0  # the whole, kept beside the shard that is cut from it
     token_bytes = load.num_rows * load.hidden_size * load.bytes_per_value
@@ -253,53 +291,3 @@ def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
 def gib(num_bytes: int) -> str:
     """Bytes as GiB with one decimal."""
     return f"{num_bytes / GIB:.1f}"
-
-
-def tensor_mode(degree: int) -> str:
-    """Name the mode of a model that is cut into so many parts."""
-    return f"{TENSOR}{degree}"
-
-
-def tensor_degree(mode: str) -> int:
-    """Into how many parts a mode cuts each block; 1 for the modes that cut none."""
-    return int(mode.removeprefix(TENSOR)) if mode.startswith(TENSOR) else 1
-
-
-def plan_tensor_residency(
-    model: ModelSizes, load: TokenLoad, degree: int, *, cards: tuple[Card, ...]
-) -> ResidencyPlan | Refusal:
-    """See whether a model fits whose blocks are cut into ``degree`` parts.
-
-    Its activations are counted as if nothing of them were cut, which heads and columns are.
-    """
-    blocks = model.total_bytes - model.outside_blocks_bytes
-    part = replace(model, total_bytes=model.outside_blocks_bytes + -(-blocks // degree))
-    # Ranks that cut the same blocks have the same tokens.
-    whole_tokens = replace(load, num_shards=(load.num_shards or len(cards)) // degree)
-    need = need_of("tensor", part, whole_tokens, cards=cards)
-    if need.fits:
-        return ResidencyPlan((need,))
-    return Refusal(f"the model does not fit on {len(cards)} cards ({need.text})")
-
-
-def residency_of(
-    plan: ParallelPlan,
-    sizes: ModelSizes,
-    load: TokenLoad,
-    *,
-    num_blocks: int,
-    cards: tuple[Card, ...],
-    first: Mode = "full",
-) -> ResidencyPlan | Refusal:
-    """Choose the mode for a plan.
-
-    Args:
-        sizes: of the whole model.
-        first: the user wants this mode or a later one.
-    """
-    if plan.tensor_degree > 1:
-        return plan_tensor_residency(sizes, load, plan.tensor_degree, cards=cards)
-    is_pipeline = plan.pipefusion_degree > 1
-    if is_pipeline:
-        sizes = sizes.part(most_blocks(plan, num_blocks), num_blocks)
-    return plan_residency(sizes, load, cards=cards, first=first, is_pipeline=is_pipeline)

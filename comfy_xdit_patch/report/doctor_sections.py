@@ -7,37 +7,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from comfy_xdit_patch.errors import PlanError, Refusal
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.hardware.interconnect import Interconnect
 from comfy_xdit_patch.hardware.survey import compute_modes
 from comfy_xdit_patch.planning.cost.known_models import FLUX1_DEV
-from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS
-from comfy_xdit_patch.planning.grid import num_communicators
-from comfy_xdit_patch.planning.pipeline import kept_bytes
-from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS, workload_for
 from comfy_xdit_patch.planning.planner import FREE, named_plan
-from comfy_xdit_patch.planning.residency import (
-    Card,
-    TokenLoad,
-    gib,
-    residency_of,
-)
+from comfy_xdit_patch.planning.residency import Card, gib, plan_residency, token_load
 from comfy_xdit_patch.planning.strategy import AUTO, Strategy
 
 DTYPES = ("bf16", "fp8")
 WORLD_SIZES = (2, 4, 8)
-EXAMPLE = TokenLoad(num_image_tokens=4096, num_text_tokens=256, hidden_size=FLUX1_DEV.width)
 AS_A_SEQUENCE = Strategy("ulysses")
 """Weights lie alike whichever way a free strategy shares rows and tokens."""
-WORKLOAD = Workload(
-    batch_size=EXAMPLE.num_rows,
-    num_text_tokens=EXAMPLE.num_text_tokens,
-    num_image_tokens=EXAMPLE.num_image_tokens,
-    num_heads=FLUX1_DEV.num_heads,
-)
+EXAMPLE = workload_for(FLUX1_DEV, width_px=1024, height_px=1024)
 
 
 YES_NO = {True: "peer-to-peer", False: "no peer-to-peer", None: "peer-to-peer unknown"}
@@ -74,16 +59,19 @@ def memory_lines(
             plan = named_plan(AS_A_SEQUENCE if strategy.name in FREE else strategy, len(cards))
         except PlanError:
             continue
+        load = token_load(
+            plan, EXAMPLE, num_blocks=FLUX1_DEV.num_blocks, hidden_size=FLUX1_DEV.width
+        )
         for dtype in DTYPES:
             model = FLUX1_DEV.sizes(PRECISIONS[dtype])
             lines.append(
                 f"FLUX.1-dev {dtype} ({gib(model.total_bytes)} GiB), 1024 x 1024 px, "
                 f"{len(cards)} cards:"
             )
-            found = residency_of(
+            found = plan_residency(
                 plan,
                 model,
-                _load(plan),
+                load,
                 num_blocks=FLUX1_DEV.num_blocks,
                 cards=cards,
                 first="sharded" if strategy.shards_weights else "full",
@@ -91,21 +79,6 @@ def memory_lines(
             text = [f"refused: {found.reason}"] if isinstance(found, Refusal) else found.lines()
             lines += [f"  {line}" for line in text]
     return lines
-
-
-def _load(plan: ParallelPlan) -> TokenLoad:
-    """The example's tokens; what a pipeline's stages keep is counted besides."""
-    example = replace(EXAMPLE, num_groups=num_communicators(plan.grid))
-    if plan.pipefusion_degree == 1:
-        return example
-    kept = kept_bytes(
-        plan,
-        WORKLOAD,
-        num_blocks=FLUX1_DEV.num_blocks,
-        token_bytes=EXAMPLE.hidden_size * EXAMPLE.bytes_per_value,
-    )
-    num_shards = plan.world_size // plan.pipefusion_degree
-    return replace(example, num_shards=num_shards, kept_bytes=kept)
 
 
 def _cards(sizes: list[int]) -> tuple[Card, ...]:

@@ -30,7 +30,7 @@ from comfy_xdit_patch.report.progress import load_bar
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import Loaded, NotLoaded, short
-from comfy_xdit_patch.wire.messages.requests import Drop, GiveWay, Load, Unload
+from comfy_xdit_patch.wire.messages.requests import Drop, GiveWay, Load, Residence, Unload
 from comfy_xdit_patch.wire.packs import NoRoomError
 from comfy_xdit_patch.wire.skeleton import describe
 from comfy_xdit_patch.wire.tensors import ForeignTensorError
@@ -49,8 +49,7 @@ class Held:
 
     key: str
     """Of the state of its weights."""
-    place: str
-    """``Placement.name``."""
+    residence: Residence
     num_bytes: tuple[int, ...]
     """Size of the weights in use, by rank."""
 
@@ -103,14 +102,10 @@ class RemoteWeights:
         self._totals.bytes_weights += crew.packs.bytes_written - written
         return state
 
-    def holds(self, known: KnownModel, place: str, key: str | None = None) -> bool:
-        """Whether every rank holds this model in this place, and in the state of this key.
-
-        Args:
-            place: ``Placement.name``.
-        """
+    def holds(self, known: KnownModel, residence: Residence, key: str | None = None) -> bool:
+        """Whether every rank holds this model so, and in the state of this key."""
         held = self.held.get(known.number)
-        return held is not None and held.place == place and key in (None, held.key)
+        return held is not None and held.residence == residence and key in (None, held.key)
 
     def state_key(self, known: KnownModel) -> str:
         """Name the state in which every rank holds this model; empty if none does."""
@@ -187,7 +182,7 @@ class RemoteWeights:
             return replies
         if not comparison.agrees(replies, only_blocks=is_gathered):
             return Refusal("the workers cannot rebuild the model that ComfyUI holds")
-        found, whole = [reply.digests for reply in replies], placement.plan is None
+        found, whole = [reply.digests for reply in replies], not placement.residence.grid
         refusal = verify(base_model, found, self._totals, whole, only_blocks=is_gathered)
         if refusal is not None:
             return refusal
@@ -199,7 +194,7 @@ class RemoteWeights:
         self, known: KnownModel, state: WeightState, placement: Placement, replies: Sequence[Loaded]
     ) -> None:
         num_bytes = tuple(reply.bytes_held for reply in replies)
-        self.held[known.number] = Held(state.key, placement.name, num_bytes)
+        self.held[known.number] = Held(state.key, placement.residence, num_bytes)
 
     def _ask(
         self,
@@ -234,9 +229,10 @@ class RemoteWeights:
                     tensors=tensors,
                     state=state.tree,
                     key=state.key,
+                    residence=placement.residence,
+                    room_bytes=placement.room_bytes,
                     verify=verifies,
                     look=[] if comparison is None else comparison.look,
-                    **placement.fields,
                 ),
                 first=self._drop_messages(),
             )

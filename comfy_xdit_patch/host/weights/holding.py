@@ -150,14 +150,15 @@ class Holding:
         )
         if isinstance(place, Refusal):
             return place
-        if state.is_hooked and place.mode != "full":
+        residence = place.residence
+        if state.is_hooked and not residence.is_whole:
             # Each change of hooks would load the shards, or what lies in CPU memory, again.
             return Refusal("hook-scheduled weight patches need the whole model on every card")
-        if place.mode == "staged" and state.tree["bypass"] is not None:
+        if residence.grid and state.tree["bypass"] is not None:
             return Refusal("bypass LoRAs need the whole model on every card")
         if state.tree["bypass"] and plan.tensor_degree > 1:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
-        can_be_guest = place.mode == "full" or plan.tensor_degree > 1
+        can_be_guest = residence.is_whole or plan.tensor_degree > 1
         if is_guest:
             others = {self._models.find(other).number for other in run.in_use}
             if not (can_be_guest and weights.lets_in(known, place, others)):
@@ -165,12 +166,12 @@ class Holding:
         else:
             self._totals.residency = residency.arithmetic
         # Also once in every run: the host's weights are compared with the workers' again.
-        is_held = weights.holds(known, place.name, state.key)
+        is_held = weights.holds(known, residence, state.key)
         part = "blocks" if is_gathered else "whole"
         compared = (*weights.comparison(known, state), part)
         of_run = weights.compared.setdefault(run, set())
         is_compared = compared in of_run
-        is_compared = is_compared and weights.holds(known, place.name)
+        is_compared = is_compared and weights.holds(known, residence)
         if not (is_compared and is_held):
             if not is_compared:
                 held = known.number if is_held else None

@@ -15,8 +15,6 @@ import torch
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.models import flux_of
-from comfy_xdit_patch.planning.grid import num_communicators
-from comfy_xdit_patch.planning.pipeline import kept_bytes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     CUDA_CONTEXT_BYTES,
@@ -28,11 +26,11 @@ from comfy_xdit_patch.planning.residency import (
     Mode,
     ModelSizes,
     ResidencyPlan,
-    TokenLoad,
-    residency_of,
-    tensor_mode,
+    plan_residency,
+    token_load,
 )
 from comfy_xdit_patch.wire.fingerprint import stored_weights
+from comfy_xdit_patch.wire.messages.requests import Residence
 
 _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 
@@ -41,14 +39,11 @@ _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
 class Placement:
     """Where one model's weights lie, and what other models may take on a card beside them.
 
-    ``mode`` is one of ``planning/residency.py``, or a ``tensor_mode``. ``room_bytes`` is None where
-    nothing limits it, or where ComfyUI's own manager does.
+    ``room_bytes`` is None where nothing limits it, or where ComfyUI's own manager does.
     """
 
-    mode: str
+    residence: Residence
     room_bytes: int | None
-    plan: ParallelPlan | None = None
-    """Whose stages share the blocks, in the mode ``staged``."""
     needed_bytes: int | None = None
     """What a rank takes on its card beside the contexts, which are there already."""
     working_bytes: int = 0
@@ -57,19 +52,6 @@ class Placement:
     def leaves(self, held_bytes: int) -> bool:
         """Whether what is held already fits into the room beside this model."""
         return self.room_bytes is None or held_bytes <= self.room_bytes
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Return what a ``Load`` says of it."""
-        grid, weights = ((), ()) if self.plan is None else (self.plan.grid, self.plan.weights)
-        lists = {"grid": list(grid), "weights": list(weights)}
-        return {"mode": self.mode, "room_bytes": self.room_bytes, **lists}
-
-    @property
-    def name(self) -> str:
-        """Name what every rank holds of the model."""
-        stages = "" if self.plan is None else f" {self.plan.grid} {self.plan.weights}"
-        return f"{self.mode}{stages}"
 
 
 class Residency:
@@ -94,12 +76,12 @@ class Residency:
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
         is_pipeline = plan.pipefusion_degree > 1
-        cut = tensor_mode(plan.tensor_degree) if plan.tensor_degree > 1 else None
+        is_tensor = plan.tensor_degree > 1
         cards = self._cards()
         if cards is None:
             # CPU ranks: ComfyUI counts no RAM, nor do we.
-            stages = Placement("staged", None, plan)
-            return stages if is_pipeline else Placement(cut or first, None)
+            mode: Mode = "tensor" if is_tensor else "staged" if is_pipeline else first
+            return Placement(_residence(mode, plan), None)
         choice = self._choice(base_model, workload, plan, dtype, cards, first)
         if isinstance(choice, Refusal):
             return choice
@@ -107,14 +89,13 @@ class Residency:
         need = choice.needs[-1]
         room = max(0, need.card.free_bytes - need.num_bytes)
         needed = need.num_bytes - CUDA_CONTEXT_BYTES * (2 if need.card.has_host else 1)
-        if cut is not None:
-            return Placement(cut, room, needed_bytes=needed, working_bytes=need.working_bytes)
-        order = PIPELINE_MODES if is_pipeline else MODES
-        before = self._modes.get(base_model, choice.mode)
-        mode = max(choice.mode, before if before in order else choice.mode, key=order.index)
-        self._modes[base_model] = mode
-        staged = plan if mode == "staged" else None
-        return Placement(mode, room, staged, needed, need.working_bytes)
+        mode = choice.mode
+        if not is_tensor:
+            order = PIPELINE_MODES if is_pipeline else MODES
+            before = self._modes.get(base_model, mode)
+            mode = max(mode, before if before in order else mode, key=order.index)
+            self._modes[base_model] = mode
+        return Placement(_residence(mode, plan), room, needed, need.working_bytes)
 
     def is_resident(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
@@ -154,9 +135,16 @@ class Residency:
     ) -> ResidencyPlan | Refusal:
         if base_model not in self._sizes:
             self._sizes[base_model] = model_sizes(base_model, dtype)
-        sizes, load = self._sizes[base_model], _load(base_model, workload, plan, dtype)
         num_blocks = num_blocks_of(base_model)
-        return residency_of(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
+        load = token_load(
+            plan,
+            workload,
+            num_blocks=num_blocks,
+            hidden_size=flux_of(base_model).hidden_size,
+            bytes_per_value=dtype.itemsize,
+        )
+        sizes = self._sizes[base_model]
+        return plan_residency(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = self._joined
@@ -184,37 +172,12 @@ class Residency:
         )
 
 
-def _load(base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype) -> TokenLoad:
-    """What the rank with the largest share has to hold."""
-    stride = plan.world_size // plan.batch_degree
-    first_ranks = range(0, plan.world_size, stride)
-    shares = [
-        plan.sequence_shares(
-            rank,
-            num_text_tokens=workload.num_text_tokens,
-            num_image_tokens=workload.num_image_tokens,
-            num_reference_tokens=workload.num_reference_tokens,
-            num_heads=workload.num_heads,
-        )
-        for rank in first_ranks
-    ]
-    rows = [plan.batch_rows(rank, workload.batch_size) for rank in first_ranks]
-    width = flux_of(base_model).hidden_size
-    return TokenLoad(
-        num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
-        num_text_tokens=workload.num_text_tokens,
-        hidden_size=width,
-        num_rows=max(end - first for first, end in rows),
-        bytes_per_value=dtype.itemsize,
-        local_tokens=max(max(of_group.joint) for of_group in shares),
-        num_groups=num_communicators(plan.grid),
-        kept_bytes=kept_bytes(
-            plan,
-            workload,
-            num_blocks=num_blocks_of(base_model),
-            token_bytes=width * dtype.itemsize,
-        ),
-    )
+def _residence(mode: Mode, plan: ParallelPlan) -> Residence:
+    if mode == "staged":
+        return Residence(grid=plan.grid, weights=plan.weights)
+    if mode == "tensor":
+        return Residence(tensor_degree=plan.tensor_degree)
+    return Residence(mode)
 
 
 def num_blocks_of(base_model: Any) -> int:

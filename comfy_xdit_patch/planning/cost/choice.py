@@ -16,9 +16,9 @@ from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, candidat
 from comfy_xdit_patch.planning.cost.cost import Time, predict
 from comfy_xdit_patch.planning.cost.job import Job
 from comfy_xdit_patch.planning.cost.machine import Machine
-from comfy_xdit_patch.planning.grid import num_communicators
 from comfy_xdit_patch.planning.pipeline import MIN_STEPS
-from comfy_xdit_patch.planning.residency import Card, Need, TokenLoad, need_of
+from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.residency import Card, Need, need_of, token_load
 
 SAME_TIME = 0.02
 """Plans whose times differ by less are equal: one GPU is taken before several. Of several plans the
@@ -159,26 +159,15 @@ def _impossible(asked: Asked, options: list[Option], dropped: list[Dropped]) -> 
 
 def need(plan: Candidate, job: Job, machine: Machine) -> Need:
     """Return the need of the card where it is tightest."""
-    workload, shape = job.workload, job.shape
-    value_bytes = job.precision.bytes_per_value
-    sizes = shape.sizes(job.precision).part(1, plan.pipefusion * plan.tensor)
-    kept = 0
-    if plan.pipefusion > 1:
-        blocks = -(-shape.num_blocks // plan.pipefusion)
-        values = 2 * workload.batch_size * job.num_tokens * shape.width
-        kept = blocks * values * value_bytes // (plan.batch * plan.sequence)
-    load = TokenLoad(
-        num_image_tokens=workload.num_image_tokens + workload.num_reference_tokens,
-        num_text_tokens=workload.num_text_tokens,
+    shape = job.shape
+    load = token_load(
+        ParallelPlan.of_grid(tuple(plan.degrees.values()), ()),
+        job.workload,
+        num_blocks=shape.num_blocks,
         hidden_size=shape.width,
-        # Rows are shared like tokens: a rank has 1/N of all, whichever axis gives it to the rank.
-        # Ranks that cut the blocks hold all tokens of their part of the sequence.
-        num_rows=workload.batch_size,
-        bytes_per_value=value_bytes,
-        kept_bytes=kept,
-        num_shards=plan.batch * plan.sequence,
-        num_groups=num_communicators(tuple(plan.degrees.values())),
+        bytes_per_value=job.precision.bytes_per_value,
     )
+    sizes = shape.sizes(job.precision).part(1, plan.pipefusion * plan.tensor)
     cards = tuple(
         Card(gpu.memory_bytes, gpu.memory_bytes, has_host=plan.world_size > 1 and rank == 0)
         for rank, gpu in enumerate(machine.gpus)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from comfy_xdit_patch.planning.cost.model_shape import ModelShape, Precision, num_tokens
+from comfy_xdit_patch.planning.cost.model_shape import ModelShape, Precision
 from comfy_xdit_patch.planning.plan import Workload
 
 
@@ -51,4 +51,4 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        return num_tokens(self.workload)
+        return self.workload.num_tokens

@@ -212,8 +212,3 @@ def workload_for(
         num_heads=shape.num_heads,
         num_reference_tokens=references * num_image_tokens,
     )
-
-
-def num_tokens(workload: Workload) -> int:
-    """S, the whole sequence of one row."""
-    return workload.num_text_tokens + workload.num_image_tokens + workload.num_reference_tokens

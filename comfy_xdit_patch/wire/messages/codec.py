@@ -5,8 +5,9 @@ Runs in: host and worker. No torch.
 A message is one JSON object: small, readable in a dump, and decoding one can run no code. Tensors
 never travel in a message; they lie in slots (``slots.py``) and a message refers to them.
 
-JSON has its own idea of types, and what a broken worker sends is any JSON. The checks are made once
-from the annotations; a message is checked in about a microsecond.
+JSON has its own idea of types, and what a broken worker sends is any JSON. Checks, and what makes
+tuples and values with fields of JSON's lists and objects, are made once from the annotations; a
+message is checked in about a microsecond.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, TypeAlias, get_args
+from dataclasses import asdict, is_dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire.messages.likeness import Follow, Reach, Reached
@@ -49,6 +50,7 @@ from comfy_xdit_patch.wire.messages.requests import (
     Load,
     Map,
     ModelSource,
+    Residence,
     RunBlock,
     Start,
     Stop,
@@ -57,6 +59,7 @@ from comfy_xdit_patch.wire.messages.requests import (
 )
 
 Check = Callable[[Any], bool]
+Read = Callable[[Any], Any]
 
 INT_LIMIT = 1 << 63
 """Integers are 64 bits wide: a larger one cannot be turned into a float, a size or a number of
@@ -89,6 +92,8 @@ def check_of(hint: Any) -> Check:
     if origin in (typing.Union, types.UnionType):
         options = [check_of(option) for option in inner]
         return lambda value: any(check(value) for check in options)
+    if origin is Literal:
+        return lambda value: value in inner
     if origin in (list, tuple):
         check = check_of(inner[0])
         return lambda value: type(value) is origin and all(map(check, value))
@@ -96,6 +101,24 @@ def check_of(hint: Any) -> Check:
         check = check_of(inner[1])
         return lambda value: type(value) is dict and all(map(check, value.values()))
     return lambda value: type(value) is hint
+
+
+def reads_of(cls: type[Any]) -> dict[str, Read]:
+    """Return what makes those fields of a dataclass that JSON has no type for."""
+    hints = typing.get_type_hints(cls).items()
+    return {name: read for name, hint in hints if (read := read_of(hint)) is not None}
+
+
+def read_of(hint: Any) -> Read | None:
+    """Return what makes a field's value of JSON's, or None where they are the same."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return lambda value: _made(hint, value)
+    if typing.get_origin(hint) is tuple:
+        return tuple
+    if typing.get_origin(hint) is types.UnionType:
+        for read in filter(None, map(read_of, typing.get_args(hint))):
+            return lambda value: None if value is None else read(value)
+    return None
 
 
 def _is_int(value: Any) -> bool:
@@ -138,7 +161,9 @@ Message: TypeAlias = (
 )
 
 _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in get_args(Message)}
-_CHECKS = {cls: checks_of(cls) for cls in (*_TYPES.values(), ModelSource)}
+_WITH_FIELDS: tuple[type[Any], ...] = (*_TYPES.values(), ModelSource, Residence)
+_CHECKS = {cls: checks_of(cls) for cls in _WITH_FIELDS}
+_READS = {cls: reads_of(cls) for cls in _WITH_FIELDS}
 
 
 def encode(message: Message) -> bytes:
@@ -157,12 +182,7 @@ def decode(data: bytes) -> Message:
     """
     try:
         body = json.loads(data)
-        cls = _TYPES[body.pop("type")]
-        if body.get("source") is not None:
-            body["source"] = _made(ModelSource, body["source"])
-        if "shape" in body:
-            body["shape"] = tuple(body["shape"])
-        return _made(cls, body)  # type: ignore[no-any-return]
+        return _made(_TYPES[body.pop("type")], body)  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         text = str(error)[:MAX_ERROR_CHARS]
         raise MessageError(f"Not a message of comfy-xdit-patch: {text} in {data[:80]!r}") from None
@@ -172,6 +192,8 @@ def _made(cls: type[Any], body: dict[str, Any]) -> Any:
     checks = _CHECKS[cls]
     if body.keys() != checks.keys():
         raise ValueError(f"fields {sorted(body)} instead of {sorted(checks)}")
+    for name, read in _READS[cls].items():
+        body[name] = read(body[name])
     for name, check in checks.items():
         if not check(body[name]):
             raise ValueError(f"{name} of {cls.__name__} is a {type(body[name]).__name__}")

@@ -7,7 +7,7 @@ Runs in: host and worker. No torch. ``grid`` and ``weights`` are those of the ca
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Tree: TypeAlias = Any
 """None, bool, int, float, str, list, dict with string keys, or a ``SlotRef`` as a dict."""
@@ -40,6 +40,33 @@ class ModelSource:
     file: str
     uncast: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """Which of a model's weights a rank has, and where.
+
+    ``mode`` says where its blocks lie: on its card, there but for what modulates them, of which it
+    has a part, in shards of their bytes on the cards of all ranks, or in CPU memory.
+    ``tensor_degree`` is into how many parts each block is cut by heads and columns. ``grid`` and
+    ``weights`` are those of the plan whose stages share out the blocks; empty where every rank has
+    blocks of all of them.
+    """
+
+    mode: Literal["full", "modulation", "sharded", "offload"] = "full"
+    tensor_degree: int = 1
+    grid: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a rank has parts of blocks' weights."""
+        return self.mode in ("modulation", "sharded") or self.tensor_degree > 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank has all weights on its card."""
+        return self == Residence()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +105,10 @@ class Load:
 
     A model comes from ``source``, or from ``tensors``, made by ``skeleton.py``; a rank that holds
     it already needs neither. ``state`` is made by ``host/reading/weight_states.py`` and ``key``
-    names its contents. ``mode`` is one of ``planning/residency.py``, and ``room_bytes`` what other
-    models may take on the device beside this one, if that is limited. With ``verify`` the reply has
-    a digest of every weight in use. ``grid`` and ``weights`` are those of the plan whose stages
-    share the blocks, in the mode ``staged``. ``look`` are seed and parts of the ``Look``
-    (``fingerprint.py``) at the stored weights that the reply's fingerprint is made by; empty for
-    none.
+    names its contents. ``room_bytes`` is what other models may take on the device beside this one,
+    if that is limited. With ``verify`` the reply has a digest of every weight in use. ``look`` are
+    seed and parts of the ``Look`` (``fingerprint.py``) at the stored weights that the reply's
+    fingerprint is made by; empty for none.
     """
 
     request: int
@@ -92,12 +117,10 @@ class Load:
     tensors: Tree
     state: Tree
     key: str
-    mode: str
+    residence: Residence
     room_bytes: int | None
     verify: bool
     look: list[int] = field(default_factory=list)
-    grid: list[int] = field(default_factory=list)
-    weights: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

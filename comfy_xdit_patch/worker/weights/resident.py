@@ -14,7 +14,7 @@ import torch
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.fingerprint import Fingerprint, stored_weights
-from comfy_xdit_patch.wire.messages.requests import Tree
+from comfy_xdit_patch.wire.messages.requests import Residence, Tree
 from comfy_xdit_patch.wire.plain_attributes import Attributes
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.weights.overlay import Overlay
@@ -46,7 +46,7 @@ class Resident:
     attributes: Attributes
     state: dict[str, Tree] = field(default_factory=dict)
     key: str = ""
-    mode: str = "full"
+    residence: Residence = field(default_factory=Residence)
     blocks: ShardedBlocks | None = None
     tensor: TensorBlocks | None = None
     modulation: SharedModulation | None = None
@@ -157,7 +157,7 @@ class Resident:
             self.is_on_device = False
             self.overlay.take_off(self.current, restore=False)
             self._to_file()
-        elif model.model_lowvram and self.mode in ("full", "staged"):
+        elif model.model_lowvram and self.residence.mode == "full":
             self.is_on_device = False
             self.overlay.take_off(self.current, restore=True)
 

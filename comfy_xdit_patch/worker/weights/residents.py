@@ -21,9 +21,8 @@ import torch
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.pipeline import stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.residency import tensor_degree
 from comfy_xdit_patch.wire.fingerprint import PREFIX, Fingerprint, digests
-from comfy_xdit_patch.wire.messages.requests import Load, Tree
+from comfy_xdit_patch.wire.messages.requests import Load, Residence, Tree
 from comfy_xdit_patch.wire.packs import PackMap
 from comfy_xdit_patch.wire.plain_attributes import plain_attributes
 from comfy_xdit_patch.wire.skeleton import build
@@ -69,16 +68,17 @@ class Residents:
                 resident = self._models[message.model] = self._load(message)
             # ComfyUI's books hold ModelPatchers weakly: the last one lives until the next is in.
             before = resident.current
-            stage = self._stage(message, resident)
-            is_same = resident.mode == message.mode and resident.staged.stage == stage
-            if not is_same or resident.needs_other_patches(message.state):
-                is_cut = {resident.mode, message.mode} - {"full", "offload", "staged"}
-                if is_cut or resident.staged.stage != stage:
+            asked, had = message.residence, resident.residence
+            stage = self._stage(asked, resident)
+            is_same_stage = resident.staged.stage == stage
+            is_same = (asked.mode, asked.tensor_degree) == (had.mode, had.tensor_degree)
+            if not (is_same and is_same_stage) or resident.needs_other_patches(message.state):
+                if had.is_cut or asked.is_cut or not is_same_stage:
                     resident.take_off()
                     resident.keep_stage(stage)
                 resident.overlay.take_off(resident.current, restore=True)
                 resident.current = self._patched(resident, message.state)
-                resident.mode = message.mode
+                resident.residence = asked
                 resident.is_on_device = False
             if resident.key != message.key:
                 resident.key, resident.state, resident.digests = message.key, message.state, {}
@@ -160,7 +160,8 @@ class Residents:
             resident.digests = digests(resident.flux)
 
     def _place_patched(self, resident: Resident, *, verify: bool, progress: Progress) -> None:
-        if resident.mode == "sharded":
+        residence = resident.residence
+        if residence.mode == "sharded":
             resident.take_off()
             resident.blocks = place_sharded(
                 resident.current,
@@ -170,7 +171,7 @@ class Residents:
                 digests=resident.digests if verify else None,
                 progress=progress,
             )
-        elif resident.mode == "modulation":
+        elif residence.mode == "modulation":
             resident.take_off()
             group = self._groups.everyone
             assert group is not None, "a world of one rank shares nothing"
@@ -182,28 +183,28 @@ class Residents:
                 digests=resident.digests if verify else None,
                 progress=progress,
             )
-        elif (degree := tensor_degree(resident.mode)) > 1:
+        elif residence.tensor_degree > 1:
             resident.take_off()
             resident.tensor = place_tensor(
                 resident.current,
-                index=self._groups.rank % degree,
-                degree=degree,
+                index=self._groups.rank % residence.tensor_degree,
+                degree=residence.tensor_degree,
                 digests=resident.digests if verify else None,
                 progress=progress,
             )
         else:
-            is_complete = resident.mode in ("full", "staged")
+            is_complete = residence.mode == "full"
             place_whole(resident.current, is_complete=is_complete, progress=progress)
         resident.is_on_device = True
         for other in self._models.values():
             if other is not resident and other.is_whole and other.is_on_device:
                 other.follow_comfyui()
 
-    def _stage(self, message: Load, resident: Resident) -> range | None:
+    def _stage(self, residence: Residence, resident: Resident) -> range | None:
         """Return the blocks that this rank is to have, None for all."""
-        if message.mode != "staged":
+        if not residence.grid:
             return None
-        plan = ParallelPlan.of_grid(message.grid, message.weights)
+        plan = ParallelPlan.of_grid(residence.grid, residence.weights)
         num_blocks = sum(len(getattr(resident.flux, name)) for name in BLOCK_LISTS)
         return stage_blocks(plan, self._groups.rank, num_blocks)
 

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.planning.grid import num_communicators
+from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import (
     CUDA_CONTEXT_BYTES,
     GIB,
@@ -16,17 +18,17 @@ from comfy_xdit_patch.planning.residency import (
     Card,
     ModelSizes,
     ResidencyPlan,
-    TokenLoad,
     gib,
     need_of,
     plan_residency,
+    token_load,
 )
 
 # About FLUX.1-dev in bf16.
 MODEL = ModelSizes(
     total_bytes=22 * GIB, largest_block_bytes=650 * MIB, outside_blocks_bytes=128 * MIB
 )
-LOAD = TokenLoad(num_image_tokens=4096, num_text_tokens=256, hidden_size=3072)
+NUM_BLOCKS = 57
 
 
 def cards(memory_bytes, num_ranks, *, has_host=False):
@@ -36,8 +38,25 @@ def cards(memory_bytes, num_ranks, *, has_host=False):
     )
 
 
-def planned(memory_bytes, num_ranks=4, *, model=MODEL, load=LOAD, has_host=False):
-    return plan_residency(model, load, cards=cards(memory_bytes, num_ranks, has_host=has_host))
+def load_of(num_ranks=4, **changes):
+    """Of an image of 1024 x 1024 px whose tokens the ranks share."""
+    load = token_load(
+        ParallelPlan(num_ranks, 1, num_ranks),
+        Workload(1, num_text_tokens=256, num_image_tokens=4096, num_heads=24),
+        num_blocks=NUM_BLOCKS,
+        hidden_size=3072,
+    )
+    return dataclasses.replace(load, **changes)
+
+
+def planned_on(where, *, model=MODEL, load=None, first="full"):
+    plan = ParallelPlan(len(where), 1, len(where))
+    load = load or load_of(len(where))
+    return plan_residency(plan, model, load, num_blocks=NUM_BLOCKS, cards=where, first=first)
+
+
+def planned(memory_bytes, num_ranks=4, *, has_host=False, **kwargs):
+    return planned_on(cards(memory_bytes, num_ranks, has_host=has_host), **kwargs)
 
 
 def needed(mode, num_ranks=4, **kwargs):
@@ -88,11 +107,12 @@ def test_more_ranks_need_less_of_each_card():
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_image_tokens": 16384}, {"num_rows": 2}, {"bytes_per_value": 4}]
+    "change",
+    [{"local_tokens": 4096}, {"num_tokens": 16384}, {"num_rows": 2}, {"bytes_per_value": 4}],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_more_work_needs_more(mode, change):
-    assert needed(mode, load=dataclasses.replace(LOAD, **change)) > needed(mode)
+    assert needed(mode, load=load_of(**change)) > needed(mode)
 
 
 def test_the_card_with_comfyuis_process_is_the_tightest():
@@ -103,7 +123,7 @@ def test_the_card_with_comfyuis_process_is_the_tightest():
 
 def test_the_tightest_card_decides():
     unequal = (Card(80 * GIB, 80 * GIB), Card(80 * GIB, 20 * GIB), Card(48 * GIB, 48 * GIB))
-    plan = plan_residency(MODEL, LOAD, cards=unequal)
+    plan = planned_on(unequal)
     assert plan.mode == "sharded"
     assert {need.rank for need in plan.needs} == {1}
     assert "of 20.0 GiB on rank 1" in plan.lines()[0]
@@ -149,29 +169,50 @@ def test_a_refusal_has_the_figures_of_every_mode():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_need_of_one_mode_is_that_of_the_plan_that_has_it(mode):
-    asked = need_of(mode, MODEL, LOAD, cards=cards(24 * GIB, 4))
+    asked = need_of(mode, MODEL, load_of(), cards=cards(24 * GIB, 4))
     assert asked.num_bytes == needed(mode)
     assert asked.mode == mode
 
 
 def test_what_is_kept_from_step_to_step_is_counted_without_slack():
-    kept = dataclasses.replace(LOAD, kept_bytes=3 * GIB)
-    assert needed("full", load=kept) == needed("full") + 3 * GIB
+    assert needed("full", load=load_of(kept_bytes=3 * GIB)) == needed("full") + 3 * GIB
 
 
 def test_who_asks_for_shards_gets_them_where_copies_fit_too():
     roomy = cards(1 << 40, 4)
-    assert plan_residency(MODEL, LOAD, cards=roomy).mode == "full"
-    assert plan_residency(MODEL, LOAD, cards=roomy, first="sharded").mode == "sharded"
-    assert plan_residency(MODEL, LOAD, cards=cards(1 << 40, 1), first="sharded").mode == "full"
+    assert planned_on(roomy).mode == "full"
+    assert planned_on(roomy, first="sharded").mode == "sharded"
+    assert planned_on(cards(1 << 40, 1), first="sharded").mode == "full"
 
 
 def test_the_largest_share_of_unequal_ranks_is_what_has_to_fit():
     two = cards(48 * GIB, 2)
     even, unequal = (
-        need_of("full", MODEL, dataclasses.replace(LOAD, local_tokens=tokens), cards=two)
-        for tokens in (None, 3264)
+        need_of("full", MODEL, load_of(2, **change), cards=two)
+        for change in ({}, {"local_tokens": 3264})
     )
     share = next(c for c in unequal.costs if c.what.startswith("activations"))
     assert share.what == "activations, 3264 of 4352 tokens"
     assert unequal.num_bytes > even.num_bytes
+
+
+IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=65280, num_heads=24)
+
+
+@pytest.mark.parametrize(
+    ("plan", "rows", "tokens", "num_rows"),
+    [
+        (ParallelPlan(2, 1, 2), 1, 32768, 1),
+        (ParallelPlan(2, 1, 2, weights=(3, 1)), 1, 49152, 1),
+        (ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1)), 3, 49152, 2),
+        (ParallelPlan(2, 2, 1), 3, 65536, 2),
+        (ParallelPlan(4, 1, 2, tensor_degree=2), 1, 32768, 1),
+        (ParallelPlan(4, 1, 2, pipefusion_degree=2), 1, 32768, 1),
+    ],
+)
+def test_the_load_is_that_of_the_rank_that_has_most(plan, rows, tokens, num_rows):
+    workload = dataclasses.replace(IMAGE, batch_size=rows)
+    load = token_load(plan, workload, num_blocks=NUM_BLOCKS, hidden_size=3072)
+    assert (load.local_tokens, load.num_rows, load.num_tokens) == (tokens, num_rows, 65536)
+    assert (load.kept_bytes > 0) == (plan.pipefusion_degree > 1)
+    assert load.num_groups == num_communicators(plan.grid)

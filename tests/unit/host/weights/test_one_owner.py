@@ -15,6 +15,7 @@ from comfy_xdit_patch.host.weights import one_owner as patching_memory
 from comfy_xdit_patch.host.weights.held import Held, RemoteWeights
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory, nothing_pinned
 from comfy_xdit_patch.report.status import Totals
+from comfy_xdit_patch.wire.messages.requests import Residence
 
 GPU = SimpleNamespace(type="cuda", index=0)
 CPU = SimpleNamespace(type="cpu", index=None)
@@ -54,7 +55,7 @@ def weights():
     crew = SimpleNamespace(world_size=2, packs=None)
     made = RemoteWeights(crew, totals=Totals(), models=None, failed={}, verifies=False)
     made.may_hold_any = True
-    made.held = {FLUX: Held("", "full", (12, 12)), 8: Held("", "full", (12, 11))}
+    made.held = {FLUX: Held("", Residence(), (12, 12)), 8: Held("", Residence(), (12, 11))}
     made.crew = SimpleNamespace(
         turn=lambda _: contextlib.nullcontext(SimpleNamespace(number=1, ask=lambda _: []))
     )

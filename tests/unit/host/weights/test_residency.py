@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from comfy_xdit_patch.host.weights.residency import Residency, _load, model_sizes
+from comfy_xdit_patch.host.weights.residency import Residency, model_sizes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import GIB, MIB, ModelSizes
 from comfy_xdit_patch.settings import read_settings
@@ -74,21 +74,6 @@ def test_a_model_that_was_sharded_once_is_not_whole_any_more():
     made.place(model, IMAGE, EVEN, DTYPE, first="sharded")
     assert not made.is_resident(model, IMAGE, EVEN, DTYPE)
     assert made.is_resident(model, IMAGE, CUT, DTYPE)
-
-
-@pytest.mark.parametrize(
-    ("plan", "rows", "tokens", "num_rows"),
-    [
-        (EVEN, 1, 32768, 1),
-        (UNEQUAL, 1, 49152, 1),
-        (ParallelPlan(4, 2, 2, weights=(3, 1, 1, 1)), 3, 49152, 2),
-        (ParallelPlan(2, 2, 1), 3, 65536, 2),
-    ],
-)
-def test_the_load_is_that_of_the_rank_that_has_most(plan, rows, tokens, num_rows):
-    workload = Workload(rows, IMAGE.num_text_tokens, IMAGE.num_image_tokens, IMAGE.num_heads)
-    load = _load(Model(), workload, plan, DTYPE)
-    assert (load.local_tokens, load.num_rows) == (tokens, num_rows)
 
 
 def test_weights_are_counted_in_the_dtype_that_a_dynamic_host_computes_with():

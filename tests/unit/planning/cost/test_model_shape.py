@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from comfy_xdit_patch.planning.cost.known_models import FLUX1_DEV, FLUX2_DEV, KLEIN_9B, MODELS
-from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS, num_tokens, workload_for
+from comfy_xdit_patch.planning.cost.model_shape import PRECISIONS, workload_for
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_modulation_is_more_than_a_quarter_of_flux1_and_little_of_flux2(shape, p
 def test_flops_are_those_of_the_published_architecture(name, px, tokens, linear, attention):
     shape = MODELS[name]
     workload = workload_for(shape, width_px=px, height_px=px, num_text_tokens=512)
-    assert num_tokens(workload) == tokens
+    assert workload.num_tokens == tokens
     assert shape.linear_flops(tokens) / 1e12 == pytest.approx(linear, rel=3e-3)
     assert shape.attention_flops(tokens) / 1e12 == pytest.approx(attention, abs=0.06)
 

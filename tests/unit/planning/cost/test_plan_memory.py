@@ -49,10 +49,23 @@ def test_the_host_has_a_context_where_workers_compute():
     assert context not in costs(SINGLE, gpus="1xl20")
 
 
-def test_rows_are_shared_like_tokens():
-    rows = costs(Candidate(batch=4), rows=4)
-    tokens = costs(Candidate(ulysses=4), rows=4)
-    assert rows == tokens
+def activations(plan):
+    found = costs(plan, rows=4)
+    what = next(what for what in found if what.startswith("activations"))
+    return what.removeprefix("activations, "), found[what]
+
+
+def test_a_rank_holds_its_own_rows_and_of_each_its_own_tokens():
+    rows, both, tokens = (
+        activations(plan)
+        for plan in (Candidate(batch=4), Candidate(batch=2, ulysses=2), Candidate(ulysses=4))
+    )
+    assert rows[0] == "4352 of 4352 tokens"
+    assert both[0] == "2176 of 4352 tokens"
+    assert tokens[0] == "1088 of 4352 tokens"
+    embedded = 4352 * 3072 * 2
+    assert tokens[1] - rows[1] == 3 * embedded, "of the rows that others have, nothing is embedded"
+    assert tokens[1] - both[1] == 2 * embedded
 
 
 def test_one_gpu_streams_what_does_not_fit():

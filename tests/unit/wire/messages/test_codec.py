@@ -11,11 +11,18 @@ from rig.sample_messages import MESSAGES
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire.messages.codec import Message, decode, encode
+from comfy_xdit_patch.wire.messages.requests import Load
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_a_message_arrives_as_it_was_sent(message):
     assert decode(encode(message)) == message
+
+
+def with_residence(**changes):
+    """A ``Load`` whose residence has other fields."""
+    body = json.loads(encode(next(m for m in MESSAGES if isinstance(m, Load))))
+    return json.dumps(body | {"residence": body["residence"] | changes}).encode()
 
 
 def test_every_message_type_is_tried_above():
@@ -46,6 +53,12 @@ def test_a_message_is_one_readable_line_of_ascii(message):
         b'{"type":"Map","slot":1}',
         b'{"type":"Load","request":1,"model":2,"source":{"loader":"x"}}',
         b'{"type":"Load","request":1,"model":2,"source":7}',
+        with_residence(mode="tensor=2"),
+        with_residence(mode=["full"]),
+        with_residence(tensor_degree="2"),
+        with_residence(grid=[1, "2"]),
+        with_residence(grid=7),
+        with_residence(stage=1),
         b'{"type":"Unload","request":"1"}',
         b'{"type":"Unload","request":true}',
         b'{"type":"Unload","request":1.0}',
