@@ -11,7 +11,7 @@ from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.strategy import AUTO, NAMES, PLAN, Strategy
+from comfy_xdit_patch.planning.strategy import AUTO, NAMES, PLAN, WEIGHTS, Strategy
 
 FREE = ("auto", "fsdp")
 """Strategies that leave the axes to us."""
@@ -142,12 +142,14 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
         PlanError: there is none for this number of ranks.
     """
     if strategy.name == PLAN:
-        if strategy.fsdp not in (0, world_size):
-            raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
+        for name in WEIGHTS:
+            if getattr(strategy, name) not in (0, world_size):
+                raise PlanError(f"{name}={getattr(strategy, name)} is not world_size {world_size}.")
         if strategy.pipefusion > 1 and strategy.ring > 1:
             raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
         sharers = {
             "fsdp": strategy.fsdp > 0,
+            "modulation": strategy.modulation > 0,
             "pipefusion": strategy.pipefusion > 1,
             "tensor": strategy.tensor > 1,
         }

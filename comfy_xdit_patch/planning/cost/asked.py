@@ -29,7 +29,7 @@ STRATEGY_AXES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 STRATEGY_LEGAL = (
     f"single, {', '.join(STRATEGY_AXES)}, or a plan such as batch=2,ulysses=2: degrees of "
-    f"{', '.join(AXES)}, and fsdp=N or offload=N for the weights of all N ranks"
+    f"{', '.join(AXES)}, and fsdp=N, modulation=N or offload=N for the weights of all N ranks"
 )
 
 
@@ -80,11 +80,10 @@ def parse_asked(text: str) -> Asked:
         return Asked(strategy.name)
     plan = Candidate(
         **{axis: getattr(strategy, axis) for axis in AXES},
-        weights="full" if not strategy.fsdp else "offload" if "offload=" in word else "sharded",
+        weights="offload" if "offload=" in word else strategy.first_mode,
     )
     is_split_already = plan.pipefusion > 1 or plan.tensor > 1
-    if strategy.name != PLAN or (
-        strategy.fsdp and (strategy.fsdp != plan.world_size or is_split_already)
-    ):
+    sharers = [degree for degree in (strategy.fsdp, strategy.modulation) if degree]
+    if strategy.name != PLAN or (sharers and (sharers != [plan.world_size] or is_split_already)):
         raise ValueError(text)
     return Asked(plan.name, plan)

@@ -17,6 +17,9 @@ from comfy_xdit_patch.planning.grid import AXES, ranks_along
 from comfy_xdit_patch.planning.residency import Mode
 from comfy_xdit_patch.planning.strategy import AXES as AS_WRITTEN
 
+WEIGHTS: dict[Mode, str] = {"modulation": "modulation", "sharded": "fsdp", "offload": "offload"}
+"""Where weights lie that are not whole on every card, and how users write it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -51,10 +54,8 @@ class Candidate:
     def name(self) -> str:
         """As users write and read it, e.g. ``batch=2,ulysses=2``; ``single`` for one GPU."""
         parts = [f"{axis}={self.degrees[axis]}" for axis in AS_WRITTEN if self.degrees[axis] > 1]
-        if self.weights == "sharded":
-            parts.append(f"fsdp={self.world_size}")
-        if self.weights == "offload":
-            parts.append(f"offload={self.world_size}")
+        if self.weights in WEIGHTS:
+            parts.append(f"{WEIGHTS[self.weights]}={self.world_size}")
         return ",".join(parts) or "single"
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
@@ -80,8 +81,8 @@ def candidates(max_world_size: int) -> Iterator[Candidate]:
             plain = Candidate(weights="full", **dict(zip(AXES, degrees, strict=True)))
             yield plain
             if world_size > 1 and plain.pipefusion == plain.tensor == 1:
-                yield Candidate(**plain.degrees, weights="sharded")
-                yield Candidate(**plain.degrees, weights="offload")
+                for weights in WEIGHTS:
+                    yield Candidate(**plain.degrees, weights=weights)
 
 
 def _factorings(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:

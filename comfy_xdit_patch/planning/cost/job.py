@@ -16,13 +16,15 @@ class Execution:
     """How kernels reach the GPU.
 
     ``elementwise_values`` is what unfused kernels read and write for each token and block, in
-    units of its features. Calls are ATen operators from Python.
+    units of its features. Calls are ATen operators from Python; those that shared modulation adds
+    come once a forward.
     """
 
     name: str
     elementwise_values: float
     calls_per_block: float
     calls_per_attention: float
+    calls_per_shared_modulation: float
     """Beside those, where tokens or columns are shared: two collectives and their copies."""
 
 
@@ -34,8 +36,10 @@ EAGER = Execution(
     calls_per_block=66.5,
     # Counted (tests/parallel/test_counted_calls.py): 19 of torch and 2 exchanges by ulysses.
     calls_per_attention=21,
+    # Counted (the same test).
+    calls_per_shared_modulation=13,
 )
-COMPILED = Execution("compiled", 0, 0, 0)
+COMPILED = Execution("compiled", 0, 0, 0, 0)
 EXECUTIONS = {execution.name: execution for execution in (EAGER, COMPILED)}
 
 

@@ -49,6 +49,11 @@ class Precision:
     bytes_per_value: int = COMPUTE_BYTES
     """Of activations, and of weights where they are multiplied."""
 
+    @property
+    def is_in_groups(self) -> bool:
+        """Whether groups of values have a scale, and several values a byte: no weight is cut."""
+        return self.bytes_per_weight < 1
+
 
 FLOAT32 = Precision("fp32", 4, bytes_per_value=4)
 """What ComfyUI computes in on a CPU."""
@@ -121,6 +126,13 @@ class ModelShape:
         ) + self.num_single_blocks * self._linear(self.width, 3 * self.width)
 
     @property
+    def num_modulation_outputs(self) -> int:
+        """Shifts, scales and gates of all blocks, for each row; none where blocks make none."""
+        if self.modulation != "blocks":
+            return 0
+        return (12 * self.num_double_blocks + 3 * self.num_single_blocks) * self.width
+
+    @property
     def num_weights(self) -> int:
         return (
             self.num_double_blocks * self._block(is_double=True)
@@ -150,6 +162,9 @@ class ModelShape:
             cast_bytes=0
             if size == precision.bytes_per_value
             else precision.bytes_per_value * widest,
+            modulation_bytes=round(size * self.num_modulation_weights)
+            if self.modulation == "blocks" and not precision.is_in_groups
+            else 0,
         )
 
     @property

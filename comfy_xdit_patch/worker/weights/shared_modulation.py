@@ -174,10 +174,9 @@ class SharedModulation:
         rows_RP = joined_RP[first : first + x.shape[:-1].numel()]
         if block not in self._orders:
             self._orders[block] = self._order(linears, sizes)
-        whole_RP = rows_RP.index_select(1, self._orders[block])
-        outputs = torch.split(whole_RP, [sum(found.sizes) for found in linears], dim=1)
-        for found, output in zip(linears, outputs, strict=True):
-            self._ready[found.name] = output.reshape(*x.shape[:-1], -1)
+        whole = rows_RP.index_select(1, self._orders[block]).view(*x.shape[:-1], -1)
+        outputs = torch.split(whole, [sum(found.sizes) for found in linears], dim=-1)
+        self._ready |= {found.name: out for found, out in zip(linears, outputs, strict=True)}
 
     def _batches(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the rows of every part of the batch; the ranks of one part have the same."""
