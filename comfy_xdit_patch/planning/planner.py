@@ -12,7 +12,7 @@ from math import gcd
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.grid import Degrees
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
-from comfy_xdit_patch.planning.strategy import AUTO, AXES_OF, FREE, NAMES, PLAN, Strategy
+from comfy_xdit_patch.planning.strategy import AUTO, AXES_OF, FREE, NAMES, PLAN, WEIGHTS, Strategy
 
 BATCH_EFFICIENCY = 0.9
 """Rows are whole numbers. Where dealing them to unequal ranks reaches less than this of what the
@@ -134,12 +134,14 @@ def named_plan(strategy: Strategy, world_size: int) -> ParallelPlan:
     """
     if strategy.name == PLAN:
         degrees = strategy.degrees
-        if strategy.fsdp not in (0, world_size):
-            raise PlanError(f"fsdp={strategy.fsdp} is not world_size {world_size}.")
+        for name in WEIGHTS:
+            if getattr(strategy, name) not in (0, world_size):
+                raise PlanError(f"{name}={getattr(strategy, name)} is not world_size {world_size}.")
         if degrees.pipefusion > 1 and degrees.ring > 1:
             raise PlanError("A ring inside of pipefusion would pass all keys for every patch.")
         sharers = {
             "fsdp": strategy.fsdp > 0,
+            "modulation": strategy.modulation > 0,
             "pipefusion": degrees.pipefusion > 1,
             "tensor": degrees.tensor > 1,
         }

@@ -4,7 +4,8 @@ Runs in: host, worker and the doctor's process. Pure arithmetic: bytes in, a pla
 
 Per card, with N ranks, S tokens of a rank's rows, D features and e bytes for each value:
 
-    weights       full: all; sharded: 1/N of the blocks, all else, two windows of one block;
+    weights       full: all; modulation: all, but of the blocks' modulation 1/N;
+                  sharded: 1/N of the blocks, all else, two windows of one block;
                   offload: all that is not in blocks, two blocks under way
     activations   (18 + 6) * S/N * D * e, and S * D * e of embedded tokens before they are cut
     beside them   what CUDA, NCCL, the allocator and ComfyUI's own process take
@@ -41,12 +42,15 @@ one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ra
 NUM_WINDOWS = 2
 """Blocks in whole form at a time: the one that computes, and the one that is gathered or copied."""
 
-Mode = Literal["full", "staged", "sharded", "offload", "tensor"]
-MODES: tuple[Mode, ...] = ("full", "sharded", "offload")
+Mode = Literal["full", "modulation", "staged", "sharded", "offload", "tensor"]
+MODES: tuple[Mode, ...] = ("full", "modulation", "sharded", "offload")
+ON_CARDS: frozenset[Mode] = frozenset({"full", "modulation", "staged", "tensor"})
+"""Modes in which a rank has on its card all weights that it computes with."""
 PIPELINE_MODES: tuple[Mode, ...] = ("staged", "offload")
 """A shard is gathered by all ranks at once, and the stages of a pipeline run different blocks."""
 MODE_NAMES = {
     "full": "all weights on every card",
+    "modulation": "modulation shared over the ranks, all else on every card",
     "staged": "each stage's weights on its cards",
     "sharded": "weights sharded over the ranks",
     "offload": "weights in CPU memory",
@@ -64,6 +68,9 @@ class ModelSizes:
     cast_bytes: int = 0
     """The largest weight in compute dtype, where that is not the stored dtype: fp8 weights are
     cast at every use, one at a time."""
+    modulation_bytes: int = 0
+    """Of the linears that modulate the blocks, where ranks can share them: one row for each image
+    goes through them, whatever the number of tokens."""
 
     def part(self, num_blocks: int, of_blocks: int) -> ModelSizes:
         """Return the sizes of a model that has some of the blocks."""
@@ -156,6 +163,11 @@ class ResidencyPlan:
     def mode(self) -> Mode:
         return self.needs[-1].mode
 
+    @property
+    def is_on_cards(self) -> bool:
+        """Whether every rank has on its card all weights that it computes with."""
+        return self.mode in ON_CARDS
+
     def lines(self) -> list[str]:
         """The arithmetic as text."""
         *turned_down, chosen = self.needs
@@ -202,12 +214,12 @@ def plan_residency(
     cards: tuple[Card, ...],
     first: Mode = "full",
 ) -> ResidencyPlan | Refusal:
-    """Take the first mode that fits on every card: of full, sharded and offload, as a rule.
+    """Take the first mode that fits on every card: of ``MODES``, as a rule.
 
-    In this order because of speed: a whole copy moves nothing, a gather moves the blocks over the
-    links between cards once a step, offload moves them over the bus to CPU memory. The stages of
-    a pipeline have blocks of their own instead of all, and blocks that are cut by heads and columns
-    lie in no other way.
+    In this order because of speed: a whole copy moves nothing, shared modulation moves its outputs
+    once a step (2 MB for FLUX.1), a gather moves the blocks over the links between cards, offload
+    moves them over the bus to CPU memory. The stages of a pipeline have blocks of their own instead
+    of all, and blocks that are cut by heads and columns lie in no other way.
 
     Args:
         model: the whole model's sizes.
@@ -217,6 +229,8 @@ def plan_residency(
         first: the user wants this mode or a later one.
     """
     modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
+    if not model.modulation_bytes:
+        modes = tuple(mode for mode in modes if mode != "modulation")
     if plan.tensor > 1:
         modes, model = ("tensor",), model.part(1, plan.tensor)
     elif plan.pipefusion > 1:
@@ -269,6 +283,12 @@ def _costs(
 def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
     if mode in ("full", "staged", "tensor"):
         return [Cost("weights", model.total_bytes)]
+    if mode == "modulation":
+        shared = model.modulation_bytes
+        return [
+            Cost("weights but for the blocks' modulation", model.total_bytes - shared),
+            Cost(f"1/{num_ranks} of the blocks' modulation", -(-shared // num_ranks)),
+        ]
     blocks = model.total_bytes - model.outside_blocks_bytes
     outside = Cost("weights outside of the blocks", model.outside_blocks_bytes)
     window = Cost("two blocks in whole form", NUM_WINDOWS * model.largest_block_bytes)

@@ -107,6 +107,20 @@ def cuts_of(flux: Any, degree: int) -> Iterator[BlockCuts]:
             yield cut(f"{block_list}.{number}", block, degree)
 
 
+def modulation_cuts(flux: Any, degree: int) -> dict[str, Cut]:
+    """Say how the linears of the blocks' modulation are cut; none where blocks have none.
+
+    Returns:
+        The cuts by the linear's name in the model, in the order in which blocks run.
+    """
+    return {
+        f"{block.name}.{cut.linear}": cut
+        for block in cuts_of(flux, degree)
+        for cut in block.cuts
+        if cut.result == "gathered"
+    }
+
+
 def _double(name: str, block: Any, degree: int) -> BlockCuts:
     heads = Part(block.num_heads, block.hidden_size // block.num_heads)
     cuts = []

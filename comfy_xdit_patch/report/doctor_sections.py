@@ -74,7 +74,7 @@ def memory_lines(
                 load,
                 num_blocks=FLUX1_DEV.num_blocks,
                 cards=cards,
-                first="sharded" if strategy.shards_weights else "full",
+                first=strategy.first_mode,
             )
             text = [f"refused: {found.reason}"] if isinstance(found, Refusal) else found.lines()
             lines += [f"  {line}" for line in text]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.planning.cost.candidate import STRATEGY_LEGAL, is_built, parse_asked
-from comfy_xdit_patch.planning.cost.choice import Choice, Option, choose
+from comfy_xdit_patch.planning.cost.choice import Choice, Option, choose, is_by_name
 from comfy_xdit_patch.planning.cost.known_machines import CARDS, machine_of
 from comfy_xdit_patch.planning.cost.known_models import MODELS
 from comfy_xdit_patch.planning.cost.machine import LINK_KINDS, LINK_NAMES, Machine
@@ -167,7 +167,7 @@ def _cells(option: Option, choice: Choice) -> tuple[str, ...]:
         notes.append("<- taken")
     if not is_built(option.plan):
         notes.append("not in this version")
-    elif option.plan.tensor > 1:
+    elif option.plan.tensor > 1 or is_by_name(option.plan, choice.options):
         notes.append("by name only")
     if not option.plan.is_exact:
         notes.append(f"approximate, by name only, {time.num_patches} patches")

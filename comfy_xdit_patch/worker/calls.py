@@ -106,10 +106,11 @@ class Calls:
         arguments = self._slots.fetch(message.arguments)
         patches = self._patches(message.patches)
         rank = self._groups.rank
-        # A shard is gathered by all ranks at once, and stages run different blocks.
-        assert resident.blocks is None or plan.pipefusion == 1
+        # What all ranks share they exchange at once, and stages run different blocks.
+        assert resident.is_whole or resident.tensor or plan.pipefusion == 1
+        batch = arguments["x"].shape[0]
         with torch.inference_mode():
-            sent = resident.begin(plan, self._groups)
+            sent = resident.begin(plan, self._groups, num_rows=batch)
             if resident.blocks is not None:
                 resident.blocks.prefetch_first()
             rows, bytes_sent = forward_share(
@@ -117,9 +118,7 @@ class Calls:
                 arguments,
                 plan=plan,
                 groups=self._groups,
-                # A shard's layers get their scales only when their block begins; where a scale goes
-                # is a matter of rounding.
-                scaled=resident.scaled if resident.is_whole else {},
+                scaled=resident.scaled_in_place,
                 residuals=self._residuals,
                 patches=patches,
                 streams=self._streams,
@@ -127,7 +126,6 @@ class Calls:
             )
             collectives.clock.launched()
             bytes_sent += resident.bytes_moved - sent
-            batch = arguments["x"].shape[0]
             shape = (batch, *rows.shape[1:])
             bytes_written = 0
             if plan.writes_rows(rank):
@@ -158,7 +156,7 @@ class Calls:
         plan = ParallelPlan.of_grid(message.grid, message.weights)
         arguments = self._slots.fetch(message.arguments)
         with torch.inference_mode():
-            sent = resident.begin(plan, self._groups)
+            sent = resident.begin(plan, self._groups, num_rows=arguments["x"].shape[0])
             layout, residuals, bytes_sent = control_share(
                 resident.flux, arguments, plan=plan, groups=self._groups
             )
@@ -192,7 +190,8 @@ class Calls:
         resident = self._resident(message.model)
         plan = ParallelPlan.of_grid(message.grid, message.weights)
         with torch.inference_mode():
-            sent = resident.begin(plan, self._groups)
+            # All ranks have all rows: these blocks' plans share tokens only.
+            sent = resident.begin(plan, self._groups, num_rows=1, is_driven=True)
             _, bytes_sent = self._driven.run(
                 resident.flux.get_submodule(message.block),
                 self._slots.fetch(message.arguments),
@@ -202,7 +201,7 @@ class Calls:
                 ),
                 scaled={
                     name: layer
-                    for name, layer in (resident.scaled if resident.is_whole else {}).items()
+                    for name, layer in resident.scaled_in_place.items()
                     if name.startswith(f"{message.block}.")
                 },
                 patches=self._patches(message.patches),

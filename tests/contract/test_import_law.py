@@ -65,6 +65,7 @@ IMPORTERS = {
         "worker/shard/residuals.py",
         "worker/weights/placing.py",
         "worker/weights/sharded_blocks.py",
+        "worker/weights/shared_modulation.py",
         "worker/weights/tensor_blocks.py",
     },
     "torch": {
@@ -137,6 +138,7 @@ IMPORTERS = {
         "worker/weights/placing.py",
         "worker/weights/resident.py",
         "worker/weights/sharded_blocks.py",
+        "worker/weights/shared_modulation.py",
         "worker/weights/stage_blocks.py",
         "worker/weights/tensor_blocks.py",
     },

@@ -27,6 +27,7 @@ from rig.server import LEDGER, Server, base_directory
 from rig.trees import Tree
 from rig.weight_graphs import with_loras, with_unet
 from rig.weight_rows import KOHYA, OTHER
+from safetensors.torch import load_file
 
 pytestmark = [
     pytest.mark.newest_only,
@@ -248,3 +249,31 @@ def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
         make("the first again", lambda graph: graph, 3)  # ComfyUI had dropped it as well.
         work.server.free_and_wait()
         make("after Free", lambda graph: graph, 4)
+
+
+MODULATION = 2 * (SIZES.double * 12 + SIZES.single * 3) * SIZES.hidden * (SIZES.hidden + 1)
+"""Bytes of what modulates the blocks, with its biases."""
+
+
+def test_cards_too_small_for_a_whole_copy_share_the_modulation(
+    tree: Tree, tmp_path: Path, record_property: Record
+) -> None:
+    """A whole copy would take more than there is, by less than a rank saves."""
+    gib = 2.31
+    with working(tree, tmp_path, gib) as work:
+        for change in (lambda graph: graph, lambda graph: with_loras(graph, (KOHYA, 1.0))):
+            work.ledger.forget_peaks()
+            status = work.make(change)
+            lines = status["residency"]
+            assert lines[0].startswith("modulation shared over the ranks"), lines
+            (turned_down,) = (line for line in lines if "does not fit" in line)
+            assert "all weights on every card" in turned_down
+            held = [rank["weight_bytes"] for rank in status["ranks"]]
+            peaks = [work.ledger.peak(card) for card in (0, 1)]
+            record_property("held, and the cards' peaks", (held, peaks))
+            assert max(peaks) <= gib * (1 << 30)
+            # On the first card ComfyUI decodes the image, and the rank there has given way.
+            assert work.on_card(1)[1] >= CONTEXT + GROUP + held[1]
+        file = load_file(models_directory(SIZES) / "diffusion_models" / "flux1-dev.safetensors")
+        whole = sum(tensor.nbytes for tensor in file.values())
+        assert held == [whole - MODULATION // 2] * 2

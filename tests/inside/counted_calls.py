@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fake_cards import fake_tensors_as_plain
 from fake_exchange import joined
 from fake_flux import CARD, MODE, arguments, model_of
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,6 +28,7 @@ from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
 from comfy_xdit_patch.worker.shard import later_columns
 from comfy_xdit_patch.worker.shard.residuals import Residuals
+from comfy_xdit_patch.worker.weights.shared_modulation import WHOLE_FORWARD, SharedModulation
 
 ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 MOVING = {"cat", "stack", "clone", "copy_", "contiguous", "reshape", "index_select", "to"}
@@ -59,10 +61,14 @@ def _memory(tree: Any) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
 
 
-def calls(num_ranks: int, *, text: int) -> dict[str, list[int]]:
+def calls(num_ranks: int, *, text: int, shares_modulation: bool = False) -> dict[str, list[int]]:
     """Count a forward by ulysses on the first of so many ranks.
 
     One rank has no plan of ours: that is ComfyUI's own forward.
+
+    Args:
+        shares_modulation: each rank has a part of what modulates the blocks. It is asked for all of
+            them in the first block.
 
     Returns:
         Calls, kernels, copies and exchanges of one ``double`` block, of one ``single`` block, and
@@ -73,7 +79,26 @@ def calls(num_ranks: int, *, text: int) -> dict[str, list[int]]:
     # A weight without data is multiplied as one with data would be.
     plain = mock.patch.object(later_columns, "PLAIN", (*later_columns.PLAIN, FakeTensor))
     with joined(0, num_ranks, torch.device(CARD)) as rank, plain, MODE, torch.inference_mode():
-        model, given = model_of((1, 1), "bfloat16"), arguments(text=text)
+        model = model_of((1, 1), "bfloat16", is_own=shares_modulation)
+        given = arguments(text=text)
+        if shares_modulation:
+            assert rank.groups.everyone is not None
+            with fake_tensors_as_plain():
+                shared = SharedModulation(
+                    model,
+                    group=rank.groups.everyone,
+                    index=0,
+                    world_size=num_ranks,
+                    device=torch.device(CARD),
+                    bake=lambda _, weight: weight,
+                )
+            # Where outputs lie among those that are joined is found out once.
+            shared._compute(
+                WHOLE_FORWARD,
+                torch.empty(1, 1, model.hidden_size, device=CARD, dtype=torch.bfloat16),
+            )
+            rank.exchanges.noted.clear()
+            shared.begin(plan, num_rows=1, is_driven=False)
         with Counter() as counter, ExitStack() as hooks:
 
             def now() -> list[int]:

@@ -33,6 +33,7 @@ from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches, Objects
 from comfy_xdit_patch.worker.shard.residuals import Residuals
 from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
+from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
 from comfy_xdit_patch.worker.weights.stage_blocks import StagedBlocks
 from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
 
@@ -97,7 +98,7 @@ def forwards(
     gc.freeze()  # So many tensors are made that ComfyUI's own objects would be looked at often.
     with fake_tensors_as_plain():
         return [
-            one_rank(parallel, rank, blocks, calls, is_sharded=strategy.shards_weights, **case)
+            one_rank(parallel, rank, blocks, calls, mode=strategy.first_mode, **case)
             for rank in (range(world_size) if ranks is None else ranks)
         ]
 
@@ -108,7 +109,7 @@ def one_rank(
     blocks: Sequence[int],
     calls: int,
     *,
-    is_sharded: bool,
+    mode: str,
     stored: str = "bfloat16",
     nodes: bool = False,
     **sizes: Any,
@@ -116,6 +117,7 @@ def one_rank(
     """Make all calls on one rank.
 
     Args:
+        mode: how the rank holds the weights.
         stored: dtype of the weights.
         nodes: whether there are patches of nodes.
     """
@@ -123,15 +125,18 @@ def one_rank(
         kept.cache_clear()
     results, on_cpu, num_groups = [], [], []
     with joined(number, plan.world_size, torch.device(CARD)) as rank, MODE, torch.inference_mode():
-        is_cut = is_sharded or plan.tensor > 1 or plan.pipefusion > 1
+        is_cut = mode != "full" or plan.tensor > 1 or plan.pipefusion > 1
         model = model_of(blocks, stored, is_own=is_cut)
         given = arguments(**sizes)
         streams, residuals = StreamKeys(), Residuals()
-        with cut(model, plan, rank, is_sharded=is_sharded) as sharded:
+        with cut(model, plan, rank, mode=mode) as sharded:
             for pipeline in pipelines(plan, given) * calls:
                 with OnCpu() as cpu:
-                    if sharded is not None:
+                    if isinstance(sharded, ShardedBlocks):
                         sharded.prefetch_first()
+                    if isinstance(sharded, SharedModulation):
+                        num_rows = given["x"].shape[0]
+                        sharded.begin(plan, num_rows=num_rows, is_driven=False)
                     out, _ = forward_share(
                         model,
                         given,
@@ -200,8 +205,8 @@ def pipelines(plan: ParallelPlan, given: Mapping[str, Any]) -> list[dict[str, An
 
 @contextmanager
 def cut(
-    model: Any, plan: ParallelPlan, rank: Rank, *, is_sharded: bool
-) -> Iterator[ShardedBlocks | None]:
+    model: Any, plan: ParallelPlan, rank: Rank, *, mode: str
+) -> Iterator[ShardedBlocks | SharedModulation | None]:
     """Have the rank hold the weights that it holds in this plan."""
     device, number = torch.device(CARD), rank.groups.rank
     if plan.tensor > 1:
@@ -216,8 +221,19 @@ def cut(
     if plan.pipefusion > 1:
         num_blocks = len(model.double_blocks) + len(model.single_blocks)
         StagedBlocks(model).keep(stage_blocks(plan, number, num_blocks))
-    if not is_sharded:
+    if mode == "full":
         yield None
+        return
+    if mode == "modulation":
+        assert rank.groups.everyone is not None
+        yield SharedModulation(
+            model,
+            group=rank.groups.everyone,
+            index=number,
+            world_size=plan.world_size,
+            device=device,
+            bake=lambda _, weight: weight,
+        )
         return
     yield ShardedBlocks(
         model,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from comfy_xdit_patch.planning.cost.job import EAGER
 from inside.client import Inside
 from rig.trees import Tree
 
@@ -55,6 +56,32 @@ def test_a_forward_makes_these_calls_and_no_other(
             for name, counts in found.items()
         }
         assert added == dict(zip(found, ADDED, strict=True)), num_ranks
+
+
+@pytest.mark.newest_only
+def test_shared_modulation_adds_these_calls_once_a_forward(
+    tree: Tree, inside: Callable[..., Inside]
+) -> None:
+    process = inside(tree, XDIT_STRATEGY="off")
+    for num_ranks in ADDED:
+        whole, shared = (
+            process.call(
+                "counted_calls:calls",
+                num_ranks=num_ranks,
+                text=TEXT_TOKENS,
+                shares_modulation=is_shared,
+            )
+            for is_shared in (False, True)
+        )
+        added = {
+            name: tuple(now - before for now, before in zip(shared[name], whole[name], strict=True))
+            for name in whole
+        }
+        # The first block asks for all: the single block's linear is called in it.
+        calls = EAGER.calls_per_shared_modulation
+        assert sum(counts[0] for counts in added.values()) == calls, added
+        assert sum(counts[3] for counts in added.values()) == 1, "one exchange"
+        assert added["outside"] == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("num_ranks", WHOLE)

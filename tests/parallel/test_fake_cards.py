@@ -33,6 +33,8 @@ NUM_GROUPS = {
     "batch=2,ulysses=2": 3,
     "pipefusion=2,ulysses=2": 5,
     "ulysses=3,fsdp=3": 1,
+    "ulysses=3,modulation=3": 1,
+    "batch=2,ulysses=2,modulation=4": 3,
 }
 EXCHANGES = {
     # Of the first rank; in the end the result's tokens are gathered once.
@@ -49,6 +51,9 @@ EXCHANGES = {
     "pipefusion=2,ulysses=2": {"all_to_all": 10, "pair": 5},
     # One block more, and the weights of three.
     "ulysses=3,fsdp=3": {"all_to_all": 6, "all_gather": 1 + 3},
+    "ulysses=3,modulation=3": {"all_to_all": 4, "all_gather": 1 + 1},
+    # The rows of both parts of the batch, and what modulates them.
+    "batch=2,ulysses=2,modulation=4": {"all_to_all": 4, "all_gather": 1 + 2},
 }
 EVERYTHING = {"text": 256, "batch": 2, "references": REFERENCES, "mask": True}
 CASES: dict[str, dict[str, Any]] = {
@@ -67,6 +72,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "ulysses=2": {"text": 512, "stored": "float8_e4m3fn"},
     "tensor=2": {"text": 512, "stored": "float8_e4m3fn"},
     "ulysses=2,fsdp=2": {"text": 512, "stored": "float8_e4m3fn"},
+    "ulysses=2,modulation=2": {"text": 512, "stored": "float8_e4m3fn"},
 }
 
 

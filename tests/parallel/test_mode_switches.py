@@ -1,6 +1,7 @@
 """One model goes from each way to hold its weights to each other, with and without weight patches.
 
-Weights are whole on every rank, cut by heads and columns, in stages, or sharded; the ranks stay.
+Weights are whole on every rank, cut by heads and columns, in stages, sharded, or whole but for what
+modulates the blocks; the ranks stay.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from rig.trees import Tree
 from test_pipefusion import Runs
 from test_strategies import ODD, following
 
-WHOLE, CUT, STAGED, SHARDED = STRATEGIES = ("ulysses", "tensor", "pipefusion", "ulysses=3,fsdp=3")
+WHOLE, CUT, STAGED, SHARDED, SHARED = STRATEGIES = (
+    *("ulysses", "tensor", "pipefusion", "ulysses=3,fsdp=3", "ulysses=3,modulation=3"),
+)
 EVERY_SWITCH = (
     *(WHOLE, CUT, WHOLE, STAGED, WHOLE, SHARDED, CUT),
     *(STAGED, CUT, SHARDED, STAGED, SHARDED, WHOLE),
+    *(SHARED, CUT, SHARED, STAGED, SHARED, SHARDED, SHARED, WHOLE),
 )
-WAY = EVERY_SWITCH if is_whole() else (WHOLE, CUT, STAGED, SHARDED, WHOLE)
+WAY = EVERY_SWITCH if is_whole() else (WHOLE, CUT, STAGED, SHARED, SHARDED, WHOLE)
 
 
 @pytest.mark.group("3")
@@ -49,4 +53,4 @@ def test_a_model_is_right_in_each_mode_whichever_it_was_in_before(
             sizes = [rank["weight_bytes"] for rank in status["ranks"]]
             assert held.setdefault(strategy, sizes) == sizes, (before, strategy)
     record_property("largest error, bytes held", (worst, held))
-    assert all(max(held[mode]) < 0.9 * min(held[WHOLE]) for mode in (CUT, STAGED, SHARDED))
+    assert all(max(held[mode]) < 0.9 * min(held[WHOLE]) for mode in (CUT, STAGED, SHARDED, SHARED))

@@ -121,6 +121,8 @@ def test_a_strategy_can_be_named(name):
         ("fsdp=4,ulysses=4", "ulysses=4,fsdp=4"),
         ("fsdp=2", "ulysses=2,fsdp=2"),
         ("fsdp=1", "fsdp=1"),
+        ("modulation=2", "ulysses=2,modulation=2"),
+        ("ring=2,modulation=2", "ring=2,modulation=2"),
     ],
 )
 def test_a_plan_is_written_in_any_order_and_read_back_in_one(text, expected):

@@ -148,7 +148,7 @@ class Holding:
             call.workload,
             plan,
             call.dtype,
-            first="sharded" if self.strategy.shards_weights and not is_guest else "full",
+            first="full" if is_guest else self.strategy.first_mode,
         )
         if isinstance(place, Refusal):
             return place

@@ -20,6 +20,7 @@ from comfy_xdit_patch.planning.residency import (
     CUDA_CONTEXT_BYTES,
     MODES,
     NCCL_GROUP_BYTES,
+    ON_CARDS,
     PIPELINE_MODES,
     RESERVED_BYTES,
     Card,
@@ -31,8 +32,12 @@ from comfy_xdit_patch.planning.residency import (
 )
 from comfy_xdit_patch.wire.fingerprint import stored_weights
 from comfy_xdit_patch.wire.messages.requests import Residence
+from comfy_xdit_patch.wire.tensors import can_cut
 
 _BLOCK = re.compile(r"((?:double|single)_blocks\.\d+)\.")
+_MODULATION = re.compile(
+    r"(?:double|single)_blocks\.\d+\.(?:img_mod|txt_mod|modulation)\.lin\.(.+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class Residency:
         first: Mode = "full",
     ) -> Placement | Refusal:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
+        if first == "modulation" and not self._sizes_of(base_model, dtype).modulation_bytes:
+            first = "full"  # It has none that could be shared.
         is_pipeline = plan.pipefusion > 1
         is_tensor = plan.tensor > 1
         cards = self._cards()
@@ -101,13 +108,13 @@ class Residency:
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
     ) -> bool:
         """Whether every rank has on its card all weights that it computes with under a plan."""
-        if plan.tensor == 1 and self._modes.get(base_model, "full") != "full":
+        if plan.tensor == 1 and self._modes.get(base_model, "full") not in ON_CARDS:
             return False
         cards = self._cards()
         if cards is None:
             return True
         choice = self._choice(base_model, workload, plan, dtype, cards)
-        return not isinstance(choice, Refusal) and choice.mode in ("full", "tensor")
+        return not isinstance(choice, Refusal) and choice.is_on_cards
 
     def has_room_for_shares(
         self, base_model: Any, workload: Workload, plan: ParallelPlan, dtype: torch.dtype
@@ -122,7 +129,7 @@ class Residency:
         )
         if isinstance(as_planned, Refusal) or isinstance(as_even, Refusal):
             return isinstance(as_even, Refusal)
-        return as_planned.mode == as_even.mode
+        return as_planned.is_on_cards or as_planned.mode == as_even.mode
 
     def _choice(
         self,
@@ -133,8 +140,6 @@ class Residency:
         cards: tuple[Card, ...],
         first: Mode = "full",
     ) -> ResidencyPlan | Refusal:
-        if base_model not in self._sizes:
-            self._sizes[base_model] = model_sizes(base_model, dtype)
         num_blocks = num_blocks_of(base_model)
         load = token_load(
             plan,
@@ -143,8 +148,13 @@ class Residency:
             hidden_size=flux_of(base_model).hidden_size,
             bytes_per_value=dtype.itemsize,
         )
-        sizes = self._sizes[base_model]
+        sizes = self._sizes_of(base_model, dtype)
         return plan_residency(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
+
+    def _sizes_of(self, base_model: Any, dtype: torch.dtype) -> ModelSizes:
+        if base_model not in self._sizes:
+            self._sizes[base_model] = model_sizes(base_model, dtype)
+        return self._sizes[base_model]
 
     def _cards(self) -> tuple[Card, ...] | None:
         ranks = self._joined
@@ -193,7 +203,8 @@ def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
         dtype: that the model computes in.
     """
     blocks: dict[str, int] = {}
-    outside = cast = 0
+    outside = cast = modulation = 0
+    can_share = True
     for weight in stored_weights(flux_of(base_model), base_model.current_patcher):
         num_bytes = weight.num_bytes
         block = _BLOCK.match(weight.name)
@@ -205,9 +216,15 @@ def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
         as_computed = weight.tensor.shape.numel() * dtype.itemsize
         if num_bytes < as_computed:
             cast = max(cast, as_computed)
+        shared = _MODULATION.match(weight.name)
+        if shared is not None:
+            modulation += num_bytes
+            is_cut = shared[1] in ("weight", "bias")
+            can_share &= can_cut(weight.tensor) if is_cut else weight.tensor.numel() == 1
     return ModelSizes(
         total_bytes=outside + sum(blocks.values()),
         largest_block_bytes=max(blocks.values(), default=0),
         outside_blocks_bytes=outside,
         cast_bytes=cast,
+        modulation_bytes=modulation if can_share else 0,
     )

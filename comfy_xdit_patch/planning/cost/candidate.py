@@ -21,8 +21,11 @@ others. Cutting weights (``tensor``) is as exact, and used by name."""
 NAMED = tuple(name for name in NAMES if name != "off")
 STRATEGY_LEGAL = (
     f"single, {', '.join(NAMED)}, or a plan such as batch=2,ulysses=2: degrees of "
-    f"{', '.join(AXES)}, and fsdp=N or offload=N for the weights of all N ranks"
+    f"{', '.join(AXES)}, and fsdp=N, modulation=N or offload=N for the weights of all N ranks"
 )
+
+WEIGHTS: dict[Mode, str] = {"modulation": "modulation", "sharded": "fsdp", "offload": "offload"}
+"""Where weights lie that are not whole on every card, and how users write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Candidate(Degrees):
     @property
     def name(self) -> str:
         """As users write and read it, e.g. ``batch=2,ulysses=2,fsdp=4``."""
-        word = {"sharded": "fsdp", "offload": "offload"}.get(self.weights)
+        word = WEIGHTS.get(self.weights)
         weights = [] if word is None else [f"{word}={self.world_size}"]
         return ",".join([*self.parts, *weights]) or "single"
 
@@ -53,8 +56,8 @@ def candidates(max_world_size: int) -> Iterator[Candidate]:
             plain = Candidate(*degrees)
             yield plain
             if world_size > 1 and plain.pipefusion == plain.tensor == 1:
-                yield Candidate(*degrees, weights="sharded")
-                yield Candidate(*degrees, weights="offload")
+                for weights in WEIGHTS:
+                    yield Candidate(*degrees, weights=weights)
 
 
 def _factorings(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
@@ -107,11 +110,10 @@ def parse_asked(text: str) -> Asked:
         return Asked(strategy.name)
     plan = Candidate(
         *strategy.degrees.grid,
-        weights="full" if not strategy.fsdp else "offload" if "offload=" in word else "sharded",
+        weights="offload" if "offload=" in word else strategy.first_mode,
     )
     is_split_already = plan.pipefusion > 1 or plan.tensor > 1
-    if strategy.name != PLAN or (
-        strategy.fsdp and (strategy.fsdp != plan.world_size or is_split_already)
-    ):
+    sharers = [degree for degree in (strategy.fsdp, strategy.modulation) if degree]
+    if strategy.name != PLAN or (sharers and (sharers != [plan.world_size] or is_split_already)):
         raise ValueError(text)
     return Asked(plan.name, plan)

@@ -7,7 +7,8 @@ Runs in: the command line's process. Pure arithmetic, no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from comfy_xdit_patch.errors import Refusal
@@ -68,7 +69,7 @@ class Choice:
         time = self.chosen.time
         if self.chosen.plan == SINGLE:
             others = (o for o in self.options if o.plan != SINGLE and AUTO.allows(o.plan))
-            best = next(others, None)
+            best = next((o for o in others if not is_by_name(o.plan, self.options)), None)
             if best is None:
                 return "no plan of several GPUs is legal and fits"
             part = best.time.total_s / time.total_s
@@ -102,10 +103,21 @@ def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
         time = _time(plan, job, part)
         options.append(Option(plan, time, wanted, single_s / time.total_s))
     options.sort(key=lambda option: option.time.total_s)
-    allowed = [option for option in options if asked.allows(option.plan)]
+    allowed = [
+        option
+        for option in options
+        if asked.plan is not None or not is_by_name(option.plan, options)
+        if asked.allows(option.plan)
+    ]
     if not allowed:
         return _impossible(asked, options, dropped)
     return Choice(tuple(options), tuple(dropped), _cheapest(allowed))
+
+
+def is_by_name(plan: Candidate, options: Sequence[Option]) -> bool:
+    """Whether a plan is only taken by its degrees: to share modulation where whole weights fit."""
+    whole = replace(plan, weights="full")
+    return plan.weights == "modulation" and any(option.plan == whole for option in options)
 
 
 def why_not(plan: Candidate, job: Job) -> Refusal | None:
@@ -124,6 +136,8 @@ def why_not(plan: Candidate, job: Job) -> Refusal | None:
         return Refusal(f"ulysses x tensor is more than the model's {workload.num_heads} heads")
     if plan.pipefusion > 1 and job.num_steps < MIN_STEPS:
         return Refusal(f"PipeFusion needs {MIN_STEPS} steps or more")
+    if plan.weights == "modulation" and not shape.sizes(job.precision).modulation_bytes:
+        return Refusal("the blocks have no modulation of their own that ranks could share")
     if plan.pipefusion > shape.num_blocks:
         return Refusal(f"pipefusion={plan.pipefusion} is more than the {shape.num_blocks} blocks")
     return None

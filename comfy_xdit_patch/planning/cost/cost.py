@@ -6,7 +6,8 @@ Runs in: the command line's process. Pure arithmetic, no torch.
 
     compute        of the slowest rank: ``rank_time``
     communication  exposed: all bytes of all-to-all and all-reduce, what of a ring's send outlasts
-                   the attention beside it, what of gathered weights outlasts all compute
+                   the attention beside it, what of gathered weights outlasts all compute, what
+                   shared modulation gives
     bubble         of PipeFusion, as the sampler waits for every step: (stages - 1) patches
     host time      launches in eager mode; they run beside the GPU until they are slower than it
 
@@ -27,6 +28,7 @@ from comfy_xdit_patch.planning.cost.rank_time import (
     Part,
     compute_time,
     fsdp_bytes,
+    modulation_bytes,
     pipefusion_bytes,
     ring_bytes,
     tensor_bytes,
@@ -151,6 +153,7 @@ def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
                 queries=ring,
                 heads=heads[share * plan.tensor + tensor] / workload.num_heads,
                 columns=1 / plan.tensor,
+                modulation=plan.batch / plan.world_size if plan.weights == "modulation" else 1,
             )
         )
     return found
@@ -197,7 +200,7 @@ def _tensor_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
 def _weights_s(
     plan: Candidate, job: Job, machine: Machine, compute: ComputeTime, streamed_bytes: float
 ) -> float:
-    """Weights that come from elsewhere while the blocks before them compute."""
+    """Weights that come from elsewhere while the blocks before them compute, or what they give."""
     if plan.weights == "sharded":
         sizes = job.shape.sizes(job.precision)
         blocks = sizes.total_bytes - sizes.outside_blocks_bytes
@@ -205,6 +208,13 @@ def _weights_s(
         seconds = machine.ring_s(everyone, fsdp_bytes(blocks, plan.world_size))
         seconds += job.shape.num_blocks * machine.latency_s(everyone)
         return _exposed_s(seconds, behind=compute.total_s)
+    if plan.weights == "modulation":
+        everyone = [tuple(range(plan.world_size))]
+        values = job.workload.batch_size * job.shape.num_modulation_outputs
+        num_bytes = modulation_bytes(values, plan.world_size, job.precision.bytes_per_value)
+        # Where ranks have different rows, these go round before what they give.
+        num_gathers = 1 if plan.batch == 1 else 2
+        return machine.ring_s(everyone, num_bytes) + num_gathers * machine.latency_s(everyone)
     return max(0.0, machine.from_host_s(streamed_bytes) - compute.total_s)
 
 
@@ -226,4 +236,7 @@ def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     calls = job.execution.calls_per_block
     if plan.sequence * plan.tensor > 1:
         calls += job.execution.calls_per_attention
-    return calls * job.shape.num_blocks * part.stage * part.num_patches * machine.host_call_s
+    calls *= job.shape.num_blocks * part.stage * part.num_patches
+    if plan.weights == "modulation":
+        calls += job.execution.calls_per_shared_modulation
+    return calls * machine.host_call_s

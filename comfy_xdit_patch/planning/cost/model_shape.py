@@ -51,6 +51,11 @@ class Precision:
     bytes_per_value: int = COMPUTE_BYTES
     """Of activations, and of weights where they are multiplied."""
 
+    @property
+    def is_in_groups(self) -> bool:
+        """Whether groups of values have a scale, and several values a byte: no weight is cut."""
+        return self.bytes_per_weight < 1
+
 
 FLOAT32 = Precision("fp32", 4, bytes_per_value=4)
 """What ComfyUI computes in on a CPU."""
@@ -123,6 +128,13 @@ class ModelShape:
         ) + self.num_single_blocks * self._linear(self.width, 3 * self.width)
 
     @property
+    def num_modulation_outputs(self) -> int:
+        """Shifts, scales and gates of all blocks, for each row; none where blocks make none."""
+        if self.modulation != "blocks":
+            return 0
+        return (12 * self.num_double_blocks + 3 * self.num_single_blocks) * self.width
+
+    @property
     def num_weights(self) -> int:
         return (
             self.num_double_blocks * self._block(is_double=True)
@@ -152,6 +164,9 @@ class ModelShape:
             cast_bytes=0
             if size == precision.bytes_per_value
             else precision.bytes_per_value * widest,
+            modulation_bytes=round(size * self.num_modulation_weights)
+            if self.modulation == "blocks" and not precision.is_in_groups
+            else 0,
         )
 
     @property
@@ -221,13 +236,15 @@ class Execution:
     """How kernels reach the GPU.
 
     ``elementwise_values`` is what unfused kernels read and write for each token and block, in
-    units of its features. Calls are ATen operators from Python.
+    units of its features. Calls are ATen operators from Python; those that shared modulation adds
+    come once a forward.
     """
 
     name: str
     elementwise_values: float
     calls_per_block: float
     calls_per_attention: float
+    calls_per_shared_modulation: float
     """Beside those, where tokens or columns are shared: two collectives and their copies."""
 
 
@@ -239,8 +256,10 @@ EAGER = Execution(
     calls_per_block=66.5,
     # Counted (tests/parallel/test_counted_calls.py): 19 of torch and 2 exchanges by ulysses.
     calls_per_attention=21,
+    # Counted (the same test).
+    calls_per_shared_modulation=13,
 )
-COMPILED = Execution("compiled", 0, 0, 0)
+COMPILED = Execution("compiled", 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Runs in: the command line's process. Pure arithmetic, no torch.
     linears        FLOPs / (rate x M / (M + 72)) for M rows, and never less than reading the weights
     attention      FLOPs / rate
     modulation     reading weights that serve one row each; what no sharing of tokens divides
+                   (but sharing them does)
     casts          reading weights as stored and writing them as bf16, where these differ
     element-wise   bytes that unfused kernels move, in eager mode
 
@@ -18,6 +19,7 @@ value, W bytes of weights:
                 (12 double + 3 single) D e (n - 1) / n       modulation, where blocks have their own
     pipefusion  S D e                             each boundary of stages, all patches together
     fsdp        W (n - 1) / n
+    modulation  (12 double + 3 single) D e (n - 1) / n       where only that is shared
 
 The functions take ``num_values``: S D of what the ranks of the axis share, times rows.
 """
@@ -38,8 +40,9 @@ class Part:
     """What one rank has of a forward, as parts of 1.
 
     ``tokens`` are those it holds, ``queries`` those that its heads attend for: all, but for a
-    ring. ``columns`` is its part of every weight matrix. ``num_patches``: in how many pieces the
-    tokens come by (PipeFusion).
+    ring. ``columns`` is its part of every weight matrix. ``modulation`` is how much of the weights
+    that modulate blocks it reads: once all, or its own for each part of the batch. ``num_patches``:
+    in how many pieces the tokens come by (PipeFusion).
     """
 
     num_rows: int
@@ -48,6 +51,7 @@ class Part:
     queries: float = 1.0
     heads: float = 1.0
     columns: float = 1.0
+    modulation: float = 1.0
     num_patches: int = 1
 
 
@@ -98,6 +102,7 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
         / gpu.attention_flops,
         modulation_s=shape.num_modulation_weights
         * divided
+        * part.modulation
         * precision.bytes_per_weight
         / gpu.memory_bytes_per_s,
         cast_s=block_weights * cast_bytes / gpu.memory_bytes_per_s,

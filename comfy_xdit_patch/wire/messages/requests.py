@@ -44,21 +44,22 @@ class ModelSource:
 class Residence:
     """Which of a model's weights a rank has, and where.
 
-    ``mode`` says where its blocks lie: on its card, in shards of their bytes on the cards of all
-    ranks, or in CPU memory. ``tensor_degree`` is into how many parts each block is cut by heads and
-    columns. ``grid`` and ``weights`` are those of the plan whose stages share out the blocks; empty
-    where every rank has blocks of all of them.
+    ``mode`` says where its blocks lie: on its card, there but for what modulates them, of which it
+    has a part, in shards of their bytes on the cards of all ranks, or in CPU memory.
+    ``tensor_degree`` is into how many parts each block is cut by heads and columns. ``grid`` and
+    ``weights`` are those of the plan whose stages share out the blocks; empty where every rank has
+    blocks of all of them.
     """
 
-    mode: Literal["full", "sharded", "offload"] = "full"
+    mode: Literal["full", "modulation", "sharded", "offload"] = "full"
     tensor_degree: int = 1
     grid: tuple[int, ...] = ()
     weights: tuple[int, ...] = ()
 
     @property
     def is_cut(self) -> bool:
-        """Whether a rank has no weight of a block whole."""
-        return self.mode == "sharded" or self.tensor_degree > 1
+        """Whether a rank has parts of blocks' weights."""
+        return self.mode in ("modulation", "sharded") or self.tensor_degree > 1
 
     @property
     def is_whole(self) -> bool:

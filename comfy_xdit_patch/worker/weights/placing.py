@@ -6,6 +6,7 @@ Runs in: worker process.
     offload   ComfyUI loads what fits, and keeps the rest in CPU memory
     sharded   each block's weights are patched whole, one at a time, and then cut
     tensor    the same; each rank's part is the heads and columns that it computes
+    modulation    the same; only what modulates the blocks is cut
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.wire.fingerprint import PREFIX
 from comfy_xdit_patch.wire.tensors import digest_weight
 from comfy_xdit_patch.worker.weights.sharded_blocks import Bake, ShardedBlocks
+from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
 from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
 
 Progress = Callable[[float], None]
@@ -148,6 +150,26 @@ def place_tensor(
         patcher.model.diffusion_model,
         index=index,
         degree=degree,
+        device=patcher.load_device,
+        bake=_place_outside_of_blocks(patcher, digests, progress),
+    )
+
+
+def place_modulation(
+    patcher: Any,
+    *,
+    group: dist.ProcessGroup,
+    index: int,
+    world_size: int,
+    digests: dict[str, str] | None,
+    progress: Progress,
+) -> SharedModulation:
+    """The same, with the blocks whole but for this rank's part of their modulation."""
+    return SharedModulation(
+        patcher.model.diffusion_model,
+        group=group,
+        index=index,
+        world_size=world_size,
         device=patcher.load_device,
         bake=_place_outside_of_blocks(patcher, digests, progress),
     )

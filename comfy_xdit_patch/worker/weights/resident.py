@@ -19,6 +19,7 @@ from comfy_xdit_patch.wire.plain_attributes import Attributes
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.weights.overlay import Overlay
 from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
+from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
 from comfy_xdit_patch.worker.weights.stage_blocks import StagedBlocks
 from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
 
@@ -31,9 +32,9 @@ class Resident:
     ``patcher`` is ComfyUI's for the weights as they are stored, ``current`` its clone with the
     patches of ``state``, whose contents ``key`` names; ``overlay`` has what lies over those.
     ``attributes`` are the plain ones of its modules, as ComfyUI made them.
-    ``blocks`` are this rank's weight shards, where it has some, and ``tensor`` its heads and
-    columns, where blocks are cut by those. ``is_on_device`` says that the weights in use are on the
-    device.
+    ``blocks`` are this rank's weight shards, where it has some, ``tensor`` its heads and columns,
+    where blocks are cut by those, and ``modulation`` its part of that, where only that is cut.
+    ``is_on_device`` says that the weights in use are on the device.
     """
 
     patcher: Any
@@ -48,6 +49,7 @@ class Resident:
     residence: Residence = field(default_factory=Residence)
     blocks: ShardedBlocks | None = None
     tensor: TensorBlocks | None = None
+    modulation: SharedModulation | None = None
     is_on_device: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
@@ -64,7 +66,7 @@ class Resident:
     @property
     def is_whole(self) -> bool:
         """Whether ComfyUI's memory manager has placed the model, and may take it off the device."""
-        return self.blocks is None and self.tensor is None
+        return self.blocks is None and self.tensor is None and self.modulation is None
 
     @property
     def bytes_held(self) -> int:
@@ -80,10 +82,27 @@ class Resident:
     def bytes_moved(self) -> int:
         """Bytes that this rank exchanged so far because its blocks are not whole."""
         sharded = 0 if self.blocks is None else self.blocks.bytes_gathered
-        return sharded + (0 if self.tensor is None else self.tensor.bytes_sent)
+        return sharded + sum(
+            0 if cut is None else cut.bytes_sent for cut in (self.tensor, self.modulation)
+        )
 
-    def begin(self, plan: ParallelPlan, groups: Groups) -> int:
+    @property
+    def scaled_in_place(self) -> dict[str, Any]:
+        """Old scaled fp8 layers that have their scale before the call begins.
+
+        A shard's layers get theirs only when their block begins; where a scale goes is a matter of
+        rounding.
+        """
+        return self.scaled if self.blocks is None and self.tensor is None else {}
+
+    def begin(
+        self, plan: ParallelPlan, groups: Groups, *, num_rows: int, is_driven: bool = False
+    ) -> int:
         """Make the model ready for a call; return how many bytes its weights have moved so far.
+
+        Args:
+            num_rows: of the whole batch.
+            is_driven: the host runs the model's blocks one by one.
 
         Raises:
             WorkerError: its blocks are cut for another plan.
@@ -93,6 +112,8 @@ class Resident:
             raise WorkerError(f"The blocks are cut in {degree} and {plan.name} is asked for.")
         if self.tensor is not None:
             self.tensor.begin(groups.of_plan(plan).tensor)
+        if self.modulation is not None:
+            self.modulation.begin(plan, num_rows=num_rows, is_driven=is_driven)
         return self.bytes_moved
 
     def needs_other_patches(self, state: dict[str, Tree]) -> bool:
@@ -123,6 +144,9 @@ class Resident:
         if self.tensor is not None:
             self.tensor.release()
             self.tensor = None
+        if self.modulation is not None:
+            self.modulation.release()
+            self.modulation = None
         self._to_file()
         self.current.detach()
 

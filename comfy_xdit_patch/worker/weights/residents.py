@@ -34,6 +34,7 @@ from comfy_xdit_patch.worker.weights.overlay import Overlay
 from comfy_xdit_patch.worker.weights.placing import (
     Progress,
     patches_computed_in,
+    place_modulation,
     place_sharded,
     place_tensor,
     place_whole,
@@ -164,6 +165,18 @@ class Residents:
             resident.blocks = place_sharded(
                 resident.current,
                 group=self._groups.weights,
+                index=self._groups.rank,
+                world_size=self._groups.world_size,
+                digests=resident.digests if verify else None,
+                progress=progress,
+            )
+        elif residence.mode == "modulation":
+            resident.take_off()
+            group = self._groups.everyone
+            assert group is not None, "a world of one rank shares nothing"
+            resident.modulation = place_modulation(
+                resident.current,
+                group=group,
                 index=self._groups.rank,
                 world_size=self._groups.world_size,
                 digests=resident.digests if verify else None,

@@ -75,6 +75,8 @@ def test_few_tokens_are_no_obstacle_where_the_batch_alone_is_shared():
         ("fsdp", 4, "batch=2,ulysses=2"),
         ("fsdp=4", 4, "ulysses=4"),
         ("fsdp=4,ring=4", 4, "ring=4"),
+        ("modulation=4", 4, "ulysses=4"),
+        ("batch=2,ulysses=2,modulation=4", 4, "batch=2,ulysses=2"),
         ("pipefusion", 4, "pipefusion=4"),
         ("ulysses=2,pipefusion=2", 4, "pipefusion=2,ulysses=2"),
         ("batch=2,pipefusion=2,ulysses=2", 8, "batch=2,pipefusion=2,ulysses=2"),
@@ -109,6 +111,9 @@ THREE = "ring=3; tensor=3; ulysses=3; batch=3; pipefusion=3"
         ),
         ("ulysses=3,fsdp=2", 3, f"{PRIME}; {THREE}"),
         ("tensor=3,fsdp=3", 3, f"{PRIME}; {THREE}"),
+        ("ulysses=3,modulation=2", 3, f"{PRIME}; {THREE}"),
+        ("ulysses=3,fsdp=3,modulation=3", 3, f"{PRIME}; {THREE}"),
+        ("tensor=3,modulation=3", 3, f"{PRIME}; {THREE}"),
         ("pipefusion=3,fsdp=3", 3, f"{PRIME}; {THREE}"),
     ],
 )

@@ -25,7 +25,10 @@ from comfy_xdit_patch.planning.residency import (
 
 # About FLUX.1-dev in bf16.
 MODEL = ModelSizes(
-    total_bytes=22 * GIB, largest_block_bytes=650 * MIB, outside_blocks_bytes=128 * MIB
+    total_bytes=22 * GIB,
+    largest_block_bytes=650 * MIB,
+    outside_blocks_bytes=128 * MIB,
+    modulation_bytes=6 * GIB,
 )
 NUM_BLOCKS = 57
 
@@ -68,10 +71,27 @@ def needed(mode, num_ranks=4, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("gib_of_card", "mode"), [(80, "full"), (25, "full"), (24, "full"), (23, "sharded")]
+    ("gib_of_card", "mode"),
+    [(80, "full"), (24, "full"), (23, "modulation"), (19.5, "modulation"), (18.5, "sharded")],
 )
 def test_the_mode_follows_the_card(gib_of_card, mode):
-    assert planned(gib_of_card * GIB).mode == mode
+    assert planned(int(gib_of_card * GIB)).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "saved"), [(2, 3 * GIB), (3, 4 * GIB), (4, 4.5 * GIB), (8, 5.25 * GIB)]
+)
+def test_a_rank_holds_its_part_of_the_modulation_and_all_else(num_ranks, saved):
+    assert needed("full", num_ranks) - needed("modulation", num_ranks) == saved
+
+
+@pytest.mark.parametrize("memory", [23 * GIB, 12 * GIB, 4 * GIB])
+def test_a_model_whose_blocks_have_no_modulation_goes_on_to_shards(memory):
+    without = dataclasses.replace(MODEL, modulation_bytes=0)
+    tried = [need.mode for need in planned(memory, model=without).needs]
+    assert "modulation" not in tried
+    with_it = [need.mode for need in planned(memory).needs]
+    assert tried == [mode for mode in (*with_it, "sharded") if mode != "modulation"][: len(tried)]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
@@ -94,7 +114,7 @@ def test_more_memory_never_means_a_slower_mode(num_ranks):
         plan = planned(memory, num_ranks)
         order.append(-1 if isinstance(plan, Refusal) else len(MODES) - MODES.index(plan.mode))
     assert order == sorted(order)
-    assert set(order) == ({-1, 1, 3} if num_ranks == 1 else {-1, 1, 2, 3})
+    assert set(order) == ({-1, 1, 4} if num_ranks == 1 else {-1, 1, 2, 3, 4})
 
 
 def test_more_ranks_need_less_of_each_card():
@@ -123,7 +143,7 @@ def test_the_card_with_comfyuis_process_is_the_tightest():
 def test_the_tightest_card_decides():
     unequal = (Card(80 * GIB, 80 * GIB), Card(80 * GIB, 20 * GIB), Card(48 * GIB, 48 * GIB))
     plan = planned_on(unequal)
-    assert plan.mode == "sharded"
+    assert plan.mode == "modulation"
     assert {need.rank for need in plan.needs} == {1}
     assert "of 20.0 GiB on rank 1" in plan.lines()[0]
 
@@ -155,7 +175,8 @@ def test_the_text_adds_up():
     shown = [float(line.split()[0]) for line in rest if line.lstrip()[0].isdigit()]
     assert len(shown) == len(need.costs)
     assert sum(shown) == pytest.approx(need.num_bytes / GIB, abs=0.05 * len(shown))
-    assert rest[-1].startswith("  does not fit: all weights on every card: 2")
+    assert rest[-2].startswith("  does not fit: all weights on every card: 2")
+    assert rest[-1].startswith("  does not fit: modulation shared over the ranks")
 
 
 def test_a_refusal_has_the_figures_of_every_mode():
@@ -180,7 +201,8 @@ def test_what_is_kept_from_step_to_step_is_counted_without_slack():
 def test_who_asks_for_shards_gets_them_where_copies_fit_too():
     roomy = cards(1 << 40, 4)
     assert planned_on(roomy).mode == "full"
-    assert planned_on(roomy, first="sharded").mode == "sharded"
+    for mode in MODES:
+        assert planned_on(roomy, first=mode).mode == mode
     assert planned_on(cards(1 << 40, 1), first="sharded").mode == "full"
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from comfy_xdit_patch.planning.tensor_cuts import LARGEST_UNIT, cuts_of
+from comfy_xdit_patch.planning.tensor_cuts import LARGEST_UNIT, cuts_of, modulation_cuts
 
 WIDTH, HEADS = 384, 3
 
@@ -116,3 +116,15 @@ def test_columns_are_cut_in_multiples_that_kernels_want_where_they_can():
     assert block.columns.width == LARGEST_UNIT
     assert {size % LARGEST_UNIT for size in block.cuts[3].sizes(5)} == {0}
     assert next(cuts_of(flux(columns=1001), 2)).columns.width == 1
+
+
+@pytest.mark.parametrize("degree", [2, 3, 4, 7, 8])
+def test_modulation_alone_is_cut_in_the_order_of_the_blocks(degree):
+    cuts = modulation_cuts(flux(), degree)
+    singles = [f"single_blocks.{number}.modulation.lin" for number in range(2)]
+    assert [*cuts] == ["double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", *singles]
+    for name, cut in cuts.items():
+        sizes = cut.sizes(degree)
+        assert sum(sizes) == (6 if name.startswith("double") else 3) * WIDTH
+        assert max(sizes) - min(sizes) <= LARGEST_UNIT
+    assert modulation_cuts(flux(has_modulation=False), degree) == {}

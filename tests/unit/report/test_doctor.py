@@ -108,7 +108,7 @@ def test_a_budget_is_planned_with_its_arithmetic(installed, monkeypatch):
     monkeypatch.setenv("XDIT_GPU_MEMORY", "24")
     report, is_well = examine(comfyui=None, url=NOWHERE)
     assert "budget: 24.0 GiB on each card" in report
-    assert "weights sharded over the ranks: 14.9 of 24.0 GiB on rank 0" in report
+    assert "modulation shared over the ranks, all else on every card: 21.4 of" in report
     assert is_well
 
 

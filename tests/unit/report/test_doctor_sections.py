@@ -14,9 +14,21 @@ CPU_RANKS = (Device("cpu"), Device("cpu"), Device("cpu"))
 @pytest.mark.parametrize(
     ("dtype", "num_cards", "plan"),
     [
-        ("bf16", 2, "weights sharded over the ranks: 14.9 of 24.0 GiB on rank 0"),
-        ("bf16", 4, "weights sharded over the ranks: 9.2 of 24.0 GiB on rank 0"),
-        ("bf16", 8, "weights sharded over the ranks: 6.4 of 24.0 GiB on rank 0"),
+        (
+            "bf16",
+            2,
+            "modulation shared over the ranks, all else on every card: 21.4 of 24.0 GiB on rank 0",
+        ),
+        (
+            "bf16",
+            4,
+            "modulation shared over the ranks, all else on every card: 19.8 of 24.0 GiB on rank 0",
+        ),
+        (
+            "bf16",
+            8,
+            "modulation shared over the ranks, all else on every card: 18.9 of 24.0 GiB on rank 0",
+        ),
         ("fp8", 2, "all weights on every card: 13.5 of 24.0 GiB on rank 0"),
         ("fp8", 4, "all weights on every card: 13.3 of 24.0 GiB on rank 0"),
         ("fp8", 8, "all weights on every card: 13.2 of 24.0 GiB on rank 0"),
@@ -61,9 +73,14 @@ def test_a_card_too_small_for_anything_is_refused_with_figures():
 @pytest.mark.parametrize(
     ("strategy", "where", "num_plans"),
     [
-        ("auto", "weights sharded over the ranks: 9.2 of 24.0 GiB", 6),
+        ("auto", "modulation shared over the ranks, all else on every card: 19.8 of 24.0 GiB", 6),
         ("fsdp", "weights sharded over the ranks: 9.2 of 24.0 GiB", 6),
         ("ulysses=4,fsdp=4", "weights sharded over the ranks: 9.2 of 24.0 GiB", 2),
+        (
+            "ulysses=4,modulation=4",
+            "modulation shared over the ranks, all else on every card: 19.8",
+            2,
+        ),
         ("tensor", "blocks cut by heads and columns: ", 6),
         ("pipefusion", "each stage's weights on its cards: ", 6),
         ("pipefusion=2,ulysses=2", "each stage's weights on its cards: ", 2),

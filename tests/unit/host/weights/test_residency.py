@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from comfy_xdit_patch.host.weights.residency import Residency, model_sizes
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.residency import GIB, MIB, ModelSizes
 from comfy_xdit_patch.settings import read_settings
+from comfy_xdit_patch.wire.messages.requests import Residence
 
 IMAGE = Workload(batch_size=1, num_text_tokens=256, num_image_tokens=65280, num_heads=24)
 SIZES = ModelSizes(
@@ -90,3 +92,72 @@ def test_weights_are_counted_in_the_dtype_that_a_dynamic_host_computes_with():
     assert sizes == ModelSizes(
         total_bytes=40, largest_block_bytes=36, outside_blocks_bytes=4, cast_bytes=64
     )
+
+
+WITH_MODULATION = dataclasses.replace(SIZES, modulation_bytes=6 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("gib", "sizes", "first", "mode"),
+    [
+        (80, WITH_MODULATION, "full", "full"),
+        (28, WITH_MODULATION, "full", "modulation"),
+        (20, WITH_MODULATION, "full", "sharded"),
+        (80, WITH_MODULATION, "modulation", "modulation"),
+        (None, WITH_MODULATION, "modulation", "modulation"),
+        (28, SIZES, "full", "sharded"),
+        (80, SIZES, "modulation", "full"),
+        (None, SIZES, "modulation", "full"),
+    ],
+)
+def test_modulation_is_shared_where_only_that_fits_or_it_is_asked_for(gib, sizes, first, mode):
+    made, model = residency(gib)
+    made._sizes[model] = sizes
+    place = made.place(model, IMAGE, EVEN, DTYPE, first=first)
+    assert place.residence == Residence(mode)
+    assert made.is_resident(model, IMAGE, EVEN, DTYPE) == (mode in ("full", "modulation"))
+
+
+def test_larger_shares_may_have_the_modulation_shared():
+    made, model = residency(30.5)
+    assert not made.has_room_for_shares(model, IMAGE, UNEQUAL, DTYPE)
+    made._sizes[model] = WITH_MODULATION
+    assert made.has_room_for_shares(model, IMAGE, UNEQUAL, DTYPE)
+
+
+def flux_with_modulation(weight):
+    """One single block of 12 features of modulation, and another linear of the same size."""
+    flux = torch.nn.Module()
+    block, modulation = torch.nn.Module(), torch.nn.Module()
+    modulation.lin, block.linear1 = torch.nn.Linear(4, 12), torch.nn.Linear(4, 12)
+    modulation.lin._parameters["weight"] = weight
+    block.modulation = modulation
+    flux.single_blocks = torch.nn.ModuleList([block])
+    return flux
+
+
+class Grouped(torch.Tensor):
+    """A weight of a class that cannot be cut, as GGUF's."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "extra", "num_bytes"),
+    [
+        (torch.zeros(12, 4), {}, 4 * (12 * 4 + 12)),
+        (torch.zeros(12, 4, dtype=torch.float8_e4m3fn), {}, 12 * 4 + 4 * 12),
+        (torch.zeros(12, 4), {"scale_weight": torch.ones(1)}, 4 * (12 * 4 + 12 + 1)),
+        (torch.zeros(12, 4), {"scale_weight": torch.ones(12)}, 0),
+        (torch.zeros(12, 4, dtype=torch.uint8), {}, 0),
+        (torch.zeros(12, 4).as_subclass(Grouped), {}, 0),
+    ],
+)
+def test_modulation_is_counted_where_it_can_be_cut(weight, extra, num_bytes):
+    flux = flux_with_modulation(torch.nn.Parameter(weight, requires_grad=False))
+    flux.single_blocks[0].modulation.lin._parameters.update(
+        {name: torch.nn.Parameter(value) for name, value in extra.items()}
+    )
+    if type(weight) is Grouped:
+        flux.single_blocks[0].modulation.lin._parameters["weight"] = weight
+    patcher = types.SimpleNamespace(backup={})
+    model = types.SimpleNamespace(diffusion_model=flux, current_patcher=patcher)
+    assert model_sizes(model, torch.float32).modulation_bytes == num_bytes

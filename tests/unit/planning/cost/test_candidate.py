@@ -10,6 +10,7 @@ from comfy_xdit_patch.planning.cost.candidate import (
     NAMED,
     SINGLE,
     STRATEGY_LEGAL,
+    WEIGHTS,
     Candidate,
     candidates,
     is_built,
@@ -23,6 +24,7 @@ def test_a_name_says_where_the_weights_lie_besides():
     assert Candidate(batch=2, ulysses=2).name == "batch=2,ulysses=2"
     assert SINGLE.name == "single"
     assert Candidate(ulysses=4, weights="sharded").name == "ulysses=4,fsdp=4"
+    assert Candidate(ring=2, weights="modulation").name == "ring=2,modulation=2"
     assert Candidate(batch=2, ring=2, weights="offload").name == "batch=2,ring=2,offload=4"
 
 
@@ -35,7 +37,7 @@ def test_all_plans_of_two_gpus():
         *(
             f"{axis}=2,{weights}=2"
             for axis in ("batch", "ring", "ulysses")
-            for weights in ("fsdp", "offload")
+            for weights in ("modulation", "fsdp", "offload")
         ),
     }
 
@@ -87,6 +89,7 @@ def test_only_pipefusion_is_not_exact():
         (" Ulysses=2, RING=2 ", "ulysses=2,ring=2"),
         ("fsdp=4", "ulysses=4,fsdp=4"),
         ("ring=4,fsdp=4", "ring=4,fsdp=4"),
+        ("modulation=4", "ulysses=4,modulation=4"),
         ("single", "single"),
         ("fsdp=1", "fsdp=1"),
     ],
@@ -101,7 +104,8 @@ def test_a_plan_is_read_as_a_user_writes_it(text, name):
     [
         *("", "ulises", "ulysses=", "ulysses=0", "ulysses=2,ulysses=2", "cfg=2,batch=2"),
         *("ulysses=2;ring=2", "ulysses=2,fsdp=4", "fsdp=2,offload=2", "tensor=2,fsdp=2"),
-        *("pipefusion=2,offload=2", "steps=2", "off"),
+        *("pipefusion=2,offload=2", "steps=2", "off", "tensor=2,modulation=2"),
+        *("ulysses=2,modulation=4", "fsdp=2,modulation=2", "offload=2,modulation=2"),
     ],
 )
 def test_what_is_no_plan_is_refused(text):
@@ -110,7 +114,7 @@ def test_what_is_no_plan_is_refused(text):
 
 
 def test_the_text_of_legal_strategies_names_them_all():
-    assert all(name in STRATEGY_LEGAL for name in (*NAMED, *AXES, "fsdp", "offload"))
+    assert all(name in STRATEGY_LEGAL for name in (*NAMED, *AXES, *WEIGHTS.values()))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rig.published import make_job
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate, parse_asked
-from comfy_xdit_patch.planning.cost.choice import SAME_TIME, Choice, choose, why_not
+from comfy_xdit_patch.planning.cost.choice import SAME_TIME, Choice, choose, is_by_name, why_not
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
 from comfy_xdit_patch.planning.cost.machine import Link
 from comfy_xdit_patch.planning.residency import GIB
@@ -29,6 +29,11 @@ def chosen(gpus, *, sockets=1, link=None, precision="bf16", **job):
 
 def option(choice, name):
     return next(found for found in choice.options if found.plan.name == name)
+
+
+def is_taken_unnamed(choice, found):
+    """Whether a plan is exact, and there is no other reason to ask for it by its degrees."""
+    return found.plan.is_exact and not is_by_name(found.plan, choice.options)
 
 
 def choose_plan(job, machine):
@@ -241,7 +246,7 @@ def test_auto_is_exact_fits_and_is_not_slower_than_one_gpu(case, execution):
     assert choice.chosen.plan.is_exact
     assert choice.chosen.need.fits
     assert choice.chosen.time.total_s <= choice.single.time.total_s
-    best = min(found.time.total_s for found in choice.options if found.plan.is_exact)
+    best = min(found.time.total_s for found in choice.options if is_taken_unnamed(choice, found))
     assert choice.chosen.time.total_s <= (1 + SAME_TIME) * best
 
 
@@ -249,7 +254,7 @@ def test_of_plans_that_are_as_fast_the_one_with_fewer_gpus_is_taken():
     """Three of six GPUs are on the other socket; what they add, the way between them takes."""
     choice = chosen("6xl40s", sockets=2, px=768, precision="fp8")
     six = option(choice, "ulysses=6")
-    assert six is choice.options[[o.plan.is_exact for o in choice.options].index(True)]
+    assert six is next(found for found in choice.options if is_taken_unnamed(choice, found))
     assert choice.chosen.plan == Candidate(ulysses=4)
     assert six.time.total_s < choice.chosen.time.total_s < (1 + SAME_TIME) * six.time.total_s
 
@@ -352,7 +357,11 @@ def test_a_strategy_by_name_takes_the_cheapest_of_its_plans():
         asked = parse_asked(name)
         choice = choose(make_job(), machine_of("4xl20"), asked)
         assert isinstance(choice, Choice)
-        allowed = [found for found in choice.options if asked.allows(found.plan)]
+        allowed = [
+            found
+            for found in choice.options
+            if asked.allows(found.plan) and not is_by_name(found.plan, choice.options)
+        ]
         assert choice.chosen in allowed
         assert choice.chosen.time.total_s <= (1 + SAME_TIME) * allowed[0].time.total_s
 
@@ -372,3 +381,33 @@ def test_what_was_asked_for_and_is_impossible_is_refused_with_what_is_possible(a
     possible = refusal.reason.partition("Possible, the fastest first: ")[2].split("; ")
     assert parse_asked(possible[0]).plan is not None
     assert len(possible) >= 5
+
+
+@pytest.mark.parametrize("gpus", ["2x4090", "4x4090", "8x4090"])
+def test_modulation_is_shared_where_a_model_fits_no_card_whole(gpus):
+    """FLUX.1 in bf16 on cards of 24 GiB, where the process of ComfyUI is on the first one too."""
+    num_gpus = int(gpus[0])
+    choice = chosen(gpus)
+    assert (choice.chosen.plan.sequence, choice.chosen.plan.weights) == (num_gpus, "modulation")
+    assert not any(found.plan == Candidate(ulysses=num_gpus) for found in choice.options)
+    gathered = option(choice, f"ulysses={num_gpus},fsdp={num_gpus}")
+    assert choice.chosen.time.total_s < gathered.time.total_s
+    assert choice.chosen.need.num_bytes < 22.5 * GIB
+
+
+def test_modulation_is_shared_by_name_where_whole_weights_fit():
+    choice = chosen("8xh100", execution="compiled")
+    assert choice.chosen.plan == Candidate(ulysses=8)
+    shared = option(choice, "ulysses=8,modulation=8")
+    assert shared.time.total_s < choice.chosen.time.total_s
+    asked = choose(
+        make_job(execution="compiled"), machine_of("8xh100"), parse_asked("modulation=8")
+    )
+    assert asked.chosen.plan == shared.plan
+
+
+@pytest.mark.parametrize(("model", "precision"), [("flux2-dev", "bf16"), ("flux1-dev", "4bit")])
+def test_modulation_that_is_not_of_the_blocks_or_not_cut_is_not_shared(model, precision):
+    choice = chosen("4xl20", model=model, precision=precision)
+    dropped = {drop.plan.name: drop.refusal.reason for drop in choice.dropped}
+    assert "no modulation" in dropped["ulysses=4,modulation=4"]
