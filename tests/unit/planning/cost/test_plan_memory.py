@@ -7,7 +7,9 @@ from rig.published import make_job
 
 from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate
 from comfy_xdit_patch.planning.cost.choice import need, streamed_bytes
+from comfy_xdit_patch.planning.cost.cost import _parts
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
+from comfy_xdit_patch.planning.cost.rank_time import Part, compute_time
 from comfy_xdit_patch.planning.residency import GIB
 
 BLOCKS = 2 * (11_901_408_320 - 64_124_992)
@@ -88,3 +90,32 @@ def test_cut_blocks_hold_all_tokens_that_they_compute():
     one, three = both[0].pop("NCCL, 1 group(s)"), both[1].pop("NCCL, 3 group(s)")
     assert three == 3 * one, "of all ranks, of the sequence and of the cuts"
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(("num_ranks", "gb"), [(2, 3.23), (4, 1.61), (8, 0.81)])
+def test_of_flux1s_modulation_a_rank_holds_and_reads_its_part(num_ranks, gb):
+    plan = Candidate(ulysses=num_ranks, weights="modulation")
+    held = costs(plan, gpus=f"{num_ranks}x4090")
+    part = held[f"1/{num_ranks} of the blocks' modulation"]
+    assert part / 1e9 == pytest.approx(gb, abs=0.005)
+    assert held["weights but for the blocks' modulation"] + num_ranks * part == OUTSIDE + BLOCKS
+    gpu = machine_of("1x4090").gpus[0]
+    times = [compute_time(make_job(), gpu, Part(1, modulation=n)) for n in (1, 1 / num_ranks)]
+    assert times[1].modulation_s * gpu.memory_bytes_per_s == pytest.approx(part)
+    assert times[0].total_s - times[1].total_s == pytest.approx(
+        times[0].modulation_s - times[1].modulation_s
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "part"),
+    [
+        (Candidate(ulysses=4, weights="modulation"), 1 / 4),
+        (Candidate(batch=2, ulysses=2, weights="modulation"), 2 / 4),
+        (Candidate(batch=4, weights="modulation"), 1),
+        (Candidate(ulysses=4), 1),
+    ],
+)
+def test_a_rank_reads_its_modulation_once_for_each_part_of_the_batch(plan, part):
+    parts = _parts(plan, make_job(rows=4), [1.0] * 4)
+    assert {found.modulation for found in parts} == {part}
