@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from comfy_xdit_patch.planning.cost.job import EAGER
 from inside.client import Inside
 from rig.trees import Tree
+
+from comfy_xdit_patch.planning.cost.model_shape import EAGER
 
 NUM_DOUBLE, NUM_SINGLE = 19, 38
 TEXT_TOKENS = 512
@@ -63,7 +64,7 @@ def test_shared_modulation_adds_these_calls_once_a_forward(
     tree: Tree, inside: Callable[..., Inside]
 ) -> None:
     process = inside(tree, XDIT_STRATEGY="off")
-    for num_ranks in ADDED:
+    for num_ranks in SEVERAL:
         whole, shared = (
             process.call(
                 "counted_calls:calls",

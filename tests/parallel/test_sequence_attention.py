@@ -56,7 +56,7 @@ def test_what_waits_for_an_exchange_is_computed_once_it_has_begun(
     for plan in [*PLANS, *WEIGHTED]:
         own = [found["meanwhile"] for found in results if found["plan"] == label(plan)]
         assert own, plan
-        assert own == [[plan.ulysses_degree > 1] * 2] * len(own), "of two blocks"
+        assert own == [[plan.ulysses > 1] * 2] * len(own), "of two blocks"
 
 
 def test_an_attention_that_a_checkpoint_prescribes_is_given_all_tokens_in_order(

@@ -29,7 +29,7 @@ def test_patches_of_a_single_block_read_tensors_among_the_options(monkeypatch):
 
     monkeypatch.setattr(DrivenBlocks, "run", run)
     resident = SimpleNamespace(
-        begin=lambda *_: 0,
+        begin=lambda *_, **__: 0,
         bytes_moved=0,
         is_whole=False,
         flux=SimpleNamespace(num_heads=4, get_submodule=lambda name: nullcontext()),
