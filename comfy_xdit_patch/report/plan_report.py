@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="default: as the model's templates")
     parser.add_argument("--compiled", action="store_true", help="no launches, no unfused kernels")
+    parser.add_argument(
+        "--without",
+        choices=("overlap",),
+        help="compute nothing while q, k and v are on their way",
+    )
     parser.add_argument("--strategy", default="auto", help=STRATEGY_LEGAL)
     parser.add_argument("--all", action="store_true", help="every plan, also those dropped")
 
@@ -127,6 +132,7 @@ def _job(options: argparse.Namespace) -> Job:
         precision=PRECISIONS[options.precision],
         num_steps=options.steps or shape.num_steps,
         execution=COMPILED if options.compiled else EAGER,
+        overlaps=options.without != "overlap",
     )
 
 

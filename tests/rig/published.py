@@ -52,11 +52,12 @@ def make_job(
     execution: str = "eager",
     rows: int = 1,
     steps: int = 28,
+    overlaps: bool = True,
 ) -> Job:
     """Make a job from names."""
     shape = MODELS[model]
     workload = workload_for(shape, width_px=px, height_px=px, num_rows=rows, num_text_tokens=text)
-    return Job(shape, workload, PRECISIONS[precision], steps, EXECUTIONS[execution])
+    return Job(shape, workload, PRECISIONS[precision], steps, EXECUTIONS[execution], overlaps)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Row:
             text=self.text,
             precision=self.precision,
             execution=self.execution,
+            overlaps=False,  # Their ranks compute nothing meanwhile.
         )
         plan = parse_asked(self.plan).plan
         assert plan is not None

@@ -5,7 +5,8 @@ Runs in: the command line's process. Pure arithmetic, no torch.
     T = max(compute + exposed communication + bubble, host time)
 
     compute        of the slowest rank: ``rank_time``
-    communication  exposed: all bytes of all-to-all and all-reduce, what of a ring's send outlasts
+    communication  exposed: all bytes of all-to-all and all-reduce, but for q, k and v of single
+                   blocks: of these what outlasts the MLP's columns; what of a ring's send outlasts
                    the attention beside it, what of gathered weights outlasts all compute, what
                    shared modulation gives
     bubble         of PipeFusion, as the sampler waits for every step: (stages - 1) patches
@@ -81,9 +82,12 @@ def predict(plan: Candidate, job: Job, machine: Machine, *, streamed_bytes: floa
     """
     parts = _parts(plan, job, speeds(job, machine))
     counts = PATCH_COUNTS if plan.pipefusion > 1 else (1,)
+    # Ranks whose launches set the pace launch nothing for what they could compute meanwhile.
+    ways = (job, replace(job, overlaps=False)) if job.has_later_columns else (job,)
     times = [
-        _time(plan, job, machine, streamed_bytes, [replace(part, num_patches=n) for part in parts])
+        _time(plan, way, machine, streamed_bytes, [replace(part, num_patches=n) for part in parts])
         for n in counts
+        for way in ways
     ]
     return min(times, key=lambda time: time.total_s)
 
@@ -171,7 +175,13 @@ def _sequence_s(
         groups = plan.groups("ulysses")
         num_bytes = ulysses_bytes(values, plan.ulysses, blocks, value_bytes)
         calls = 2 * blocks * part.num_patches
-        seconds += machine.all_to_all_s(groups, num_bytes)
+        transfer_s = machine.all_to_all_s(groups, num_bytes)
+        if job.has_later_columns and plan.pipefusion == 1:
+            # Of single blocks q, k and v: three of four tensors.
+            hidden_s = transfer_s * 3 / 4 * job.shape.num_single_blocks / job.shape.num_blocks
+            transfer_s -= hidden_s
+            seconds += _exposed_s(hidden_s, behind=compute.linear_s * job.shape.later_part)
+        seconds += transfer_s
         seconds += calls * machine.latency_s(groups)
     if plan.ring > 1:
         groups = plan.groups("ring")
@@ -237,6 +247,8 @@ def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     if plan.sequence * plan.tensor > 1:
         calls += job.execution.calls_per_attention
     calls *= job.shape.num_blocks * part.stage * part.num_patches
+    if plan.ulysses > 1 and plan.pipefusion == 1 and job.has_later_columns:
+        calls += job.execution.calls_per_later_columns * job.shape.num_single_blocks
     if plan.weights == "modulation":
         calls += job.execution.calls_per_shared_modulation
     return calls * machine.host_call_s

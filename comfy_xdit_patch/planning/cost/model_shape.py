@@ -142,6 +142,14 @@ class ModelShape:
             + self._num_outside
         )
 
+    @property
+    def later_part(self) -> float:
+        """The MLP's columns of single blocks' first linears, as a part of all linears' FLOPs.
+
+        Ranks compute them while q, k and v are exchanged (``worker/shard/later_columns.py``).
+        """
+        return self._mlp_in * self.num_single_blocks / ((4 + self._mlp) * self.num_blocks)
+
     def linear_flops(self, num_tokens: int) -> float:
         """FLOPs of one forward's linears, for one row of the batch."""
         return 2.0 * (4 + self._mlp) * self.width**2 * num_tokens * self.num_blocks
@@ -154,8 +162,7 @@ class ModelShape:
         """Bytes as ``residency`` counts them."""
         largest = max(self._block(is_double=True), self._block(is_double=False))
         # A single block's first linear: q, k, v and the way into the MLP.
-        mlp_in = self.mlp_ratio * (2 if self.is_gated else 1)
-        widest = self._linear(self.width, (3 + mlp_in) * self.width)
+        widest = self._linear(self.width, (3 + self._mlp_in) * self.width)
         size = precision.bytes_per_weight
         return ModelSizes(
             total_bytes=round(size * self.num_weights),
@@ -173,12 +180,16 @@ class ModelShape:
     def _mlp(self) -> int:
         return self.mlp_ratio * (3 if self.is_gated else 2)
 
+    @property
+    def _mlp_in(self) -> int:
+        return self.mlp_ratio * (2 if self.is_gated else 1)
+
     def _linear(self, columns: int, rows: int) -> int:
         return columns * rows + (rows if self.has_bias else 0)
 
     def _block(self, *, is_double: bool) -> int:
         width, hidden = self.width, self.mlp_ratio * self.width
-        into = hidden * (2 if self.is_gated else 1)
+        into = self._mlp_in * width
         norms = 2 * HEAD_WIDTH
         if is_double:
             stream = (
@@ -237,7 +248,7 @@ class Execution:
 
     ``elementwise_values`` is what unfused kernels read and write for each token and block, in
     units of its features. Calls are ATen operators from Python; those that shared modulation adds
-    come once a forward.
+    come once a forward, those of later columns in each single block.
     """
 
     name: str
@@ -245,6 +256,7 @@ class Execution:
     calls_per_block: float
     calls_per_attention: float
     calls_per_shared_modulation: float
+    calls_per_later_columns: float
     """Beside those, where tokens or columns are shared: two collectives and their copies."""
 
 
@@ -258,8 +270,10 @@ EAGER = Execution(
     calls_per_attention=21,
     # Counted (the same test).
     calls_per_shared_modulation=13,
+    # Counted (the same test).
+    calls_per_later_columns=7,
 )
-COMPILED = Execution("compiled", 0, 0, 0, 0)
+COMPILED = Execution("compiled", 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +285,13 @@ class Job:
     precision: Precision
     num_steps: int
     execution: Execution = EAGER
+    overlaps: bool = True
+    """Whether ranks compute while q, k and v are on their way."""
+
+    @property
+    def has_later_columns(self) -> bool:
+        """Whether they have something to compute then: weights that are stored as they compute."""
+        return self.overlaps and self.precision.bytes_per_weight == self.precision.bytes_per_value
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShar
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
+from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
@@ -96,8 +97,7 @@ def sharded_sequence(
                 until_the_head_is_done.enter_context(
                     sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
                 )
-            # A CPU rank's transfers take the time of the core that would compute meanwhile.
-            with nullcontext() if groups.device.type == "cpu" else later.of(flux):
+            with later.of(flux) if gains_by_overlap(groups) else nullcontext():
                 out = original(*call.args, **call.kwargs)
             out = out.narrow(SEQUENCE_DIM, 0, shares.image[index])
             bytes_sent.extend((attention.bytes_sent, mine.bytes_sent))
@@ -105,6 +105,15 @@ def sharded_sequence(
 
         with attention_of_blocks(), own_attribute(flux, "forward_orig", forward_orig):
             yield bytes_sent
+
+
+def gains_by_overlap(groups: Groups) -> bool:
+    """Whether it pays to compute while tokens are on their way.
+
+    A CPU rank's transfers take the time of the core that would compute meanwhile; and where the CPU
+    sets a GPU's pace, the calls that it takes are what costs.
+    """
+    return groups.device.type != "cpu" and not collectives.clock.is_launch_bound
 
 
 def keep_own(

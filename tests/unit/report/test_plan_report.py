@@ -40,8 +40,10 @@ def test_the_table_is_projected_and_says_what_is_taken(capsys):
     assert "rates    l20 fitted" in out
     assert "<- taken" in rows(out)["ulysses=4"]
     assert out.rstrip().endswith(
-        "auto takes ulysses=4: 2.85x of one GPU; 24% of it is communication."
+        "auto takes ulysses=4: 3.18x of one GPU; 15% of it is communication."
     )
+    _, out, _ = plan(capsys, "--gpus", "4xl20", "--without", "overlap")
+    assert "auto takes ulysses=4: 2.85x of one GPU; 24% of it is communication." in out
 
 
 def test_rows_are_the_fastest_plans_and_one_gpu(capsys):
@@ -153,4 +155,4 @@ def test_it_runs_without_site_packages():
     command = [sys.executable, "-I", "-S", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "auto takes ring=2" in done.stdout
+    assert "auto takes ulysses=2" in done.stdout

@@ -109,9 +109,9 @@ def test_a_small_image_on_nvlink_is_limited_by_reading_the_weights():
 @pytest.mark.parametrize("card", ["l20", "l40s"])
 def test_pcie_with_peer_to_peer_takes_ulysses_on_four(card, execution):
     """N = 2 to 4: Ulysses; a ring of two sends the same bytes and hides some (as published)."""
-    choice = chosen(f"4x{card}", execution=execution)
+    choice = chosen(f"4x{card}", execution=execution, overlaps=False)
     assert choice.chosen.plan == Candidate(ulysses=4)
-    pair = chosen(f"2x{card}", execution=execution)
+    pair = chosen(f"2x{card}", execution=execution, overlaps=False)
     assert pair.chosen.plan == Candidate(ring=2)
     assert option(pair, "ulysses=2").time.total_s < 1.15 * pair.chosen.time.total_s
     sharded = option(choice, "ulysses=4,fsdp=4")
@@ -180,12 +180,31 @@ def test_eight_4090_want_pipefusion_and_get_it_by_name_only(precision):
     assert named.chosen.time.total_s < auto.chosen.time.total_s
 
 
-@pytest.mark.parametrize(("link", "speedup"), [("host", 2.46), ("pcie", 2.97)])
-def test_four_5090_take_ulysses(link, speedup):
-    """3.1x and 3.8x are the table's with overlap; without it the study has 2.46x and 2.97x."""
-    choice = chosen("4x5090", link=link)
+@pytest.mark.parametrize("card", ["l20", "l40s"])
+def test_what_hides_q_k_and_v_makes_ulysses_as_good_as_a_ring_of_two(card):
+    choice = chosen(f"2x{card}")
+    assert choice.chosen.plan == Candidate(ulysses=2)
+    assert option(choice, "ring=2").time.total_s > choice.chosen.time.total_s
+
+
+@pytest.mark.parametrize(("link", "plain", "whole"), [("host", 2.46, 3.1), ("pcie", 2.97, 3.8)])
+def test_four_5090_take_ulysses(link, plain, whole):
+    """Without overlap as the study has it; q, k and v of single blocks are some of all overlap."""
+    choice = chosen("4x5090", link=link, overlaps=False)
     assert choice.chosen.plan == Candidate(ulysses=4)
-    assert choice.chosen.speedup == pytest.approx(speedup, rel=0.05)
+    assert choice.chosen.speedup == pytest.approx(plain, rel=0.05)
+    ours = chosen("4x5090", link=link)
+    assert ours.chosen.plan == Candidate(ulysses=4)
+    assert 1.05 * choice.chosen.speedup < ours.chosen.speedup < whole
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-compute", "4bit"])
+def test_weights_that_are_stored_otherwise_compute_nothing_meanwhile(precision):
+    plain, ours = (
+        option(chosen("4x5090", precision=precision, overlaps=overlaps), "ulysses=4")
+        for overlaps in (False, True)
+    )
+    assert ours.time == plain.time
 
 
 def test_a_model_too_large_for_one_card_is_split_by_columns_on_pcie():
@@ -289,7 +308,9 @@ def test_one_gpu_is_taken_where_sharing_gains_nothing():
 
 
 def test_the_reason_of_a_choice_has_its_figures():
-    assert chosen("4xl20").why == "2.85x of one GPU; 24% of it is communication"
+    without = chosen("4xl20", overlaps=False)
+    assert without.why == "2.85x of one GPU; 24% of it is communication"
+    assert chosen("4xl20").why == "3.18x of one GPU; 15% of it is communication"
 
 
 def test_rates_decide_and_not_the_kind_of_link():
@@ -330,7 +351,7 @@ def test_a_batch_whose_tensors_have_other_rows_is_not_shared():
     assert "not every tensor has a row for each image" in refusal.reason
     choice = choose(job, machine_of("2xl20"))
     assert isinstance(choice, Choice)
-    assert choice.chosen.plan == Candidate(ring=2)
+    assert choice.chosen.plan == Candidate(ulysses=2)
 
 
 @pytest.mark.parametrize(
