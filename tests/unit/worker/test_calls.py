@@ -31,7 +31,7 @@ def test_patches_of_a_single_block_read_tensors_among_the_options(monkeypatch):
     resident = SimpleNamespace(
         begin=lambda *_, **__: 0,
         bytes_moved=0,
-        is_whole=False,
+        scaled_in_place={},
         flux=SimpleNamespace(num_heads=4, get_submodule=lambda name: nullcontext()),
     )
     calls = Calls(
