@@ -21,7 +21,7 @@ _patchers: dict[str, Any] = {}  # the latest one last
 
 def patcher_of(path: str, **model_options: Any) -> Any:
     """Load a diffusion model once, as UNETLoader does."""
-    key = f"{path} {sorted(model_options)}"
+    key = f"{path} {sorted(model_options.items())}"
     if key in _patchers:
         _patchers[key] = _patchers.pop(key)
     else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,8 @@ def write_models(models_dir: Path, sizes: Sizes) -> None:
     """Write every model of a set, laid out as ComfyUI's ``models`` directory."""
     if sizes.variants:
         plain = models_directory(dataclasses.replace(sizes, variants=False))
-        shutil.copytree(plain, models_dir, copy_function=os.link)
+        # Links would change what servers that use these files see of them.
+        shutil.copytree(plain, models_dir)
         write_variants(models_dir, sizes)
         return
     dtype = getattr(torch, sizes.dtype)

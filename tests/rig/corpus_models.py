@@ -8,7 +8,6 @@ Name, architecture and storage format are those of the published file; widths ar
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +34,8 @@ def corpus_models_directory() -> Path:
 
 
 def _write(models: Path) -> None:
-    shutil.copytree(models_directory(SIZES), models, copy_function=os.link)
+    # Links would change what servers that use these files see of them.
+    shutil.copytree(models_directory(SIZES), models)
     for path, file in files().items():
         target = models / path
         target.parent.mkdir(parents=True, exist_ok=True)

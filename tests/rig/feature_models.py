@@ -36,7 +36,8 @@ def feature_models() -> Path:
 
 
 def _write(models: Path) -> None:
-    shutil.copytree(models_directory(SIZES), models, copy_function=os.link)
+    # Links would change what servers that use these files see of them.
+    shutil.copytree(models_directory(SIZES), models)
     for name, state in controls.files(hidden=SIZES.hidden, seed=SEED).items():
         _save(models / "controlnet" / name, _cast(state))
     folder = models / "diffusion_models"
