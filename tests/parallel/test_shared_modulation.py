@@ -18,7 +18,7 @@ from rig.breadth import is_whole
 from rig.trees import Tree
 from test_strategies import DEV, ODD, following
 from test_tensor import FP8
-from test_weight_sharding import on_ranks, processes
+from test_weight_sharding import file_of, on_ranks, processes
 
 __all__ = ["processes"]  # a fixture
 
@@ -49,10 +49,7 @@ def test_shared_equals_whole_bit_for_bit(
     case = dict(CASES[name])
     if "bypass" in case and not tree.has(BYPASS):
         pytest.skip("no bypass hooks")
-    path = flux_dev(**MODEL)
-    if case.pop("mixed", False):
-        source, path = path, str(tmp_path / "mixed.safetensors")
-        processes[0].call("sharding:write_mixed_precision", source=source, path=path)
+    path = file_of(case, processes, flux_dev(**MODEL), tmp_path)
     for world_size in (2, 3, 4) if is_whole() else (3, 4):
         store = tmp_path / f"store-{world_size}"
         results = on_ranks(processes, "modulation:compare", world_size, store, path=path, **case)

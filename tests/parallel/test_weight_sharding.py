@@ -59,6 +59,15 @@ def on_ranks(
     return results
 
 
+def file_of(case: dict[str, Any], processes: list[Inside], path: str, tmp_path: Path) -> str:
+    """Return the file of a case: this one, or one of mixed precision made of it."""
+    if not case.pop("mixed", False):
+        return path
+    mixed = str(tmp_path / "mixed.safetensors")
+    processes[0].call("sharding:write_mixed_precision", source=path, path=mixed)
+    return mixed
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_equals_whole_bit_for_bit(
     tree: Tree,
@@ -70,10 +79,7 @@ def test_sharded_equals_whole_bit_for_bit(
     if tree != trees_for_tests()[-1] and name != "mixed precision":
         pytest.skip("only quantised tensors are of another class in the oldest")
     case = dict(CASES[name])
-    path = flux_dev(**MODEL)
-    if case.pop("mixed", False):
-        source, path = path, str(tmp_path / "mixed.safetensors")
-        processes[0].call("sharding:write_mixed_precision", source=source, path=path)
+    path = file_of(case, processes, flux_dev(**MODEL), tmp_path)
     for world_size in (2, 3, 4) if is_whole() else (3,):
         store = tmp_path / f"store-{world_size}"
         results = on_ranks(processes, "sharding:compare", world_size, store, path=path, **case)

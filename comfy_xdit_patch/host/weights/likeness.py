@@ -15,7 +15,7 @@ a change, the step is computed here, and the next one begins with a look.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew
+from comfy_xdit_patch.host.pool.exchange import Poll
 from comfy_xdit_patch.host.pool.inheritance import plain_arguments
 from comfy_xdit_patch.host.reading.compared import Compared
 from comfy_xdit_patch.host.reading.models import flux_of
@@ -131,7 +132,7 @@ class Likeness:
             arguments = plain_arguments(options)
             crew.pending = [Follow(torch=torch_settings.current(), arguments=arguments)]
 
-    def _ask(self, crew: Crew, classes: Classes, poll: Callable[[], None]) -> Reached:
+    def _ask(self, crew: Crew, classes: Classes, poll: Poll) -> Reached:
         in_blocks, around = classes
         with crew.turn(poll) as turn:
             replies = turn.ask(Reach(turn.number, list(in_blocks), list(around)))

@@ -247,17 +247,18 @@ class Execution:
     """How kernels reach the GPU.
 
     ``elementwise_values`` is what unfused kernels read and write for each token and block, in
-    units of its features. Calls are ATen operators from Python; those that shared modulation adds
-    come once a forward, those of later columns in each single block.
+    units of its features. Calls are ATen operators from Python.
     """
 
     name: str
     elementwise_values: float
     calls_per_block: float
     calls_per_attention: float
-    calls_per_shared_modulation: float
-    calls_per_later_columns: float
     """Beside those, where tokens or columns are shared: two collectives and their copies."""
+    calls_per_shared_modulation: float
+    """Once a forward, where that is shared."""
+    calls_per_later_columns: float
+    """In each single block, where columns wait for an exchange."""
 
 
 EAGER = Execution(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from comfy_xdit_patch.wire.tensors import digest_weight
 from comfy_xdit_patch.worker.weights.sharded_blocks import Bake, ShardedBlocks
 from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
 from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
+
+Shared = TypeVar("Shared", ShardedBlocks, SharedModulation)
 
 Progress = Callable[[float], None]
 """Called with the part of a load that is done, 0 to 1."""
@@ -105,31 +107,33 @@ def patches_computed_in(dtype: torch.dtype | None) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def place_sharded(
+def place_shared(
     patcher: Any,
+    kind: type[Shared],
     *,
     group: dist.ProcessGroup,
     index: int,
     world_size: int,
     digests: dict[str, str] | None,
     progress: Progress,
-) -> ShardedBlocks:
-    """Patch a model's weights and keep this rank's part of its blocks.
+) -> Shared:
+    """Patch a model's weights and keep this rank's part of those that all ranks share.
 
     ComfyUI's own ``patch_weight_to_device`` bakes each weight, so the bits are those of a whole
     load; at no time is more than one block whole.
 
     Args:
+        kind: what is shared: the blocks, or what modulates them.
+        group: all ranks.
         digests: filled with a digest of every weight in use, if they are asked for.
     """
-    bake = _place_outside_of_blocks(patcher, digests, progress)
-    return ShardedBlocks(
+    return kind(
         patcher.model.diffusion_model,
         group=group,
         index=index,
         world_size=world_size,
         device=patcher.load_device,
-        bake=bake,
+        bake=_place_outside_of_blocks(patcher, digests, progress),
     )
 
 
@@ -150,26 +154,6 @@ def place_tensor(
         patcher.model.diffusion_model,
         index=index,
         degree=degree,
-        device=patcher.load_device,
-        bake=_place_outside_of_blocks(patcher, digests, progress),
-    )
-
-
-def place_modulation(
-    patcher: Any,
-    *,
-    group: dist.ProcessGroup,
-    index: int,
-    world_size: int,
-    digests: dict[str, str] | None,
-    progress: Progress,
-) -> SharedModulation:
-    """The same, with the blocks whole but for this rank's part of their modulation."""
-    return SharedModulation(
-        patcher.model.diffusion_model,
-        group=group,
-        index=index,
-        world_size=world_size,
         device=patcher.load_device,
         bake=_place_outside_of_blocks(patcher, digests, progress),
     )

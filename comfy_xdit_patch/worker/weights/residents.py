@@ -34,12 +34,13 @@ from comfy_xdit_patch.worker.weights.overlay import Overlay
 from comfy_xdit_patch.worker.weights.placing import (
     Progress,
     patches_computed_in,
-    place_modulation,
-    place_sharded,
+    place_shared,
     place_tensor,
     place_whole,
 )
 from comfy_xdit_patch.worker.weights.resident import Resident
+from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
+from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
 
 
 class Residents:
@@ -162,8 +163,9 @@ class Residents:
         residence = resident.residence
         if residence.mode == "sharded":
             resident.take_off()
-            resident.blocks = place_sharded(
+            resident.blocks = place_shared(
                 resident.current,
+                ShardedBlocks,
                 group=self._groups.weights,
                 index=self._groups.rank,
                 world_size=self._groups.world_size,
@@ -174,8 +176,9 @@ class Residents:
             resident.take_off()
             group = self._groups.everyone
             assert group is not None, "a world of one rank shares nothing"
-            resident.modulation = place_modulation(
+            resident.modulation = place_shared(
                 resident.current,
+                SharedModulation,
                 group=group,
                 index=self._groups.rank,
                 world_size=self._groups.world_size,
