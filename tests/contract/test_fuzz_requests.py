@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import random
 import socket
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import pytest
 import torch
-from rig.broken_messages import arriving, broken_frame
-from rig.fuzzing import named, nothing_is_left, seeds
-from rig.sample_messages import MESSAGES
+from hypothesis import given
+from hypothesis import strategies as st
+from rig.broken_messages import arriving, broken_frames, nothing_is_left, tried, values_of
 
 from comfy_xdit_patch.errors import ChannelClosedError
 from comfy_xdit_patch.wire.channel import Channel, frame_of
@@ -23,6 +22,8 @@ from comfy_xdit_patch.worker import process
 from comfy_xdit_patch.worker.engine import Engine
 from comfy_xdit_patch.worker.process import Heartbeat
 from comfy_xdit_patch.worker.ranks.groups import Groups
+
+STARTS = values_of(requests.Start)
 
 
 class LeftError(BaseException):
@@ -46,20 +47,23 @@ def leave(code: int) -> NoReturn:
 
 def test_a_broken_request_ends_the_worker_with_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_leave_at_once", leave)
-    start = next(m for m in MESSAGES if isinstance(m, requests.Start))
-    samples = [m for m in MESSAGES if not isinstance(m, requests.Start)]
+    others = [hint for hint in get_args(Message) if hint is not requests.Start]
+
+    @tried(300)
+    @given(
+        first=STARTS.map(frame_of) | broken_frames(STARTS),
+        second=broken_frames(st.one_of(map(values_of, others))),
+    )
+    def try_one(first: bytes, second: bytes) -> None:
+        code, last, written = served(first, second)
+        assert code in (None, 1)
+        if code == 1:
+            assert isinstance(last, replies.Failed)
+        else:
+            assert_left_in_peace(arriving(written))
+
     with nothing_is_left():
-        for seed in seeds(300):
-            chance = random.Random(seed)
-            first = broken_frame(start, chance) if chance.random() < 0.2 else frame_of(start)
-            second = broken_frame(chance.choice(samples), chance)
-            with named(seed, (first, second)):
-                code, last, written = served(first, second)
-                assert code in (None, 1)
-                if code == 1:
-                    assert isinstance(last, replies.Failed)
-                else:
-                    assert_left_in_peace(arriving(written))
+        try_one()
 
 
 def assert_left_in_peace(said: list[Message | Exception]) -> None:

@@ -1,57 +1,141 @@
-"""Messages broken by chance: some still are messages, most are not.
+"""Messages of every type, and what is left of them when something in them is broken.
 
-Runs in: the tests. What is broken follows the structure: fields, types, sizes, and only then bytes.
+Runs in: the tests, by hypothesis. What is broken follows the structure: fields, types, sizes, and
+only then bytes. A failure prints what reproduces it.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import gc
 import json
-import random
+import logging
+import os
+import resource
 import struct
-from collections.abc import Callable
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
 
-from comfy_xdit_patch.errors import ChannelClosedError, MessageError
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from comfy_xdit_patch.errors import ChannelClosedError, MessageError, XditError
 from comfy_xdit_patch.wire.channel import MAX_MESSAGE_BYTES
-from comfy_xdit_patch.wire.messages.codec import Message, decode, encode
+from comfy_xdit_patch.wire.messages.codec import INT_LIMIT, Message, decode, encode
+from rig.breadth import how_many, is_whole
+
+T = TypeVar("T")
 
 HEADER = struct.Struct("!I")
-NUMBERS = (0, -1, 1, 2, 255, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63) - 1, 10**400)
-STRINGS = (
-    "",
-    "os",
-    "float32",
-    "__class__",
-    "float8_e4m3fn",
-    "../../etc/passwd",
-    "\0",
-    "\udcff\ud800",
-    "%s%n{0}",
-    "x" * 5000,
+MAX_GROWTH_KB = 300 << 10
+
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)  # surrogates among them: paths
+KEYS = st.sampled_from(["type", "request", "shape", "dtype", "$slot", "$pack", "__class__"]) | TEXTS
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.just("x" * 5000)
+ANY_JSON = st.recursive(
+    PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3)
 )
-KEYS = ("type", "request", "shape", "source", "dtype", "$slot", "$pack", "__proto__", "")
 
 
-def broken_body(message: Message, chance: random.Random) -> bytes:
-    """Return the JSON of a message with one to three things broken in it, or not JSON at all."""
-    kind = chance.random()
-    if kind < 0.1:
-        return _broken_bytes(encode(message), chance)
-    body = json.loads(encode(message))
-    for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        body = chance.choice(list(CHANGES.values()))(body, chance)
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Return what makes values of an annotation of a message."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(map(values_of, inner))
+    if origin is Literal:
+        return st.sampled_from(inner)
+    if origin in (list, tuple):
+        return st.lists(values_of(inner[0]), max_size=4).map(origin)
+    if origin is dict:
+        return st.dictionaries(TEXTS, values_of(inner[1]), max_size=3)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return st.builds(hint, **{name: values_of(one) for name, one in hints.items()})
+    return {
+        Any: ANY_JSON,
+        int: st.integers(-INT_LIMIT, INT_LIMIT - 1),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: TEXTS,
+        bool: st.booleans(),
+        types.NoneType: st.none(),
+    }[hint]
+
+
+def tried(examples: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Try so many inputs, the same ones each time; with ``--all`` ten times as many, by chance."""
+    return settings(
+        max_examples=how_many(examples, whole=10 * examples),
+        derandomize=not is_whole(),
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@st.composite
+def broken_bodies(draw: st.DrawFn, messages: st.SearchStrategy[Message]) -> bytes:
+    """The JSON of a message with up to three things broken in it, or not JSON at all."""
+    body = json.loads(encode(draw(messages)))
+    for _ in range(draw(st.integers(0, 3))):
+        body = _broken(draw, body)
     data = json.dumps(body).encode()
-    return _broken_bytes(data, chance) if kind < 0.15 else data
+    place = draw(st.integers(0, len(data)))
+    return draw(
+        st.sampled_from([data] * 12)
+        | st.sampled_from([data[:place], data + data, b"[" * 20_000, b"9" * 5000])
+        | st.binary(max_size=40).map(lambda noise: data[:place] + noise + data[place:])
+    )
 
 
-def broken_frame(message: Message, chance: random.Random) -> bytes:
-    """Return a message as it travels, broken inside or in its length."""
-    body = broken_body(message, chance)
-    length = len(body)
-    if chance.random() < 0.15:
-        length = chance.choice((0, 1, length - 1, length + 1, 1 << 24, (1 << 24) + 1, 2**32 - 1))
-    return HEADER.pack(max(length, 0)) + body
+def _broken(draw: st.DrawFn, body: Any) -> Any:
+    """Drop, rename, add, replace, repeat or nest something, at some depth."""
+    value = draw(ANY_JSON)
+    owner: Any = None
+    node, key = body, None
+    while isinstance(node, (dict, list)) and node and (owner is None or draw(st.booleans())):
+        owner, key = (
+            node,
+            draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node)))),
+        )
+        node = owner[key]
+    if owner is None:
+        return value
+    match draw(st.sampled_from(["drop", "name", "value", "number", "repeat", "nest"])):
+        case "drop":
+            del owner[key]
+        case "name" if isinstance(owner, dict):
+            owner[draw(KEYS)] = node if draw(st.booleans()) else owner.pop(key)
+        case "number" if type(node) in (int, float):
+            owner[key] = draw(st.integers() | st.floats() | st.just(10**400))
+        case "repeat" if isinstance(node, list):
+            owner[key] = node * draw(st.sampled_from([0, 2, 50]))
+        case "nest":
+            for _ in range(draw(st.sampled_from([3, 90, 300]))):
+                value = [value]
+            owner[key] = value
+        case _:
+            owner[key] = value
+    return body
+
+
+@st.composite
+def broken_frames(draw: st.DrawFn, messages: st.SearchStrategy[Message]) -> bytes:
+    """A message as it travels, broken inside or in its length."""
+    body = draw(broken_bodies(messages))
+    right = len(body)
+    wrong = [
+        0,
+        1,
+        max(right - 1, 0),
+        right + 1,
+        MAX_MESSAGE_BYTES,
+        MAX_MESSAGE_BYTES + 1,
+        2**32 - 1,
+    ]
+    return HEADER.pack(draw(st.just(right) | st.sampled_from([*[right] * 20, *wrong]))) + body
 
 
 def arriving(data: bytes) -> list[Message | Exception]:
@@ -74,118 +158,24 @@ def arriving(data: bytes) -> list[Message | Exception]:
     return [*found, ChannelClosedError("nothing follows")]
 
 
-def any_value(chance: random.Random, depth: int = 0) -> Any:
-    """Return any JSON."""
-    kind = chance.randrange(8 if depth < 3 else 6)
-    if kind == 6:
-        return [any_value(chance, depth + 1) for _ in range(chance.randrange(4))]
-    if kind == 7:
-        return {chance.choice(KEYS): any_value(chance, depth + 1) for _ in range(2)}
-    plain = (None, True, chance.choice(NUMBERS), chance.choice(STRINGS), 1.5, float("nan"))
-    return plain[kind]
+def outcome_of(call: Callable[[], T]) -> T | XditError:
+    """Return what a call returns, or the exception of ours that it raises."""
+    try:
+        return call()
+    except XditError as error:
+        return error
 
 
-def _drop(body: Any, chance: random.Random) -> Any:
-    owner, key = _place(body, chance)
-    if owner is not None:
-        del owner[key]
-    return body
-
-
-def _rename(body: Any, chance: random.Random) -> Any:
-    if isinstance(body, dict) and body:
-        body[chance.choice(KEYS)] = body.pop(chance.choice(list(body)))
-    return body
-
-
-def _add(body: Any, chance: random.Random) -> Any:
-    if isinstance(body, dict):
-        body[chance.choice((*KEYS, "extra"))] = any_value(chance)
-    return body
-
-
-def _replace(body: Any, chance: random.Random) -> Any:
-    owner, key = _place(body, chance)
-    if owner is None or chance.random() < 0.1:
-        return any_value(chance)
-    owner[key] = any_value(chance)
-    return body
-
-
-def _number(body: Any, chance: random.Random) -> Any:
-    """Change a number into another one: the type is right, the value is not."""
-    for _ in range(8):
-        owner, key = _place(body, chance)
-        if owner is not None and type(owner[key]) in (int, float):
-            owner[key] = chance.choice(NUMBERS)
-            break
-    return body
-
-
-def _repeat(body: Any, chance: random.Random) -> Any:
-    """Make a list long, or an item of it many."""
-    for _ in range(8):
-        owner, key = _place(body, chance)
-        if owner is not None and isinstance(owner[key], list):
-            owner[key] = copy.deepcopy(owner[key]) * chance.choice((0, 2, 50))
-            break
-    return body
-
-
-def _nest(body: Any, chance: random.Random) -> Any:
-    owner, key = _place(body, chance)
-    value = any_value(chance)
-    for _ in range(chance.choice((3, 90, 300))):
-        value = [value] if chance.random() < 0.5 else {"$list": value}
-    if owner is None:
-        return value
-    owner[key] = value
-    return body
-
-
-def _retype(body: Any, chance: random.Random) -> Any:
-    if isinstance(body, dict) and isinstance(body.get("type"), str):
-        body["type"] = chance.choice(("Done", "Loaded", "Stop", "Failed", "Map", "Forward", "Nix"))
-    return body
-
-
-Change = Callable[[Any, random.Random], Any]
-CHANGES: dict[str, Change] = {
-    "drop": _drop,
-    "rename": _rename,
-    "add": _add,
-    "replace": _replace,
-    "number": _number,
-    "repeat": _repeat,
-    "nest": _nest,
-    "retype": _retype,
-}
-
-
-def _place(body: Any, chance: random.Random) -> tuple[Any, Any]:
-    """Some place in a tree, as its container and key."""
-    found: tuple[Any, Any] = (None, None)
-    node = body
-    while isinstance(node, (dict, list)) and node:
-        key = chance.choice(list(node)) if isinstance(node, dict) else chance.randrange(len(node))
-        found = (node, key)
-        node = node[key]
-        if chance.random() < 0.4:
-            break
-    return found
-
-
-def _broken_bytes(data: bytes, chance: random.Random) -> bytes:
-    if not data:
-        return b"\xff"
-    place = chance.randrange(len(data))
-    kind = chance.randrange(5)
-    if kind == 0:
-        return data[:place]
-    if kind == 1:
-        return data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
-    if kind == 2:
-        return data[:place] + chance.randbytes(chance.randrange(40)) + data[place:]
-    if kind == 3:
-        return data + data
-    return chance.choice((b"[" * 20_000, b'{"a":' * 20_000, b"9" * 5000, b"\xff\xfe", b"\0" * 64))
+@contextmanager
+def nothing_is_left() -> Iterator[None]:
+    """No descriptor is left by any input, memory stays within bounds, nothing is said."""
+    before = len(os.listdir("/proc/self/fd"))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+    gc.collect()  # An exception that a test keeps refers to the frame that keeps it.
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < MAX_GROWTH_KB
