@@ -6,12 +6,14 @@ Runs in: host (and the doctor). Pure: numbers in, a plan or a refusal out.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from math import gcd
 
 from comfy_xdit_patch.errors import PlanError, Refusal, Scope, SettingsError
 from comfy_xdit_patch.planning.grid import Degrees
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
+from comfy_xdit_patch.planning.sequence_shares import KEPT_ANSWERS
 from comfy_xdit_patch.planning.strategy import AUTO, AXES_OF, FREE, NAMES, PLAN, WEIGHTS, Strategy
 
 BATCH_EFFICIENCY = 0.9
@@ -19,6 +21,7 @@ BATCH_EFFICIENCY = 0.9
 ranks can do, ``auto`` shares the sequence instead; its communication costs about the rest."""
 
 
+@lru_cache(maxsize=KEPT_ANSWERS)
 def plan_call(
     workload: Workload,
     *,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from comfy_xdit_patch.errors import PlanError
@@ -24,6 +25,9 @@ over; 0.7 leaves 3 % of an error after three moves."""
 SMALLEST_PART = 1 / 16
 """No rank's weight falls below this part of an even one: a rank that was slow once must still get
 enough work to be measured again."""
+
+KEPT_ANSWERS = 256
+"""The steps of a run ask the same: of so many questions the answers are kept."""
 
 
 def proportional(num_items: int, weights: Sequence[float], *, minimum: int = 0) -> tuple[int, ...]:
@@ -52,13 +56,14 @@ def proportional(num_items: int, weights: Sequence[float], *, minimum: int = 0) 
         fixed |= below
 
 
+@lru_cache(maxsize=KEPT_ANSWERS)
 def weighted_shares(
     *,
     num_text_tokens: int,
     num_image_tokens: int,
     num_reference_tokens: int = 0,
     num_heads: int,
-    weights: Sequence[float],
+    weights: tuple[float, ...],
     ring_degree: int = 1,
 ) -> SequenceShares:
     """Share a sequence's tokens and heads; every rank holds a text token and an image token.
