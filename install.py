@@ -161,7 +161,8 @@ def _pip(action: str, *arguments: str) -> list[str]:
         # A portable ComfyUI runs as `python -s`: it would not find what is in the user's folder.
         own = ["-s"] if sys.flags.no_user_site else []
         return [sys.executable, *own, "-m", "pip", action, *arguments]
-    uv = shutil.which("uv")
+    beside = Path(sys.executable).parent  # where `pip install uv` has put it
+    uv = shutil.which("uv", path=f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
     if uv is None:
         return []
     # uv takes the wheel that it built before, also where the source has changed since.

@@ -80,11 +80,10 @@ class User:
         """Run a command as this user."""
         kept = {k: v for k, v in os.environ.items() if k.partition("_")[0] not in AWAY}
         links = dict.fromkeys(("PIP_FIND_LINKS", "UV_FIND_LINKS"), str(self.wheels))
-        env = {"PATH": f"{self.root / 'bin'}{os.pathsep}{os.defpath}", **env}
         done = subprocess.run(
             command,
             cwd=self.wheels,
-            env={**kept, **links, **OFFLINE, **env},
+            env={**kept, "PATH": os.defpath, **links, **OFFLINE, **env},
             capture_output=True,
             text=True,
             timeout=DEADLINE_S,
