@@ -165,7 +165,9 @@ def _make(server: Server, graph: graphs.Graph, caption: str) -> tuple[str, dict[
         if isinstance(node["inputs"].get("steps"), int)
     )
     end = time.monotonic() + IMAGE_DEADLINE_S
-    with tqdm(total=total or None, desc=caption, unit="step", mininterval=0.5, miniters=0) as bar:
+    # Its clock goes on while no step is done; then only the whole average (0) is a true rate.
+    often = {"mininterval": 0.5, "miniters": 0, "smoothing": 0}
+    with tqdm(total=total or None, desc=caption, unit="step", **often) as bar:
         while (history := server.poll(prompt_id)) is None:
             bar.update(server.num_steps_done(prompt_id) - bar.n)
             if time.monotonic() > end:
