@@ -12,14 +12,18 @@ Runs in: ComfyUI's own Python, also when ComfyUI-Manager starts it (standard lib
                                    further arguments go to pytest
 
 Installing never replaces what ComfyUI brought along: packages are held at their versions, so pip
-fails with a reason where it would have to change one (docs/adr/0019-packages-are-held.md).
+(or uv, where this Python has no pip) fails with a reason where it would have to change one
+(docs/adr/0019-packages-are-held.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
+import shlex
+import shutil
 import site
 import subprocess
 import sys
@@ -46,14 +50,14 @@ BROUGHT = frozenset(
     }
 )
 NOT_HELD = BROUGHT | {PACKAGE, "pip", "setuptools", "wheel"}
-NODE_FILE = HERE / "__init__.py"
-NODE_TEXT = f'''"""Written by {PACKAGE}'s install.py: ComfyUI loads every folder in custom_nodes.
-
-The patch itself starts from site-packages; there are no nodes here.
-"""
-
-NODE_CLASS_MAPPINGS = {{}}
-'''
+BROUGHT_FILE = "brought.txt"
+"""In this package's .dist-info: the packages that were installed with it, one a line."""
+QUIET = {
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_NO_INPUT": "1",
+    "PIP_PROGRESS_BAR": "off",
+    "PIP_YES": "1",
+}
 TAIL_LINES = 25
 # Two processes of pytest: ranks and servers wait for each other half of the time.
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
@@ -61,6 +65,9 @@ TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
 
 def main(arguments: list[str]) -> int:
     """Do what the first argument names."""
+    if not sys.platform.startswith("linux"):
+        print(f"{PACKAGE} needs Linux; this is {sys.platform}. Nothing was done.", file=sys.stderr)
+        return 1
     if arguments and arguments[0] in ("demo", "test"):
         return _in_environment(arguments[0], arguments[1:])
     if arguments and arguments[0] == "check-gpus":
@@ -78,16 +85,18 @@ def main(arguments: list[str]) -> int:
 
 def _install() -> int:
     print(f"Installing {PACKAGE} into {sys.executable}")
+    before = _brought() or set()
+    there = _installed(None).keys()
     code, output = _pip_install()
     if code:
         print(_advice(output), file=sys.stderr)
         return 1
     place = _start_file()
     if place is None:
-        print(f"{PACKAGE} is installed, but {START_FILES[0]} is not where Python reads it from:")
-        print(f"{', '.join(map(str, _site_folders()))}. Not enabled.", file=sys.stderr)
+        folders = ", ".join(map(str, _site_folders()))
+        print(f"Not enabled: {START_FILES[0]} is in none of {folders}.", file=sys.stderr)
         return 1
-    _mark_node_folder()
+    _record(before | (_installed(None).keys() - there - {PACKAGE}))
     for path in shadowing():
         path.unlink()
         print(f"removed {path}: an empty file of xfuser that hides others' modules of that name")
@@ -106,7 +115,7 @@ def _check() -> int:
     if _version("torch") is None:
         print("torch is not installed here: is this the Python that runs ComfyUI?")
     code, output = _pip_install("--dry-run")
-    would = [line for line in output.splitlines() if line.startswith("Would install")]
+    would = [line for line in output.splitlines() if line.startswith(("Would install", " + "))]
     print(_advice(output) if code else "\n".join(would) or "pip would change nothing")
     return 1 if code else 0
 
@@ -121,24 +130,21 @@ def _check_gpus(arguments: list[str]) -> int:
 
 def _uninstall(*, check: bool) -> int:
     files = [folder / name for folder in _site_folders() for name in START_FILES]
-    if NODE_FILE.is_file() and NODE_FILE.read_text() == NODE_TEXT:
-        files.append(NODE_FILE)
-    installed = _version(PACKAGE)
+    installed, stays = _version(PACKAGE), _what_stays()
     if check:
         print(f"would uninstall {PACKAGE} {installed or '(not installed)'} and remove what is left")
         print("of: " + " ".join(str(path) for path in files if path.exists()))
-        print(_what_stays())
+        print(stays)
         return 0
     if installed:
-        command = [sys.executable, "-m", "pip", "uninstall", "-y", PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(_tail(done.stdout + done.stderr), file=sys.stderr)
+        code, output = _run(_pip("uninstall", PACKAGE))
+        if code:
+            print(_advice(output, "uninstall"), file=sys.stderr)
             return 1
     for path in files:
         path.unlink(missing_ok=True)
     print(f"{PACKAGE} is removed from {sys.executable}. Restart ComfyUI.")
-    print(_what_stays())
+    print(stays)
     return 0
 
 
@@ -146,9 +152,29 @@ def _pip_install(*options: str) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{pin}\n" for pin in held()))
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
-        command += ["--no-input", "--progress-bar", "off", *options, "-c", str(constraints)]
-        done = subprocess.run([*command, str(HERE)], capture_output=True, text=True)
+        return _run(_pip("install", *options, "-c", str(constraints), str(HERE)))
+
+
+def _pip(action: str, *arguments: str) -> list[str]:
+    """Return a command of pip, or of uv where this Python has no pip; nothing where uv is not."""
+    if importlib.util.find_spec("pip"):
+        # A portable ComfyUI runs as `python -s`: it would not find what is in the user's folder.
+        own = ["-s"] if sys.flags.no_user_site else []
+        return [sys.executable, *own, "-m", "pip", action, *arguments]
+    beside = Path(sys.executable).parent  # where `pip install uv` has put it
+    uv = shutil.which("uv", path=f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+    if uv is None:
+        return []
+    # uv takes the wheel that it built before, also where the source has changed since.
+    anew = ["--reinstall-package", PACKAGE] if action == "install" else []
+    return [uv, "pip", action, "--python", sys.executable, *anew, *arguments]
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    if not command:
+        return 1, ""
+    environment = {**os.environ, **QUIET}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -159,10 +185,14 @@ def held(folders: list[str] | None = None) -> list[str]:
 
 
 def unneeded(folders: list[str] | None = None) -> list[str]:
-    """Return which packages of ``BROUGHT`` no other installed package requires."""
+    """Return what installing brought and no other installed package requires.
+
+    Where this package was not installed by this file, nobody knows: then all of ``BROUGHT``.
+    """
     found = _installed(folders)
+    brought = _brought(folders)
     found.pop(PACKAGE, None)
-    left = BROUGHT & found.keys()
+    left = (BROUGHT if brought is None else brought) & found.keys()
     while True:
         needed = {
             _requirement(line) for name in found.keys() - left for line in _needs(found[name])
@@ -191,19 +221,36 @@ def shadowing(folders: list[str] | None = None) -> list[Path]:
     return [path] if path.is_file() and not path.read_bytes().strip() else []
 
 
+def _brought(folders: list[str] | None = None) -> set[str] | None:
+    """Return the packages that were installed with this one, as ``_record`` has noted them."""
+    ours = _installed(folders).get(PACKAGE)
+    text = ours.read_text(BROUGHT_FILE) if ours else None
+    return None if text is None else set(text.split())
+
+
+def _record(brought: set[str]) -> None:
+    """Note what came along, in a file that pip and uv remove with the package."""
+    files = metadata.files(PACKAGE) or ()
+    (record,) = (file for file in files if file.name == "RECORD")
+    path = Path(str(record.locate()))
+    path.with_name(BROUGHT_FILE).write_text("".join(f"{name}\n" for name in sorted(brought)))
+    with path.open("a") as lines:
+        lines.write(f"{record.with_name(BROUGHT_FILE).as_posix()},,\n")
+
+
 def _what_stays() -> str:
-    names = " ".join(unneeded())
+    names = unneeded()
     if not names:
         return "Of what it brought, nothing is left that no other package requires."
+    command = shlex.join(_pip("uninstall", *names))
     return (
-        f"Left, for node packs may import them: {names}\n"
-        f"No installed package requires them. To remove them: "
-        f"{sys.executable} -m pip uninstall {names}"
+        f"Left, for node packs may import them: {' '.join(names)}\n"
+        f"No installed package requires them. To remove them: {command}"
     )
 
 
 def _installed(folders: list[str] | None) -> dict[str, metadata.Distribution]:
-    paths = sys.path if folders is None else folders
+    paths = [*sys.path, *map(str, _site_folders())] if folders is None else folders
     found: dict[str, metadata.Distribution] = {}
     for distribution in metadata.distributions(path=paths):
         name = _canonical(distribution.metadata["Name"] or "")
@@ -244,20 +291,16 @@ def _start_file() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _mark_node_folder() -> None:
-    """Inside custom_nodes ComfyUI imports this folder as a node pack: let that succeed."""
-    if HERE.parent.name != "custom_nodes" or NODE_FILE.exists():
-        return
-    NODE_FILE.write_text(NODE_TEXT)
-    if (HERE / ".git").is_dir():
-        exclude = HERE / ".git" / "info" / "exclude"
-        exclude.parent.mkdir(exist_ok=True)
-        with exclude.open("a") as handle:
-            handle.write("/__init__.py\n")
-
-
-def _advice(output: str) -> str:
-    return f"{_tail(output)}\npip could not install {PACKAGE}; nothing of ComfyUI's was changed."
+def _advice(output: str, action: str = "install") -> str:
+    """Say what went wrong in the output of pip or uv; it is empty where neither is there."""
+    if not output:
+        return f"No pip, and uv is not on PATH. {sys.executable} -m ensurepip brings pip."
+    if re.search("externally.managed", output):
+        return (
+            f"{sys.executable} belongs to the system's packages (PEP 668), which pip leaves alone. "
+            f"Run install.py with the Python of ComfyUI's own environment."
+        )
+    return f"{_tail(output)}\n{PACKAGE} could not be {action}ed; nothing of ComfyUI's was changed."
 
 
 def _tail(text: str) -> str:

@@ -1,7 +1,8 @@
 """Pages made from code are current, and every text that a user can meet is explained.
 
 Texts are collected from the source: the reason of every ``Refusal``, the message of every exception
-of ours, and every line that is logged. Values in them are wildcards.
+of ours, every line that is logged, and what ``install.py`` says on stderr. Values in them are
+wildcards.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import ast
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,7 @@ EXCEPTIONS = {
 LOG_LEVELS = ("info", "warning", "error", "exception")
 # Functions that make a text which somebody else raises, logs or quotes.
 TEXT_FUNCTIONS = (
+    "_advice",
     "_check_tree",
     "death_text",
     "fault_of",
@@ -77,13 +81,16 @@ def is_user_text(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     is_logged = isinstance(call.func, ast.Attribute) and call.func.attr in LOG_LEVELS
     return bool(call.args) and (
-        name in ("Refusal", "self._fail") or name in EXCEPTIONS or (is_logged and "log" in name)
+        name in ("Refusal", "self._fail")
+        or name in EXCEPTIONS
+        or (is_logged and "log" in name)
+        or (name == "print" and "file" in [keyword.arg for keyword in call.keywords])
     )
 
 
 def collect() -> list[Text]:
     found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in (*sorted(PACKAGE.rglob("*.py")), REPO / "__init__.py", REPO / "install.py"):
         tree = ast.parse(path.read_text())
         expressions: list[tuple[ast.expr | None, bool, str]] = []
         for node in ast.walk(tree):
@@ -158,8 +165,8 @@ def test_pages_made_from_code_are_what_the_code_says():
 def test_texts_are_found_in_every_part_of_the_package():
     assert sum(text.is_refusal for text in TEXTS) >= 30
     assert len(TEXTS) >= 60
-    parts = {text.place.split("/")[1] for text in TEXTS}
-    assert parts >= {"host", "planning", "settings.py", "wire", "worker"}
+    parts = {part for text in TEXTS for part in text.place.split("/")}
+    assert parts >= {"host", "planning", "settings.py", "wire", "worker", "install.py"}
 
 
 def test_every_text_has_an_entry_in_one_row():
@@ -271,3 +278,16 @@ def test_the_page_on_one_step_names_every_file_that_a_step_enters(name):
     assert len(modules) > 5
     text = page.read_text()
     assert [path for path in modules if path.removeprefix(f"{PACKAGE.name}/") not in text] == []
+
+
+def test_systemd_reads_the_unit_of_the_page_on_operating(tmp_path):
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed")
+    page = (DOCS / "operating.md").read_text()
+    unit = textwrap.dedent(page.split("<!-- unit -->")[1].split("<!-- /unit -->")[0])
+    path = tmp_path / "comfyui.service"
+    path.write_text(re.sub(r"(?<=ExecStart=)\S+", sys.executable, unit))
+    done = subprocess.run([program, "verify", str(path)], capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if path.name in line]
+    assert (done.returncode, said) == (0, []), done.stderr

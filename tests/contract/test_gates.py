@@ -6,11 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from rig.repository import REPO, repository_files
 
-REPO = Path(__file__).resolve().parents[2]
 DEADLINE_S = 300
 
 GATES = {
@@ -35,15 +34,6 @@ def test_gate(gate):
         timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def repository_files() -> list[Path]:
-    """Every file of the checkout that git does not ignore; of an unpacked archive, every file."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    if listed.returncode == 0:
-        return [REPO / name for name in listed.stdout.split("\0") if (REPO / name).is_file()]
-    return [path for path in REPO.rglob("*") if path.is_file()]
 
 
 def test_no_file_names_the_place_where_it_was_written():

@@ -7,6 +7,7 @@ its own, one after the other, so that they do not share the machine while they a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import AMPLIFY, Difference, amplified_difference, compare_all, draw_side_by_side
-from rig.environment import RigError, cache_root
+from rig.environment import RigError, cache_root, telling
 from rig.outputs import Pixels
 from rig.report import Run, failure, run_of, summary_of, table
 from rig.server import Server, base_directory
@@ -91,12 +92,15 @@ def _demo(options: argparse.Namespace) -> int:
     sha_before = _sha256(workflow)
     graph = graphs.load(workflow)
     OUT.mkdir(exist_ok=True)
+    tree = read_tree(options.comfyui) if options.comfyui else obtain_tree()
+    with telling("writing the model files"):
+        models = models_directory(Sizes(hidden=hidden))
     plan = Plan(
-        tree=read_tree(options.comfyui) if options.comfyui else obtain_tree(),
+        tree=tree,
         device=device,
         ranks=ranks,
         workflow=workflow,
-        models=models_directory(Sizes(hidden=hidden)),
+        models=models,
         base=cache_root() / "demo" / str(os.getpid()),
         env={"RIG_SHIM_DIFFUSION": "0"} if options.native else {},
     )
@@ -126,9 +130,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _serve(plan: Plan, name: str, env: dict[str, str], graph: graphs.Graph) -> Run:
     """Start a server, make a warm-up image with another seed, then the image that counts."""
-    with (
-        base_directory(plan.base / name, plan.models, keep=True) as base_dir,
-        Server(
+    with contextlib.ExitStack() as stack:
+        base_dir = stack.enter_context(base_directory(plan.base / name, plan.models, keep=True))
+        server = Server(
             plan.tree,
             base_dir,
             env=plan.env | env,
@@ -136,8 +140,9 @@ def _serve(plan: Plan, name: str, env: dict[str, str], graph: graphs.Graph) -> R
             threads=1 if plan.device == "cpu" else None,
             log_path=OUT / f"{name}.log",
             is_cold=True,
-        ) as server,
-    ):
+        )
+        with telling(f"{name:8} ComfyUI is starting"):
+            stack.enter_context(server)
         is_parallel = name == "parallel"
         if is_parallel:
             server.status()  # says at once if the patch is not active
@@ -160,10 +165,11 @@ def _make(server: Server, graph: graphs.Graph, caption: str) -> tuple[str, dict[
         if isinstance(node["inputs"].get("steps"), int)
     )
     end = time.monotonic() + IMAGE_DEADLINE_S
-    with tqdm(total=total or None, desc=caption, unit="step", mininterval=0.5) as bar:
+    # Its clock goes on while no step is done; then only the whole average (0) is a true rate.
+    often = {"mininterval": 0.5, "miniters": 0, "smoothing": 0}
+    with tqdm(total=total or None, desc=caption, unit="step", **often) as bar:
         while (history := server.poll(prompt_id)) is None:
-            if server.num_steps_done(prompt_id) > bar.n:
-                bar.update(server.num_steps_done(prompt_id) - bar.n)
+            bar.update(server.num_steps_done(prompt_id) - bar.n)
             if time.monotonic() > end:
                 raise RigError(f"{caption.strip()}: no image after {IMAGE_DEADLINE_S} s.")
             time.sleep(POLL_S)

@@ -3,8 +3,8 @@
 Runs in: any bare Python (standard library only).
 
 The environment lives in the cache and is named after the lock file and the Python version, so a
-changed lock makes a new one. It is built under a temporary name and renamed when complete: an
-interrupted build is never reused.
+changed lock makes a new one. It is built where it stays, for its scripts hold its path; a file
+beside it says that it is not complete, so an interrupted build is never reused.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,8 @@ PIP_DEADLINE_S = 3600
 RIG_CACHE = "RIG_CACHE"
 """Where the rig's cache is, in processes of tests: XDG_CACHE_HOME is an empty one for them."""
 TAIL_LINES = 40
+TELL_S = 10.0
+"""How long something may go on without a word on the screen."""
 
 
 class RigError(RuntimeError):
@@ -55,18 +58,36 @@ def exclusive(name: str) -> Iterator[None]:
         yield
 
 
-def run_logged(command: list[str], log_path: Path, what: str, cwd: Path | None = None) -> None:
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say now and then that something is still going on, and for how long."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(TELL_S):
+            print(f"{what}: {time.monotonic() - start:.0f} s", flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+def run_logged(
+    command: list[str], log_path: Path, what: str, deadline_s: float = PIP_DEADLINE_S
+) -> None:
     """Run a command with its output in a log file; show the log's tail if it fails."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
+    with log_path.open("ab") as log, telling(what):
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()
         try:
-            done = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=cwd, timeout=PIP_DEADLINE_S
-            )
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=deadline_s)
         except subprocess.TimeoutExpired as error:
-            raise RigError(f"{what}: not finished after {PIP_DEADLINE_S} s.") from error
+            raise RigError(f"{what}: not finished after {deadline_s} s.") from error
     if done.returncode:
         raise RigError(
             f"{what}: exit code {done.returncode}. Last lines of {log_path}:\n{tail(log_path)}"
@@ -97,26 +118,28 @@ def ensure_environment() -> Path:
         )
     environment = environment_path()
     with exclusive(environment.name):
-        if not environment.exists():
+        incomplete = environment.with_name(f"{environment.name}.incomplete")
+        if incomplete.exists() or not environment.exists():
+            incomplete.touch()
             _build(environment)
+            incomplete.unlink()
     return environment_python(environment)
 
 
 def _build(environment: Path) -> None:
     log_path = cache_root() / "logs" / f"{environment.name}.log"
     log_path.unlink(missing_ok=True)
-    # A virtual environment's scripts hold absolute paths, so they would name the temporary
-    # directory after the renaming. Nothing here calls them; `python -m` is used throughout.
-    building = environment.with_name(f"{environment.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    run_logged([sys.executable, "-m", "venv", str(building)], log_path, "making the environment")
-    pip = [str(environment_python(building)), "-m", "pip", "--disable-pip-version-check"]
+    run_logged(
+        [sys.executable, "-m", "venv", "--clear", str(environment)],
+        log_path,
+        "making the environment",
+    )
+    pip = [str(environment_python(environment)), "-m", "pip", "--disable-pip-version-check"]
     run_logged(
         [*pip, "install", "--no-input", "--progress-bar", "off", "-r", str(LOCK_FILE)],
         log_path,
         f"installing {LOCK_FILE.name}",
     )
-    building.rename(environment)
 
 
 def install_wheel(python: Path, checkout: Path) -> str:

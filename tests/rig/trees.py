@@ -14,7 +14,6 @@ import ast
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -127,15 +126,18 @@ def _clone() -> Tree | None:
         return None
     with _temporary() as folder:
         target = Path(folder) / "tree"
-        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-        command = ["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(target)]
+        command = ["env", "GIT_TERMINAL_PROMPT=0", "git", "clone", "--quiet", "--depth", "1"]
+        log_path = cache_root() / "logs" / "comfyui-clone.log"
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, timeout=CLONE_DEADLINE_S
+            run_logged(
+                [*command, REPOSITORY, str(target)],
+                log_path,
+                f"cloning {REPOSITORY}",
+                CLONE_DEADLINE_S,
             )
-        except subprocess.TimeoutExpired:
+        except RigError:
             return None
-        return _keep(target) if done.returncode == 0 else None
+        return _keep(target)
 
 
 def _unpack_wheel() -> Tree:

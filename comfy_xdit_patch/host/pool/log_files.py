@@ -71,8 +71,8 @@ class LogDirectory:
             WorkerError: it cannot be made.
         """
         if self._made is None or not self._made.is_dir():
-            base = self._base or Path(tempfile.gettempdir())
             try:
+                base = self._base or Path(tempfile.gettempdir())
                 base.mkdir(parents=True, exist_ok=True)
                 self._made = make_log_dir(base)
             except OSError as error:

@@ -149,3 +149,11 @@ def test_a_place_that_is_none_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WorkerError, match=r"no place for the logs.*Not a directory.*XDIT_LOG_DIR"):
         LogDirectory(tmp_path / "file" / "logs").get()
+
+
+def test_a_system_without_any_folder_for_temporary_files_is_told_apart_from_a_fault(monkeypatch):
+    """As in a container whose root is read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/not-there"])
+    with pytest.raises(WorkerError, match=r"no place for the logs.*No usable temporary directory"):
+        LogDirectory(None).get()
