@@ -16,12 +16,12 @@ from inside.client import Inside
 from rig.trees import Tree
 
 NUM_RANKS = 2
-NUM_WARM_UP = 3
+NUM_WARM_UP, QUICK_CALLS = 3, 10
 
 
 def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
     """The part of a call outside of the ranks, against the ranks' part of the same call."""
-    num_calls = 10 if is_quick else 40
+    num_calls = QUICK_CALLS if is_quick else 40
     inside = Inside(tree, {"XDIT_GPUS": f"cpu:{NUM_RANKS}", "XDIT_START_TIMEOUT": "400"})
     try:
         with tempfile.TemporaryDirectory() as folder:

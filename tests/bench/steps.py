@@ -96,7 +96,7 @@ def ways_for(num_ranks: int, *, has_threads: bool) -> list[Way]:
 
 def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
     """Steps of each way, what they cost outside of the ranks, and the bytes between ranks."""
-    num_rounds = 3 if is_quick else 5
+    num_rounds = 3 if is_quick else 4
     with _setup(tree, is_quick=is_quick) as (setup, sizes):
         ways = ways_for(setup.num_ranks, has_threads=setup.device == "cpu" and not is_quick)
         turns: dict[str, list[Turn]] = {way.name: [] for way in ways}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import suite
+from bench import call_overhead, suite
 from bench.rows import Row, compared, text_of
 
 from comfy_xdit_patch import __version__
@@ -64,7 +64,11 @@ def test_a_wrong_argument_is_an_error_that_names_it(
 
 
 @pytest.mark.newest_only
-def test_the_cost_of_a_call_is_measured_written_and_drawn(tmp_path: Path) -> None:
+def test_the_cost_of_a_call_is_measured_written_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_overhead, "NUM_WARM_UP", 1)
+    monkeypatch.setattr(call_overhead, "QUICK_CALLS", 3)
     assert suite.main(["--quick", "--only", "overhead", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["versions"]["comfy-xdit-patch"] == __version__
