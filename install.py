@@ -8,6 +8,8 @@ Runs in: ComfyUI's own Python, also when ComfyUI-Manager starts it (standard lib
     python install.py --uninstall  remove the patch from this Python, and say what it leaves
     python install.py check-gpus ...  comfy-xdit check: whether it works on this machine's GPUs
     python install.py demo ...     the same image on stock ComfyUI and on several ranks
+    python install.py bench ...    times, beside their baselines: steps by each strategy, overhead,
+                                   xfuser's attention; --quick takes minutes
     python install.py test ...     the tests, one of each mechanism; --all runs everything, and
                                    further arguments go to pytest
 
@@ -59,6 +61,8 @@ QUIET = {
     "PIP_YES": "1",
 }
 TAIL_LINES = 25
+IN_ENVIRONMENT = {"demo": "rig.demo", "bench": "bench.suite", "test": "pytest"}
+"""What runs in the rig's environment, and as which module."""
 # Two processes of pytest: ranks and servers wait for each other half of the time.
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
 
@@ -68,7 +72,7 @@ def main(arguments: list[str]) -> int:
     if not sys.platform.startswith("linux"):
         print(f"{PACKAGE} needs Linux; this is {sys.platform}. Nothing was done.", file=sys.stderr)
         return 1
-    if arguments and arguments[0] in ("demo", "test"):
+    if arguments and arguments[0] in IN_ENVIRONMENT:
         return _in_environment(arguments[0], arguments[1:])
     if arguments and arguments[0] == "check-gpus":
         return _check_gpus(arguments[1:])
@@ -308,7 +312,7 @@ def _tail(text: str) -> str:
 
 
 def _in_environment(command: str, arguments: list[str]) -> int:
-    """Run the demo or the tests in the rig's own environment, with this checkout's wheel."""
+    """Run the demo, the benchmark or the tests in the rig's environment, with a fresh wheel."""
     sys.path.insert(0, str(HERE / "tests"))
     from rig import environment, trees
 
@@ -323,10 +327,11 @@ def _in_environment(command: str, arguments: list[str]) -> int:
     except environment.RigError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 1
-    line = [str(python), "-m", "rig.demo", *arguments]
+    line = [str(python), "-m", IN_ENVIRONMENT[command]]
     if command == "test":
-        line = [str(python), "-m", "pytest", "--import-mode=importlib", *TWO_AT_A_TIME, *arguments]
+        line += ["--import-mode=importlib", *TWO_AT_A_TIME]
         os.chdir(HERE)
+    line += arguments
     os.execve(python, line, {**os.environ, "PYTHONPATH": str(HERE / "tests")})
 
 

@@ -18,24 +18,24 @@ columns, of which ``hidden`` says the part that was. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from bench.ranks import on_ranks
+from bench.rows import Row, compared
+from rig.trees import Tree, trees_for_tests
+
 WIDTH, HEADS, TEXT = 3072, 24, 256
 NUM_RANKS, NUM_BLOCKS = 2, 2
+DEADLINE_S = 1200.0
 # What a card multiplies in bf16 (1e12/s), and what its link brings each way (GB/s):
 # planning/cost/known_machines.py, and performance.md section 1.6 of the design's figures for links.
 MACHINES = {"4090": (150, 15.0), "5090": (186, 24.0), "L40S": (200, 20.0), "H100": (570, 200.0)}
@@ -47,45 +47,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    from rig.trees import trees_for_tests
-
     tree = trees_for_tests()[-1]
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        ranks = [
-            context.Process(target=run_rank, args=(rank, str(tree.path), folder, vars(options)))
-            for rank in range(NUM_RANKS)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        found = json.loads(Path(folder, "0.json").read_text())
+    found = on_ranks(NUM_RANKS, run_rank, str(tree.path), vars(options), deadline_s=DEADLINE_S)[0]
     json.dump({"comfyui": tree.version, **vars(options), **found}, sys.stdout, indent=1)
 
 
-def run_rank(rank: int, tree: str, folder: str, options: dict[str, Any]) -> None:
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
+    """Overlap switched on against switched off, on each link."""
+    options = {"tokens": 1280, "rounds": 3 if is_quick else 7, "dtype": "bfloat16"}
+    machines = ["4090"] if is_quick else [*MACHINES]
+    (found, _) = on_ranks(
+        NUM_RANKS, run_rank, str(tree.path), options, machines, deadline_s=DEADLINE_S
+    )
+    return [
+        compared(
+            f"single block, link as of {name}: columns later against at once",
+            "s",
+            *(found["rounds_s"][f"{name} {kind}"] for kind in ("overlapped", "exposed")),
+            parity=f"same bits: {found['are_bits_same']}",
+        )
+        for name in ("gloo", *machines)
+    ]
+
+
+def run_rank(
+    rank: int, tree: str, options: dict[str, Any], machines: Sequence[str] = tuple(MACHINES)
+) -> dict[str, Any]:
     sys.argv = ["bench", "--cpu"]
     sys.path.insert(0, tree)
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(f"{folder}/store", NUM_RANKS),
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=datetime.timedelta(seconds=300),
-    )
-    with torch.inference_mode():
-        found = Bench(rank, options).measured()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return Bench(rank, options).measured(machines)
 
 
 class Bench:
@@ -163,6 +156,7 @@ class Bench:
             with self.later.of(model) if is_later else nullcontext():
                 for block in self.blocks:
                     x = block(x, vec=self.mod, pe=None, transformer_options=options)
+            self.out = x
             return (time.perf_counter() - begin) / NUM_BLOCKS
 
     def seconds(self, call: Callable[[], object]) -> float:
@@ -174,7 +168,7 @@ class Bench:
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self, machines: Sequence[str]) -> dict[str, Any]:
         import torch
         import torch.distributed as dist
         from rig.slow_link import SlowLink
@@ -186,9 +180,14 @@ class Bench:
         dist.all_reduce(rate, op=dist.ReduceOp.MIN)  # The same links on both ranks.
         teraflops = float(rate)
         links = {"gloo": SlowLink(math.inf)}
-        speeds = {name: gbs * 1e9 * teraflops / tf for name, (tf, gbs) in MACHINES.items()}
+        speeds = {
+            name: gbs * 1e9 * teraflops / tf
+            for name, (tf, gbs) in MACHINES.items()
+            if name in machines
+        }
         links |= {name: SlowLink(speed) for name, speed in speeds.items()}
         times: dict[str, list[float]] = {}
+        outs: dict[str, torch.Tensor] = {}
         for number in range(self._rounds + 1):
             rows = [("alone", None, False)]
             rows += [
@@ -198,6 +197,7 @@ class Bench:
             ]
             for name, link, is_later in rows:
                 seconds = self.block_s(link, is_later=is_later, is_alone=link is None)
+                outs[name] = self.out
                 if number:
                     times.setdefault(name, []).append(seconds)
         medians = {name: statistics.median(values) for name, values in times.items()}
@@ -219,6 +219,10 @@ class Bench:
             "teraflops": round(teraflops, 3),
             "alone_s": float(f"{medians['alone']:.3g}"),
             "mlp_columns_s": float(f"{mlp_s:.3g}"),
+            "are_bits_same": all(
+                outs[f"{name} exposed"].equal(outs[f"{name} overlapped"]) for name in links
+            ),
+            "rounds_s": times,
             **rows_found,
         }
 

@@ -28,9 +28,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from inside.client import Inside
 from rig.slowed import Slowed
-from rig.trees import trees_for_tests
+from rig.trees import Tree, trees_for_tests
 
 SETTLE = 8
 
@@ -38,9 +39,9 @@ SETTLE = 8
 class Bench:
     """One ComfyUI process with its ranks, and the times of its calls."""
 
-    def __init__(self, gpus: str, strategy: str, path: str, side: int) -> None:
+    def __init__(self, tree: Tree, gpus: str, strategy: str, path: str, side: int) -> None:
         env = {"XDIT_GPUS": gpus, "XDIT_STRATEGY": strategy, "XDIT_START_TIMEOUT": "400"}
-        self._inside = Inside(trees_for_tests()[-1], env)
+        self._inside = Inside(tree, env)
         self._call = {"path": path, "height": side, "width": side, "batch": 1, "text_tokens": 256}
         self.seconds: dict[str, list[float]] = {}
         self.balances: dict[str, dict[str, Any]] = {}
@@ -59,11 +60,25 @@ class Bench:
         self.seconds.setdefault(name, []).extend(t["host"] for t in times[1:])
         self.balances[name] = self._inside.call("forwards:status")["balance"]
 
+    def forward(self, out: Path) -> torch.Tensor:
+        """Compute one call; return what came out of it."""
+        self._inside.call("forwards:forward", out=str(out), **self._call)
+        result: torch.Tensor = torch.load(out)
+        return result
+
     def median(self, name: str) -> float:
         return round(statistics.median(self.seconds[name]), 4)
 
     def close(self) -> None:
         self._inside.close()
+
+
+def write_model(tree: Tree, path: str, *, hidden: int, blocks: int, context: int = 512) -> None:
+    """Write a FLUX.1-dev of so many double and as many single blocks."""
+    stock = Inside(tree, {"XDIT_STRATEGY": "off"})
+    sizes = {"hidden": hidden, "double": blocks, "single": blocks, "context": context}
+    stock.call("families:write_model", path=path, family="dev", **sizes)
+    stock.close()
 
 
 def main() -> None:
@@ -76,15 +91,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1536, help="features; 128 are a head")
     parser.add_argument("--side", type=int, default=72, help="of the latent; a token is 2 x 2")
     options = parser.parse_args()
-    speed, num_calls = options.speed, options.calls
+    speed, num_calls, tree = options.speed, options.calls, trees_for_tests()[-1]
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.safetensors"
-        stock = Inside(trees_for_tests()[-1], {"XDIT_STRATEGY": "off"})
-        sizes = {"hidden": options.hidden, "double": options.blocks, "single": options.blocks}
-        stock.call("families:write_model", path=path, family="dev", context=512, **sizes)
-        stock.close()
-        one = Bench("cpu:1", options.strategy, path, options.side)
-        pair = Bench("cpu:2", options.strategy, path, options.side)
+        write_model(tree, path, hidden=options.hidden, blocks=options.blocks)
+        one = Bench(tree, "cpu:1", options.strategy, path, options.side)
+        pair = Bench(tree, "cpu:2", options.strategy, path, options.side)
         try:
             pair.calls("adaptive", "adaptive", SETTLE, speed=speed)
             pair.calls("equal, adaptive", "adaptive", SETTLE)
