@@ -43,6 +43,7 @@ BROUGHT = frozenset(
         "wrapt",
         "beautifulsoup4",
         "soupsieve",
+        "prometheus-client",
     }
 )
 NOT_HELD = BROUGHT | {PACKAGE, "pip", "setuptools", "wheel"}

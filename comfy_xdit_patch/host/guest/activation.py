@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.hardware.chosen_devices import devices_of
 from comfy_xdit_patch.hardware.devices import Device
@@ -25,6 +24,8 @@ from comfy_xdit_patch.host.guest.points import (
     sampling_points,
     server_points,
 )
+from comfy_xdit_patch.host.guest.routes import add_routes
+from comfy_xdit_patch.host.guest.status import Reporter, inactive
 from comfy_xdit_patch.host.guest.wrappers import Wrappers
 from comfy_xdit_patch.host.pool.inheritance import capture_host_state
 from comfy_xdit_patch.host.pool.pool import Pool
@@ -35,6 +36,7 @@ from comfy_xdit_patch.marks import (
     SAMPLING_MODULES,
     SERVER_MODULES,
 )
+from comfy_xdit_patch.report.schema import Status
 from comfy_xdit_patch.settings import Settings, read_settings, unknown_names
 
 log = logging.getLogger("comfy_xdit_patch")
@@ -46,11 +48,14 @@ class Activation:
     def __init__(self) -> None:
         self.host: Host | None = None
         self.refused: str | None = None
+        """Why it is not active; by ``is_off`` that is as it should be on this machine."""
+        self.is_off = False
         self.sampling: PatchSet | None = None
         self.controls: PatchSet | None = None
         self.server: PatchSet | None = None
         self.execution: PatchSet | None = None
         self._wrappers: Wrappers | None = None
+        self._reporter = Reporter()
         self._ready: set[frozenset[str]] = set()
 
     def modules_ready(self, names: frozenset[str], root: str) -> None:
@@ -68,14 +73,15 @@ class Activation:
         if self.execution is None and EXECUTION_MODULES in self._ready:
             self._activate_execution()
 
-    def status(self) -> dict[str, Any]:
-        """The status object of ``GET /xdit/status``."""
-        body: dict[str, Any] = {"version": __version__}
+    def status(self) -> Status:
+        """What ``GET /xdit/status`` and ``GET /xdit/metrics`` are made of."""
         if self.host is None:
-            return {**body, "state": "refused", "reason": self.refused}
-        settings = self.host.settings
-        shown = {name: repr(getattr(settings, name)) for name in Settings.__slots__}
-        return {**body, "settings": shown, **self.host.status()}
+            return inactive("off" if self.is_off else "refused", self.refused)
+        return self._reporter.status(self.host)
+
+    @property
+    def _is_status_open(self) -> bool:
+        return self.host is not None and self.host.settings.is_status_open
 
     def change(self, settings: Settings) -> None:
         """Go on under other settings; the workers end, and new ones start with the next run.
@@ -106,7 +112,7 @@ class Activation:
             log.error("xDiT: %s ComfyUI goes on alone.", error)
             return
         if isinstance(devices, Refusal):
-            self.refused = devices.reason
+            self.refused, self.is_off = devices.reason, True
             log.info("xDiT: not active: %s.", devices.reason)
             return
         pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
@@ -158,12 +164,7 @@ class Activation:
             with our_faults_stay_ours("an early start"):
                 server.loop.call_soon(host.pool.get_ready)  # The loop runs when the server does.
         with our_faults_stay_ours("adding the status route"):
-            from aiohttp import web
-
-            async def answer(_: web.Request) -> web.Response:
-                return web.json_response(self.status())
-
-            server.routes.get("/xdit/status")(answer)
+            add_routes(server, self.status, lambda: self._is_status_open)
         return wrapped(*args, **kwargs)
 
 

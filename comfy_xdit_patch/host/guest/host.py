@@ -25,7 +25,7 @@ from comfy_xdit_patch.host.reading.models import ModelRegistry
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.block_calls import DrivenForward
 from comfy_xdit_patch.host.step.controlnets import ControlNets, RemoteControl
-from comfy_xdit_patch.host.step.outcome import Books, Step, pool_status
+from comfy_xdit_patch.host.step.outcome import Books, Step
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.host.step.residuals_there import Residuals
 from comfy_xdit_patch.host.step.step import ParallelSteps
@@ -49,7 +49,7 @@ class Host:
         """Make a host, in the place of ``before``, whose knowledge of models it keeps."""
         self.settings = settings
         self.pool = pool
-        self.totals = Totals()
+        self.totals: Totals = before.totals.begin_anew() if before else Totals()
         self.models: ModelRegistry = before.models if before else ModelRegistry()
         self.hooks: LeftOutHooks = before.hooks if before else LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
@@ -77,7 +77,7 @@ class Host:
             balance=partial(CrewBalance, mode=settings.balance, totals=self.totals),
             waits=settings.strict or not settings.starts_early,
         )
-        auto = Auto(settings, pool)
+        self.auto = auto = Auto(settings, pool)
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines()
         self._steps = ParallelSteps(
@@ -100,6 +100,8 @@ class Host:
             auto=auto,
             before=before.controls if before else None,
         )
+        self.runs: list[Run] = []
+        """Sampling runs of FLUX that go on; a sampler may begin another one inside of its own."""
         self._lock = threading.RLock()
 
     def successor(self, settings: Settings) -> Host:
@@ -117,6 +119,7 @@ class Host:
         run = Run(patcher.model if self.is_flux(patcher) else None)
         if run.is_flux:
             run.in_use.add(run.model)
+            self.runs.append(run)
         return run
 
     def is_flux(self, patcher: Any) -> bool:
@@ -126,6 +129,8 @@ class Host:
 
     def end_run(self, run: Run) -> None:
         """End the count of a run, and say one line about it if FLUX took part."""
+        if run in self.runs:
+            self.runs.remove(run)
         with self._lock:
             self._steps.end(run)
         self.books.close(run)
@@ -237,7 +242,3 @@ class Host:
         is_up = self.pool.state in (PoolState.READY, PoolState.STARTING)
         is_ours = self.is_flux(patcher) or self.controls.holds(patcher.model)
         return is_up and is_ours and self.memory.is_held_back(patcher)
-
-    def status(self) -> dict[str, Any]:
-        """Everything a user or a test may want to know, as JSON."""
-        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}

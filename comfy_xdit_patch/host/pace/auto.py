@@ -89,7 +89,8 @@ class Auto:
         self.is_on = settings.strategy.name == "auto" and not settings.strict
         self._pool = pool
         self._store = VerdictStore()
-        self._records: dict[Case, Record] = {}
+        self.records: dict[Case, Record] = {}
+        """What is known of each kind of call since this process started, the last seen last."""
         self._machine = ""
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -167,9 +168,8 @@ class Auto:
 
     def _record(self, case: Case, run: Run) -> Record:
         """What is known of a kind of call; the first of its kind in a run begins the run there."""
-        if case not in self._records:
-            self._records[case] = Record(self._store.find(case))
-        record = self._records[case]
+        record = self.records.pop(case, None) or Record(self._store.find(case))
+        self.records[case] = record
         if case not in run.paced:
             run.paced.add(case)
             self._begin_run(case, record)

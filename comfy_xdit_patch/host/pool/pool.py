@@ -63,6 +63,10 @@ class Pool:
         self.state = PoolState.IDLE
         self.error: str | None = None
         self.start_seconds = 0.0
+        self.start_since_s = 0.0
+        """When the last start began, on the monotonic clock."""
+        self.num_restarts = 0
+        """Of the workers, after a loss."""
         self._settings = settings
         self._changed = threading.Condition()
         self._keeper: threading.Thread | None = None
@@ -95,6 +99,7 @@ class Pool:
         """Have the workers started, in the background. No effect when they live or back off."""
         with self._changed:
             if self.state in (PoolState.IDLE, PoolState.BROKEN) and self._back_off.is_over:
+                self.start_since_s = time.monotonic()
                 self._set_state(PoolState.STARTING)
                 self.get_ready()
 
@@ -186,6 +191,7 @@ class Pool:
             self.start_seconds = started.seconds
             timeout_s = self._settings.step_timeout_s
             self.crew = Crew(started, step_timeout_s=timeout_s, lose=self._lose)
+            self.num_restarts += self._has_worked
             self._has_worked = True
             self.error = None
             self._set_state(PoolState.READY)

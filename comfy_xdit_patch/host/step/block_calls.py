@@ -243,10 +243,14 @@ class DrivenStep:
             if isinstance(reply, Declined):
                 raise DeclinedError(short(reply.reason))
             assert isinstance(reply, Ran)
-            self._totals.num_forwards[rank] = reply.num_forwards
-            self._totals.step_seconds[rank] = reply.seconds
             self.busy_s[rank] += reply.busy_seconds
-            self._totals.busy_seconds[rank] = self.busy_s[rank]
+            self._totals.ran(
+                rank,
+                num_forwards=reply.num_forwards,
+                step_s=reply.seconds,
+                busy_s=reply.busy_seconds,
+                of_call_s=self.busy_s[rank],
+            )
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
 
     def _kept(self, value: torch.Tensor, stream: str, number: int, counts: Counts) -> RemoteTokens:

@@ -181,7 +181,7 @@ class ControlNets:
         except UncarriedValueError as error:
             return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
         except CallRaisedError as error:
-            self._totals.last_error = str(error)
+            self._totals.failed(str(error))
             self._holding.forget_what_is_held(crew)
             return Refusal(
                 f"its call raised {error.kind} on the workers", Scope.STEP, has_raised=True
@@ -265,7 +265,7 @@ class RemoteControl:
         self._totals.controls_parallel += 1
         for rank, reply in enumerate(replies):
             assert isinstance(reply, Controlled)
-            self._totals.control_seconds[rank] = reply.seconds
+            self._totals.controlled(rank, reply.seconds)
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         first = replies[0]
         assert isinstance(first, Controlled)
