@@ -38,6 +38,8 @@ class Variable:
     default: str
     legal: str
     meaning: str
+    is_changeable: bool = True
+    """While ComfyUI runs, by ``POST /xdit/settings``."""
 
 
 VARIABLES = (
@@ -142,6 +144,15 @@ VARIABLES = (
         "temporary, or the absolute path of a folder, which is made if it is not there",
         "Where the workers' logs lie. `temporary` is the system's folder for temporary files. Each "
         "ComfyUI makes a folder of its own in it, which stays until the second start after it.",
+        is_changeable=False,
+    ),
+    Variable(
+        "XDIT_REMOTE_SETTINGS",
+        "0",
+        "0 or 1",
+        "1 lets other machines that reach ComfyUI's port change settings too, and whoever comes "
+        "through a proxy or by another name of this machine; see [security](security.md).",
+        is_changeable=False,
     ),
 )
 
@@ -178,6 +189,13 @@ class Settings:
     cpu_threads: int
     log_dir: Path | None
     """None is the system's for temporary files."""
+    takes_remote: bool
+    """Whether other machines may change settings."""
+
+    @property
+    def of_workers(self) -> tuple[object, ...]:
+        """What workers, or what is known of theirs, rests on: with others it takes new workers."""
+        return self.strict, self.step_timeout_s, self.cpu_threads
 
     @property
     def is_off(self) -> bool:
@@ -214,7 +232,17 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),
         log_dir=parsed("XDIT_LOG_DIR", _folder),
+        takes_remote=parsed("XDIT_REMOTE_SETTINGS", _one_of(("0", "1"))) == "1",
     )
+
+
+def written(given: Mapping[str, str]) -> dict[str, str]:
+    """What is written for each variable: in ``given``, or in the environment, or the default."""
+    values = {}
+    for variable in VARIABLES:
+        texts = (given.get(variable.name, ""), os.environ.get(variable.name, ""))
+        values[variable.name] = next(filter(None, map(str.strip, texts)), variable.default)
+    return values
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -20,6 +20,7 @@ NAMES = {
     "XDIT_STEP_TIMEOUT",
     "XDIT_CPU_THREADS",
     "XDIT_LOG_DIR",
+    "XDIT_REMOTE_SETTINGS",
 }
 
 

@@ -189,7 +189,8 @@ def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
     """State of the pool and of each rank, as JSON."""
     crew = pool.crew  # Once: the keeper's thread may take it away any time.
     ranks = []
-    for rank, device in enumerate(pool.devices):
+    devices = pool.devices if crew is None else [worker.device for worker in crew.workers]
+    for rank, device in enumerate(devices):
         worker = None if crew is None else crew.workers[rank]
         if worker is not None and worker.process.poll() is not None:
             worker = None
