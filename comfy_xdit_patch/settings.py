@@ -38,6 +38,8 @@ class Variable:
     default: str
     legal: str
     meaning: str
+    is_changeable: bool = True
+    """While ComfyUI runs, by ``POST /xdit/settings``."""
 
 
 VARIABLES = (
@@ -142,6 +144,15 @@ VARIABLES = (
         "temporary, or the absolute path of a folder, which is made if it is not there",
         "Where the workers' logs lie. `temporary` is the system's folder for temporary files. Each "
         "ComfyUI makes a folder of its own in it, which stays until the second start after it.",
+        is_changeable=False,
+    ),
+    Variable(
+        "XDIT_REMOTE_SETTINGS",
+        "0",
+        "0 or 1",
+        "1 lets other machines that reach ComfyUI's port change settings too, and whoever comes "
+        "through a proxy or by another name of this machine; see [security](security.md).",
+        is_changeable=False,
     ),
     Variable(
         "XDIT_STATUS",
@@ -198,6 +209,13 @@ class Settings:
     """None is the system's for temporary files."""
     is_status_open: bool
     """Whether all of the status is for other machines too."""
+    takes_remote: bool
+    """Whether other machines may change settings."""
+
+    @property
+    def of_workers(self) -> tuple[object, ...]:
+        """What workers, or what is known of theirs, rests on: with others it takes new workers."""
+        return self.strict, self.step_timeout_s, self.cpu_threads
 
     @property
     def is_off(self) -> bool:
@@ -235,12 +253,13 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),
         log_dir=parsed("XDIT_LOG_DIR", _folder),
         is_status_open=parsed("XDIT_STATUS", _one_of(("local", "all"))) == "all",
+        takes_remote=parsed("XDIT_REMOTE_SETTINGS", _one_of(("0", "1"))) == "1",
     )
 
 
-def given(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Every variable as the user set it, or its default, legal or not."""
-    env = os.environ if environ is None else environ
+def given(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Every variable as it was changed, or as the user set it, or its default, legal or not."""
+    env = {**os.environ, **(changes or {})}
     return {each.name: env.get(each.name, "").strip() or each.default for each in VARIABLES}
 
 
@@ -258,6 +277,7 @@ def written(settings: Settings) -> dict[str, str]:
         "XDIT_STEP_TIMEOUT": _number(settings.step_timeout_s),
         "XDIT_CPU_THREADS": str(settings.cpu_threads),
         "XDIT_LOG_DIR": str(settings.log_dir or "temporary"),
+        "XDIT_REMOTE_SETTINGS": str(int(settings.takes_remote)),
         "XDIT_STATUS": "all" if settings.is_status_open else "local",
     }
 

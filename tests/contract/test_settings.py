@@ -21,6 +21,7 @@ NAMES = {
     "XDIT_CPU_THREADS",
     "XDIT_LOG_DIR",
     "XDIT_STATUS",
+    "XDIT_REMOTE_SETTINGS",
 }
 
 

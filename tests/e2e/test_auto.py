@@ -76,7 +76,7 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
     servers: Callable[..., Server], tree: Tree, tmp_path: Path
 ) -> None:
     stock = servers(tree, XDIT_STRATEGY="off")
-    expected = [image(stock, seed) for seed in range(4)]
+    expected = [image(stock, seed) for seed in range(5)]
     models = (stock.base_dir / "models").resolve()
     with (
         base_directory(tmp_path / "comfyui", models) as base,
@@ -104,6 +104,10 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
         assert compare_all(expected[3], image(ranks, 3)).is_equal
         assert_measured(last_run(ranks))
         assert verdict_of(file)["num_runs"] == 0
+        # Nor does it know anything once it was told to forget it.
+        ranks.request("/xdit/measure", {})
+        assert compare_all(expected[4], image(ranks, 4)).is_equal
+        assert_measured(last_run(ranks))
 
 
 @pytest.mark.thorough

@@ -178,6 +178,19 @@ def test_memory_of_a_card_is_in_gib(text, num_bytes):
     assert read_settings({"XDIT_GPU_MEMORY": text}).gpu_memory_bytes == num_bytes
 
 
+def test_what_is_given_stands_in_the_place_of_the_environments_value_and_that_of_the_default(
+    monkeypatch,
+):
+    monkeypatch.setenv("XDIT_STRATEGY", " ring ")
+    monkeypatch.setenv("XDIT_GPUS", "cpu:2")
+    given = {"XDIT_GPUS": "cpu:3", "XDIT_STRATEGY": ""}
+    values = written(given)
+    assert values.keys() == {v.name for v in VARIABLES}
+    found = [values[name] for name in ("XDIT_GPUS", "XDIT_STRATEGY", "XDIT_BALANCE")]
+    assert found == ["cpu:3", "ring", "adaptive"]
+    assert read_settings(values) == read_settings({"XDIT_STRATEGY": "ring", "XDIT_GPUS": "cpu:3"})
+
+
 def test_a_misspelt_name_is_reported_and_does_not_silently_mean_the_default():
     hints = unknown_names({"XDIT_GPU": "2", "XDIT_GPUS": "2", "PATH": ""})
     assert hints == {"XDIT_GPU": "Did you mean XDIT_GPUS?"}

@@ -16,6 +16,7 @@ from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.hardware.chosen_devices import devices_of
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.boundary import our_faults_stay_ours
+from comfy_xdit_patch.host.guest.between import Between
 from comfy_xdit_patch.host.guest.host import Host
 from comfy_xdit_patch.host.guest.patchset import PatchSet
 from comfy_xdit_patch.host.guest.points import (
@@ -25,7 +26,9 @@ from comfy_xdit_patch.host.guest.points import (
     server_points,
 )
 from comfy_xdit_patch.host.guest.routes import add_routes
+from comfy_xdit_patch.host.guest.settings_routes import add_settings_routes
 from comfy_xdit_patch.host.guest.status import Reporter, inactive
+from comfy_xdit_patch.host.guest.steering import Steering
 from comfy_xdit_patch.host.guest.wrappers import Wrappers
 from comfy_xdit_patch.host.pool.inheritance import capture_host_state
 from comfy_xdit_patch.host.pool.pool import Pool
@@ -54,6 +57,8 @@ class Activation:
         self.controls: PatchSet | None = None
         self.server: PatchSet | None = None
         self.execution: PatchSet | None = None
+        self.between = Between()
+        self.steering = Steering(self)
         self._wrappers: Wrappers | None = None
         self._reporter = Reporter()
         self._ready: set[frozenset[str]] = set()
@@ -83,23 +88,36 @@ class Activation:
     def _is_status_open(self) -> bool:
         return self.host is not None and self.host.settings.is_status_open
 
-    def change(self, settings: Settings) -> None:
-        """Go on under other settings; the workers end, and new ones start with the next run.
-
-        To be called between runs, in a process that is active.
+    def devices_for(self, settings: Settings) -> tuple[Device, ...]:
+        """The devices of all ranks under other settings; those of now if they switch off.
 
         Raises:
             SettingsError: they do not fit this machine, or leave nothing active.
         """
         assert self.host is not None, "active"
-        assert self._wrappers is not None, "made with the host"
+        if settings.is_off:
+            return self.host.pool.devices
         devices = _devices_of(settings)
         if isinstance(devices, Refusal):
             raise SettingsError(f"These settings leave nothing active: {devices.reason}.")
-        self.host.hooks.make_up()
-        self.host.pool.change(devices, settings)
-        self.host = self.host.successor(settings)
+        return devices
+
+    def change(self, devices: tuple[Device, ...], settings: Settings) -> None:
+        """Go on with other devices or settings, or switched off; see ``Pool.change``.
+
+        To be called between runs, in a process that is active.
+        """
+        assert self.host is not None, "active"
+        assert self._wrappers is not None, "made with the host"
+        self.host = self.host.successor(devices, settings)
         self._wrappers.serve(self.host)
+        for patch_set in filter(None, (self.sampling, self.controls)):
+            patch_set.uninstall() if settings.is_off else patch_set.install()
+        if settings.is_off:
+            log.info("xDiT: switched off, ComfyUI computes alone.")
+            return
+        word = self.host.pool.device_word
+        log.info("xDiT: from now on %d %s, strategy %s.", len(devices), word, settings.strategy)
 
     def _activate_sampling(self, root: str) -> None:
         for name, hint in unknown_names().items():
@@ -117,7 +135,7 @@ class Activation:
             return
         pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
         host = Host(settings=settings, pool=pool, pristine=Pristine(sys.modules))
-        self._wrappers = Wrappers(host)
+        self._wrappers = Wrappers(host, self.between)
         patch_set = PatchSet(sampling_points(self._wrappers))
         misfit = patch_set.install()
         if misfit is not None:
@@ -163,8 +181,9 @@ class Activation:
         if host is not None and host.settings.starts_early and host.pool.world_size > 1:
             with our_faults_stay_ours("an early start"):
                 server.loop.call_soon(host.pool.get_ready)  # The loop runs when the server does.
-        with our_faults_stay_ours("adding the status route"):
+        with our_faults_stay_ours("adding routes"):
             add_routes(server, self.status, lambda: self._is_status_open)
+            add_settings_routes(server.routes, self)
         return wrapped(*args, **kwargs)
 
 

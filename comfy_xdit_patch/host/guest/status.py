@@ -56,7 +56,7 @@ class Reporter:
         pool, totals = host.pool, host.totals
         crew = pool.crew  # Once: the keeper's thread may take it away any time.
         run = next(reversed(host.runs.copy()), None)
-        state: State = pool.state.value
+        state: State = "off" if host.settings.is_off else pool.state.value
         if state == "ready" and run is not None:
             state = "computing"
         counted = totals.of_status()
@@ -83,9 +83,12 @@ class Reporter:
 
     def _ranks(self, host: Host, crew: Crew | None) -> list[RankStatus]:
         pool, now_s = host.pool, time.monotonic()
+        if host.settings.is_off:
+            return []
+        devices = [worker.device for worker in crew.workers] if crew else pool.devices
         workers = [
             worker if worker is not None and worker.process.poll() is None else None
-            for worker in (crew.workers if crew else [None] * pool.world_size)
+            for worker in (crew.workers if crew else [None] * len(devices))
         ]
         joined = [
             crew.joined[rank] if crew and worker else None for rank, worker in enumerate(workers)
@@ -93,12 +96,12 @@ class Reporter:
         used = self._gauge.read(
             [
                 (device, one.pid if one else None)
-                for device, one in zip(pool.devices, joined, strict=True)
+                for device, one in zip(devices, joined, strict=True)
             ],
             cpu_threads=host.settings.cpu_threads,
         )
         ranks = []
-        for rank, device in enumerate(pool.devices):
+        for rank, device in enumerate(devices):
             worker, one = workers[rank], joined[rank]
             since_s = crew.since_s if crew and worker else None
             index = self._index(device)

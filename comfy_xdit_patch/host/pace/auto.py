@@ -132,6 +132,11 @@ class Auto:
         is_watched = is_plain and is_at_rest
         return replace(taken, kind=Kind(case, record, taken.plan.name) if is_watched else None)
 
+    def forget(self) -> None:
+        """Measure everything anew. To be called between runs."""
+        self._store.clear()
+        self.records.clear()
+
     def taken(self, flux: Any, call: Call) -> str | None:
         """Name what calls of FLUX have in this run beside this one, a ControlNet's; None: unknown.
 

@@ -50,9 +50,11 @@ CONSTANT = ("pe", "attn_mask")
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
 
+    _numbers = itertools.count(1)
+    """Of this process: ranks, and what they keep for a node, outlive a change of settings."""
+
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
-        self._numbers = itertools.count(1)
 
     def run(
         self,

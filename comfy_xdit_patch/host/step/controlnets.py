@@ -211,9 +211,11 @@ class ControlNets:
 class RemoteControl:
     """The workers, as a function from a ControlNet's arguments to its residuals."""
 
+    _numbers = itertools.count(1)
+    """Of this process: ranks, and what they keep for a node, outlive a change of settings."""
+
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
-        self._numbers = itertools.count(1)
 
     def forward(
         self,
