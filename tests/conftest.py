@@ -29,6 +29,7 @@ SERVERS = {
     "weights": "hooks, named_strategies, weight_traffic, weights",
     "features": "features, fuzz, controls, named_on_features",
     "neighbours": "neighbours, security",
+    "panel": "panel",
     "corpus": "corpus",
 }
 SERVERS_OF = {f"test_{file}": name for name, files in SERVERS.items() for file in files.split(", ")}

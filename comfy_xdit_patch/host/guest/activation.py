@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
@@ -43,6 +44,9 @@ from comfy_xdit_patch.report.schema import Status
 from comfy_xdit_patch.settings import Settings, read_settings, unknown_names
 
 log = logging.getLogger("comfy_xdit_patch")
+
+WEB = str(Path(__file__).parents[2] / "web")
+"""What ComfyUI's page loads of this package."""
 
 
 class Activation:
@@ -181,6 +185,8 @@ class Activation:
         if host is not None and host.settings.starts_early and host.pool.world_size > 1:
             with our_faults_stay_ours("an early start"):
                 server.loop.call_soon(host.pool.get_ready)  # The loop runs when the server does.
+        with our_faults_stay_ours("adding the panel"):
+            sys.modules["nodes"].EXTENSION_WEB_DIRS["comfy-xdit"] = WEB
         with our_faults_stay_ours("adding routes"):
             add_routes(server, self.status, lambda: self._is_status_open)
             add_settings_routes(server.routes, self)
