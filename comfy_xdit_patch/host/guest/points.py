@@ -151,7 +151,7 @@ def server_points(add_routes: Callable[..., Any]) -> tuple[PatchPoint, ...]:
             "PromptServer.add_routes",
             add_routes,
             frozenset(),
-            "Adds /xdit/status, /xdit/settings and /xdit/measure to ComfyUI's server before its "
-            "routes are fixed.",
+            "Adds /xdit/status, /xdit/metrics, /xdit/settings, /xdit/measure and the panel's files "
+            "to ComfyUI's server before its routes are fixed.",
         ),
     )
