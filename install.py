@@ -49,6 +49,7 @@ BROUGHT = frozenset(
         "wrapt",
         "beautifulsoup4",
         "soupsieve",
+        "prometheus-client",
     }
 )
 NOT_HELD = BROUGHT | {PACKAGE, "pip", "setuptools", "wheel"}

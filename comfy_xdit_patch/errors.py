@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 
 class XditError(Exception):
@@ -18,6 +19,14 @@ class XditError(Exception):
 
 class SettingsError(XditError):
     """A variable has a value that is not legal; the text names variable, value, legal values."""
+
+
+class HttpError(XditError):
+    """A request over HTTP that is not answered as asked; ``status`` is of the answer."""
+
+    def __init__(self, text: str, status: HTTPStatus = HTTPStatus.FORBIDDEN) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class PlanError(XditError):

@@ -38,6 +38,8 @@ class Variable:
     default: str
     legal: str
     meaning: str
+    is_changeable: bool = True
+    """While ComfyUI runs, by ``POST /xdit/settings``."""
 
 
 VARIABLES = (
@@ -142,6 +144,23 @@ VARIABLES = (
         "temporary, or the absolute path of a folder, which is made if it is not there",
         "Where the workers' logs lie. `temporary` is the system's folder for temporary files. Each "
         "ComfyUI makes a folder of its own in it, which stays until the second start after it.",
+        is_changeable=False,
+    ),
+    Variable(
+        "XDIT_REMOTE_SETTINGS",
+        "0",
+        "0 or 1",
+        "1 lets other machines that reach ComfyUI's port change settings too, and whoever comes "
+        "through a proxy or by another name of this machine; see [security](security.md).",
+        is_changeable=False,
+    ),
+    Variable(
+        "XDIT_STATUS",
+        "local",
+        "local or all",
+        "Who is told everything by `GET /xdit/status` and `GET /xdit/metrics`. `local`: whoever "
+        "asks from this machine; others get the state, the number of ranks and two counts. "
+        "`all`: whoever reaches ComfyUI's port.",
     ),
 )
 
@@ -161,6 +180,16 @@ class AskedDevices:
     indices: tuple[int, ...] = ()
     uuids: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """As a user writes it; a lone index has a comma."""
+        if self.kind == "count":
+            return str(self.count)
+        if self.kind == "cpu":
+            return f"cpu:{self.count}"
+        if self.kind == "indices":
+            return ",".join(map(str, self.indices)) + "," * (len(self.indices) == 1)
+        return {"all": "all", "off": "0"}.get(self.kind) or ",".join(self.uuids)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -178,6 +207,15 @@ class Settings:
     cpu_threads: int
     log_dir: Path | None
     """None is the system's for temporary files."""
+    is_status_open: bool
+    """Whether all of the status is for other machines too."""
+    takes_remote: bool
+    """Whether other machines may change settings."""
+
+    @property
+    def of_workers(self) -> tuple[object, ...]:
+        """What workers, or what is known of theirs, rests on: with others it takes new workers."""
+        return self.strict, self.step_timeout_s, self.cpu_threads
 
     @property
     def is_off(self) -> bool:
@@ -214,7 +252,38 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),
         log_dir=parsed("XDIT_LOG_DIR", _folder),
+        is_status_open=parsed("XDIT_STATUS", _one_of(("local", "all"))) == "all",
+        takes_remote=parsed("XDIT_REMOTE_SETTINGS", _one_of(("0", "1"))) == "1",
     )
+
+
+def given(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Every variable as it was changed, or as the user set it, or its default, legal or not."""
+    env = {**os.environ, **(changes or {})}
+    return {each.name: env.get(each.name, "").strip() or each.default for each in VARIABLES}
+
+
+def written(settings: Settings) -> dict[str, str]:
+    """Settings as a user would write them: reading that gives the same."""
+    gib = None if settings.gpu_memory_bytes is None else settings.gpu_memory_bytes / 2**30
+    return {
+        "XDIT_GPUS": str(settings.gpus),
+        "XDIT_STRATEGY": str(settings.strategy),
+        "XDIT_BALANCE": settings.balance,
+        "XDIT_GPU_MEMORY": "auto" if gib is None else _number(gib),
+        "XDIT_STRICT": str(int(settings.strict)),
+        "XDIT_START": "early" if settings.starts_early else "first",
+        "XDIT_START_TIMEOUT": _number(settings.start_timeout_s),
+        "XDIT_STEP_TIMEOUT": _number(settings.step_timeout_s),
+        "XDIT_CPU_THREADS": str(settings.cpu_threads),
+        "XDIT_LOG_DIR": str(settings.log_dir or "temporary"),
+        "XDIT_REMOTE_SETTINGS": str(int(settings.takes_remote)),
+        "XDIT_STATUS": "all" if settings.is_status_open else "local",
+    }
+
+
+def _number(value: float) -> str:
+    return str(int(value) if value.is_integer() else value)
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -63,6 +63,29 @@ def pages() -> dict[str, str]:
     }
 
 
+CHANGES = """\
+## Without a restart
+
+    curl -H 'Content-Type: application/json' http://127.0.0.1:8188/xdit/settings \\
+         -d '{"XDIT_STRATEGY": "ring", "XDIT_GPUS": "0,1"}'
+
+Values are as in the environment; `null` is the environment's own again. All of them hold from the
+next prompt on, or none: a wrong one is answered by 400 with the legal values. While a prompt runs
+the answer is 202, they wait for its end (`pending`), and later ones take their place.
+`GET /xdit/settings` has the values of now, of the environment, and those that wait.
+
+`XDIT_STRATEGY=off` switches off: ComfyUI computes alone, and workers and nursery end. `auto` or
+`null` switches on again. Ranks go on, with the models that they hold, unless `XDIT_GPUS`,
+`XDIT_CPU_THREADS`, `XDIT_STEP_TIMEOUT` or `XDIT_STRICT` change; then new ones start at once.
+`POST /xdit/measure` with `{}` has `auto` measure again what it remembers.
+
+Only this machine may do it, unless `XDIT_REMOTE_SETTINGS=1`; see [security](security.md). A
+ComfyUI that was started switched off, or with a wrong value, has to be started again; so does one
+that is to have another `XDIT_LOG_DIR`. Nothing is kept: the next start has the environment's
+values.
+"""
+
+
 def settings_page() -> str:
     """Return the page of all XDIT_* variables."""
     from comfy_xdit_patch.settings import VARIABLES
@@ -79,6 +102,8 @@ def settings_page() -> str:
         "| variable | default | legal values |",
         "|---|---|---|",
         *(f"| `{v.name}` | `{v.default}` | {_cell(v.legal)} |" for v in VARIABLES),
+        "",
+        *CHANGES.splitlines(),
     ]
     for variable in VARIABLES:
         lines += ["", f"## {variable.name}", "", variable.meaning]

@@ -25,10 +25,11 @@ SERVERS = {
     "faults": "endurance, fault_matrix, faults, first_image",
     "mistakes": "whose_fault",
     "emulated": "emulated_cards, emulated_matrix, card_memory, check",
-    "": "auto, comfyui_own_execution, equal_to_stock, memory, offline, soak, switching",
+    "": "auto, comfyui_own_execution, equal_to_stock, memory, offline, soak, steering, switching",
     "weights": "hooks, named_strategies, weight_traffic, weights",
     "features": "features, fuzz, controls, named_on_features",
     "neighbours": "neighbours, security",
+    "panel": "panel",
     "corpus": "corpus",
 }
 SERVERS_OF = {f"test_{file}": name for name, files in SERVERS.items() for file in files.split(", ")}

@@ -174,14 +174,15 @@ class Bench:
 
 def with_status(result: CaseResult, earlier: dict[str, Any], status: dict[str, Any]) -> CaseResult:
     """Add what ``/xdit/status`` says after the measured image; ``earlier`` is from before it."""
-    before = {rank["rank"]: rank["forwards"] for rank in earlier.get("ranks", ())}
+    before = {rank["rank"]: rank["forwards"] for rank in earlier["ranks"]}
     ranks = status["ranks"]
-    host_s, of_ranks = status["last_step_s"]["host"], status["last_step_s"]["ranks"].values()
+    host_s = status["last_step_s"]
+    of_ranks = [rank["step_s"] for rank in ranks if rank["step_s"] is not None]
     return replace(
         result,
         run=status["last_run"],
         forwards=tuple(rank["forwards"] - before.get(rank["rank"], 0) for rank in ranks),
-        fall_back_reasons=status["fall_back_reasons"],
+        fall_back_reasons={each["reason"]: each["count"] for each in status["fell_back"]},
         outside_s=host_s - max(of_ranks) if host_s is not None and of_ranks else None,
         launch_bound=tuple(rank["is_launch_bound"] for rank in ranks),
         residency=tuple(status["residency"]),
@@ -195,7 +196,7 @@ def _status(server: ComfyServer) -> dict[str, Any]:
         raise CheckError(
             f"comfy-xdit-patch is not active in this ComfyUI: {error}. Run install.py."
         ) from error
-    if "ranks" not in status:
+    if not status["ranks"]:
         raise CheckError(f"comfy-xdit-patch is not active in this ComfyUI: {status['reason']}.")
     return status
 

@@ -1,4 +1,4 @@
-"""A line in ComfyUI's page, at the node that runs.
+"""A line in ComfyUI's page, at the node that runs, and how far that node is.
 
 Runs in: host process.
 
@@ -9,6 +9,7 @@ without its server has not imported them, and has no page.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from comfy_xdit_patch.host.boundary import our_faults_stay_ours
 
@@ -24,3 +25,16 @@ def tell(text: str) -> None:
         context = context_of()
         if context is not None:
             page.send_progress_text(f"xDiT: {text}", context.node_id)
+
+
+def progress() -> tuple[int, int] | None:
+    """How far the node that runs is, as the page shows it: steps done, and all of them.
+
+    None where ComfyUI does not say.
+    """
+    module: Any = sys.modules.get("comfy_execution.progress")
+    nodes = getattr(getattr(module, "global_progress_registry", None), "nodes", {})
+    for node in reversed(tuple(nodes.values())):
+        if node["state"].value == "running" and node["max"] > 1:
+            return int(node["value"]), int(node["max"])
+    return None

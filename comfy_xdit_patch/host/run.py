@@ -11,6 +11,7 @@ anything but the latent and sigma changes.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class Run:
 
     model: Any = None
     """The ``BaseModel`` that is sampled, if it is one for the workers."""
+    since_unix_s: float = field(default_factory=time.time)
     num_calls: int = 0
     counts: RunCounts = field(default_factory=RunCounts)
     refusal: Refusal | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from comfy_xdit_patch.report.status import RunReport
+from comfy_xdit_patch.report.schema import RunReport
 
 log = logging.getLogger("comfy_xdit_patch")
 _said: set[str] = set()
@@ -90,7 +90,8 @@ def summary(run: RunReport, *, device_word: str, num_runs: int = 1) -> str:
     """The line for a finished sampling run, or for several of one prompt."""
     steps = "steps" if num_runs == 1 else f"steps of {num_runs} sampling runs"
     if not run.steps_parallel:
-        reasons = "; ".join(run.fall_back_reasons) or "to compare"
+        chosen = ["the faster, as measured"] if run.steps_chose_one_gpu else []
+        reasons = "; ".join([*chosen, *run.fall_back_reasons]) or "to compare"
         return f"xDiT: {run.steps} {steps} on one GPU ({reasons})"
     plan = run.plan if run.is_exact else f"{run.plan}, approximate"
     text = (
@@ -101,6 +102,8 @@ def summary(run: RunReport, *, device_word: str, num_runs: int = 1) -> str:
         text += f", {run.steps_warm_up} exact as warm-up"
     if run.speedup is not None:
         text += f", {run.speedup:.2f}x of ComfyUI alone as measured here"
+    if run.steps_chose_one_gpu:
+        text += f", {run.steps_chose_one_gpu} on one GPU, the faster as measured"
     if run.steps_measured:
         text += f", {run.steps_measured} in ComfyUI alone to compare"
     if run.gather_reasons:

@@ -58,7 +58,7 @@ class Bench:
         with Slowed(self._pids[-1], speed) if speed < 1 else nullcontext():
             times = self._inside.call("forwards:run_of_calls", calls=1 + num_calls, **self._call)
         self.seconds.setdefault(name, []).extend(t["host"] for t in times[1:])
-        self.balances[name] = self._inside.call("forwards:status")["balance"]
+        self.balances[name] = self._inside.call("forwards:status")["weights"]
 
     def forward(self, out: Path) -> torch.Tensor:
         """Compute one call; return what came out of it."""

@@ -130,7 +130,7 @@ def test_installing_changes_no_package_that_is_there(
 
     brought = [each["metadata"] for each in json.loads(report.read_text())["install"]]
     names = {canonicalize_name(each["name"]): each["version"] for each in brought}
-    assert {"comfy-xdit-patch", "xfuser", "diffusers", "wrapt"} <= names.keys()
+    assert {"comfy-xdit-patch", "xfuser", "diffusers", "wrapt", "prometheus-client"} <= names.keys()
     assert not names.keys() & there.keys(), "a package of ComfyUI would be changed"
     after = there | names
     lines = [line for each in brought for line in each.get("requires_dist", ())]

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from comfy_xdit_patch import errors
+from comfy_xdit_patch.report import troubleshooting
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "comfy_xdit_patch"
@@ -110,38 +111,12 @@ def collect() -> list[Text]:
     return found
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the page's tables: texts that share a remedy."""
-
-    section: str
-    entries: tuple[str, ...]
-    lasts: str | None
-    """None where the table has no such column."""
-    cause: str
-    remedy: str
-
-
-def rows() -> list[Row]:
-    """Every row whose first cell is one or more texts in code marks, a line each."""
-    found = []
-    section = ""
-    for line in TROUBLESHOOTING.read_text().splitlines():
-        if line.startswith("#"):
-            section = line.lstrip("# ")
-        if line.startswith("| `"):
-            first, *lasts, cause, remedy = (cell.strip() for cell in line.strip("|").split(" | "))
-            entries = tuple(entry.strip("`") for entry in first.split("<br>"))
-            found.append(Row(section, entries, *lasts or (None,), cause, remedy))
-    return found
-
-
 TEXTS = collect()
-ROWS = rows()
+ROWS = troubleshooting.rows()
 ENTRIES = [entry for row in ROWS for entry in row.entries]
 
 
-def rows_of(text: Text) -> list[Row]:
+def rows_of(text: Text) -> list[troubleshooting.Row]:
     """The rows with an entry that is this text, word for word where there is such a one."""
     exact = [row for row in ROWS if text.template in map(as_template, row.entries)]
     return exact or [row for row in ROWS if any(map(text.explains, row.entries))]
@@ -176,6 +151,17 @@ def test_every_text_has_an_entry_in_one_row():
         if len(found) != 1
     ]
     assert misfits == [], "docs/troubleshooting.md explains each text in one row"
+
+
+def test_the_package_brings_the_page_and_finds_the_row_of_every_text_on_it():
+    shipped = Path(troubleshooting.__file__).with_name(TROUBLESHOOTING.name)
+    assert shipped.read_text() == TROUBLESHOOTING.read_text()
+    said = [
+        (row, as_template(entry).replace(VALUE, "a b")) for row in ROWS for entry in row.entries
+    ]
+    assert [text for row, text in said if troubleshooting.row_of(text) is not row] == []
+    assert troubleshooting.remedy_of("nobody says this") is None
+    assert "](" not in "".join(troubleshooting.remedy_of(entry) or "" for entry in ENTRIES)
 
 
 def test_every_entry_is_a_text_of_the_package():

@@ -20,6 +20,8 @@ NAMES = {
     "XDIT_STEP_TIMEOUT",
     "XDIT_CPU_THREADS",
     "XDIT_LOG_DIR",
+    "XDIT_STATUS",
+    "XDIT_REMOTE_SETTINGS",
 }
 
 

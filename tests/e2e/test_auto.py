@@ -20,7 +20,6 @@ from rig.outputs import Pixels
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
-from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER
 from comfy_xdit_patch.planning.verdict import FEWEST, MOST, NUM_RUNS, ONE
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest_only]
@@ -69,7 +68,7 @@ def assert_measured(run: dict[str, Any]) -> None:
     """A whole trial was made, and nothing but that and what follows from it."""
     assert LEAST_OF_EACH <= run["steps_measured"] <= MOST_OF_EACH
     assert run["steps_parallel"] >= 2 * LEAST_OF_EACH
-    assert run["fall_back_reasons"].keys() <= {ONE_IS_FASTER.reason}
+    assert run["fall_back_reasons"] == {}
     assert run["steps"] == STEPS
 
 
@@ -77,7 +76,7 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
     servers: Callable[..., Server], tree: Tree, tmp_path: Path
 ) -> None:
     stock = servers(tree, XDIT_STRATEGY="off")
-    expected = [image(stock, seed) for seed in range(4)]
+    expected = [image(stock, seed) for seed in range(5)]
     models = (stock.base_dir / "models").resolve()
     with (
         base_directory(tmp_path / "comfyui", models) as base,
@@ -91,13 +90,13 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
         assert "ComfyUI alone is the fastest for this model" in ranks.log_text()
         assert verdict_of(file)["paces"].keys() == WAYS
         assert compare_all(expected[1], image(ranks, 1)).is_equal
-        assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+        assert last_run(ranks)["steps_chose_one_gpu"] == STEPS
         forwards = [rank["forwards"] for rank in ranks.status()["ranks"]]
         assert forwards == [first["steps_parallel"]] * 2
         # Who begins anew knows it from the file, and asks nothing of the workers.
         ranks.have(ENV | {"XDIT_START_TIMEOUT": "401"})
         assert compare_all(expected[2], image(ranks, 2)).is_equal
-        assert last_run(ranks)["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+        assert last_run(ranks)["steps_chose_one_gpu"] == STEPS
         assert verdict_of(file)["num_runs"] == 2
         # After many runs it is looked at again.
         _grow_old(file)
@@ -105,6 +104,10 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
         assert compare_all(expected[3], image(ranks, 3)).is_equal
         assert_measured(last_run(ranks))
         assert verdict_of(file)["num_runs"] == 0
+        # Nor does it know anything once it was told to forget it.
+        ranks.request("/xdit/measure", {})
+        assert compare_all(expected[4], image(ranks, 4)).is_equal
+        assert_measured(last_run(ranks))
 
 
 @pytest.mark.thorough
@@ -122,7 +125,7 @@ def test_what_is_measured_is_what_is_taken(tree: Tree, tmp_path: Path) -> None:
         image(ranks, 1)
         second = last_run(ranks)
         if taken == ONE:
-            assert second["fall_back_reasons"] == {ONE_IS_FASTER.reason: STEPS}
+            assert second["steps_chose_one_gpu"] == STEPS
             return
         if second["steps_measured"]:
             return  # Something else took the cores meanwhile, and they are measured again.

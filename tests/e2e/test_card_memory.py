@@ -24,6 +24,7 @@ from rig.feature_table import FEATURES
 from rig.graphs import Graph
 from rig.pair import STRICT
 from rig.server import LEDGER, Server, base_directory
+from rig.status_schema import counted
 from rig.trees import Tree
 from rig.weight_graphs import with_loras, with_unet
 from rig.weight_rows import KOHYA, OTHER
@@ -67,8 +68,10 @@ class Work:
         before = self.server.status()
         self.server.run(change(prompt(self.number)), DEADLINE_S)
         status = self.server.status()
-        assert status["steps_parallel"] - before["steps_parallel"] == NUM_STEPS, status["last_run"]
-        assert status["steps_fell_back"] == before["steps_fell_back"]
+        assert (
+            status["totals"]["steps_parallel"] - before["totals"]["steps_parallel"] == NUM_STEPS
+        ), status["last_run"]
+        assert status["totals"]["steps_fell_back"] == before["totals"]["steps_fell_back"]
         assert "out of memory" not in self.server.log_text()
         return status
 
@@ -130,7 +133,9 @@ def test_cards_with_room_for_both_hold_what_is_planned_and_nothing_is_read_twice
             assert error < 0.1, f"{planned // MIB} MiB planned, {on_card // MIB} held"
         for change in (lambda graph: graph, lambda graph: with_loras(graph, (KOHYA, 1.0))):
             status = work.make(change)
-        assert (status["gave_way"], status["loads"]) == (0, 1), "there is room for all"
+        assert (status["totals"]["gave_way"], status["totals"]["loads"]) == (0, 1), (
+            "there is room for all"
+        )
         assert [work.on_card(card)[1] for card in (0, 1)] == pytest.approx(ranks, rel=0.1)
         host, _ = work.on_card(0)
         assert host < CONTEXT + weights, "ComfyUI's own copy of the model is not on the card"
@@ -148,8 +153,8 @@ def test_on_cards_without_room_for_both_the_rank_leaves_and_returns(
     with working(tree, tmp_path, 2.5) as work:
         for _ in range(2):
             status = work.make()
-        assert status["gave_way"] > 0
-        assert status["loads"] == 1, "it returns from the file's own pages"
+        assert status["totals"]["gave_way"] > 0
+        assert status["totals"]["loads"] == 1, "it returns from the file's own pages"
         assert work.ledger.peak(0) <= 2.5 * (1 << 30)
 
 
@@ -193,15 +198,15 @@ def test_a_call_without_room_on_a_card_costs_no_rank(
         status = make(50, side=512)
         reasons = {"the cards have no room for this call beside the weights": NUM_STEPS}
         assert status["last_run"]["fall_back_reasons"] == reasons
-        assert status["last_error"].startswith("Ranks [1] have no ")
-        alone = status["controls"]["alone"]
+        assert status["last_error"]["text"].startswith("Ranks [1] have no ")
+        alone = counted(status["controls_alone"])
         reason = "the cards have no room for its call beside the weights"
         # For the rest of the run the model is ComfyUI's alone, and so are its ControlNets.
         assert alone == ({reason: 1} if graph is controlled else {})
         work.ledger.give_back(1, left)
         status = make(51, side=512)
         assert parallel(status) == NUM_STEPS
-        assert status["controls"]["alone"] == alone
+        assert counted(status["controls_alone"]) == alone
         assert [rank["pid"] for rank in status["ranks"]] == pids, "none was lost"
 
 
@@ -240,7 +245,7 @@ def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
             assert max(peaks) <= gib * 1024
             # Without smart memory ComfyUI unloads all models after each prompt, and so do ranks.
             all_loads = work.number if "--disable-smart-memory" in arguments else num_loads
-            assert status["loads"] == all_loads, "read again"
+            assert status["totals"]["loads"] == all_loads, "read again"
 
         make("first", lambda graph: graph, 1)
         make("another prompt", lambda graph: graph, 1)

@@ -18,6 +18,7 @@ from rig.feature_run import write_inputs
 from rig.graphs import Graph, set_inputs
 from rig.pair import STRICT, run, run_stock
 from rig.server import Server
+from rig.status_schema import counted
 from rig.trees import Tree
 
 from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER
@@ -49,10 +50,11 @@ def bytes_per_step(server: Server, graph: Graph) -> tuple[float, dict[str, int]]
     before = server.status()
     run(server, set_inputs(graph, seed=71))
     after = server.status()
-    steps = after["steps_parallel"] - before["steps_parallel"]
-    assert steps > 0, after["fall_back_reasons"]
-    written = after["bytes"]["to_workers"] - before["bytes"]["to_workers"]
-    controls = {name: after["controls"][name] - before["controls"][name] for name in ("parallel",)}
+    steps = after["totals"]["steps_parallel"] - before["totals"]["steps_parallel"]
+    assert steps > 0, counted(after["fell_back"])
+    written = after["totals"]["bytes_to_workers"] - before["totals"]["bytes_to_workers"]
+    name = "controls_parallel"
+    controls = {name: after["totals"][name] - before["totals"][name]}
     return written / steps, controls
 
 
@@ -65,7 +67,7 @@ def test_no_residual_crosses(
     row = feature_controls.ROWS["two ControlNets, chained"]
     together, controls = bytes_per_step(ranks, row.graph())
     record_property("bytes per step", {"without": without, "two ControlNets": together})
-    assert controls == {"parallel": 2 * row.steps}
+    assert controls == {"controls_parallel": 2 * row.steps}
     assert together - without < RESIDUAL_BYTES, "a residual, or what could hide one, was sent"
 
 
@@ -92,14 +94,17 @@ def test_controlnets_are_shared_as_the_model_is_by_what_auto_measured(
     without, _ = bytes_per_step(ranks, Row(plain).graph())
     together, controls = bytes_per_step(ranks, row.graph())
     assert ranks.status()["last_run"]["plan"] == "ring=2"
-    assert controls == {"parallel": 2 * row.steps}
+    assert controls == {"controls_parallel": 2 * row.steps}
     assert together - without < RESIDUAL_BYTES, "a residual was computed in ComfyUI and sent"
     have_measured(ranks, ONE)
+    before = ranks.status()
     run(ranks, set_inputs(row.graph(), seed=72))  # Its ControlNets were loaded before.
     status = ranks.status()
-    assert status["last_run"]["fall_back_reasons"] == {ONE_IS_FASTER.reason: row.steps}
-    assert status["controls"]["parallel"] == 0, "for nobody"
-    assert status["controls"]["alone"].keys() == {ONE_IS_FASTER.reason}
+    assert status["last_run"]["steps_chose_one_gpu"] == row.steps
+    assert status["totals"]["controls_parallel"] == before["totals"]["controls_parallel"], (
+        "nobody's"
+    )
+    assert ONE_IS_FASTER.reason in counted(status["controls_alone"])
 
 
 @pytest.mark.newest_only
@@ -114,11 +119,13 @@ def test_a_controlnet_that_is_called_while_ranks_start_costs_none(
     ranks = servers(tree, **env, XDIT_START="early", **setup())
     write_inputs(ranks)
     orders.give(Fault("join", "delay", 0))
+    before = ranks.status()["controls_alone"]
     run(ranks, feature_controls.ROWS["InstantX"].graph())
     assert not orders.open(), "nothing was delayed"
     status = ranks.status()
-    assert status["fall_back_reasons"].keys() == {STARTING}
-    assert status["controls"]["alone"].keys() == {STARTING}
+    assert status["last_run"]["fall_back_reasons"].keys() == {STARTING}
+    alone = {*counted(status["controls_alone"]).items()} - {*counted(before).items()}
+    assert {reason for reason, _ in alone} == {STARTING}
     assert status["last_error"] is None
 
 

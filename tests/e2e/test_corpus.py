@@ -26,6 +26,7 @@ from rig.graphs import Graph
 from rig.outputs import Pixels
 from rig.pair import DEADLINE_S, FLAT, STRICT
 from rig.server import Server
+from rig.status_schema import counted
 from rig.trees import Tree, trees_for_tests
 
 Servers = Callable[..., Server]
@@ -107,7 +108,7 @@ def test_template_equals_stock(
     except RigError as error:  # the node and the reason; the rest is ComfyUI's traceback
         pytest.fail(str(error).splitlines()[0], pytrace=False)
     seconds = time.monotonic() - started
-    counts = counted(before, server.status())
+    counts = counts_between(before, server.status())
     difference = compare_all(reference, images)
     record_property("corpus", f"{difference}; {seconds:.1f} s; {counts}")
     assert difference.is_equal, f"the image is not stock's: {difference}"
@@ -184,14 +185,14 @@ def run(server: Server, graph: Graph) -> list[Pixels]:
     return server.images({**history, "outputs": outputs})
 
 
-def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def counts_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return what the status counted between two readings."""
-    old_reasons = before["fall_back_reasons"]
+    old_reasons = counted(before["fell_back"])
     return {
-        "steps_parallel": after["steps_parallel"] - before["steps_parallel"],
+        "steps_parallel": after["totals"]["steps_parallel"] - before["totals"]["steps_parallel"],
         "fall_back_reasons": {
             reason: count - old_reasons.get(reason, 0)
-            for reason, count in after["fall_back_reasons"].items()
+            for reason, count in counted(after["fell_back"]).items()
             if count > old_reasons.get(reason, 0)
         },
         "forwards": [

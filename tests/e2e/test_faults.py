@@ -83,8 +83,8 @@ def test_a_worker_killed_in_mid_step_costs_no_image(
     run = status["last_run"]
     assert 0 < run["steps_parallel"] < 6
     assert run["fall_back_reasons"] == {"a worker was lost": 6 - run["steps_parallel"]}
-    assert f"Rank {victim} " in status["last_error"]
-    assert "signal 9" in status["last_error"]
+    assert f"Rank {victim} " in status["last_error"]["text"]
+    assert "signal 9" in status["last_error"]["text"]
     delay_s = status["last_loss_unix_s"] - killed_at
     record_property("seconds from death to the re-run in the host", delay_s)
     assert 0 < delay_s < 1.0

@@ -36,11 +36,13 @@ def graph_of(row: str = "plain", *, on: tuple[str, ...] = POSITIVE, strength: fl
 
 
 def bytes_sent(pair: Pair) -> int:
-    return int(pair.after["bytes_weights"]) - int(pair.before["bytes_weights"])
+    return int(pair.after["totals"]["bytes_weights"]) - int(pair.before["totals"]["bytes_weights"])
 
 
 def verified(pair: Pair) -> int:
-    return int(pair.after["weights_verified"]) - int(pair.before["weights_verified"])
+    return int(pair.after["totals"]["weights_verified"]) - int(
+        pair.before["totals"]["weights_verified"]
+    )
 
 
 def test_a_hooks_lora_is_parallel_and_crosses_once(servers: Servers, tree: Tree) -> None:

@@ -27,7 +27,7 @@ def test_a_plan_is_followed_or_refused_with_its_reason(servers: Servers, tree: T
     two_rows = graphs.with_values(base, cfg=3.0, negative="blurry")
     pair = run_pair(servers, tree, two_rows, 2, env=env)
     assert pair.run["plan"] == "batch=2"
-    before, after = (s["bytes"]["between_ranks"] for s in (pair.before, pair.after))
+    before, after = (s["totals"]["bytes_between_ranks"] for s in (pair.before, pair.after))
     assert after == before, "rows need no exchange"
 
     ranks = servers(tree, XDIT_GPUS="cpu:2", **{**STRICT, **env})
@@ -70,7 +70,9 @@ def test_weights_are_patched_before_they_are_cut(
     for name in ("LoRA, kohya", "fp8_e4m3fn + LoRA", "scaled fp8 + LoRA", "mixed fp8"):
         graph = weight_rows.ROWS[name].graph(weight_rows.base_graph())
         pair = run_pair(servers, tree, graph, 2, env=env, **weight_rows.SETUP)
-        verified = pair.after["weights_verified"] - pair.before["weights_verified"]
+        verified = (
+            pair.after["totals"]["weights_verified"] - pair.before["totals"]["weights_verified"]
+        )
         record_property(name, f"{pair.difference}, {pair.latent_error}, {verified} verified")
         assert pair.run["plan"] == "tensor=2"
         assert verified > 0

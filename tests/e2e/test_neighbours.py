@@ -133,11 +133,11 @@ def test_prompts_of_several_clients_at_once_are_all_right(
     clients += [Client(int(crowded.url.rsplit(":")[-1]), crowded.base_dir, crowded.log_path)]
     expected = {seed: stock_image(servers, tree, graph_of(seed)) for seed in range(810, 814)}
     prompts = {seed: clients[seed % 2].post_prompt(graph_of(seed)) for seed in expected}
-    before = crowded.status()["steps_parallel"]
+    before = crowded.status()["totals"]["steps_parallel"]
     for seed, prompt in prompts.items():
         history = clients[seed % 2].wait(prompt, DEADLINE_S)
         assert_equal(expected[seed], crowded.images(history))
-    assert crowded.status()["steps_parallel"] - before <= len(prompts) * NUM_STEPS
+    assert crowded.status()["totals"]["steps_parallel"] - before <= len(prompts) * NUM_STEPS
     assert_parallel(crowded)
 
 

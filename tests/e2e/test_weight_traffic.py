@@ -54,7 +54,7 @@ def test_what_a_change_of_weights_costs(
 
 
 def bytes_moved(pair: Pair) -> int:
-    return int(pair.after["bytes_weights"]) - int(pair.before["bytes_weights"])
+    return int(pair.after["totals"]["bytes_weights"]) - int(pair.before["totals"]["bytes_weights"])
 
 
 def tensor_bytes(path: Path) -> int:

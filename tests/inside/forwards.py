@@ -191,7 +191,10 @@ def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
                 arguments = {name: value.clone() for name, value in arguments.items()}
                 arguments["x"] += 0.01
                 patcher.model.apply_model(**arguments, transformer_options={})
-                times.append(host.status()["last_step_s"])
+                now = status()
+                times.append(
+                    {"host": now["last_step_s"], "busy": [r["busy_s"] for r in now["ranks"]]}
+                )
     finally:
         host.current_run.reset(token)
         host.end_run(run)
@@ -234,4 +237,4 @@ def rank_peak_bytes(path: str, **sizes: Any) -> list[int]:
 def status() -> dict[str, Any]:
     """Our status object, or an empty one where our package is switched off."""
     activation = sys.modules.get("comfy_xdit_patch.host.guest.activation")
-    return activation.ACTIVATION.status() if activation is not None else {}
+    return activation.ACTIVATION.status().to_dict() if activation is not None else {}

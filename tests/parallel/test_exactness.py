@@ -83,11 +83,11 @@ def test_forward_equals_stock_in_every_shape(
         error, before, after = compare(stock, ranks, path, tmp_path, **case)
         record_property(f"{tree.version} {num_ranks} ranks, {name}", error)
         assert error <= BOUND, name
-        assert after["steps_parallel"] == before["steps_parallel"] + 1
+        assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
         for rank in range(num_ranks):
             forwards = [s["ranks"][rank]["forwards"] for s in (before, after)]
             assert forwards[1] == forwards[0] + 1
-        moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
+        moved = after["totals"]["bytes_between_ranks"] - before["totals"]["bytes_between_ranks"]
         # A batch that the ranks divide needs no communication at all; a mask has one row for all.
         is_divided = case["batch"] % num_ranks == 0 and case["batch"] > 1
         assert (moved == 0) == (is_divided and "mask" not in case), name

@@ -201,10 +201,10 @@ def test_hybrid_plans_are_exact_where_they_must_be_and_move_the_bytes_of_the_for
             record_property(f"{plan.name}", errors)
             assert exact == [True, False]
             assert max(errors) <= BOUND, plan.name
-            before = runs.ranks.call("forwards:status")["bytes"]["between_ranks"]
+            before = runs.ranks.call("forwards:status")["totals"]["bytes_between_ranks"]
             even = EVEN | {"batch": plan.batch}
             _, _, status = runs.run(path, AGAIN, **even, **FLOAT32)
-            moved = status["bytes"]["between_ranks"] - before
+            moved = status["totals"]["bytes_between_ranks"] - before
             record_property(f"{plan.name}, bytes of two calls", moved)
             assert moved == 2 * expected_bytes(plan, hidden=512, num_blocks=4)
 

@@ -117,7 +117,7 @@ def test_plans_with_shared_modulation_have_the_bits_of_those_without(
                 assert torch.equal(torch.load(tmp_path / "ranks.pt"), expected), (plan, name)
             record_property(f"{tree.version} {plan}, {name}", error)
             assert error <= BOUND, (plan, name)
-            assert after["steps_parallel"] == before["steps_parallel"] + 1
+            assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
             held, all_of_it = (
                 [rank["weight_bytes"] for rank in status["ranks"]] for status in (after, whole)
             )

@@ -73,8 +73,8 @@ def test_a_ring_equals_stock_in_every_shape(
             error, before, after = compare(stock, ranks, paths[name], tmp_path, **case)
             record_property(f"{tree.version} ring=3, {name}", error)
             assert error <= BOUND, name
-            assert after["steps_parallel"] == before["steps_parallel"] + 1
-            assert after["bytes"]["between_ranks"] > before["bytes"]["between_ranks"]
+            assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
+            assert after["totals"]["bytes_between_ranks"] > before["totals"]["bytes_between_ranks"]
 
 
 @pytest.mark.group("3")
@@ -95,7 +95,10 @@ def test_an_attention_function_of_a_nodes_is_never_left_out_for_a_ring(
     ):
         ranks.call("forwards:forward", **call)
     before = ranks.call("forwards:status")
-    assert ranks.call("forwards:forward", **call)["steps_parallel"] == before["steps_parallel"] + 1
+    assert (
+        ranks.call("forwards:forward", **call)["totals"]["steps_parallel"]
+        == before["totals"]["steps_parallel"] + 1
+    )
 
 
 @pytest.mark.group("3")
@@ -136,10 +139,10 @@ def test_hybrid_plans_equal_stock_and_move_the_bytes_of_the_formulas(
                 error, before, after = compare(stock, ranks, path, tmp_path, **case)
                 record_property(f"{plan.name}, {name}", error)
                 assert error <= BOUND, (plan.name, name)
-                assert after["steps_parallel"] == before["steps_parallel"] + 1
+                assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
             even = EVEN | {"batch": plan.batch}
             _, before, after = compare(stock, ranks, path, tmp_path, **even, **FLOAT32)
-            moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
+            moved = after["totals"]["bytes_between_ranks"] - before["totals"]["bytes_between_ranks"]
             record_property(f"{plan.name}, bytes", moved)
             assert moved == expected_bytes(plan, hidden=768, num_blocks=2)
 

@@ -72,8 +72,8 @@ def test_cut_blocks_equal_stock_in_every_shape(
             error, before, after = compare(stock, ranks, paths[name], tmp_path, **case)
             record_property(f"{tree.version} tensor=3, {name}", error)
             assert error <= BOUND, name
-            assert after["steps_parallel"] == before["steps_parallel"] + 1
-            assert after["bytes"]["between_ranks"] > before["bytes"]["between_ranks"]
+            assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
+            assert after["totals"]["bytes_between_ranks"] > before["totals"]["bytes_between_ranks"]
 
 
 @pytest.mark.group("4")
@@ -97,10 +97,10 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
                 error, before, after = compare(stock, ranks, path, tmp_path, **case)
                 record_property(f"{text}, {name}", error)
                 assert error <= BOUND, (text, name)
-                assert after["steps_parallel"] == before["steps_parallel"] + 1
+                assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
             even = EVEN | {"batch": plan.batch}
             _, before, after = compare(stock, ranks, path, tmp_path, **even, **FLOAT32)
-            moved = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
+            moved = after["totals"]["bytes_between_ranks"] - before["totals"]["bytes_between_ranks"]
             record_property(f"{text}, bytes", moved)
             assert moved == expected_bytes(plan, hidden=512)
     with following(ranks, "ulysses=2,tensor=2"):
@@ -108,7 +108,7 @@ def test_plans_with_cut_blocks_equal_stock_and_move_the_bytes_of_the_formulas(
             error, before, after = compare(stock, ranks, path, tmp_path, **FAMILY[name])
             record_property(f"ulysses=2,tensor=2, {name}", error)
             assert error <= BOUND, name
-            assert after["steps_parallel"] == before["steps_parallel"] + 1
+            assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
 
 
 @pytest.mark.group("2")
@@ -131,7 +131,7 @@ def test_two_ranks_hold_half_of_each_block_and_refuse_what_looks_at_all_heads(
             error, before, after = compare(stock, ranks, of_case, tmp_path, **case)
             record_property(f"tensor=2, {name}", error)
             assert error <= BOUND, name
-            assert after["steps_parallel"] == before["steps_parallel"] + 1
+            assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
             if name == "odd":
                 held = [rank["weight_bytes"] for rank in after["ranks"]]
                 record_property("bytes held", (held, whole["ranks"][0]["weight_bytes"]))
@@ -148,7 +148,7 @@ def test_two_ranks_hold_half_of_each_block_and_refuse_what_looks_at_all_heads(
     # The same model whole again.
     error, before, after = compare(stock, ranks, path, tmp_path, **ODD)
     assert error <= BOUND
-    assert after["steps_parallel"] == before["steps_parallel"] + 1
+    assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1
 
 
 REFUSED = {

@@ -56,7 +56,7 @@ class Comparison:
     def error(self, name: str, body: str = "forwards:forward", **case: Any) -> float:
         before = self._ranks.call("forwards:status")
         after = self._ranks.call(body, out=str(self._folder / "ranks.pt"), **case)
-        assert after["steps_parallel"] == before["steps_parallel"] + 1, name
+        assert after["totals"]["steps_parallel"] == before["totals"]["steps_parallel"] + 1, name
         expected = torch.load(self._folder / f"{name}.pt")
         got = torch.load(self._folder / "ranks.pt")
         assert expected.abs().max() > 0.1, "a model that answers zero proves nothing"
@@ -66,7 +66,7 @@ class Comparison:
 def follow(ranks: Inside, strategy: str, weights: list[int]) -> None:
     ranks.call("steering:use_strategy", text=strategy)
     ranks.call("steering:use_weights", weights=weights)
-    assert ranks.call("forwards:status")["balance"]["weights"] == weights
+    assert ranks.call("forwards:status")["weights"] == weights
 
 
 def models(stock: Inside, flux_dev: Callable[..., str], folder: Path) -> dict[str, str]:
@@ -163,7 +163,7 @@ def test_two_ranks_by_weight_with_a_controlnet_and_one_that_is_slowed(
         record_property(f"{strategy} [3, 1], ControlNet", error)
         assert error <= BOUND, strategy
     status = ranks.call("forwards:status")
-    assert status["controls"] == status["controls"] | {"parallel": 2, "alone": {}}
+    assert (status["totals"]["controls_parallel"], status["controls_alone"]) == (2, [])
 
     follow(ranks, "ulysses", [])
     sizes = {"height": 48, "width": 64, "batch": 1, "text_tokens": 77}
@@ -171,14 +171,14 @@ def test_two_ranks_by_weight_with_a_controlnet_and_one_that_is_slowed(
     with Slowed(status["ranks"][1]["pid"], 0.4):
         for _ in range(8):
             assert comparison.error("slowed", path=path, **sizes) <= BOUND
-        balance = ranks.call("forwards:status")["balance"]
+        status = ranks.call("forwards:status")
         times = ranks.call("forwards:run_of_calls", path=path, calls=5, **sizes)[1:]
         ranks.call("steering:use_balance", name="even", mode="even")
         even = ranks.call("forwards:run_of_calls", path=path, calls=5, **sizes)[1:]
-    record_property("rank 1 at 0.4 of its speed", str(balance))
+    record_property("rank 1 at 0.4 of its speed", str(status["weights"]))
     for name, of_calls in (("even", even), ("adaptive", times)):
-        busy = [statistics.median(call["busy"][rank] for call in of_calls) for rank in "01"]
+        busy = [statistics.median(call["busy"][rank] for call in of_calls) for rank in (0, 1)]
         step_s = statistics.median(call["host"] for call in of_calls)
         record_property(f"{name}: s/step, busy s by rank", str((step_s, busy)))
-    assert balance["changes"] >= 1
-    assert balance["weights"][0] > 1.3 * balance["weights"][1]
+    assert status["totals"]["share_changes"] >= 1
+    assert status["weights"][0] > 1.3 * status["weights"][1]

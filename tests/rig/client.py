@@ -18,6 +18,7 @@ from rig.environment import RigError, tail
 from rig.graphs import Graph
 from rig.outputs import Outputs
 from rig.progress import ProgressListener
+from rig.status_schema import faults
 
 REQUEST_DEADLINE_S = 30.0
 FREE_AGAIN_S = 5.0
@@ -107,13 +108,16 @@ class Client(Outputs):
             time.sleep(STEP_POLL_S)
 
     def status(self) -> dict[str, Any]:
-        """Return what comfy_xdit_patch says of itself (``GET /xdit/status``)."""
+        """Return what comfy_xdit_patch says of itself, as its schema has it."""
         try:
-            return self.request("/xdit/status")
+            status = self.request("/xdit/status")
         except RigError as error:
             raise RigError(
                 f"comfy_xdit_patch is not active in this ComfyUI ({error}).\n{tail(self.log_path)}"
             ) from error
+        if odd := faults(status):
+            raise RigError(f"this is no status of the schema: {odd}")
+        return status
 
     def queued(self) -> list[Any]:
         """Return the prompts that run or wait."""

@@ -18,6 +18,7 @@ from rig.feature_graphs import MASK, OTHER_PICTURE, PICTURE
 from rig.feature_rows import FALLS_BACK, GATHERED, NOT_HERE, PACKS, PARALLEL, REFUSED, UNSEEN, Row
 from rig.pair import EQUAL, Bound, Result, latent_error, run, run_stock
 from rig.server import Server
+from rig.status_schema import counted
 
 COMMON_PACKS = (
     PACKS.with_name("gguf_pack"),
@@ -114,13 +115,12 @@ def found(
     """Compare two results, and count what became of the steps between two reports."""
 
     def more(name: str) -> int:
-        return int(after.get(name, 0)) - int(before.get(name, 0))
+        return int(after["totals"][name]) - int(before["totals"][name])
 
     parallel, gathered, fell, skipped = (
         more(f"steps_{name}") for name in ("parallel", "gathered", "fell_back", "skipped")
     )
-    reasons = _more(before["fall_back_reasons"], after["fall_back_reasons"])
-    controls, controls_before = after["controls"], before["controls"]
+    reasons = _more(counted(before["fell_back"]), counted(after["fell_back"]))
     difference = compare_all(reference.images, result.images)
     error = latent_error(reference.latents, result.latents)
     said = f"{parallel} steps parallel, fell back: {reasons}"
@@ -136,8 +136,10 @@ def found(
         steps_fell_back=fell,
         steps_skipped=skipped,
         gather_reasons=tuple(after["last_run"].get("gather_reasons", ())) if gathered else (),
-        controls_parallel=controls["parallel"] - controls_before["parallel"],
-        controls_alone=tuple(_more(controls_before["alone"], controls["alone"])),
+        controls_parallel=more("controls_parallel"),
+        controls_alone=tuple(
+            _more(counted(before["controls_alone"]), counted(after["controls_alone"]))
+        ),
         max_pixel=difference.max_pixel,
         psnr_db=min(difference.psnr_db, 999.0),  # no infinity in JSON
         latent_error=error,

@@ -14,6 +14,7 @@ from typing import Any
 from rig.compare import MAX_PIXEL_DIFFERENCE, MIN_PSNR_DB, Difference
 from rig.environment import RigError
 from rig.outputs import Pixels
+from rig.status_schema import counted
 from rig.trees import Tree
 
 
@@ -44,8 +45,8 @@ def run_of(
         return Run(images=images, seconds_per_step=seconds)
     last, plan = after.get("last_run") or {}, after.get("plan") or {}
     reasons = {
-        reason: count - before["fall_back_reasons"].get(reason, 0)
-        for reason, count in after["fall_back_reasons"].items()
+        reason: count - counted(before["fell_back"]).get(reason, 0)
+        for reason, count in counted(after["fell_back"]).items()
     }
     if last and plan and after["state"] not in ("ready", "idle"):
         raise RigError(f"the workers are {after['state']} after the image: {after['reason']}")
@@ -54,8 +55,8 @@ def run_of(
         seconds_per_step=seconds,
         ranks=len(after["ranks"]),
         strategy=str(last.get("strategy") or plan.get("strategy") or "none"),
-        steps_parallel=after["steps_parallel"] - before["steps_parallel"],
-        steps_fell_back=after["steps_fell_back"] - before["steps_fell_back"],
+        steps_parallel=after["totals"]["steps_parallel"] - before["totals"]["steps_parallel"],
+        steps_fell_back=after["totals"]["steps_fell_back"] - before["totals"]["steps_fell_back"],
         fall_back_reasons={reason: count for reason, count in reasons.items() if count},
     )
 

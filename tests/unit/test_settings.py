@@ -12,9 +12,11 @@ from comfy_xdit_patch.settings import (
     VARIABLES,
     AskedDevices,
     cache_directory,
+    given,
     parse_gpus,
     read_settings,
     unknown_names,
+    written,
 )
 
 
@@ -35,6 +37,32 @@ def test_the_documented_defaults_are_the_defaults():
 
 def test_an_empty_value_means_the_default():
     assert read_settings({v.name: "  " for v in VARIABLES}) == read_settings({})
+
+
+def test_settings_are_written_as_a_user_writes_them():
+    assert written(read_settings({})) == {v.name: v.default for v in VARIABLES}
+    assert given({"XDIT_GPUS": "seven"})["XDIT_GPUS"] == "seven"
+    assert given({}) == {v.name: v.default for v in VARIABLES}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("XDIT_GPUS", text) for text in ("0", "2", "2,", "0,3", "cpu:3", "GPU-1a2b,GPU-3c4d")),
+        *(("XDIT_STRATEGY", text) for text in ("off", "ring", "batch=2,ulysses=2", "usp")),
+        *(("XDIT_STRATEGY", text) for text in ("ulysses=2,fsdp=2", "ulysses=4,modulation=4")),
+        *(("XDIT_GPU_MEMORY", text) for text in ("24", "23.5")),
+        ("XDIT_STRICT", "1"),
+        ("XDIT_START", "first"),
+        ("XDIT_STEP_TIMEOUT", "0.5"),
+        ("XDIT_LOG_DIR", "/var/log/xdit"),
+        ("XDIT_STATUS", "all"),
+    ],
+)
+def test_what_is_written_is_read_as_the_same(name, value):
+    settings = read_settings({name: value})
+    assert written(settings)[name] == value
+    assert read_settings(written(settings)) == settings
 
 
 def test_the_process_environment_is_read_unless_another_is_given(monkeypatch):
@@ -148,6 +176,19 @@ def test_other_ways_to_write_a_strategy_are_refused(text):
 )
 def test_memory_of_a_card_is_in_gib(text, num_bytes):
     assert read_settings({"XDIT_GPU_MEMORY": text}).gpu_memory_bytes == num_bytes
+
+
+def test_what_is_given_stands_in_the_place_of_the_environments_value_and_that_of_the_default(
+    monkeypatch,
+):
+    monkeypatch.setenv("XDIT_STRATEGY", " ring ")
+    monkeypatch.setenv("XDIT_GPUS", "cpu:2")
+    given = {"XDIT_GPUS": "cpu:3", "XDIT_STRATEGY": ""}
+    values = written(given)
+    assert values.keys() == {v.name for v in VARIABLES}
+    found = [values[name] for name in ("XDIT_GPUS", "XDIT_STRATEGY", "XDIT_BALANCE")]
+    assert found == ["cpu:3", "ring", "adaptive"]
+    assert read_settings(values) == read_settings({"XDIT_STRATEGY": "ring", "XDIT_GPUS": "cpu:3"})
 
 
 def test_a_misspelt_name_is_reported_and_does_not_silently_mean_the_default():

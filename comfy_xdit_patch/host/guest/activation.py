@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from comfy_xdit_patch import __version__
 from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.hardware.chosen_devices import devices_of
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.boundary import our_faults_stay_ours
+from comfy_xdit_patch.host.guest.between import Between
 from comfy_xdit_patch.host.guest.host import Host
 from comfy_xdit_patch.host.guest.patchset import PatchSet
 from comfy_xdit_patch.host.guest.points import (
@@ -25,6 +26,10 @@ from comfy_xdit_patch.host.guest.points import (
     sampling_points,
     server_points,
 )
+from comfy_xdit_patch.host.guest.routes import add_routes
+from comfy_xdit_patch.host.guest.settings_routes import add_settings_routes
+from comfy_xdit_patch.host.guest.status import Reporter, inactive
+from comfy_xdit_patch.host.guest.steering import Steering
 from comfy_xdit_patch.host.guest.wrappers import Wrappers
 from comfy_xdit_patch.host.pool.inheritance import capture_host_state
 from comfy_xdit_patch.host.pool.pool import Pool
@@ -35,9 +40,13 @@ from comfy_xdit_patch.marks import (
     SAMPLING_MODULES,
     SERVER_MODULES,
 )
+from comfy_xdit_patch.report.schema import Status
 from comfy_xdit_patch.settings import Settings, read_settings, unknown_names
 
 log = logging.getLogger("comfy_xdit_patch")
+
+WEB = str(Path(__file__).parents[2] / "web")
+"""What ComfyUI's page loads of this package."""
 
 
 class Activation:
@@ -46,11 +55,16 @@ class Activation:
     def __init__(self) -> None:
         self.host: Host | None = None
         self.refused: str | None = None
+        """Why it is not active; by ``is_off`` that is as it should be on this machine."""
+        self.is_off = False
         self.sampling: PatchSet | None = None
         self.controls: PatchSet | None = None
         self.server: PatchSet | None = None
         self.execution: PatchSet | None = None
+        self.between = Between()
+        self.steering = Steering(self)
         self._wrappers: Wrappers | None = None
+        self._reporter = Reporter()
         self._ready: set[frozenset[str]] = set()
 
     def modules_ready(self, names: frozenset[str], root: str) -> None:
@@ -68,32 +82,46 @@ class Activation:
         if self.execution is None and EXECUTION_MODULES in self._ready:
             self._activate_execution()
 
-    def status(self) -> dict[str, Any]:
-        """The status object of ``GET /xdit/status``."""
-        body: dict[str, Any] = {"version": __version__}
+    def status(self) -> Status:
+        """What ``GET /xdit/status`` and ``GET /xdit/metrics`` are made of."""
         if self.host is None:
-            return {**body, "state": "refused", "reason": self.refused}
-        settings = self.host.settings
-        shown = {name: repr(getattr(settings, name)) for name in Settings.__slots__}
-        return {**body, "settings": shown, **self.host.status()}
+            return inactive("off" if self.is_off else "refused", self.refused)
+        return self._reporter.status(self.host)
 
-    def change(self, settings: Settings) -> None:
-        """Go on under other settings; the workers end, and new ones start with the next run.
+    @property
+    def _is_status_open(self) -> bool:
+        return self.host is not None and self.host.settings.is_status_open
 
-        To be called between runs, in a process that is active.
+    def devices_for(self, settings: Settings) -> tuple[Device, ...]:
+        """The devices of all ranks under other settings; those of now if they switch off.
 
         Raises:
             SettingsError: they do not fit this machine, or leave nothing active.
         """
         assert self.host is not None, "active"
-        assert self._wrappers is not None, "made with the host"
+        if settings.is_off:
+            return self.host.pool.devices
         devices = _devices_of(settings)
         if isinstance(devices, Refusal):
             raise SettingsError(f"These settings leave nothing active: {devices.reason}.")
-        self.host.hooks.make_up()
-        self.host.pool.change(devices, settings)
-        self.host = self.host.successor(settings)
+        return devices
+
+    def change(self, devices: tuple[Device, ...], settings: Settings) -> None:
+        """Go on with other devices or settings, or switched off; see ``Pool.change``.
+
+        To be called between runs, in a process that is active.
+        """
+        assert self.host is not None, "active"
+        assert self._wrappers is not None, "made with the host"
+        self.host = self.host.successor(devices, settings)
         self._wrappers.serve(self.host)
+        for patch_set in filter(None, (self.sampling, self.controls)):
+            patch_set.uninstall() if settings.is_off else patch_set.install()
+        if settings.is_off:
+            log.info("xDiT: switched off, ComfyUI computes alone.")
+            return
+        word = self.host.pool.device_word
+        log.info("xDiT: from now on %d %s, strategy %s.", len(devices), word, settings.strategy)
 
     def _activate_sampling(self, root: str) -> None:
         for name, hint in unknown_names().items():
@@ -106,12 +134,12 @@ class Activation:
             log.error("xDiT: %s ComfyUI goes on alone.", error)
             return
         if isinstance(devices, Refusal):
-            self.refused = devices.reason
+            self.refused, self.is_off = devices.reason, True
             log.info("xDiT: not active: %s.", devices.reason)
             return
         pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
         host = Host(settings=settings, pool=pool, pristine=Pristine(sys.modules))
-        self._wrappers = Wrappers(host)
+        self._wrappers = Wrappers(host, self.between)
         patch_set = PatchSet(sampling_points(self._wrappers))
         misfit = patch_set.install()
         if misfit is not None:
@@ -157,13 +185,11 @@ class Activation:
         if host is not None and host.settings.starts_early and host.pool.world_size > 1:
             with our_faults_stay_ours("an early start"):
                 server.loop.call_soon(host.pool.get_ready)  # The loop runs when the server does.
-        with our_faults_stay_ours("adding the status route"):
-            from aiohttp import web
-
-            async def answer(_: web.Request) -> web.Response:
-                return web.json_response(self.status())
-
-            server.routes.get("/xdit/status")(answer)
+        with our_faults_stay_ours("adding the panel"):
+            sys.modules["nodes"].EXTENSION_WEB_DIRS["comfy-xdit"] = WEB
+        with our_faults_stay_ours("adding routes"):
+            add_routes(server, self.status, lambda: self._is_status_open)
+            add_settings_routes(server.routes, self)
         return wrapped(*args, **kwargs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -16,16 +16,18 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
+from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.reading.models import ModelRegistry
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.block_calls import DrivenForward
 from comfy_xdit_patch.host.step.controlnets import ControlNets, RemoteControl
-from comfy_xdit_patch.host.step.outcome import Books, Step, pool_status
+from comfy_xdit_patch.host.step.outcome import Books, Step
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.host.step.residuals_there import Residuals
 from comfy_xdit_patch.host.step.step import ParallelSteps
@@ -44,12 +46,25 @@ class Host:
     """Everything of ours in ComfyUI's process."""
 
     def __init__(
-        self, *, settings: Settings, pool: Pool, pristine: Pristine, before: Host | None = None
+        self,
+        *,
+        settings: Settings,
+        pool: Pool,
+        pristine: Pristine,
+        before: Host | None = None,
+        keeps_ranks: bool = False,
     ) -> None:
-        """Make a host, in the place of ``before``, whose knowledge of models it keeps."""
+        """Make a host, in the place of ``before``, whose knowledge of models it keeps.
+
+        Args:
+            keeps_ranks: and what is known of the ranks too, and all counts.
+        """
+        kept = before if keeps_ranks else None
         self.settings = settings
         self.pool = pool
-        self.totals = Totals()
+        self.totals: Totals = kept.totals if kept else Totals()
+        if before and not kept:
+            self.totals = before.totals.begin_anew()
         self.models: ModelRegistry = before.models if before else ModelRegistry()
         self.hooks: LeftOutHooks = before.hooks if before else LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)
@@ -57,15 +72,24 @@ class Host:
         self.is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
         """Whether this is inside of a call of FLUX that is seen and counted."""
         self.pristine = pristine
-        self._weights = partial(
-            RemoteWeights,
-            totals=self.totals,
-            models=self.models,
-            failed={},
-            verifies=settings.strict,
+        self._weights: partial[RemoteWeights] = (
+            kept._weights
+            if kept
+            else partial(
+                RemoteWeights,
+                totals=self.totals,
+                models=self.models,
+                failed={},
+                verifies=settings.strict,
+            )
+        )
+        balance: Callable[[Crew], CrewBalance] = (
+            kept.holding.balance
+            if kept and kept.settings.balance == settings.balance
+            else partial(CrewBalance, mode=settings.balance, totals=self.totals)
         )
         self.memory = SharedMemory(pool.devices)
-        self.holding = Holding(
+        self.holding: Holding = Holding(
             pool=pool,
             weights=self._weights,
             residency=partial(Residency, budget_bytes=settings.gpu_memory_bytes),
@@ -74,10 +98,10 @@ class Host:
             pristine=pristine,
             models=self.models,
             strategy=settings.strategy,
-            balance=partial(CrewBalance, mode=settings.balance, totals=self.totals),
+            balance=balance,
             waits=settings.strict or not settings.starts_early,
         )
-        auto = Auto(settings, pool)
+        self.auto = auto = Auto(settings, pool)
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines()
         self._steps = ParallelSteps(
@@ -100,11 +124,21 @@ class Host:
             auto=auto,
             before=before.controls if before else None,
         )
+        self.runs: list[Run] = []
+        """Sampling runs of FLUX that go on; a sampler may begin another one inside of its own."""
         self._lock = threading.RLock()
 
-    def successor(self, settings: Settings) -> Host:
-        """Return a host for other settings, whose workers are new and hold nothing."""
-        return Host(settings=settings, pool=self.pool, pristine=self.pristine, before=self)
+    def successor(self, devices: Sequence[Device], settings: Settings) -> Host:
+        """Return a host for other devices or settings. To be called between runs."""
+        with torch.inference_mode():  # As ComfyUI's prompts are executed, whatever thread this is.
+            self.hooks.make_up()
+        return Host(
+            keeps_ranks=self.pool.change(devices, settings),
+            settings=settings,
+            pool=self.pool,
+            pristine=self.pristine,
+            before=self,
+        )
 
     def model_loaded(
         self, patcher: Any, loader: str, path: str, options: dict[str, Any], file: str
@@ -117,6 +151,7 @@ class Host:
         run = Run(patcher.model if self.is_flux(patcher) else None)
         if run.is_flux:
             run.in_use.add(run.model)
+            self.runs.append(run)
         return run
 
     def is_flux(self, patcher: Any) -> bool:
@@ -126,6 +161,8 @@ class Host:
 
     def end_run(self, run: Run) -> None:
         """End the count of a run, and say one line about it if FLUX took part."""
+        if run in self.runs:
+            self.runs.remove(run)
         with self._lock:
             self._steps.end(run)
         self.books.close(run)
@@ -237,7 +274,3 @@ class Host:
         is_up = self.pool.state in (PoolState.READY, PoolState.STARTING)
         is_ours = self.is_flux(patcher) or self.controls.holds(patcher.model)
         return is_up and is_ours and self.memory.is_held_back(patcher)
-
-    def status(self) -> dict[str, Any]:
-        """Everything a user or a test may want to know, as JSON."""
-        return {**pool_status(self.pool, self.totals), **self.totals.to_dict()}

@@ -39,6 +39,8 @@ class PatchPoint:
     parameters: frozenset[str]
     reason: str
     hidden_from_dynamo: bool = False
+    only_notes: bool = False
+    """Changes nothing that ComfyUI does, and goes on noting while the others are switched off."""
 
     @property
     def name(self) -> str:
@@ -88,7 +90,7 @@ class PatchSet:
                     importlib.import_module(point.module),
                     point.attribute,
                     wrapt.FunctionWrapper,
-                    (point.wrapper, self._is_active),
+                    (point.wrapper, None if point.only_notes else self._is_active),
                 )
             self._is_wrapped = True
         for original in self._hidden:
@@ -97,7 +99,7 @@ class PatchSet:
         return None
 
     def uninstall(self) -> None:
-        """Have every wrapper call straight through from now on."""
+        """Have every wrapper call straight through from now on that does more than note."""
         self.active = False
         for original in self._hidden:
             if hasattr(original, DYNAMO_MARK):

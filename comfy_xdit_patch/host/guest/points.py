@@ -62,6 +62,7 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             frozenset({"unet_path", "model_options"}),
             "Which file a model came from, so that the workers load the same one. Starts the "
             "workers while ComfyUI goes on with the text encoder.",
+            only_notes=True,
         ),
         PatchPoint(
             "comfy.sd",
@@ -69,6 +70,7 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             wrappers.load_checkpoint,
             frozenset({"ckpt_path", "output_model", "model_options"}),
             "The same for checkpoints.",
+            only_notes=True,
         ),
         PatchPoint(
             "comfy.model_management",
@@ -122,6 +124,7 @@ def control_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             wrappers.load_controlnet,
             frozenset({"ckpt_path", "model_options"}),
             "Which file a ControlNet came from, so that the workers load the same one.",
+            only_notes=True,
         ),
     )
 
@@ -141,13 +144,14 @@ def execution_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
 
 
 def server_points(add_routes: Callable[..., Any]) -> tuple[PatchPoint, ...]:
-    """The point that lets ComfyUI's own server answer ``GET /xdit/status``."""
+    """The point that lets ComfyUI's own server answer our routes, as ``GET /xdit/status``."""
     return (
         PatchPoint(
             "server",
             "PromptServer.add_routes",
             add_routes,
             frozenset(),
-            "Adds the route GET /xdit/status to ComfyUI's server before its routes are fixed.",
+            "Adds /xdit/status, /xdit/metrics, /xdit/settings, /xdit/measure and the panel's files "
+            "to ComfyUI's server before its routes are fixed.",
         ),
     )

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from comfy_xdit_patch.host.boundary import Attempt, attempt, our_faults_stay_ours
+from comfy_xdit_patch.host.guest.between import Between
 from comfy_xdit_patch.host.guest.host import Host
 from comfy_xdit_patch.host.guest.outer_calls import FAULT, met, watched
 from comfy_xdit_patch.host.weights.one_owner import NEXT_TO_NOTHING, nothing_pinned
@@ -26,8 +27,9 @@ Call = Callable[..., Any]
 class Wrappers:
     """One method for each patch point, all on one host."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, between: Between) -> None:
         self.serve(host)
+        self._between = between
         self._signatures: dict[Any, inspect.Signature] = {}
         self._attempt_step: Call = self._attempt
 
@@ -100,6 +102,10 @@ class Wrappers:
 
     def outer_sample(self, wrapped: Call, guider: Any, args: Any, kwargs: Any) -> Any:
         """Mark one sampling run."""
+        with self._between.busy():  # One may be outside of any prompt.
+            return self._sample(wrapped, guider, args, kwargs)
+
+    def _sample(self, wrapped: Call, guider: Any, args: Any, kwargs: Any) -> Any:
         run = None
         with our_faults_stay_ours("the start of a run"):
             run = self._host.begin_run(getattr(guider, "model_patcher", None))
@@ -119,6 +125,10 @@ class Wrappers:
 
     def execute_prompt(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Mark one prompt."""
+        with self._between.busy():
+            return self._execute(wrapped, args, kwargs)
+
+    def _execute(self, wrapped: Call, args: Any, kwargs: Any) -> Any:
         with our_faults_stay_ours("the start of a prompt"):
             log.begin_prompt()
             self._host.books.begin_prompt()
@@ -152,7 +162,8 @@ class Wrappers:
     def free_memory(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Have workers give their memory back when ComfyUI needs it."""
         out = wrapped(*args, **kwargs)
-        with our_faults_stay_ours("freeing memory"):
+        # ComfyUI frees between prompts too, when others may end the workers.
+        with our_faults_stay_ours("freeing memory"), self._between.busy():
             call = self._bind(wrapped, args, kwargs)
             # Versions without dynamic VRAM have no such argument.
             is_dynamic = bool(call.get("for_dynamic"))

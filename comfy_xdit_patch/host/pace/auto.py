@@ -89,7 +89,8 @@ class Auto:
         self.is_on = settings.strategy.name == "auto" and not settings.strict
         self._pool = pool
         self._store = VerdictStore()
-        self._records: dict[Case, Record] = {}
+        self.records: dict[Case, Record] = {}
+        """What is known of each kind of call since this process started, the last seen last."""
         self._machine = ""
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -131,6 +132,11 @@ class Auto:
         is_watched = is_plain and is_at_rest
         return replace(taken, kind=Kind(case, record, taken.plan.name) if is_watched else None)
 
+    def forget(self) -> None:
+        """Measure everything anew. To be called between runs."""
+        self._store.clear()
+        self.records.clear()
+
     def taken(self, flux: Any, call: Call) -> str | None:
         """Name what calls of FLUX have in this run beside this one, a ControlNet's; None: unknown.
 
@@ -167,9 +173,8 @@ class Auto:
 
     def _record(self, case: Case, run: Run) -> Record:
         """What is known of a kind of call; the first of its kind in a run begins the run there."""
-        if case not in self._records:
-            self._records[case] = Record(self._store.find(case))
-        record = self._records[case]
+        record = self.records.pop(case, None) or Record(self._store.find(case))
+        self.records[case] = record
         if case not in run.paced:
             run.paced.add(case)
             self._begin_run(case, record)

@@ -16,13 +16,13 @@ A device that two programs want all the time is shared by halves, so no less tha
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from comfy_xdit_patch.hardware.usage import open_nvml, process_ticks
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.planning.balance import Balance, Replan
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
@@ -45,6 +45,7 @@ class CrewBalance:
         self._totals = totals
         self._left_over = LeftOver(crew) if mode == "least_loaded" else None
         self.current = Balance(mode, crew.world_size)
+        self._num_said = 0
         self._are_launches_slow = False
         """Whether GPUs waited for their ranks' CPUs in the last call."""
 
@@ -92,7 +93,8 @@ class CrewBalance:
 
     def _say(self) -> None:
         self._totals.weights = self.current.weights
-        self._totals.share_changes = self.current.num_changes
+        self._totals.share_changes += self.current.num_changes - self._num_said
+        self._num_said = self.current.num_changes
 
 
 Ticks = dict[int, float]
@@ -133,12 +135,10 @@ class LeftOver:
 
 def time_taken(uuid: str, own: Collection[int]) -> float | None:
     """Part of a card's time that processes other than our own take; None if NVML does not say."""
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
+    nvml = open_nvml()
+    if nvml is None:
         return None
     try:
-        nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
         if nvml.nvmlDeviceGetUtilizationRates(handle).gpu == 0:
             return 0.0  # and no samples of processes, which would be an error
@@ -199,9 +199,3 @@ def core_ticks(path: str = "/proc/stat") -> Ticks:
             user, nice, system, _, _, irq, soft = map(int, values[:7])
             found[int(name[3:])] = float(user + nice + system + irq + soft)
     return found
-
-
-def process_ticks(pid: int) -> float:
-    """Clock ticks that a process, with all its threads, has worked since it started."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return float(int(fields[11]) + int(fields[12]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,6 +87,7 @@ class Crew:
         """Take over workers that have joined; ``lose`` ends them for a reason."""
         self.workers = started.workers
         self.joined = started.joined
+        self.since_s = time.monotonic()
         self.lost: str | None = None
         """Why they are not there any more; empty where they were not wanted any more."""
         self.slots = SlotTable()

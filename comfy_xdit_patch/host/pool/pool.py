@@ -63,6 +63,10 @@ class Pool:
         self.state = PoolState.IDLE
         self.error: str | None = None
         self.start_seconds = 0.0
+        self.start_since_s = 0.0
+        """When the last start began, on the monotonic clock."""
+        self.num_restarts = 0
+        """Of the workers, after a loss."""
         self._settings = settings
         self._changed = threading.Condition()
         self._keeper: threading.Thread | None = None
@@ -94,7 +98,9 @@ class Pool:
     def start(self) -> None:
         """Have the workers started, in the background. No effect when they live or back off."""
         with self._changed:
-            if self.state in (PoolState.IDLE, PoolState.BROKEN) and self._back_off.is_over:
+            is_down = self.state in (PoolState.IDLE, PoolState.BROKEN)
+            if is_down and self._back_off.is_over and not self._settings.is_off:
+                self.start_since_s = time.monotonic()
                 self._set_state(PoolState.STARTING)
                 self.get_ready()
 
@@ -119,26 +125,48 @@ class Pool:
         """A whole run went well: the losses before it do not count any more."""
         self._back_off.succeeded()
 
-    def change(self, devices: Sequence[Device], settings: Settings) -> None:
-        """End all workers; those that start next are others. The nursery stays."""
-        self._stop_workers()
-        self.devices, self._settings = tuple(devices), settings
-        self.error, self._back_off, self._has_worked = None, BackOff(), False
-        self._starter.change(self.devices, settings)
+    def change(self, devices: Sequence[Device], settings: Settings) -> bool:
+        """Go on with other devices, or under other settings.
+
+        Workers that would be started the same go on. Others end, and those that are to be in their
+        place start at once. The nursery stays, unless the settings switch off.
+
+        Returns:
+            Whether the workers go on.
+        """
+        with self._changed:
+            was_up = self.state in (PoolState.STARTING, PoolState.READY)
+            is_new = was_up or self._settings.is_off
+            if was_up and not settings.is_off and self._is_asked_for(tuple(devices), settings):
+                self._settings = settings
+                return True
+            crew = self._leave_crew()
+            self.devices, self._settings = tuple(devices), settings
+            self.error, self._back_off, self._has_worked = None, BackOff(), False
+        if crew is not None:
+            dismiss_workers(crew.workers)
+        if is_new:
+            self.start()
+        return False
 
     def stop(self) -> None:
         """End all workers and the nursery, and stay idle."""
-        self._stop_workers()
+        self.dismiss()
         self._starter.close()
 
-    def _stop_workers(self) -> None:
+    def dismiss(self) -> None:
+        """End all workers, and stay idle. The nursery stays."""
         with self._changed:
-            crew, self.crew = self.crew, None
-            if crew is not None:
-                crew.lost = ""
-            self._set_state(PoolState.IDLE)
+            crew = self._leave_crew()
         if crew is not None:
             dismiss_workers(crew.workers)
+
+    def _leave_crew(self) -> Crew | None:
+        crew, self.crew = self.crew, None
+        if crew is not None:
+            crew.lost = ""
+        self._set_state(PoolState.IDLE)
+        return crew
 
     # -- the keeper's thread ---------------------------------------------------------------
 
@@ -164,7 +192,10 @@ class Pool:
             if self.state is not PoolState.STARTING:
                 self._changed.wait(WATCH_S)
             state, crew = self.state, self.crew
-        if state is PoolState.STARTING:
+            is_off = self._settings.is_off
+        if is_off:
+            self._starter.close()
+        elif state is PoolState.STARTING:
             self._start_all()
         elif crew is not None:
             crew.lose_if_dead()
@@ -172,24 +203,32 @@ class Pool:
             self.start()  # So on this machine: bring it back for the next run.
 
     def _start_all(self) -> None:
-        log.info("xDiT: starting %d %s...", self.world_size, self.device_word)
+        with self._changed:
+            devices, settings = self.devices, self._settings
+        log.info("xDiT: starting %d %s...", len(devices), device_word(devices))
+        self._starter.change(devices, settings)
         try:
             started = self._starter.start()
         except WorkerError as error:
             with self._changed:
-                if self.state is PoolState.STARTING:  # And was not stopped meanwhile.
+                if self._is_wanted(devices, settings):
                     self._fail(str(error), AFTER_START_S)
             return
         with self._changed:
-            if self.state is not PoolState.STARTING:
+            if not self._is_wanted(devices, settings):
                 return dismiss_workers(started.workers)
             self.start_seconds = started.seconds
             timeout_s = self._settings.step_timeout_s
             self.crew = Crew(started, step_timeout_s=timeout_s, lose=self._lose)
+            self.num_restarts += self._has_worked
             self._has_worked = True
             self.error = None
             self._set_state(PoolState.READY)
         log.info("xDiT: %d workers joined in %.1f s", self.world_size, self.start_seconds)
+
+    def _is_wanted(self, devices: tuple[Device, ...], settings: Settings) -> bool:
+        """Whether what was begun to start was neither stopped nor changed meanwhile."""
+        return self.state is PoolState.STARTING and self._is_asked_for(devices, settings)
 
     # -- either thread ---------------------------------------------------------------------
 
@@ -201,6 +240,11 @@ class Pool:
             self.crew, crew.lost = None, reason
             self._fail(reason, AFTER_LOSS_S)
         end_workers(crew.workers, grace_s=0)
+
+    def _is_asked_for(self, devices: tuple[Device, ...], settings: Settings) -> bool:
+        """Whether workers of these devices and settings are like those of now."""
+        asked_for = self.devices, self._settings.of_workers
+        return (devices, settings.of_workers) == asked_for
 
     def _fail(self, reason: str, waits_s: Sequence[float]) -> None:
         self.error = reason

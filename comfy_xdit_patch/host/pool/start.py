@@ -319,9 +319,10 @@ class Starter:
         return replace(started, seconds=time.monotonic() - begin)
 
     def change(self, devices: Sequence[Device], settings: Settings) -> None:
-        """What is started next is other devices, of the same kind, or under other settings."""
+        """What is started next may be other devices, of the same kind, or under other settings."""
+        if settings is not self._settings:
+            self.no_peer_to_peer = None
         self._devices, self._settings = devices, settings
-        self.no_peer_to_peer = None
 
     def close(self) -> None:
         """End the nursery, and with it all ranks that are left."""

@@ -150,10 +150,11 @@ def verify(
         wrong = [name for name in names if ours.get(name) != found.get(name)]
         if wrong:
             name = min(wrong)
-            totals.last_error = error = (
+            error = (
                 f"Rank {rank} holds {len(wrong)} of {len(ours)} weights with other contents: "
                 f"{name} is {found.get(name)} there and {ours.get(name)} here."
             )
+            totals.failed(error)
             return Refusal("the weights in use on a rank are not ComfyUI's", error=error)
         totals.weights_verified += len(found)
     return None

@@ -50,9 +50,11 @@ CONSTANT = ("pe", "attn_mask")
 class DrivenForward:
     """The workers, as the blocks of a model whose forward runs here."""
 
+    _numbers = itertools.count(1)
+    """Of this process: ranks, and what they keep for a node, outlive a change of settings."""
+
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
-        self._numbers = itertools.count(1)
 
     def run(
         self,
@@ -243,10 +245,14 @@ class DrivenStep:
             if isinstance(reply, Declined):
                 raise DeclinedError(short(reply.reason))
             assert isinstance(reply, Ran)
-            self._totals.num_forwards[rank] = reply.num_forwards
-            self._totals.step_seconds[rank] = reply.seconds
             self.busy_s[rank] += reply.busy_seconds
-            self._totals.busy_seconds[rank] = self.busy_s[rank]
+            self._totals.ran(
+                rank,
+                num_forwards=reply.num_forwards,
+                step_s=reply.seconds,
+                busy_s=reply.busy_seconds,
+                of_call_s=self.busy_s[rank],
+            )
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
 
     def _kept(self, value: torch.Tensor, stream: str, number: int, counts: Counts) -> RemoteTokens:

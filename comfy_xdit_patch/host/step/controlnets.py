@@ -181,7 +181,7 @@ class ControlNets:
         except UncarriedValueError as error:
             return Refusal(f"its argument cannot be carried over: {error}", Scope.STEP)
         except CallRaisedError as error:
-            self._totals.last_error = str(error)
+            self._totals.failed(str(error))
             self._holding.forget_what_is_held(crew)
             return Refusal(
                 f"its call raised {error.kind} on the workers", Scope.STEP, has_raised=True
@@ -211,9 +211,11 @@ class ControlNets:
 class RemoteControl:
     """The workers, as a function from a ControlNet's arguments to its residuals."""
 
+    _numbers = itertools.count(1)
+    """Of this process: ranks, and what they keep for a node, outlive a change of settings."""
+
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
-        self._numbers = itertools.count(1)
 
     def forward(
         self,
@@ -265,7 +267,7 @@ class RemoteControl:
         self._totals.controls_parallel += 1
         for rank, reply in enumerate(replies):
             assert isinstance(reply, Controlled)
-            self._totals.control_seconds[rank] = reply.seconds
+            self._totals.controlled(rank, reply.seconds)
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
         first = replies[0]
         assert isinstance(first, Controlled)

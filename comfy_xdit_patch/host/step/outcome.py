@@ -5,9 +5,7 @@ Runs in: host process.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -22,7 +20,7 @@ from comfy_xdit_patch.errors import (
     Scope,
     WorkerError,
 )
-from comfy_xdit_patch.host.pace.auto import Auto, Kind
+from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER, Auto, Kind
 from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.weights.holding import LOST, STARTING
@@ -70,8 +68,7 @@ def checked(step: Step) -> Step | Refusal:
 
 def lost(error: WorkerError, totals: Totals) -> Refusal:
     """Note a loss of the workers, and return it as the reason why ComfyUI computes a call."""
-    totals.last_error = str(error)
-    totals.last_loss_unix_s = time.time()
+    totals.lost(str(error))
     return replace(LOST, error=str(error))
 
 
@@ -80,12 +77,12 @@ def refusal_of(error: Exception, totals: Totals) -> Refusal | None:
     if isinstance(error, WorkerError):
         return lost(error, totals)
     if isinstance(error, CallRaisedError):
-        totals.last_error = str(error)
+        totals.failed(str(error))
         return Refusal(
             f"the call raised {error.kind} on the workers", has_raised=True, error=str(error)
         )
     if isinstance(error, AroundBlocksError):
-        totals.last_error = str(error)
+        totals.failed(str(error))
         return Refusal(
             "a node's code failed while its blocks ran on the workers",
             has_raised=True,
@@ -134,8 +131,12 @@ class Books:
             run.refusal = refusal
         # Whoever waits for workers has them in a moment, and ControlNets on them.
         run.needs_residuals = run.needs_residuals or refusal is not STARTING
-        run.counts.fall_backs[refusal.reason] += 1
-        self._totals.fall_backs[refusal.reason] += 1
+        if refusal is ONE_IS_FASTER:
+            run.counts.chose_one += 1
+            self._totals.steps_chose_one += 1
+        else:
+            run.counts.fall_backs[refusal.reason] += 1
+            self._totals.fall_backs[refusal.reason] += 1
         if self._is_strict:
             error = refusal.error
             raise FallBackError(
@@ -183,34 +184,3 @@ class Books:
     def _say(self, counts: RunCounts, num_runs: int) -> None:
         report = counts.report(ranks=self._pool.world_size)
         say(summary(report, device_word=self._pool.device_word, num_runs=num_runs))
-
-
-def pool_status(pool: Pool, totals: Totals) -> dict[str, Any]:
-    """State of the pool and of each rank, as JSON."""
-    crew = pool.crew  # Once: the keeper's thread may take it away any time.
-    ranks = []
-    for rank, device in enumerate(pool.devices):
-        worker = None if crew is None else crew.workers[rank]
-        if worker is not None and worker.process.poll() is not None:
-            worker = None
-        joined = crew.joined[rank] if crew and worker else None
-        ranks.append(
-            {
-                "rank": rank,
-                "pid": joined.pid if joined else None,
-                "device": device.name,
-                "state": "ready" if worker else pool.state.value,
-                "log": str(worker.log_path) if worker else None,
-                "start_s": joined.seconds if joined else None,
-                "weight_bytes": crew.weight_bytes.get(rank) if crew and worker else None,
-                **totals.of_rank(rank),
-            }
-        )
-    return {
-        "state": pool.state.value,
-        "reason": pool.error,
-        "peer_to_peer_disabled": pool.no_peer_to_peer,
-        "plan": totals.last_plan(),
-        "ranks": ranks,
-        "start_s": round(pool.start_seconds, 3),
-    }

@@ -194,7 +194,7 @@ class ParallelSteps:
             )
             run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
             gathered_for = call.carried.gathered
-        run.counts.plan = plan
+        run.counts.plan = self._totals.last_plan = plan
         balance = crew.of(self._holding.balance)
         if not computed.is_empty:
             balance.measured(

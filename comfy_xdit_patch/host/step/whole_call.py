@@ -105,10 +105,13 @@ class RemoteForward:
 
     def _count(self, replies: Sequence[Done]) -> None:
         for rank, reply in enumerate(replies):
-            self._totals.num_forwards[rank] = reply.num_forwards
-            self._totals.step_seconds[rank] = reply.seconds
-            self._totals.busy_seconds[rank] = reply.busy_seconds
-            self._totals.launch_bound[rank] = reply.is_launch_bound
+            self._totals.ran(
+                rank,
+                num_forwards=reply.num_forwards,
+                step_s=reply.seconds,
+                busy_s=reply.busy_seconds,
+                is_launch_bound=reply.is_launch_bound,
+            )
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
 

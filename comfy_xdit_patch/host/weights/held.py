@@ -220,7 +220,8 @@ class RemoteWeights:
         # Unknown until every rank has answered: the user may interrupt the wait.
         self.held.pop(known.number, None)
         self.may_hold_any = True
-        with load_bar(crew.world_size, crew.device_word) as progress, crew.turn(poll) as turn:
+        bar = load_bar(crew.world_size, crew.device_word)
+        with self._totals.loading(), bar as progress, crew.turn(poll) as turn:
             turn.send(
                 Load(
                     request=turn.number,
@@ -243,12 +244,12 @@ class RemoteWeights:
         for rank, reply in enumerate(replies):
             if isinstance(reply, NotLoaded):
                 error = f"Rank {rank} could not load the model: {short(reply.error)}"
-                self._totals.last_error = error
+                self._totals.failed(error)
                 log.error("xDiT: %s", error)
                 self._failed.setdefault(which, BackOff()).failed(AFTER_LOAD_S)
                 return replace(NOT_LOADED, error=error)
             assert isinstance(reply, Loaded)
-            self._totals.load_seconds[rank] = round(reply.seconds, 3)
+            self._totals.loaded(rank, reply.seconds)
             crew.weight_bytes[rank] = reply.bytes_held
         self._failed.pop(which, None)
         if loaded[0].is_new:

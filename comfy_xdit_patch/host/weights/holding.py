@@ -87,7 +87,7 @@ class Holding:
         try:
             crew = pool.wait_until_ready(call.poll)
         except WorkerError as error:
-            self._totals.last_error = str(error)
+            self._totals.failed(str(error))
             self._show_end_of_start(NOT_STARTED.reason)
             return replace(NOT_STARTED, error=str(error))
         self._show_end_of_start(f"{pool.world_size} {pool.device_word} are ready")
@@ -162,6 +162,7 @@ class Holding:
             return Refusal("XDIT_STRATEGY cuts the weights (tensor), and a LoRA bypasses them")
         if not is_guest:
             self._totals.residency = residency.arithmetic
+            self._totals.planned_bytes = place.needed_bytes
         return place
 
     def _held(
@@ -214,7 +215,7 @@ class Holding:
         weights.had_room.add(kind)
 
         def make(shortage: str) -> None:
-            self._totals.last_error = shortage
+            self._totals.failed(shortage)
             weights.had_room.clear()
             self._memory.empty_cache()
             self._memory.make_room_for_workers(weights, call.model, num_bytes, call.run.in_use)

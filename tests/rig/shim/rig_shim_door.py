@@ -21,7 +21,11 @@ def change_settings(variables: Mapping[str, str]) -> None:
     for name in [name for name in os.environ if name.startswith("XDIT_")]:
         del os.environ[name]
     os.environ.update({k: v for k, v in variables.items() if k.startswith("XDIT_")})
-    ACTIVATION.change(read_settings())
+    settings = read_settings()
+    devices = ACTIVATION.devices_for(settings)
+    assert ACTIVATION.host is not None, "a process with ranks"
+    ACTIVATION.host.pool.dismiss()  # No test finds the workers of another one.
+    ACTIVATION.change(devices, settings)
 
 
 def adapt_server(server: Any) -> None:

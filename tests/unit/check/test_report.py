@@ -153,10 +153,10 @@ def test_only_the_measured_image_counts_of_the_status():
     def status(forwards: int, host_s: float | None) -> dict[str, object]:
         rank = {"forwards": forwards, "is_launch_bound": True}
         return {
-            "ranks": [{"rank": number, **rank} for number in range(2)],
-            "last_step_s": {"host": host_s, "ranks": {"0": 0.2, "1": 0.3}},
+            "ranks": [{"rank": n, "step_s": s, **rank} for n, s in enumerate((0.2, 0.3))],
+            "last_step_s": host_s,
             "last_run": RUN,
-            "fall_back_reasons": {},
+            "fell_back": [],
             "residency": ["a line"],
         }
 

@@ -70,6 +70,15 @@ def test_methods_and_functions_are_wrapped_and_called_through_after_uninstall(co
     assert comfy.load("x", options=4) == ("stock", "x", 4)
 
 
+def test_what_only_notes_goes_on_noting_while_the_rest_is_switched_off(comfy):
+    noting = PatchPoint(comfy.__name__, "load", ours, frozenset(), "a test", only_notes=True)
+    patch_set = PatchSet([point("Sampler.sample"), noting])
+    patch_set.install()
+    patch_set.uninstall()
+    assert comfy.Sampler().sample(1, 2, seed=3) == ("stock", 1, 2, 3)
+    assert comfy.load("x") == ("ours", "stock", "x", None)
+
+
 def test_the_wrapper_gets_the_instance_and_the_arguments_as_they_were_passed(comfy):
     seen = []
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from comfy_xdit_patch.errors import FallBackError
+from comfy_xdit_patch.host.guest.between import Between
 from comfy_xdit_patch.host.guest.wrappers import Wrappers
 from comfy_xdit_patch.host.weights.one_owner import NEXT_TO_NOTHING, LeftOutHooks
 from comfy_xdit_patch.report.log import warn_once
@@ -184,13 +185,13 @@ ONCE = [
 
 @pytest.mark.parametrize("host", [Host, FaultyHost, HostThatFailsAtTheEnd])
 def test_comfyui_gets_its_own_results_each_computed_once(comfy, host):
-    assert call_all(Wrappers(host()), comfy) == STOCK
+    assert call_all(Wrappers(host(), Between()), comfy) == STOCK
     assert comfy.calls == ONCE
 
 
 def test_an_answer_of_the_workers_takes_the_place_of_the_call(comfy):
     flux = comfy.Flux()
-    wrappers = Wrappers(Host(answer="parallel"))
+    wrappers = Wrappers(Host(answer="parallel"), Between())
     assert wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {}) == "parallel"
     assert comfy.calls == []
 
@@ -205,7 +206,7 @@ def test_an_answer_of_the_workers_takes_the_place_of_the_call(comfy):
 )
 def test_arguments_reach_the_host_by_name_however_they_were_passed(comfy, args, kwargs):
     host, flux = Host(), comfy.Flux()
-    Wrappers(host).flux_forward(flux._forward, flux, args, kwargs)
+    Wrappers(host, Between()).flux_forward(flux._forward, flux, args, kwargs)
     ((seen_flux, named),) = host.seen
     assert seen_flux is flux
     assert {name: named[name] for name in ("x", "timestep", "context", "guidance")} == {
@@ -224,7 +225,7 @@ def test_the_base_model_is_known_below_its_own_call_only():
     def apply_model(*_):
         seen.append(host.base_model.get())
 
-    Wrappers(host).apply_model(apply_model, "base model", (1,), {})
+    Wrappers(host, Between()).apply_model(apply_model, "base model", (1,), {})
     assert seen == ["base model"]
     assert host.base_model.get() is None
 
@@ -236,7 +237,7 @@ def test_the_base_model_is_forgotten_after_an_exception_too():
         raise KeyError("theirs")
 
     with pytest.raises(KeyError):
-        Wrappers(host).apply_model(apply_model, "base model", (), {})
+        Wrappers(host, Between()).apply_model(apply_model, "base model", (), {})
     assert host.base_model.get() is None
 
 
@@ -249,7 +250,7 @@ def test_a_run_ends_also_when_sampling_raises(comfy):
         raise error
 
     with pytest.raises(KeyError) as caught:
-        Wrappers(host).outer_sample(outer_sample, None, (), {})
+        Wrappers(host, Between()).outer_sample(outer_sample, None, (), {})
     assert caught.value is error
     assert host.seen == ["begin", "end of run"]
     assert host.current_run.get() is None
@@ -257,7 +258,7 @@ def test_a_run_ends_also_when_sampling_raises(comfy):
 
 def test_a_models_file_and_options_are_noted(comfy):
     host = Host()
-    call_all(Wrappers(host), comfy)
+    call_all(Wrappers(host, Between()), comfy)
     assert ("patcher", "load_diffusion_model", "f", {}) in host.seen
     assert ("patcher", "load_checkpoint_guess_config", "f", {}) in host.seen
 
@@ -265,14 +266,14 @@ def test_a_models_file_and_options_are_noted(comfy):
 def test_a_checkpoint_loaded_without_its_model_is_not_noted(comfy):
     host = Host()
     load = comfy.load_checkpoint_guess_config
-    loaded = Wrappers(host).load_checkpoint(load, None, ("f",), {"output_model": False})
+    loaded = Wrappers(host, Between()).load_checkpoint(load, None, ("f",), {"output_model": False})
     assert loaded == (None, "clip", "vae")
     assert host.seen == []
 
 
 def test_the_users_interrupt_ends_the_step_and_nothing_is_computed(comfy, interrupt):
     flux = comfy.Flux()
-    wrappers = Wrappers(Host(answer=interrupt()))
+    wrappers = Wrappers(Host(answer=interrupt()), Between())
     with pytest.raises(interrupt):
         wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {})
     assert comfy.calls == []
@@ -283,7 +284,7 @@ def test_the_users_interrupt_ends_the_step_and_nothing_is_computed(comfy, interr
 )
 def test_with_strict_a_step_that_is_not_parallel_is_an_error(comfy, error, calls):
     flux = comfy.Flux()
-    wrappers = Wrappers(Host(answer=error, strict=True))
+    wrappers = Wrappers(Host(answer=error, strict=True), Between())
     with pytest.raises(type(error)):
         wrappers.flux_forward(flux._forward, flux, (1, 2, 3), {})
     assert comfy.calls == calls
@@ -291,7 +292,7 @@ def test_with_strict_a_step_that_is_not_parallel_is_an_error(comfy, error, calls
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_fault_is_none_of_ours_where_comfyui_cannot_compute_the_step_either(strict, caplog):
-    wrappers = Wrappers(Host(answer=RuntimeError("planted"), strict=strict))
+    wrappers = Wrappers(Host(answer=RuntimeError("planted"), strict=strict), Between())
 
     def forward(x):
         raise ValueError("not enough values to unpack")
@@ -306,7 +307,7 @@ def test_a_model_that_a_worker_has_on_the_same_gpu_gets_next_to_nothing_there(co
     host = Host()
     host.is_held_back = True
     load = comfy.partially_load
-    wrappers = Wrappers(host)
+    wrappers = Wrappers(host, Between())
     kwargs = {"extra_memory": 10**9, "force_patch_weights": True}
     assert wrappers.partially_load(load, "patcher", ("gpu",), kwargs) == "loaded"
     assert comfy.calls == [("partially_load", "gpu", NEXT_TO_NOTHING, True)]
@@ -314,7 +315,9 @@ def test_a_model_that_a_worker_has_on_the_same_gpu_gets_next_to_nothing_there(co
 
 def test_what_comfyui_wants_free_is_told_to_the_host_afterwards(comfy):
     host = Host()
-    Wrappers(host).free_memory(comfy.free_memory, None, (), {"memory_required": 5, "device": "gpu"})
+    Wrappers(host, Between()).free_memory(
+        comfy.free_memory, None, (), {"memory_required": 5, "device": "gpu"}
+    )
     assert host.seen == [("free", 5, "gpu", False)]
     assert comfy.calls == ["free_memory"]
 
@@ -324,7 +327,10 @@ def test_what_models_compute_with_is_told_to_the_host_before_they_are_loaded(
     comfy, args, computing
 ):
     host = Host()
-    assert Wrappers(host).load_models(comfy.load_models_gpu, None, args, {}) == "models loaded"
+    assert (
+        Wrappers(host, Between()).load_models(comfy.load_models_gpu, None, args, {})
+        == "models loaded"
+    )
     assert host.seen == [("loading", computing)]
 
 
@@ -332,7 +338,7 @@ class Patcher:
     """As ComfyUI's: writes weights, and notes for which hooks."""
 
     def __init__(self, host):
-        self.wrappers = Wrappers(host)
+        self.wrappers = Wrappers(host, Between())
         self.current_hooks = None
         self.written = []
 
@@ -403,5 +409,5 @@ def test_each_prompt_says_why_its_steps_are_not_parallel(caplog):
     host = Host()
     host.books = SimpleNamespace(begin_prompt=lambda: None, end_prompt=lambda: None)
     for _model in range(2):
-        Wrappers(host).execute_prompt(prompt, None, (), {})
+        Wrappers(host, Between()).execute_prompt(prompt, None, (), {})
     assert len(caplog.records) == 2

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import wrapt
 
+from comfy_xdit_patch.host.guest.between import Between
 from comfy_xdit_patch.host.guest.wrappers import Wrappers
 
 
@@ -40,7 +41,9 @@ def flux_class(host):
         def _forward(self, x, timestep=0, **kwargs):
             return x + timestep
 
-    wrapt.wrap_object(Flux, "_forward", wrapt.FunctionWrapper, (Wrappers(host).flux_forward,))
+    wrapt.wrap_object(
+        Flux, "_forward", wrapt.FunctionWrapper, (Wrappers(host, Between()).flux_forward,)
+    )
     ours = Flux._forward
 
     def theirs(*args, **kwargs):

@@ -66,7 +66,7 @@ class Driver:
 
     @property
     def verdict(self):
-        return self.auto._records[self.auto._case(self.flux, WORKLOAD)].verdict
+        return self.auto.records[self.auto._case(self.flux, WORKLOAD)].verdict
 
 
 @pytest.fixture(autouse=True)

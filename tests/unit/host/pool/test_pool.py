@@ -89,6 +89,77 @@ def test_workers_that_come_when_nobody_wants_them_any_more_are_dismissed(pool, m
     assert (pool.crew, pool.ended) == (None, [started.workers])
 
 
+def settings_with(**variables):
+    return read_settings({"XDIT_GPUS": "cpu:1", "XDIT_START_TIMEOUT": "1", **variables})
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"XDIT_STRATEGY": "ring"}, {"XDIT_BALANCE": "even"}, {"XDIT_GPU_MEMORY": "8"}],
+)
+def test_ranks_that_would_be_started_the_same_go_on_under_other_settings(pool, variables):
+    crew = start_all(pool)
+    assert pool.change([Worker.device], settings_with(**variables))
+    assert (pool.crew, pool.state, pool.ended) == (crew, PoolState.READY, [])
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables"),
+    [
+        ([Device("cpu")] * 2, {}),
+        ([Device("cpu")], {"XDIT_CPU_THREADS": "2"}),
+        ([Device("cpu")], {"XDIT_STEP_TIMEOUT": "5"}),
+        ([Device("cpu")], {"XDIT_STRICT": "1"}),
+    ],
+)
+def test_others_are_started_at_once_in_the_place_of_those_that_end(pool, devices, variables):
+    crew = start_all(pool)
+    assert not pool.change(devices, settings_with(**variables))
+    assert (pool.crew, pool.state, pool.ended) == (None, PoolState.STARTING, [crew.workers])
+    assert pool.world_size == len(devices)
+
+
+def test_no_ranks_start_before_they_are_wanted(pool):
+    assert not pool.change([Worker.device] * 2, SETTINGS)
+    assert pool.state is PoolState.IDLE
+
+
+def test_switched_off_no_ranks_start_and_the_nursery_ends_and_on_again_they_return(
+    pool, monkeypatch
+):
+    closed = []
+    monkeypatch.setattr(pool._starter, "close", lambda: closed.append(True))
+    start_all(pool)
+    assert not pool.change([Worker.device], settings_with(XDIT_STRATEGY="off"))
+    pool.start()
+    assert (pool.crew, pool.state, closed) == (None, PoolState.IDLE, [])
+    pool._keep_once()
+    assert closed == [True]
+    assert not pool.change([Worker.device], SETTINGS)
+    assert pool.state is PoolState.STARTING
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_workers_that_come_after_others_were_asked_for_are_dismissed(pool, monkeypatch, fails):
+    """As if nothing had been started: the others are started then."""
+    old, new = Started((Worker(),), {}, 0.5), Started((Worker(), Worker()), {}, 0.5)
+
+    def start():
+        pool.change([Worker.device] * 2, SETTINGS)
+        monkeypatch.setattr(pool._starter, "start", lambda: new)
+        if fails:
+            raise WorkerError("the old ones")
+        return old
+
+    monkeypatch.setattr(pool._starter, "start", start)
+    pool.start()
+    pool._keep_once()
+    assert (pool.crew, pool.state, pool.error) == (None, PoolState.STARTING, None)
+    assert pool.ended == ([] if fails else [old.workers])
+    pool._keep_once()
+    assert pool.wait_until_ready(nothing).workers is new.workers
+
+
 def test_a_fault_in_the_keepers_thread_leaves_no_crew_behind(pool, monkeypatch):
     class EndOfTestError(BaseException):
         pass

@@ -157,7 +157,7 @@ def test_bytes_and_forwards_are_counted(remote):
     assert totals.bytes_to_workers == x.nbytes + context.nbytes + 3 * 100
     assert totals.bytes_from_workers == 3 * x.nbytes
     assert totals.bytes_between_ranks == 3 * 11
-    assert totals.num_forwards == {0: 7}
+    assert totals.of_rank(0, 0.0, None)["forwards"] == 7
 
 
 def test_a_call_for_which_there_is_no_room_costs_no_workers(remote):
