@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="http://127.0.0.1:8188",
         help="a running ComfyUI to ask (default: %(default)s)",
     )
+    doctor.add_argument("--json", action="store_true", help="the same as data")
     check.add_arguments(
         commands.add_parser("check", help="make an image on this machine's GPUs, and compare it")
     )
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _plan(options)
     from comfy_xdit_patch.report.doctor import examine
 
-    report, is_well = examine(comfyui=options.comfyui, url=options.url)
-    sys.stdout.write(report + "\n")
-    return 0 if is_well else 1
+    report = examine(comfyui=options.comfyui, url=options.url)
+    sys.stdout.write((report.json if options.json else report.text) + "\n")
+    return 1 if report.num_wrong else 0
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -9,9 +9,7 @@ import json
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,86 +27,161 @@ from comfy_xdit_patch.report.doctor_sections import (
     memory_lines,
     place_lines,
 )
-from comfy_xdit_patch.settings import VARIABLES, read_settings, unknown_names
+from comfy_xdit_patch.report.doctor_server import Line, ask, judged
+from comfy_xdit_patch.settings import VARIABLES, given, read_settings, unknown_names
 
 CHECK_DEADLINE_S = 180
-ASK_DEADLINE_S = 3.0
 START_FILE = "comfy_xdit_patch.pth"
 
 
-def examine(*, comfyui: str | None, url: str) -> tuple[str, bool]:
-    """Return the report and whether nothing in it is wrong."""
-    lines: list[str] = []
-    wrong: list[str] = []
+@dataclass(slots=True)
+class Report:
+    """What the doctor found, by section."""
 
-    def section(title: str) -> None:
-        lines.append(f"\n{title}")
+    server: dict[str, Any] | None = None
+    """What the running ComfyUI answered."""
+    sections: list[tuple[str, list[Line]]] = field(default_factory=list)
 
-    def say(text: str, *, is_wrong: bool = False) -> None:
-        lines.append(f"  {'! ' if is_wrong else '  '}{text}")
-        if is_wrong:
-            wrong.append(text)
+    def section(self, title: str) -> None:
+        """Begin a section."""
+        self.sections.append((title, []))
 
-    lines.append(f"comfy-xdit-patch {__version__}, Python {sys.version.split()[0]}")
-    section("Installation")
+    def say(self, text: str, *, is_wrong: bool = False) -> None:
+        """Add a line to the section that was begun last."""
+        self.sections[-1][1].append(Line(text, is_wrong))
+
+    @property
+    def num_wrong(self) -> int:
+        return sum(line.is_wrong for _, lines in self.sections for line in lines)
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        lines = []
+        for title, said in self.sections:
+            lines += ["", title, *(f"  {'! ' if one.is_wrong else '  '}{one.text}" for one in said)]
+        wrong = self.num_wrong
+        verdict = f"{wrong} thing(s) to mend, marked !" if wrong else "Nothing is wrong."
+        return "\n".join([*lines[1:], "", verdict])
+
+    @property
+    def json(self) -> str:
+        """The same as data."""
+        body = {
+            "version": __version__,
+            "is_well": not self.num_wrong,
+            "sections": [
+                {"title": title, "lines": [asdict(line) for line in lines]}
+                for title, lines in self.sections
+            ],
+            "server": self.server,
+        }
+        return json.dumps(body, indent=1)
+
+
+def examine(*, comfyui: str | None, url: str) -> Report:
+    """Ask the running ComfyUI, and look at this machine by its settings, or else the shell's."""
+    answer = ask(url)
+    report = Report(answer.status)
+    report.section(f"Running ComfyUI at {url}")
+    lines = [answer.line] if answer.line else judged(answer.status or {})
+    for line in lines:
+        report.say(line.text, is_wrong=line.is_wrong)
+    of_server = answer.status if answer.is_whole else None
+    _installation(report)
+    _settings(report, of_server)
+    _devices(report, of_server)
+    if comfyui is not None:
+        report.section(f"Patch points in {comfyui}")
+        misfit = _check_tree(Path(comfyui))
+        report.say(misfit or "all points fit", is_wrong=misfit is not None)
+    return report
+
+
+def _installation(report: Report) -> None:
+    python = sys.version.split()[0]
+    report.section(f"Installation: comfy-xdit-patch {__version__}, Python {python}")
     started = [path for path in sys.path if (Path(path) / START_FILE).is_file()]
-    say(
+    report.say(
         f"{START_FILE} in {', '.join(started)}"
         if started
         else f"no {START_FILE} on sys.path: ComfyUI will not be patched. Run `python install.py`.",
         is_wrong=not started,
     )
-    for package in ("torch", "xfuser", "diffusers", "safetensors", "wrapt"):
+    for package in ("torch", "xfuser", "diffusers", "safetensors", "wrapt", "prometheus-client"):
         version = _version(package)
-        say(f"{package} {version or 'is missing'}", is_wrong=version is None)
+        report.say(f"{package} {version or 'is missing'}", is_wrong=version is None)
 
-    section("Settings")
-    for variable in VARIABLES:
-        value = os.environ.get(variable.name)
-        say(f"{variable.name} = {value or variable.default}{'' if value else ' (default)'}")
-    for name, hint in unknown_names().items():
-        say(f"{name} is not a setting of ours and has no effect. {hint}", is_wrong=True)
-    section("Devices and plan")
+
+def _settings(report: Report, of_server: dict[str, Any] | None) -> None:
+    """Show those in force: the server's if one answers, which may differ from the shell's."""
+    shell = given()
+    if of_server is None:
+        report.section("Settings of this shell")
+        for variable in VARIABLES:
+            is_set = os.environ.get(variable.name, "").strip()
+            report.say(f"{variable.name} = {shell[variable.name]}{'' if is_set else ' (default)'}")
+        for name, hint in unknown_names().items():
+            text = f"{name} is not a setting of ours and has no effect. {hint}"
+            report.say(text, is_wrong=True)
+        return
+    report.section("Settings of the running ComfyUI")
+    for name, value in of_server["settings"].items():
+        text = f"{name} = {value}"
+        if name in of_server["settings_changed"]:
+            text += ", changed since it started"
+        if shell[name] != value:
+            text += f" (this shell has {shell[name]})"
+        report.say(text)
+
+
+def _devices(report: Report, of_server: dict[str, Any] | None) -> None:
+    report.section("Devices and plan")
     budget: int | None = None
     strategy = AUTO
     try:
-        settings = read_settings()
+        settings = read_settings(None if of_server is None else of_server["settings"])
         budget = settings.gpu_memory_bytes
-        devices: tuple[Device, ...] | Refusal = devices_of(settings)
+        devices = devices_of(settings) if of_server is None else _devices_there(of_server)
         if not isinstance(devices, Refusal):
             strategy = settings.strategy
     except SettingsError as error:
-        say(str(error), is_wrong=True)
+        is_said = of_server is not None and of_server["reason"] == str(error)
+        report.say(str(error), is_wrong=not is_said)
         devices = Refusal("the settings are wrong")
     if isinstance(devices, Refusal):
-        say(f"not parallel: {devices.reason}")
+        report.say(f"not parallel: {devices.reason}")
     else:
         for rank, device in enumerate(devices):
-            say(f"rank {rank}: {device.name} {device.uuid or ''}".rstrip())
+            report.say(f"rank {rank}: {device.name} {device.uuid or ''}".rstrip())
         for batch in (1, 2):
-            say(f"1024 x 1024 px, batch {batch}: {_planned(batch, len(devices), strategy)}")
+            planned = _planned(batch, len(devices), strategy)
+            report.say(f"1024 x 1024 px, batch {batch}: {planned}")
         if not devices[0].is_cpu:
-            section("Links")
+            report.section("Links")
             found = survey(devices)
             for line in place_lines(found):
-                say(line)
+                report.say(line)
             for fault in gpu_faults(devices, found):
-                say(fault, is_wrong=True)
-    section("Memory")
+                report.say(fault, is_wrong=True)
+    report.section("Memory")
     known = () if isinstance(devices, Refusal) else devices
     for line in memory_lines(known, budget, strategy):
-        say(line)
+        report.say(line)
 
-    if comfyui is not None:
-        section(f"Patch points in {comfyui}")
-        misfit = _check_tree(Path(comfyui))
-        say(misfit or "all points fit", is_wrong=misfit is not None)
 
-    section(f"Running ComfyUI at {url}")
-    for line in _ask(url):
-        say(line)
-    verdict = "Nothing is wrong." if not wrong else f"{len(wrong)} thing(s) to mend, marked !"
-    return "\n".join([*lines, "", verdict]), not wrong
+def _devices_there(of_server: dict[str, Any]) -> tuple[Device, ...] | Refusal:
+    """The devices of a running ComfyUI's ranks: it may see other GPUs than this process."""
+    if not of_server["ranks"]:
+        return Refusal(of_server["reason"])
+    return tuple(
+        Device(
+            rank["name"],
+            rank["uuid"],
+            rank["memory"]["total_bytes"] if rank["uuid"] else None,
+        )
+        for rank in of_server["ranks"]
+    )
 
 
 def _version(package: str) -> str | None:
@@ -152,31 +225,3 @@ def _check_tree(root: Path) -> str | None:
     if checked.returncode == 0:
         return None
     return "\n".join(checked.stderr.strip().splitlines()[-3:])
-
-
-def _ask(url: str) -> list[str]:
-    """Ask a running ComfyUI for its status object."""
-    try:
-        with urllib.request.urlopen(f"{url}/xdit/status", timeout=ASK_DEADLINE_S) as answer:
-            status: Any = json.load(answer)
-    except urllib.error.HTTPError as error:
-        return [f"answers {error.code}: it runs without comfy-xdit-patch"]
-    except (OSError, ValueError) as error:
-        return [f"does not answer ({error})"]
-    if not isinstance(status, dict) or not {"version", "state", "reason"} <= set(status):
-        return ["answers, but not as comfy-xdit-patch does: something else listens there"]
-    lines = [f"state: {status['state']}" + (f", {status['reason']}" if status["reason"] else "")]
-    for rank in status.get("ranks", ()):
-        lines.append(
-            f"rank {rank['rank']}: pid {rank['pid']}, {rank['device']}, {rank['state']}, "
-            f"{rank['forwards']} forwards"
-        )
-    if "steps_parallel" in status:
-        lines.append(
-            f"{status['steps_parallel']} steps parallel, {status['steps_fell_back']} fell back"
-        )
-        lines += [f"fell back {n} times: {why}" for why, n in status["fall_back_reasons"].items()]
-    if status.get("peer_to_peer_disabled"):
-        first = str(status["peer_to_peer_disabled"]).splitlines()[0]
-        lines.append(f"peer-to-peer is switched off, because with it: {first}")
-    return lines

@@ -16,6 +16,7 @@ import pytest
 from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
+from rig.judgement import wrong_of
 from rig.outputs import Pixels
 from rig.server import Server, base_directory
 from rig.trees import Tree
@@ -98,6 +99,11 @@ def test_two_ranks_on_one_core_are_measured_and_not_taken(
         assert compare_all(expected[2], image(ranks, 2)).is_equal
         assert last_run(ranks)["steps_chose_one_gpu"] == STEPS
         assert verdict_of(file)["num_runs"] == 2
+        num_chosen = first["steps_chose_one_gpu"] + 2 * STEPS
+        said = f"{num_chosen} steps on one GPU, which auto had found to be the faster"
+        assert wrong_of(ranks, said, "x of ComfyUI alone, measured 0.0 h ago") == []
+        (verdict,) = ranks.status()["verdicts"]
+        assert (verdict["taken"], verdict["paces"].keys()) == (ONE, WAYS)
         # After many runs it is looked at again.
         _grow_old(file)
         ranks.have(ENV | {"XDIT_START_TIMEOUT": "402"})

@@ -14,6 +14,7 @@ import pytest
 from rig import graphs, weight_graphs
 from rig.compare import compare_all
 from rig.faults import Fault, Orders, is_running
+from rig.judgement import wrong_of
 from rig.server import Server
 from rig.trees import Tree
 from rig.weight_rows import KOHYA
@@ -183,6 +184,8 @@ def test_a_worker_that_cannot_start_is_named_and_the_image_is_stock(
         assert text in status["reason"]
         assert text in ranks.log_text()
     assert ranks.texts[-1][1] == "xDiT: the workers did not start"
+    (wrong,) = wrong_of(ranks, "fell back 6 times: the workers did not start")
+    assert wrong.startswith("state: broken, The workers did not start. Rank ")
     # A second image does not wait for a second attempt.
     started = time.monotonic()
     assert_equal_to_stock(servers, tree, ranks, seed=141)
@@ -232,7 +235,9 @@ def test_bad_settings_leave_stock_comfyui_and_one_clear_line(
     assert len(lines) == 1
     assert text in lines[0]
     assert_equal_to_stock(servers, tree, ranks, seed=160)
-    assert ranks.status()["state"] == "refused"
+    is_off = "not active" in text
+    assert ranks.status()["state"] == ("off" if is_off else "refused")
+    assert len(wrong_of(ranks, text.removeprefix("xDiT: not active: "))) == (not is_off)
 
 
 @pytest.mark.newest_only
@@ -266,7 +271,18 @@ def test_gpus_are_nothing_for_a_comfyui_on_the_cpu(
     ranks = servers(tree, XDIT_GPUS=gpus, extra_args=("--cpu",), **cards)
     told = [line.split("xDiT: ")[1] for line in ranks.log_text().splitlines() if "xDiT: " in line]
     assert told == [text]
-    assert ranks.status()["state"] == "refused"
+    assert ranks.status()["state"] == ("off" if "not active" in text else "refused")
+
+
+@pytest.mark.newest_only
+@pytest.mark.thorough
+@pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled")
+def test_one_gpu_has_nothing_to_share_which_is_no_fault(servers: Servers, tree: Tree) -> None:
+    cards = {"device": "emulated", "EMULATED_CARDS": "4090", "node_packs": ()}
+    ranks = servers(tree, XDIT_GPUS="all", **cards)
+    status = ranks.status()
+    assert (status["state"], status["ranks"]) == ("off", [])
+    assert wrong_of(ranks, "state: off, one GPU is visible, nothing to share") == []
 
 
 def test_strict_turns_a_fall_back_into_an_error(servers: Servers, tree: Tree) -> None:

@@ -11,6 +11,7 @@ from rig import graphs
 from rig.checkpoints import Sizes, models_directory
 from rig.compare import compare_all
 from rig.faults import Fault, Orders, children
+from rig.judgement import wrong_of
 from rig.server import Server, base_directory
 from rig.trees import Tree
 
@@ -61,7 +62,12 @@ def test_comfyui_computes_alone_until_the_workers_are_ready_then_all_do(
     ranks = servers(tree, **env, XDIT_START="early")
     orders.give(Fault("join", "delay", 0))
     num_texts = len(ranks.texts)
-    history = ranks.run(graph, DEADLINE_S)
+    prompt = ranks.post_prompt(graph)
+    ranks.wait_for_steps(prompt, 1, DEADLINE_S)
+    start = ranks.status()["start"]
+    assert (start["stage"], start["seconds"] > 0) == ("starting", True)
+    assert wrong_of(ranks, "state: starting", "starting since ") == []
+    history = ranks.wait(prompt, DEADLINE_S)
     run = ranks.status()["last_run"]
     assert not orders.open(), "nothing was delayed"
     assert run["fall_back_reasons"].keys() == {ALONE}

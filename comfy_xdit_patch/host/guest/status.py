@@ -9,12 +9,14 @@ import time
 
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.hardware.devices import Device, visible_gpus
-from comfy_xdit_patch.hardware.usage import Gauge, Usage
+from comfy_xdit_patch.hardware.usage import Gauge
 from comfy_xdit_patch.host import page
 from comfy_xdit_patch.host.guest.host import Host
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pool.crew import Crew
+from comfy_xdit_patch.host.pool.launcher import Worker
 from comfy_xdit_patch.host.pool.pool import PoolState
+from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.grid import AS_WRITTEN
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.verdict import Verdict
@@ -72,9 +74,7 @@ class Reporter:
             ranks=self._ranks(host, crew),
             peer_to_peer_disabled=pool.no_peer_to_peer,
             start_s=round(pool.start_seconds, 3) or None,
-            run=None
-            if run is None
-            else _progress(run.since_unix_s, run.num_calls, run.counts.plan),
+            run=None if run is None else _progress(run),
             plan=_plan(totals.plan_of_last_step(), host),
             speedup=_speedup(host.auto),
             verdicts=_verdicts(host.auto),
@@ -82,29 +82,24 @@ class Reporter:
         )
 
     def _ranks(self, host: Host, crew: Crew | None) -> list[RankStatus]:
-        pool, now_s = host.pool, time.monotonic()
+        pool, totals, now_s = host.pool, host.totals, time.monotonic()
         if host.settings.is_off:
             return []
-        devices = [worker.device for worker in crew.workers] if crew else pool.devices
-        workers = [
-            worker if worker is not None and worker.process.poll() is None else None
-            for worker in (crew.workers if crew else [None] * len(devices))
-        ]
-        joined = [
-            crew.joined[rank] if crew and worker else None for rank, worker in enumerate(workers)
+        living: dict[int, Worker] = {}
+        if crew is not None:
+            living = {each.rank: each for each in crew.workers if each.process.poll() is None}
+        devices = [each.device for each in crew.workers] if crew else pool.devices
+        pids = [
+            living[rank].process.pid if rank in living else None for rank in range(len(devices))
         ]
         used = self._gauge.read(
-            [
-                (device, one.pid if one else None)
-                for device, one in zip(devices, joined, strict=True)
-            ],
-            cpu_threads=host.settings.cpu_threads,
+            list(zip(devices, pids, strict=True)), cpu_threads=host.settings.cpu_threads
         )
         ranks = []
         for rank, device in enumerate(devices):
-            worker, one = workers[rank], joined[rank]
-            since_s = crew.since_s if crew and worker else None
-            index = self._index(device)
+            worker, index, usage = living.get(rank), self._index(device), used[rank]
+            own = crew if worker else None
+            since_s = own.since_s if own else None
             ranks.append(
                 RankStatus(
                     rank=rank,
@@ -113,15 +108,20 @@ class Reporter:
                     uuid=device.uuid,
                     comfyui_index=index,
                     state="ready" if worker else pool.state.value,
-                    pid=one.pid if one else None,
+                    pid=pids[rank],
                     log=str(worker.log_path) if worker else None,
                     uptime_s=None if since_s is None else now_s - since_s,
                     restarts=pool.num_restarts,
-                    start_s=one.seconds if one else None,
-                    weight_bytes=crew.weight_bytes.get(rank) if crew and worker else None,
-                    memory=_memory(used[rank], host.totals.planned()),
-                    utilisation=used[rank].utilisation,
-                    **host.totals.of_rank(rank, now_s, since_s),
+                    start_s=own.joined[rank].seconds if own else None,
+                    weight_bytes=own.weight_bytes.get(rank) if own else None,
+                    memory=Memory(
+                        total_bytes=usage.total_bytes,
+                        used_bytes=usage.used_bytes,
+                        free_bytes=usage.free_bytes,
+                        planned_bytes=totals.planned(),
+                    ),
+                    utilisation=usage.utilisation,
+                    **totals.of_rank(rank, now_s, since_s),
                 )
             )
         return ranks
@@ -135,10 +135,6 @@ class Reporter:
         return self._indices.get(device.uuid)
 
 
-def _memory(used: Usage, planned_bytes: int | None) -> Memory:
-    return Memory(used.total_bytes, used.used_bytes, used.free_bytes, planned_bytes)
-
-
 def _changed(shown: dict[str, str]) -> list[str]:
     """Names of settings that are not those of the environment."""
     try:
@@ -148,13 +144,14 @@ def _changed(shown: dict[str, str]) -> list[str]:
     return [name for name, value in shown.items() if of_environment[name] != value]
 
 
-def _progress(since_unix_s: float, num_calls: int, plan: ParallelPlan | None) -> Progress:
+def _progress(run: Run) -> Progress:
     step, steps = page.progress() or (None, None)
+    plan = run.counts.plan
     return Progress(
         step=step,
         steps=steps,
-        calls=num_calls,
-        since_unix_s=since_unix_s,
+        calls=run.num_calls,
+        since_unix_s=run.since_unix_s,
         plan=plan.name if plan else None,
     )
 
