@@ -134,6 +134,10 @@ class Totals:
     """What each rank computed in the last step, without what it waited for others."""
     launch_bound: dict[int, bool] = field(default_factory=dict)
     """Whether each rank's CPU, and not its GPU, set the pace of the last step."""
+    blocks_compiled: dict[int, int] = field(default_factory=dict)
+    """How many blocks each rank ran compiled in the last step."""
+    graphs: Counter[int] = field(default_factory=Counter)
+    """What each rank has compiled so far."""
     weights: tuple[int, ...] = ()
     """Relative speed of the ranks, by which work is shared; none while shares are even."""
     share_changes: int = 0
@@ -152,6 +156,8 @@ class Totals:
             "load_s": self.load_seconds.get(rank),
             "busy_s": self.busy_seconds.get(rank),
             "is_launch_bound": self.launch_bound.get(rank),
+            "blocks_compiled": self.blocks_compiled.get(rank, 0),
+            "graphs": self.graphs[rank],
         }
 
     def last_plan(self) -> dict[str, Any] | None:

@@ -58,6 +58,7 @@ MESSAGES = [
         result=0,
         pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
         working_bytes=1 << 30,
+        compiled={"backend": "inductor", "options": {}, "dynamic": None, "blocks": None},
     ),
     requests.Free(request=9, streams=[3, 4]),
     requests.Control(
@@ -154,6 +155,9 @@ MESSAGES = [
         bytes_written=456,
         busy_seconds=0.05,
         is_launch_bound=False,
+        num_compiled=57,
+        num_graphs=2,
+        uncompiled="torch did not compile 1 of 58: RuntimeError: no compiler",
     ),
     replies.Failed(request=2, phase="forward", error="CUDA out of memory", traceback="a\nb\n"),
 ]
