@@ -20,7 +20,7 @@ from inside.client import Inside
 from rig.checkpoints import Sizes, models_directory
 from rig.trees import trees_for_tests
 
-PROCESSES = {"ComfyUI alone": {"XDIT_STRATEGY": "off"}, "2 ranks": {"XDIT_GPUS": "cpu:2"}}
+PROCESSES = {"2 ranks": {"XDIT_GPUS": "cpu:2"}, "ComfyUI alone": {"XDIT_STRATEGY": "off"}}
 
 
 def main() -> None:
@@ -44,11 +44,13 @@ def main() -> None:
                     "compiled:calls", path=path, out="/dev/null", calls=steps, backend=backend
                 )[0]
                 seconds.append(time.perf_counter() - begin)
-            results[f"{name}, {backend or 'as it is'}"] = {
+            way = f"{name}, {backend or 'as it is'}"
+            results[way] = {
                 "first_s": round(seconds[0], 2),
                 "step_ms": round(1000 * statistics.median(seconds[1:]), 1),
                 "blocks_compiled": [rank["blocks_compiled"] for rank in found.get("ranks", [])],
             }
+            print(way, results[way], file=sys.stderr)  # noqa: T201 - it takes minutes
         inside.close()
     json.dump(results, sys.stdout, indent=1)
 

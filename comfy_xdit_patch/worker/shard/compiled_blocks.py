@@ -9,8 +9,8 @@ where the block left them. Blocks of one class share what is compiled, for weigh
 it; new weights are seen, and compile nothing.
 
 Ranks compile apart from each other: their shards differ in length. A rank that cannot, computes as
-if nobody had asked. Whatever fails in Dynamo or behind it fails before the block has run
-(``suppress_errors``: the frame then runs as it is), so no exchange is made twice.
+if nobody had asked. Because a block is one graph or none (``fullgraph``), whatever fails in Dynamo
+or behind it fails before the block has run, so no exchange is made twice.
 
 CUDA graphs are left out: exchanges between ranks are counted and timed by this process.
 """
@@ -18,6 +18,7 @@ CUDA graphs are left out: exchanges between ranks are counted and timed by this 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -46,8 +47,6 @@ class _Running:
     """What compiled code finds outside of itself, and what is counted. A rank computes one call."""
 
     attention: Callable[..., torch.Tensor] | None = None
-    outside: Callable[..., Any] | None = None
-    """Calls ``attention``, and is not traced."""
     options: Any = None
     num_compiled: int = 0
     num_graphs: int = 0
@@ -56,6 +55,7 @@ class _Running:
 
 
 _running = _Running()
+log = logging.getLogger(__name__)
 
 
 def num_moves() -> int:
@@ -94,20 +94,12 @@ def _opaque(
     **options: Any,
 ) -> torch.Tensor:
     """Stand for ComfyUI's attention function in its FLUX code; one function, so guards hold."""
-    assert _running.outside is not None
-    out: torch.Tensor
     if getattr(options.get(PRESCRIBED), "function", None) is None:
         options.pop(PRESCRIBED, None)
-    if torch.compiler.is_compiling() and options.keys() == {"skip_reshape", OPTIONS}:
-        out = torch.ops.comfy_xdit.attention(q, k, v, heads, mask)
-        return out
-    out = _running.outside(q, k, v, heads, mask=mask, **options)
+    if options.keys() != {"skip_reshape", OPTIONS}:
+        raise NotImplementedError("attention is given more than tensors and options of the call")
+    out: torch.Tensor = torch.ops.comfy_xdit.attention(q, k, v, heads, mask)
     return out
-
-
-def _as_it_is(*args: Any, **kwargs: Any) -> torch.Tensor:
-    assert _running.attention is not None
-    return _running.attention(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -127,9 +119,6 @@ class _Backend:
             from torch._inductor.compile_fx import compile_fx
 
             return compile_fx(graph, inputs, config_patches=json.loads(self.options))
-        except Exception as error:
-            _running.failed = f"{type(error).__name__}: {error}"
-            raise
         finally:
             _running.num_moves += 1
 
@@ -182,12 +171,22 @@ class CompiledBlocks:
         def run(name: str, whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal num_run
             num_run += 1
-            if _running.failed or OPTIONS not in kwargs:
+            if OPTIONS not in kwargs:
+                _running.failed = "a block is not given its options by name"
+            if _running.failed:
                 return whole(*args, **kwargs)
             # What lies there now: a checkpoint's attention may, for this call.
             _running.attention, _running.options = getattr(module, ATTENTION), kwargs[OPTIONS]
-            with own_attribute(module, ATTENTION, _opaque):
-                return self._forwards[name](*args, **kwargs)
+            num_begun = _running.num_compiled
+            try:
+                with own_attribute(module, ATTENTION, _opaque):
+                    return self._forwards[name](*args, **kwargs)
+            except Exception as error:
+                if _running.num_compiled > num_begun:
+                    raise  # The block has run, and other ranks with it.
+                log.warning("%s is not compiled", name, exc_info=error)
+                _running.failed = _cause_of(error)
+            return whole(*args, **kwargs)
 
         with ExitStack() as stack:
             for name in self._forwards:
@@ -200,12 +199,12 @@ class CompiledBlocks:
                 _running.attention = _running.options = None
         outcome.num_compiled = _running.num_compiled - before[0]
         outcome.num_graphs = _running.num_graphs - before[1]
-        if outcome.num_compiled < num_run:
-            failed = _running.failed or "the log of each rank says why"
+        if _running.failed:
             left = num_run - outcome.num_compiled
-            outcome.reason = Refusal(f"torch did not compile {left} of {num_run}: {failed}").reason
-            if not outcome.num_compiled or _running.failed:
-                self._failed = outcome.reason  # It would fail again, and take as long.
+            outcome.reason = Refusal(
+                f"torch did not compile {left} of {num_run}: {_running.failed}"
+            ).reason
+            self._failed = outcome.reason  # It would fail again, and take as long.
 
     @property
     def is_in_use(self) -> bool:
@@ -221,18 +220,24 @@ class CompiledBlocks:
             return Refusal("torch before 2.5 compiles every block anew")
         if asked != self._asked:
             self._asked, self._failed = asked, ""
-            # Here, for it imports the compiler, which takes seconds of a start.
-            _running.outside = torch.compiler.disable(_as_it_is)  # type: ignore[no-untyped-call]
-            torch._dynamo.config.suppress_errors = True
             torch._dynamo.config.cache_size_limit = NUM_SHAPES  # its name in every version
             backend = _Backend(asked["backend"], json.dumps(asked["options"], sort_keys=True))
             wanted = asked["blocks"]
             self._forwards = {
-                name: torch.compile(block.forward, backend=backend, dynamic=asked["dynamic"])
+                name: torch.compile(
+                    block.forward, backend=backend, dynamic=asked["dynamic"], fullgraph=True
+                )
                 for name, block in _blocks(flux)
                 if wanted is None or name in wanted
             }
         return Refusal(self._failed) if self._failed else None
+
+
+def _cause_of(error: BaseException) -> str:
+    """Name the exception that Dynamo's are around, in one line."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _blocks(flux: Any) -> Iterator[tuple[str, Any]]:
