@@ -27,7 +27,7 @@ SERVERS = {
     "emulated": "emulated_cards, emulated_matrix, card_memory, check",
     "": "auto, comfyui_own_execution, equal_to_stock, memory, offline, soak, steering, switching",
     "weights": "hooks, named_strategies, weight_traffic, weights",
-    "features": "features, fuzz, controls, named_on_features",
+    "features": "features, fuzz, controls, named_on_features, compiled",
     "neighbours": "neighbours, security",
     "panel": "panel",
     "corpus": "corpus",

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.reading.compiled import compiled_blocks
 from comfy_xdit_patch.host.reading.eligibility import blocking
 from comfy_xdit_patch.host.reading.node_patches import CarriedPatches
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS, workload_of
+from comfy_xdit_patch.wire.messages.requests import Tree
 
 
 def _comfyuis_poll() -> Callable[[], None]:
@@ -29,7 +31,7 @@ def _comfyuis_poll() -> Callable[[], None]:
 
 @dataclass(eq=False)
 class Call:
-    """One call. ``changes`` grows while it is read; ``workload`` is asked for after that."""
+    """One call. ``changes`` grows while it is read; what is cached is asked for after that."""
 
     module: Any
     """ComfyUI's ``Flux``, or ``ControlNetFlux``."""
@@ -70,6 +72,14 @@ class Call:
     def has_node_code(self) -> bool:
         """Whether a node's code takes part, here or on the workers."""
         return bool(self.changes) or self.carried.tree is not None
+
+    @cached_property
+    def compiled(self) -> Tree | Refusal:
+        """Which blocks the user has compiled, and how; None for none."""
+        found = compiled_blocks(self.model)
+        if found is not None and self.changes:
+            return Refusal("a node's code runs around the blocks")
+        return found
 
     @cached_property
     def workload(self) -> Workload:

@@ -53,6 +53,8 @@ class RankStatus:
     busy_total_s: float
     control_s: float | None
     is_launch_bound: bool | None
+    blocks_compiled: int
+    graphs: int
 
 
 @dataclass(frozen=True, slots=True)

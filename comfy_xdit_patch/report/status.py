@@ -94,6 +94,10 @@ class RankCounts:
     """Whether its CPU, and not its GPU, set the pace of the last step."""
     control_seconds: float | None = None
     """What it needed for the last call of a ControlNet."""
+    blocks_compiled: int = 0
+    """How many blocks it ran compiled in the last step."""
+    graphs: int = 0
+    """What it has compiled so far."""
     recent: deque[tuple[float, float]] = field(default_factory=deque)
     """When it was done, on the monotonic clock, and how long it was busy with that."""
 
@@ -182,6 +186,8 @@ class Totals:
         busy_s: float,
         of_call_s: float | None = None,
         is_launch_bound: bool | None = None,
+        blocks_compiled: int = 0,
+        graphs: int = 0,
     ) -> None:
         """Note a rank's answer.
 
@@ -189,12 +195,15 @@ class Totals:
             busy_s: what it computed since its last answer.
             of_call_s: what it computed in the call so far, if that is more.
             is_launch_bound: not known of single blocks.
+            graphs: how many were compiled in this step.
         """
         counts = self.ranks[rank]
         counts.busy(busy_s)
         counts.num_forwards, counts.step_seconds = num_forwards, step_s
         counts.busy_seconds = busy_s if of_call_s is None else of_call_s
         counts.launch_bound = is_launch_bound
+        counts.blocks_compiled = blocks_compiled
+        counts.graphs += graphs
 
     def controlled(self, rank: int, seconds: float) -> None:
         """Note what a rank needed for a call of a ControlNet."""
@@ -289,6 +298,8 @@ class Totals:
             "busy_share": counts.busy_share(now_s),
             "control_s": counts.control_seconds,
             "is_launch_bound": counts.launch_bound,
+            "blocks_compiled": counts.blocks_compiled,
+            "graphs": counts.graphs,
         }
 
 

@@ -109,7 +109,10 @@ class Calls:
         # What all ranks share they exchange at once, and stages run different blocks.
         assert resident.is_whole or resident.tensor or plan.pipefusion == 1
         batch = arguments["x"].shape[0]
-        with torch.inference_mode():
+        asked = message.compiled
+        obstacle = None if asked is None else resident.why_uncompiled(patches)
+        of_blocks = resident.compiled.of(resident.flux, asked, obstacle)
+        with torch.inference_mode(), of_blocks as compiled:
             sent = resident.begin(plan, self._groups, num_rows=batch)
             if resident.blocks is not None:
                 resident.blocks.prefetch_first()
@@ -144,6 +147,9 @@ class Calls:
             bytes_written=bytes_written,
             busy_seconds=busy_s,
             is_launch_bound=collectives.clock.is_launch_bound,
+            num_compiled=compiled.num_compiled,
+            num_graphs=compiled.num_graphs,
+            uncompiled=compiled.reason,
         )
 
     def control(self, message: Control) -> Controlled:

@@ -109,9 +109,12 @@ class Worker:
         from comfy_xdit_patch.worker.engine import Engine
         from comfy_xdit_patch.worker.process import Heartbeat
         from comfy_xdit_patch.worker.ranks import collectives
+        from comfy_xdit_patch.worker.shard import compiled_blocks
 
         slots = SlotMap(groups.device)
-        heartbeat = Heartbeat(self._channel, collectives.num_begun)
+        heartbeat = Heartbeat(
+            self._channel, lambda: collectives.num_begun() + compiled_blocks.num_moves()
+        )
         heartbeat.start()
         return Engine(groups=groups, slots=slots), slots, groups, heartbeat
 
@@ -235,7 +238,7 @@ class Heartbeat:
         """Prepare; ``start`` starts the thread.
 
         Args:
-            count: grows with every exchange between ranks.
+            count: grows with every exchange between ranks, and with all that is compiled.
         """
         self._channel = channel
         self._count = count

@@ -26,6 +26,7 @@ from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.case import Case, machine_text
 from comfy_xdit_patch.host.pace.verdict_store import VerdictStore, text_of
 from comfy_xdit_patch.host.pool.pool import Pool
+from comfy_xdit_patch.host.reading.compiled import is_compiled
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import Strategy
@@ -112,7 +113,7 @@ class Auto:
             is_at_rest: whether shares are not still sought, by what the ranks take.
             can_time_one: whether ComfyUI's own forward would take what it takes without workers.
         """
-        case = self._case(call.module, call.workload)
+        case = self._case(call.module, call.workload, call.model)
         record = self._record(case, call.run)
         chosen = {plan.name: Chosen(strategy, plan, None) for strategy, plan in plans.items()}
         usual = next(iter(chosen.values()))
@@ -143,7 +144,7 @@ class Auto:
         Args:
             flux: the model that the ControlNet steers.
         """
-        record = self._record(self._case(flux, call.workload), call.run)
+        record = self._record(self._case(flux, call.workload, call.run.model), call.run)
         return record.at_begin.taken if record.at_begin else None
 
     def time_one(
@@ -236,7 +237,7 @@ class Auto:
             record.verdict = replace(verdict, num_runs=verdict.num_runs + 1)
             self._store.keep(case, record.verdict)
 
-    def _case(self, flux: Any, workload: Workload) -> Case:
+    def _case(self, flux: Any, workload: Workload, base_model: Any) -> Case:
         if not self._machine:
             comfy = sys.modules.get("comfy")
             self._machine = machine_text(
@@ -248,6 +249,8 @@ class Auto:
         if flux not in self._sizes:
             self._sizes[flux] = sum(parameter.nbytes for parameter in flux.parameters())
         model = f"{type(flux).__name__}, {self._sizes[flux]} bytes"
+        if is_compiled(getattr(base_model, "current_patcher", None)):
+            model += ", compiled"
         return Case(self._machine, model, size_class(workload))
 
 

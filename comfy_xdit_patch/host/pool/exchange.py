@@ -5,8 +5,8 @@ Runs in: host process. One request at a time; ``crew.py`` sees to that.
 A rank is *silent* when not even its heartbeat comes: its process is stopped, or so short of memory
 that it does not run. The ranks are *stuck* when all hearts beat and nobody gets on: a collective
 that one of them never enters, a driver that does not answer. What counts as getting on is a rank's
-count of exchanges with other ranks (``worker/ranks/collectives.py``), a part of a load, or its
-reply.
+count of exchanges with other ranks (``worker/ranks/collectives.py``), a part of a load or of what
+is compiled, or its reply.
 
 How long nothing may happen follows from what was measured: ten times the slowest request of the
 same kind and sizes, but never less than ``MIN_PATIENCE_S``, and XDIT_STEP_TIMEOUT at most, which is
@@ -264,7 +264,9 @@ def kind_of(message: Message) -> Hashable:
         degrees = tuple(message.grid)
         if isinstance(message, RunBlock):
             return RunBlock, message.model, degrees, tuple(message.counts)
-        return type(message), message.model, degrees, tuple(_shapes(message.arguments))
+        is_compiled = isinstance(message, Forward) and message.compiled is not None
+        shapes = tuple(_shapes(message.arguments))
+        return type(message), message.model, degrees, is_compiled, shapes
     if isinstance(message, Fetch):
         return Fetch, message.model, tuple(message.counts)
     return None

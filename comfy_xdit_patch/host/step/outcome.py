@@ -40,6 +40,8 @@ class Computed:
     """Whether the CPU of a rank, and not its GPU, set its pace. Not known of single blocks."""
     is_empty: bool = False
     """Whether no block ran on the workers."""
+    has_compiled: bool = False
+    """Whether a rank compiled something meanwhile: then its time tells nothing."""
 
 
 @dataclass(frozen=True, slots=True)

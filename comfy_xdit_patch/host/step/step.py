@@ -40,6 +40,7 @@ from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import LeftOutHooks
+from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.values import UncarriedValueError
 
@@ -180,6 +181,8 @@ class ParallelSteps:
         plan, run = planned.plan, call.run
         room = self._holding.room_for(crew, call, known, plan)
         pipeline = None
+        if isinstance(call.compiled, Refusal):
+            note_once(f"blocks of a compiled model run as they are: {call.compiled.reason}")
         if call.changes:
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
@@ -196,7 +199,7 @@ class ParallelSteps:
             gathered_for = call.carried.gathered
         run.counts.plan = self._totals.last_plan = plan
         balance = crew.of(self._holding.balance)
-        if not computed.is_empty:
+        if not (computed.is_empty or computed.has_compiled):
             balance.measured(
                 plan,
                 call.workload,
@@ -206,7 +209,7 @@ class ParallelSteps:
                 replan=planned.replan,
             )
         # Even shares of unequal ranks say nothing about those to come.
-        tells = not call.changes and balance.is_at_rest
+        tells = not (call.changes or computed.has_compiled) and balance.is_at_rest
         return Step(
             computed.out,
             gathered_for=gathered_for,

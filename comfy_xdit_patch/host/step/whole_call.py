@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 
-from comfy_xdit_patch.errors import DeclinedError
+from comfy_xdit_patch.errors import DeclinedError, Refusal
 from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.reading.node_patches import other_options
@@ -24,6 +24,7 @@ from comfy_xdit_patch.host.step.residuals_there import ControlCall, calls_kept, 
 from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
+from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
 from comfy_xdit_patch.wire.messages.replies import Declined, Done, short
@@ -72,6 +73,7 @@ class RemoteForward:
             if patches is not None:
                 others = other_options(call.options)
                 patches = {**patches, "options": turn.put("options", others)}
+            compiled = call.compiled
             result = slots.result_slot(math.prod(shape) * torch.float32.itemsize)
             replies = turn.compute(
                 Forward(
@@ -83,6 +85,7 @@ class RemoteForward:
                     result=result.number,
                     pipeline=None if pipeline is None else pipeline.tree(tree),
                     patches=patches,
+                    compiled=None if isinstance(compiled, Refusal) else compiled,
                 ),
                 room=room,
             )
@@ -101,6 +104,7 @@ class RemoteForward:
             out,
             busy_s=tuple(reply.busy_seconds for reply in done),
             is_launch_bound=any(reply.is_launch_bound for reply in done),
+            has_compiled=any(reply.num_graphs for reply in done),
         )
 
     def _count(self, replies: Sequence[Done]) -> None:
@@ -111,7 +115,12 @@ class RemoteForward:
                 step_s=reply.seconds,
                 busy_s=reply.busy_seconds,
                 is_launch_bound=reply.is_launch_bound,
+                blocks_compiled=reply.num_compiled,
+                graphs=reply.num_graphs,
             )
+            if reply.uncompiled:
+                reason = short(reply.uncompiled)
+                note_once(f"blocks of a compiled model run as they are: {reason}")
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
 

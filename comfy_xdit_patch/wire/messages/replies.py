@@ -101,7 +101,8 @@ class Done:
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
     ``busy_seconds`` are those in which it did not wait for other ranks; with ``is_launch_bound``
-    its CPU, and not its GPU, was busy in them.
+    its CPU, and not its GPU, was busy in them. ``num_compiled`` blocks ran compiled, ``num_graphs``
+    were compiled meanwhile, and ``uncompiled`` is why blocks that were to run so did not.
     """
 
     request: int
@@ -113,6 +114,9 @@ class Done:
     bytes_written: int
     busy_seconds: float
     is_launch_bound: bool
+    num_compiled: int = 0
+    num_graphs: int = 0
+    uncompiled: str = ""
 
 
 @dataclass(frozen=True, slots=True)

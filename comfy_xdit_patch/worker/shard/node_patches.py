@@ -72,6 +72,12 @@ class ModelPatches:
         return options
 
     @property
+    def are_in_blocks(self) -> bool:
+        """Whether blocks call some of them, beside an attention function."""
+        kinds = {kind for of_mode in self._tree["patches"].values() for kind in of_mode}
+        return bool(kinds & {*WRAPPERS})
+
+    @property
     def attention(self) -> Any:
         """The user's own attention function, or None."""
         tree = self._tree["attention"]

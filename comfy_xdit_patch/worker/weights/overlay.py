@@ -38,6 +38,11 @@ class Overlay:
         self._bypass: list[Any] = []
         self._bypass_key: str | None = None
 
+    @property
+    def has_bypass(self) -> bool:
+        """Whether bypass LoRAs lie around layers."""
+        return bool(self._bypass)
+
     def apply(
         self,
         patcher: Any,

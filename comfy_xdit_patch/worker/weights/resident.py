@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.errors import Refusal, WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.fingerprint import Fingerprint, stored_weights
 from comfy_xdit_patch.wire.messages.requests import Residence, Tree
 from comfy_xdit_patch.wire.plain_attributes import Attributes
 from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.compiled_blocks import PLAIN, CompiledBlocks
+from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
 from comfy_xdit_patch.worker.weights.overlay import Overlay
 from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
 from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
@@ -34,6 +36,7 @@ class Resident:
     ``attributes`` are the plain ones of its modules, as ComfyUI made them.
     ``blocks`` are this rank's weight shards, where it has some, ``tensor`` its heads and columns,
     where blocks are cut by those, and ``modulation`` its part of that, where only that is cut.
+    ``compiled`` are its blocks as the user's graph has them compiled.
     ``is_on_device`` says that the weights in use are on the device.
     """
 
@@ -50,13 +53,18 @@ class Resident:
     blocks: ShardedBlocks | None = None
     tensor: TensorBlocks | None = None
     modulation: SharedModulation | None = None
+    compiled: CompiledBlocks = field(default_factory=CompiledBlocks)
     is_on_device: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
     """Which blocks are in place: those of this rank's stage, or all."""
 
+    is_quantised: bool = field(init=False)
+    """Whether weights are stored in tensor classes of their own."""
+
     def __post_init__(self) -> None:
         self.staged = StagedBlocks(self.flux)
+        self.is_quantised = any(type(weight) not in PLAIN for weight in self.stored.values())
 
     @property
     def flux(self) -> Any:
@@ -115,6 +123,18 @@ class Resident:
         if self.modulation is not None:
             self.modulation.begin(plan, num_rows=num_rows, is_driven=is_driven)
         return self.bytes_moved
+
+    def why_uncompiled(self, patches: ModelPatches | None) -> Refusal | None:
+        """Say what keeps its blocks from running compiled in a call with these patches of nodes."""
+        if not self.residence.is_whole:
+            return Refusal("a card does not hold all weights whole")
+        if self.scaled or self.overlay.has_bypass:
+            return Refusal("layers of the model are changed for each call")
+        if patches is not None and patches.are_in_blocks:
+            return Refusal("a node's patch runs inside of the blocks")
+        if self.is_quantised:
+            return Refusal("the model's weights are quantised")
+        return None
 
     def needs_other_patches(self, state: dict[str, Tree]) -> bool:
         """Whether a state differs in more than what lies over the patched weights."""

@@ -16,6 +16,8 @@ import gc
 import uuid
 from typing import Any
 
+import torch
+
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.pipeline import stage_blocks
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -123,11 +125,14 @@ class Residents:
         """Forget models, all of them by default, and free their memory."""
         import comfy.model_management
 
+        has_compiled = any(resident.compiled.is_in_use for resident in self._models.values())
         for number in self.numbers if numbers is None else numbers:
             resident = self._models.pop(number, None)
             if resident is not None:
                 resident.take_off()
                 del resident
+        if has_compiled and not any(model.compiled.is_in_use for model in self._models.values()):
+            torch.compiler.reset()  # What is compiled is the code's, and outlives every model.
         if not self._models:
             comfy.model_management.unload_all_models()
         gc.collect()

@@ -211,7 +211,8 @@ def rank(number, **more):
     facts |= {"pid": 42, "log": None, "uptime_s": 1.0, "restarts": 0, "start_s": None}
     facts |= {"load_s": None, "weight_bytes": None, "memory": Memory(), "utilisation": None}
     facts |= {"busy_share": 0.0, "forwards": 7, "step_s": None, "busy_s": None, "busy_total_s": 0.0}
-    return RankStatus(rank=number, control_s=None, is_launch_bound=None, **(facts | more))
+    facts |= {"control_s": None, "is_launch_bound": None, "blocks_compiled": 0, "graphs": 0}
+    return RankStatus(rank=number, **(facts | more))
 
 
 def status(state="ready", **facts):

@@ -41,7 +41,7 @@ class Driver:
 
     def turn(self, plans=PLANS, *, is_plain=True, is_at_rest=True, can_time_one=True):
         return self.auto.turn(
-            SimpleNamespace(module=self.flux, workload=WORKLOAD, run=self.run),
+            SimpleNamespace(module=self.flux, model=None, workload=WORKLOAD, run=self.run),
             plans,
             is_plain=is_plain,
             is_at_rest=is_at_rest,
@@ -66,7 +66,7 @@ class Driver:
 
     @property
     def verdict(self):
-        return self.auto.records[self.auto._case(self.flux, WORKLOAD)].verdict
+        return self.auto.records[self.auto._case(self.flux, WORKLOAD, None)].verdict
 
 
 @pytest.fixture(autouse=True)
@@ -184,14 +184,16 @@ def test_a_few_slow_steps_change_nothing():
         assert driver.step() == RING
 
 
-def test_sizes_and_models_are_measured_by_themselves():
+def test_sizes_models_and_compiled_ones_are_measured_by_themselves():
     driver = Driver(SECONDS)
+    patcher = SimpleNamespace(model_options={"torch_compile_kwargs": {}})
     cases = {
-        driver.auto._case(flux, workload)
+        driver.auto._case(flux, workload, base_model)
         for flux in (driver.flux, torch.nn.Linear(3, 3))
         for workload in (WORKLOAD, replace(WORKLOAD, num_image_tokens=16384))
+        for base_model in (SimpleNamespace(), SimpleNamespace(current_patcher=patcher))
     }
-    assert len(cases) == 4
+    assert len(cases) == 8
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_only_so_many_kinds_are_remembered():
     assert times.patience_s(1) < 600
 
 
-def forward(side=8, model=1, degree=2, ring=1):
+def forward(side=8, model=1, degree=2, ring=1, compiled=None):
     return Forward(
         request=5,
         model=model,
@@ -122,7 +122,16 @@ def forward(side=8, model=1, degree=2, ring=1):
         weights=[],
         arguments={"x": {"$slot": [0, 9, "float32", [1, 16, side, side]]}, "list": [None, 1.5]},
         result=3,
+        compiled=compiled,
     )
+
+
+def test_a_first_step_that_compiles_may_take_longer_than_one_before_that_did_not():
+    compiled = {"backend": "inductor", "options": {}, "dynamic": None, "blocks": None}
+    times = StepTimes(limit_s=600)
+    times.add(kind_of(forward()), 0.1)
+    assert times.patience_s(kind_of(forward())) == MIN_PATIENCE_S
+    assert times.patience_s(kind_of(forward(compiled=compiled))) == 600
 
 
 def test_the_kind_of_a_step_is_its_model_its_degrees_and_its_shapes():

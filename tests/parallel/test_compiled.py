@@ -1,0 +1,196 @@
+"""Blocks that the user has compiled run compiled on the ranks, and equal stock ComfyUI.
+
+The ranks' own counts say that: how many blocks ran compiled, and what was compiled for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exactness import BOUND, STRICT
+from inside.client import Inside
+from rig.trees import Tree
+
+SIZES = {"double": 2, "single": 3}
+NUM_BLOCKS = 5
+CALL = {"height": 9, "width": 13, "batch": 1, "text_tokens": 77}
+TALLER = {**CALL, "height": 12}
+TALLEST = {**CALL, "height": 15}
+Run = Callable[..., tuple[float, list[dict[str, Any]], str]]
+"""Calls, and how they are compiled, to what ``run`` says."""
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no C++ compiler, which inductor needs on a CPU"
+)
+
+
+@pytest.fixture
+def run(
+    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
+) -> Run:
+    """Make calls, compiled on two ranks and as they are in stock.
+
+    Returns:
+        The largest error, our status before and after each call, and what was logged.
+    """
+    stock, ranks = inside(tree, XDIT_STRATEGY="off"), inside(tree, XDIT_GPUS="cpu:2", **STRICT)
+
+    def compared(
+        *calls: dict[str, Any],
+        family: str = "",
+        options: dict[str, Any] | None = None,
+        **compiled: Any,
+    ) -> tuple[float, list[dict[str, Any]], str]:
+        outs = [str(tmp_path / name) for name in ("stock.pt", "ranks.pt")]
+        path = flux_dev(hidden=384, **SIZES)
+        if family:
+            path = str(tmp_path / f"{family}.safetensors")
+            model = {"family": family, "hidden": 384, "context": 64, **SIZES}
+            stock.call("families:write_model", path=path, **model)
+        given = {"path": path, "calls": calls, "options": options}
+        stock.call("compiled:calls", out=outs[0], **given)
+        ranks.call("compiled:forget")  # What is compiled goes with the models.
+        before = ranks.call("forwards:status")
+        logged = len(ranks.log_text())
+        found = ranks.call("compiled:calls", out=outs[1], **given, **compiled)
+        expected, got = (torch.load(out) for out in outs)
+        error = max(
+            ((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, got, strict=True)
+        )
+        return error, [before, *found], ranks.log_text()[logged:]
+
+    return compared
+
+
+def compiled(found: list[dict[str, Any]]) -> list[list[int]]:
+    """How many blocks each rank ran compiled, call by call."""
+    return [[rank["blocks_compiled"] for rank in of_call["ranks"]] for of_call in found[1:]]
+
+
+def graphs(found: list[dict[str, Any]]) -> list[list[int]]:
+    """What each rank compiled, call by call."""
+    counts = [[rank["graphs"] for rank in of_call["ranks"]] for of_call in found]
+    return [
+        [now - then for then, now in zip(*pair, strict=True)] for pair in itertools.pairwise(counts)
+    ]
+
+
+@pytest.mark.every_version
+@pytest.mark.parametrize(
+    "backend",
+    [
+        *("eager", "aot_eager"),
+        pytest.param("inductor", marks=[needs_compiler, pytest.mark.thorough]),
+    ],
+)
+def test_a_compiled_model_has_all_blocks_compiled_once(run: Run, backend: str) -> None:
+    steps = [{**CALL, "seed": seed} for seed in range(3)]
+    error, found, log = run(*steps, backend=backend)
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 3
+    assert graphs(found) == [[2, 2], [0, 0], [0, 0]], "one for each class of block, and no more"
+    assert "run as they are" not in log
+
+
+def test_other_sizes_are_compiled_once_more_and_then_for_all(
+    run: Run,
+) -> None:
+    error, found, _ = run(CALL, TALLER, TALLEST, CALL, backend="aot_eager")
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 4
+    assert graphs(found) == [[2, 2], [2, 2], [0, 0], [0, 0]]
+
+
+def test_patched_weights_compile_nothing_anew(
+    run: Run,
+) -> None:
+    error, found, _ = run(CALL, {**CALL, "weights": True}, CALL, backend="aot_eager")
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 3
+    assert graphs(found) == [[2, 2], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("", CALL | {"batch": 2}),
+        ("", CALL | {"mask": True, "refs": [[7, 9]], "control": 20}),
+        ("flux2", CALL | {"batch": 2, "refs": [[7, 9]], "ref_method": "index"}),
+        ("chroma", CALL | {"mask": True}),
+        ("chroma_radiance_conv", CALL | {"height": 96, "width": 80}),
+    ],
+)
+def test_every_kind_of_call_runs_compiled(run: Run, family: str, call: dict[str, Any]) -> None:
+    error, found, _ = run(call, {**call, "seed": 1}, family=family, backend="aot_eager")
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 2
+    assert graphs(found) == [[2, 2], [0, 0]]
+
+
+def test_weights_stored_in_fp8_run_compiled(run: Run) -> None:
+    fp8 = {"dtype": "float8_e4m3fn"}
+    patched = {**CALL, "weights": True}
+    error, found, _ = run(CALL, patched, CALL, options=fp8, backend="aot_eager")
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 3
+    assert graphs(found) == [[2, 2], [0, 0], [0, 0]]
+
+
+def test_single_blocks_that_are_compiled_are_the_only_ones(
+    run: Run,
+) -> None:
+    parts = ["double_blocks.1", "single_blocks.0", "single_blocks.2"]
+    error, found, _ = run(CALL, CALL, backend="eager", parts=parts)
+    assert error <= BOUND
+    assert compiled(found) == [[3, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        ("patches_attention", "a node's patch runs inside of the blocks"),
+        ("replaces_blocks", "a node's code runs around the blocks"),
+    ],
+)
+def test_what_cannot_run_compiled_runs_as_it_is_and_that_is_said(
+    run: Run, node: str, says: str
+) -> None:
+    error, found, log = run({**CALL, "node": node}, backend="eager")
+    assert error <= BOUND
+    assert graphs(found) == [[0, 0]]
+    assert log.count(f"blocks of a compiled model run as they are: {says}") == 1
+
+
+def test_a_nodes_attention_runs_in_compiled_blocks(
+    run: Run,
+) -> None:
+    call = {**CALL, "node": "chooses_attention"}
+    error, found, _ = run(call, call, backend="eager")
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 2
+    assert graphs(found) == [[2, 2], [0, 0]]
+
+
+@pytest.mark.newest_only
+def test_without_a_compiler_blocks_run_as_they_are_and_that_is_said_once(
+    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
+) -> None:
+    broken = {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS="cpu:2", **STRICT, **broken)
+    path, outs = flux_dev(hidden=384, **SIZES), [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    steps = {"path": path, "calls": [{**CALL, "seed": seed} for seed in range(3)]}
+    stock.call("compiled:calls", out=outs[0], **steps)
+    found = ranks.call("compiled:calls", out=outs[1], backend="inductor", **steps)
+    assert compiled([{}, *found]) == [[0, 0]] * 3
+    assert found[0]["ranks"][0]["graphs"] == found[2]["ranks"][0]["graphs"] == 1, "it is tried once"
+    for expected, got in zip(*(torch.load(out) for out in outs), strict=True):
+        assert ((got - expected).abs().max() / expected.abs().max()).item() <= BOUND
+    said = "xDiT: blocks of a compiled model run as they are: torch did not compile 5 of 5: "
+    assert ranks.log_text().count(said) == 1
