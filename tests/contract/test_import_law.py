@@ -42,6 +42,7 @@ IMPORTERS = {
         "wire/weight_patches.py",
         "worker/attention/prescribed.py",
         "worker/joining.py",
+        "worker/shard/later_columns.py",
         "worker/shard/quantised.py",
         "worker/weights/loading.py",
         "worker/weights/overlay.py",

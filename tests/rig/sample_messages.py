@@ -58,6 +58,7 @@ MESSAGES = [
         result=0,
         pipeline={"stream": 3, "is_warm_up": True, "num_patches": 4},
         working_bytes=1 << 30,
+        overlaps=False,
     ),
     requests.Free(request=9, streams=[3, 4]),
     requests.Control(

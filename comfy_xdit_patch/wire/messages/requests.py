@@ -157,7 +157,8 @@ class Forward:
     of the batch write it to the slot ``result``. ``pipeline`` is None but for PipeFusion
     (``worker/pipefusion/sequence.py``). ``working_bytes`` is what the call takes on a device beside
     the weights, for a look whether there is room; 0 to make it at once. ``patches`` are those of
-    nodes (``worker/shard/node_patches.py``), or None.
+    nodes (``worker/shard/node_patches.py``), or None. With ``overlaps`` GPUs compute while
+    tokens are on their way.
     """
 
     request: int
@@ -169,6 +170,7 @@ class Forward:
     pipeline: Tree = None
     working_bytes: int = 0
     patches: Tree = None
+    overlaps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

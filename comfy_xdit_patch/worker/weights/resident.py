@@ -17,6 +17,7 @@ from comfy_xdit_patch.wire.fingerprint import Fingerprint, stored_weights
 from comfy_xdit_patch.wire.messages.requests import Residence, Tree
 from comfy_xdit_patch.wire.plain_attributes import Attributes
 from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 from comfy_xdit_patch.worker.weights.overlay import Overlay
 from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
 from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
@@ -54,9 +55,11 @@ class Resident:
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
     """Which blocks are in place: those of this rank's stage, or all."""
+    later: LaterColumns = field(init=False)
 
     def __post_init__(self) -> None:
         self.staged = StagedBlocks(self.flux)
+        self.later = LaterColumns(self.flux)
 
     @property
     def flux(self) -> Any:
