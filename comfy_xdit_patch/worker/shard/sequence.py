@@ -21,7 +21,7 @@ import torch
 
 from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares, pays_in_halves
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
@@ -79,6 +79,7 @@ def sharded_sequence(
             values = call.arguments
             shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
             mine = RankTokens(shares, index, group)
+            num_queries = sum(shares.joint) * values["img"].shape[0]
             attention = SequenceAttention(
                 shares=shares,
                 index=index,
@@ -86,6 +87,7 @@ def sharded_sequence(
                 function=None if patches is None else patches.attention,
                 wants_order=patches is not None and patches.wants_order,
                 meanwhile=nothing if later is None else later.compute,
+                in_halves=later is not None and pays_in_halves(min(shares.heads), num_queries),
             )
             keep_own(
                 values,
