@@ -30,6 +30,23 @@ KEPT_ANSWERS = 256
 """The steps of a run ask the same: of so many questions the answers are kept."""
 
 
+MIN_QUERIES = 12_000
+"""Queries of all heads together that keep a GPU busy: its cores, about 130 in an H100 or a 4090,
+take 128 each."""
+
+
+def pays_in_halves(num_heads: int, num_queries: int) -> bool:
+    """Whether a half of a rank's heads is enough work for a GPU.
+
+    Attention for one half then takes half of the time, and the other half can travel meanwhile.
+
+    Args:
+        num_heads: of the rank that has the fewest.
+        num_queries: of one head, in all rows of the batch.
+    """
+    return num_heads // 2 * num_queries >= MIN_QUERIES
+
+
 def proportional(num_items: int, weights: Sequence[float], *, minimum: int = 0) -> tuple[int, ...]:
     """Share items by the method of largest remainders; of equal remainders the first rank's wins.
 

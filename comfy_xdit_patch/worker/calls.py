@@ -108,6 +108,8 @@ class Calls:
         rank = self._groups.rank
         # What all ranks share they exchange at once, and stages run different blocks.
         assert resident.is_whole or resident.tensor or plan.pipefusion == 1
+        # A CPU rank's transfers take the time of the core that would compute meanwhile.
+        overlaps = message.overlaps and self._groups.device.type != "cpu"
         batch = arguments["x"].shape[0]
         asked = message.compiled
         obstacle = None if asked is None else resident.why_uncompiled(patches)
@@ -125,6 +127,7 @@ class Calls:
                 residuals=self._residuals,
                 patches=patches,
                 streams=self._streams,
+                later=resident.later if overlaps else None,
                 pipeline=message.pipeline,
             )
             collectives.clock.launched()

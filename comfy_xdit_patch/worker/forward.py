@@ -23,6 +23,7 @@ from comfy_xdit_patch.planning.workload import num_tokens
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
 from comfy_xdit_patch.worker.pipefusion.sequence import pipelined_sequence
 from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
 from comfy_xdit_patch.worker.shard.quantised import ScaledLayers, whole_input_scales
 from comfy_xdit_patch.worker.shard.rank_tokens import rows_of
@@ -40,6 +41,7 @@ def forward_share(
     residuals: Residuals,
     patches: ModelPatches | None,
     streams: StreamKeys,
+    later: LaterColumns | None,
     pipeline: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Compute the rows of this rank's batch share, together with its sequence group.
@@ -51,6 +53,7 @@ def forward_share(
         patches: the patches of nodes, which ``arguments`` do not hold.
         residuals: what ControlNets left on this rank; ``control`` refers to them.
         streams: keys and values that PipeFusion keeps.
+        later: what computes while tokens are on their way; None to compute everything at once.
         pipeline: how this call uses them; see ``pipelined_sequence``.
 
     Returns:
@@ -93,6 +96,7 @@ def forward_share(
                     num_image_tokens=num_image_tokens,
                     residuals=residuals,
                     patches=patches,
+                    later=later,
                 )
             )
         else:

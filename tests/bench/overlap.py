@@ -1,18 +1,20 @@
-"""How much of the transfer of q, k and v is hidden behind the MLP's columns, on slowed links.
+"""How much of Ulysses' transfers hides behind the MLP's columns and attention, on slowed links.
 
 Run: PYTHONPATH=tests python tests/bench/overlap.py [--tokens 1280] [--rounds N] [--dtype bfloat16]
 
-Two CPU ranks of one thread, each on a core of its own; ComfyUI's own single blocks of FLUX.1's real
-width (3072, 24 heads) on random numbers; ``HeadExchange`` over gloo. The link's speed is chosen by
-what this machine multiplies, so that a block's transfers take the part of its computation that they
-take on the machine named (``rig/slow_link.py`` waits). In turn, in every round:
+Two CPU ranks of one thread, each on a core of its own; ComfyUI's own blocks of FLUX.1's real width
+(3072, 24 heads), one double and two single ones, on random numbers; ``HeadExchange`` over gloo. The
+link's speed is chosen by what this machine multiplies, so that transfers take the part of the
+computation that they take on the machine named (``rig/slow_link.py`` waits). In turn, in every
+round:
 
     alone        nothing is exchanged: the computation of one rank's share
-    gloo         an unslowed link, columns at once, and later: what overlap itself costs
-    NAME         a slowed link, columns at once ("exposed"), and later ("overlapped")
+    gloo         an unslowed link, everything at once, and overlapped: what overlap itself costs
+    NAME         a slowed link, everything at once ("exposed"), and overlapped
 
-Medians of blocks. ``can_hide`` is the smaller of the transfer of q, k and v and of the MLP's
-columns, of which ``hidden`` says the part that was. Prints one JSON object.
+Medians of steps. ``can_hide`` is what the model of cost says of these blocks, with the times of the
+MLP's columns and of attention that were measured here; ``hidden`` is the part of it that was.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from bench.rows import Row, compared
 from rig.trees import Tree, trees_for_tests
 
 WIDTH, HEADS, TEXT = 3072, 24, 256
-NUM_RANKS, NUM_BLOCKS = 2, 2
+NUM_RANKS, NUM_DOUBLE, NUM_SINGLE = 2, 1, 2
 DEADLINE_S = 1200.0
 # What a card multiplies in bf16 (1e12/s), and what its link brings each way (GB/s):
 # planning/cost/known_machines.py, and performance.md section 1.6 of the design's figures for links.
@@ -46,9 +48,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1280)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--machines", nargs="*", choices=MACHINES, default=list(MACHINES))
     options = parser.parse_args()
     tree = trees_for_tests()[-1]
-    found = on_ranks(NUM_RANKS, run_rank, str(tree.path), vars(options), deadline_s=DEADLINE_S)[0]
+    asked = str(tree.path), vars(options), options.machines
+    found = on_ranks(NUM_RANKS, run_rank, *asked, deadline_s=DEADLINE_S)[0]
+    del found["rounds_s"]
     json.dump({"comfyui": tree.version, **vars(options), **found}, sys.stdout, indent=1)
 
 
@@ -61,7 +66,7 @@ def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
     )
     return [
         compared(
-            f"single block, link as of {name}: columns later against at once",
+            f"a double and two single blocks, link as of {name}: overlap on against off",
             "s",
             *(found["rounds_s"][f"{name} {kind}"] for kind in ("overlapped", "exposed")),
             parity=f"same bits: {found['are_bits_same']}",
@@ -88,14 +93,14 @@ class Bench:
         import comfy.ops
         import torch
         import torch.distributed as dist
-        from comfy.ldm.flux.layers import ModulationOut, SingleStreamBlock
+        from comfy.ldm.flux.layers import DoubleStreamBlock, ModulationOut, SingleStreamBlock
 
         from comfy_xdit_patch.planning.plan import ParallelPlan
         from comfy_xdit_patch.worker.attention.attention import SequenceAttention
         from comfy_xdit_patch.worker.ranks.groups import PlanGroups
         from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 
-        self._rounds = options["rounds"]
+        self._rounds, self._tokens = options["rounds"], options["tokens"]
         dtype = getattr(torch, options["dtype"])
         plan = ParallelPlan(ulysses=NUM_RANKS)
         shares = plan.sequence_shares(
@@ -112,52 +117,62 @@ class Bench:
             return torch.randn(*shape, generator=generator).to(dtype)
 
         with torch.device("cpu"):
-            self.blocks = [
-                SingleStreamBlock(
-                    WIDTH, HEADS, modulation=False, dtype=dtype, operations=comfy.ops.manual_cast
-                )
-                for _ in range(NUM_BLOCKS)
+            made = {"modulation": False, "dtype": dtype, "operations": comfy.ops.manual_cast}
+            self.double_blocks = [
+                DoubleStreamBlock(WIDTH, HEADS, 4, qkv_bias=True, **made) for _ in range(NUM_DOUBLE)
             ]
-        for block in self.blocks:
+            self.single_blocks = [
+                SingleStreamBlock(WIDTH, HEADS, **made) for _ in range(NUM_SINGLE)
+            ]
+        for block in [*self.double_blocks, *self.single_blocks]:
             for parameter in block.parameters():
                 parameter.copy_(numbers(*parameter.shape) * 0.02)
-        self.x = numbers(1, shares.joint[rank], WIDTH)
+        self.img = numbers(1, shares.image[rank], WIDTH)
+        self.txt = numbers(1, shares.text[rank], WIDTH)
         self.mod = ModulationOut(*(numbers(1, 1, WIDTH) for _ in range(3)))
-        self.later = LaterColumns()
+        self.later = LaterColumns(SimpleNamespace(single_blocks=self.single_blocks))
         groups = PlanGroups(world, world, None)
         self._attentions = {
             is_later: SequenceAttention(
                 shares=shares,
                 index=rank,
                 groups=groups,
-                **({"meanwhile": self.later.compute} if is_later else {}),
+                **({"meanwhile": self.later.compute, "in_halves": True} if is_later else {}),
             )
             for is_later in (False, True)
         }
-        self.wire_bytes = self.x.nbytes // 2  # of one tensor of q, k, v or the output
-        self._generator = generator
+        # Of one tensor of q, k, v or the output.
+        self.wire_bytes = (self.img.nbytes + self.txt.nbytes) // 2
+        self.local = numbers(1, shares.joint[rank], WIDTH)
+        self.qkv = [numbers(1, shares.heads[rank], self._tokens, WIDTH // HEADS) for _ in range(3)]
 
-    def block_s(self, link: Any, *, is_later: bool, is_alone: bool = False) -> float:
-        """Seconds of one block, together with the other rank."""
+    def step_s(self, link: Any, *, is_later: bool, is_alone: bool = False) -> float:
+        """Seconds of all blocks, together with the other rank."""
+        import torch
         import torch.distributed as dist
 
         from comfy_xdit_patch.worker.attention.ulysses import HeadExchange
 
         options = {"optimized_attention_override": self._attentions[is_later]}
-        model = SimpleNamespace(single_blocks=self.blocks)
         if is_alone:
             other = mock.patch.object(HeadExchange, "_all_to_all", same_size)
         else:
             other = nullcontext()  # type: ignore[assignment]
-        x = self.x.clone()
+        img, txt = self.img.clone(), self.txt.clone()
+        both = (self.mod, self.mod)
         dist.barrier()
         with other, link.used() if link else nullcontext():
             begin = time.perf_counter()
-            with self.later.of(model) if is_later else nullcontext():
-                for block in self.blocks:
+            with self.later.left() if is_later else nullcontext():
+                for block in self.double_blocks:
+                    img, txt = block(
+                        img, txt, vec=(both, both), pe=None, transformer_options=options
+                    )
+                x = torch.cat((txt, img), 1)
+                for block in self.single_blocks:
                     x = block(x, vec=self.mod, pe=None, transformer_options=options)
             self.out = x
-            return (time.perf_counter() - begin) / NUM_BLOCKS
+            return time.perf_counter() - begin
 
     def seconds(self, call: Callable[[], object]) -> float:
         call()
@@ -171,12 +186,17 @@ class Bench:
     def measured(self, machines: Sequence[str]) -> dict[str, Any]:
         import torch
         import torch.distributed as dist
+        from comfy.ldm.modules.attention import optimized_attention
         from rig.slow_link import SlowLink
 
-        linear = self.blocks[0].linear1
-        both = self.seconds(lambda: linear(self.x))
+        from comfy_xdit_patch.planning.cost.cost import exposed_in_parts_s
+
+        linear = self.single_blocks[0].linear1
+        both = self.seconds(lambda: linear(self.local))
         mlp_s = both * 4 / 7
-        rate = torch.tensor([2 * self.x.numel() * 7 * WIDTH / both / 1e12])
+        heads = self.qkv[0].shape[1]
+        attention_s = self.seconds(lambda: optimized_attention(*self.qkv, heads, skip_reshape=True))
+        rate = torch.tensor([2 * self.local.numel() * 7 * WIDTH / both / 1e12])
         dist.all_reduce(rate, op=dist.ReduceOp.MIN)  # The same links on both ranks.
         teraflops = float(rate)
         links = {"gloo": SlowLink(math.inf)}
@@ -196,7 +216,7 @@ class Bench:
                 for kind in ("exposed", "overlapped")
             ]
             for name, link, is_later in rows:
-                seconds = self.block_s(link, is_later=is_later, is_alone=link is None)
+                seconds = self.step_s(link, is_later=is_later, is_alone=link is None)
                 outs[name] = self.out
                 if number:
                     times.setdefault(name, []).append(seconds)
@@ -206,11 +226,23 @@ class Bench:
             exposed, overlapped = medians[f"{name} exposed"], medians[f"{name} overlapped"]
             row = {"exposed_s": exposed, "overlapped_s": overlapped, "ratio": exposed / overlapped}
             if name in speeds:
-                qkv_s = 3 * self.wire_bytes / speeds[name]
-                can_hide = min(qkv_s, mlp_s)
+                transfer_s = 4 * self.wire_bytes / speeds[name]
+                can_hide = sum(
+                    number
+                    * (
+                        transfer_s
+                        - exposed_in_parts_s(
+                            transfer_s,
+                            meanwhile_s=meanwhile_s,
+                            attention_s=attention_s,
+                            num_parts=2,
+                        )
+                    )
+                    for number, meanwhile_s in ((NUM_DOUBLE, 0.0), (NUM_SINGLE, mlp_s))
+                )
                 row |= {
                     "link_MB_per_s": speeds[name] / 1e6,
-                    "transfers_s": 4 * self.wire_bytes / speeds[name],
+                    "transfers_s": (NUM_DOUBLE + NUM_SINGLE) * transfer_s,
                     "can_hide_s": can_hide,
                     "hidden": (exposed - overlapped) / can_hide,
                 }
@@ -223,15 +255,14 @@ class Bench:
                 outs[f"{name} exposed"].equal(outs[f"{name} overlapped"]) for name in links
             ),
             "rounds_s": times,
+            "attention_s": float(f"{attention_s:.3g}"),
             **rows_found,
         }
 
 
-def same_size(
-    _: Any, data: Any, group: Any, *, sent: Any, received: Any, meanwhile: Any = None
-) -> Any:
+def same_size(_: Any, data: Any, group: Any, *, sent: Any, received: Any) -> Callable[[], Any]:
     """Exchange nothing: a rank computes with what it has."""
-    return data.new_zeros(sum(received))
+    return lambda: data.new_zeros(sum(received))
 
 
 if __name__ == "__main__":

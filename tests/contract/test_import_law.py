@@ -44,6 +44,7 @@ IMPORTERS = {
         "worker/attention/prescribed.py",
         "worker/joining.py",
         "worker/shard/compiled_blocks.py",
+        "worker/shard/later_columns.py",
         "worker/shard/quantised.py",
         "worker/weights/loading.py",
         "worker/weights/overlay.py",

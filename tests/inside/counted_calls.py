@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from fake_cards import fake_tensors_as_plain
 from fake_exchange import joined
-from fake_flux import CARD, MODE, arguments, model_of
+from fake_flux import CARD, MODE, arguments, later_of, model_of
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -61,7 +61,9 @@ def _memory(tree: Any) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
 
 
-def calls(num_ranks: int, *, text: int, shares_modulation: bool = False) -> dict[str, list[int]]:
+def calls(
+    num_ranks: int, *, text: int, shares_modulation: bool = False, overlaps: bool = True
+) -> dict[str, list[int]]:
     """Count a forward by ulysses on the first of so many ranks.
 
     One rank has no plan of ours: that is ComfyUI's own forward.
@@ -69,6 +71,7 @@ def calls(num_ranks: int, *, text: int, shares_modulation: bool = False) -> dict
     Args:
         shares_modulation: each rank has a part of what modulates the blocks. It is asked for all of
             them in the first block.
+        overlaps: the rank computes while tokens are exchanged.
 
     Returns:
         Calls, kernels, copies and exchanges of one ``double`` block, of one ``single`` block, and
@@ -81,6 +84,7 @@ def calls(num_ranks: int, *, text: int, shares_modulation: bool = False) -> dict
     with joined(0, num_ranks, torch.device(CARD)) as rank, plain, MODE, torch.inference_mode():
         model = model_of((1, 1), "bfloat16", is_own=shares_modulation)
         given = arguments(text=text)
+        later = later_of(model)
         if shares_modulation:
             assert rank.groups.everyone is not None
             with fake_tensors_as_plain():
@@ -128,6 +132,7 @@ def calls(num_ranks: int, *, text: int, shares_modulation: bool = False) -> dict
                     residuals=Residuals(),
                     patches=None,
                     streams=StreamKeys(),
+                    later=later if overlaps else None,
                 )
             outside = less(less(now(), counts["double"]), counts["single"])
     return {**counts, "outside": outside}

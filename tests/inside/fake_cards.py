@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from fake_exchange import Rank, joined
-from fake_flux import CARD, FLUX1, LATENT, MODE, arguments, model_of
+from fake_flux import CARD, FLUX1, LATENT, MODE, arguments, later_of, model_of
 from forwards import own_attention
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,6 +129,7 @@ def one_rank(
         model = model_of(blocks, stored, is_own=is_cut)
         given = arguments(**sizes)
         streams, residuals = StreamKeys(), Residuals()
+        later = later_of(model)
         with cut(model, plan, rank, mode=mode) as sharded:
             for pipeline in pipelines(plan, given) * calls:
                 with OnCpu() as cpu:
@@ -146,6 +147,7 @@ def one_rank(
                         residuals=residuals,
                         patches=Nodes(NODES, Objects()) if nodes else None,
                         streams=streams,
+                        later=later,
                         pipeline=pipeline,
                     )
                 results.append([str(out.device), list(out.shape)])

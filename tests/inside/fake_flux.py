@@ -8,6 +8,7 @@ tokens as an image of 1024 x 1024 has, need neither card nor memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import comfy.ops
 import torch
 from families import flux
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 
 CARD = "cuda:0"
 DTYPE = torch.bfloat16
@@ -40,6 +43,12 @@ def model_of(blocks: Sequence[int], stored: str, *, is_own: bool = False) -> Any
     operations = comfy.ops.pick_operations(dtype, DTYPE)
     model = flux("dev", **sizes, dtype=dtype, device=CARD, operations=operations)
     return model if is_own else _models.setdefault(key, model)
+
+
+@functools.cache
+def later_of(model: Any) -> LaterColumns:
+    """What a model leaves for later: as long as there is the model, as for a rank that holds it."""
+    return LaterColumns(model)
 
 
 def arguments(

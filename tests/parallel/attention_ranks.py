@@ -207,6 +207,21 @@ def solve(
     for _ in range(2):
         out = run(function, *shard, problem.sizes["heads"], **problem.arguments)
     assert out.dtype == q.dtype
+    halved = SequenceAttention(
+        shares=shares, index=rank, groups=groups, in_halves=min(shares.heads) >= 2
+    )
+    num_runs = 0
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal num_runs
+        num_runs += 1
+        return comfyui_like(*args, **kwargs)
+
+    run, function = halved, counted
+    if problem.is_prescribed:
+        run, function = halved.prescribed(of_a_checkpoint), not_called
+    out_halved = run(function, *shard, problem.sizes["heads"], **problem.arguments)
+    assert 2 * halved.bytes_sent == attention.bytes_sent
     is_even = problem.sizes["heads"] % plan.ulysses == 0
     is_even = is_even and len({*shares.joint}) == 1 and q.shape == k.shape
     return {
@@ -219,6 +234,8 @@ def solve(
         "bytes_sent": attention.bytes_sent // 2,
         "bytes_whole": k.nbytes,
         "meanwhile": meanwhile,
+        "num_runs": num_runs,
+        "is_equal_in_halves": torch.equal(out, out_halved),
     }
 
 

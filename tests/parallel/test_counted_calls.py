@@ -25,14 +25,18 @@ STOCK: dict[str, tuple[Counts, Counts, Counts]] = {
     "0.3.75": ((80, 51, 6), (44, 23, 4), (130, 91, 18)),
     "0.33.0": ((60, 43, 4), (24, 15, 2), (130, 91, 18)),
 }
-# What a double block, a single one and the rest have beside those, on any number of ranks. A single
-# block's first linear is two, the second of which runs while tokens are exchanged.
-ADDED: tuple[Counts, Counts, Counts] = ((19, 2, 2), (26, 3, 2), (15, 4, 4))
+# What a double block, a single one and the rest have beside those, on any number of ranks.
+AT_ONCE: tuple[Counts, Counts, Counts] = ((19, 2, 2), (19, 2, 2), (15, 4, 4))
+# Where something is computed while tokens are exchanged. A single block's first linear is two; the
+# heads are exchanged in two halves, which among 8 ranks would be too little work.
+IN_HALVES: tuple[Counts, Counts, Counts] = ((47, 5, 4), (54, 6, 4), (15, 4, 4))
+ADDED = {2: IN_HALVES, 4: IN_HALVES, 8: ((19, 2, 2), (26, 3, 2), (15, 4, 4))}
 SEVERAL = (2, 4, 8)
 EXCHANGES = {"double": 2, "single": 2, "outside": 1}
-"""Beside the calls: an exchange is one more, and a kernel."""
+"""Beside the calls: an exchange is one more, and a kernel. In halves there are two for each."""
 # The sum over all blocks, in 0.33.0.
-WHOLE = {1: (2182, 1478, 170), **dict.fromkeys(SEVERAL, (3546, 1634, 288))}
+HALVED = (5142, 1805, 402)
+WHOLE = {1: (2182, 1478, 170), 2: HALVED, 4: HALVED, 8: (3546, 1634, 288)}
 
 
 def test_a_forward_makes_these_calls_and_no_other(
@@ -40,8 +44,10 @@ def test_a_forward_makes_these_calls_and_no_other(
 ) -> None:
     process = inside(tree, XDIT_STRATEGY="off")
 
-    def counted(num_ranks: int) -> dict[str, list[int]]:
-        counts = process.call("counted_calls:calls", num_ranks=num_ranks, text=TEXT_TOKENS)
+    def counted(num_ranks: int, *, overlaps: bool = True) -> dict[str, list[int]]:
+        counts = process.call(
+            "counted_calls:calls", num_ranks=num_ranks, text=TEXT_TOKENS, overlaps=overlaps
+        )
         record_property(f"{tree.version}, {num_ranks} ranks", counts)
         return dict(counts)
 
@@ -50,13 +56,30 @@ def test_a_forward_makes_these_calls_and_no_other(
     if tree.version in STOCK:
         assert [tuple(counts) for counts in stock.values()] == list(STOCK[tree.version])
     for num_ranks in SEVERAL:
-        found = counted(num_ranks)
-        assert {name: counts.pop() for name, counts in found.items()} == EXCHANGES
-        added = {
-            name: tuple(now - before for now, before in zip(counts, stock[name], strict=True))
-            for name, counts in found.items()
-        }
-        assert added == dict(zip(found, ADDED, strict=True)), num_ranks
+        for overlaps, expected in ((False, AT_ONCE), (True, ADDED[num_ranks])):
+            found = counted(num_ranks, overlaps=overlaps)
+            halves = 2 if expected is IN_HALVES else 1
+            exchanges = {name: counts.pop() for name, counts in found.items()}
+            assert exchanges == {
+                name: n if name == "outside" else n * halves for name, n in EXCHANGES.items()
+            }
+            added = {
+                name: tuple(now - before for now, before in zip(counts, stock[name], strict=True))
+                for name, counts in found.items()
+            }
+            assert added == dict(zip(found, expected, strict=True)), (num_ranks, overlaps)
+
+
+def test_the_model_of_cost_counts_the_same_calls() -> None:
+    double, single, _ = (of_ranks[0] for of_ranks in AT_ONCE)
+    assert double == single == EAGER.calls_per_attention - EXCHANGES["double"]
+    later, halved = (
+        [now[0] - before[0] for now, before in zip(added, AT_ONCE, strict=True)]
+        for added in (ADDED[8], IN_HALVES)
+    )
+    assert later == [0, EAGER.calls_per_later_columns, 0]
+    halves = EAGER.calls_per_halves - EXCHANGES["double"]
+    assert halved == [halves, halves + EAGER.calls_per_later_columns, 0]
 
 
 @pytest.mark.newest_only
@@ -87,7 +110,7 @@ def test_shared_modulation_adds_these_calls_once_a_forward(
 
 @pytest.mark.parametrize("num_ranks", WHOLE)
 def test_the_table_of_whole_forwards_is_the_sum_of_its_parts(num_ranks: int) -> None:
-    added = ADDED if num_ranks in SEVERAL else ((0, 0, 0),) * len(ADDED)
+    added = ADDED.get(num_ranks, ((0, 0, 0),) * len(AT_ONCE))
     numbers = (NUM_DOUBLE, NUM_SINGLE, 1)
     whole = [0, 0, 0]
     for number, stock, more in zip(numbers, STOCK["0.33.0"], added, strict=True):

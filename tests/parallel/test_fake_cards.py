@@ -37,23 +37,24 @@ NUM_GROUPS = {
     "batch=2,ulysses=2,modulation=4": 3,
 }
 EXCHANGES = {
-    # Of the first rank; in the end the result's tokens are gathered once.
-    "ulysses=2": {"all_to_all": 4, "all_gather": 1},
-    "ulysses=3": {"all_to_all": 4, "all_gather": 1},
+    # Of the first rank; in the end the result's tokens are gathered once. A block has four
+    # all-to-alls, in halves of the heads; two where a half is too little work, or with a ring.
+    "ulysses=2": {"all_to_all": 8, "all_gather": 1},
+    "ulysses=3": {"all_to_all": 8, "all_gather": 1},
     "ulysses=8": {"all_to_all": 4, "all_gather": 1},
     "ring=3": {"pass_on": 4, "all_gather": 1},
     "ulysses=2,ring=2": {"all_to_all": 4, "pass_on": 2, "all_gather": 1},
     # Sums: of two streams, in attention and in the MLP, and of the single block.
     "tensor=2": {"all_gather": 3, "sum": 5},
-    "tensor=2,ulysses=2": {"all_gather": 4, "sum": 5, "all_to_all": 4},
-    "batch=2,ulysses=2": {"all_to_all": 4, "all_gather": 1},
+    "tensor=2,ulysses=2": {"all_gather": 4, "sum": 5, "all_to_all": 8},
+    "batch=2,ulysses=2": {"all_to_all": 8, "all_gather": 1},
     # One block; a call that is exact, and one of four patches.
     "pipefusion=2,ulysses=2": {"all_to_all": 10, "pair": 5},
     # One block more, and the weights of three.
-    "ulysses=3,fsdp=3": {"all_to_all": 6, "all_gather": 1 + 3},
-    "ulysses=3,modulation=3": {"all_to_all": 4, "all_gather": 1 + 1},
+    "ulysses=3,fsdp=3": {"all_to_all": 12, "all_gather": 1 + 3},
+    "ulysses=3,modulation=3": {"all_to_all": 8, "all_gather": 1 + 1},
     # The rows of both parts of the batch, and what modulates them.
-    "batch=2,ulysses=2,modulation=4": {"all_to_all": 4, "all_gather": 1 + 2},
+    "batch=2,ulysses=2,modulation=4": {"all_to_all": 8, "all_gather": 1 + 2},
 }
 EVERYTHING = {"text": 256, "batch": 2, "references": REFERENCES, "mask": True}
 CASES: dict[str, dict[str, Any]] = {

@@ -59,6 +59,19 @@ def test_what_waits_for_an_exchange_is_computed_once_it_has_begun(
         assert own == [[plan.ulysses > 1] * 2] * len(own), "of two blocks"
 
 
+def test_halves_of_the_heads_one_after_the_other_have_the_bits_of_all_at_once(
+    results: list[dict[str, Any]],
+) -> None:
+    """Where heads do not depend on each other, and without a ring; elsewhere nothing is halved."""
+    assert all(found["is_equal_in_halves"] for found in results)
+    halved = [found for found in results if found["num_runs"] == 2]
+    assert {found["case"] for found in halved} == {"no mask"}
+    assert {found["plan"] for found in halved} == {
+        label(plan) for plan in [*PLANS, *WEIGHTED] if plan.ring == 1 and plan.ulysses > 1
+    }
+    assert {found["dtype"] for found in halved} == {*BOUNDS}
+
+
 def test_an_attention_that_a_checkpoint_prescribes_is_given_all_tokens_in_order(
     results: list[dict[str, Any]],
 ) -> None:

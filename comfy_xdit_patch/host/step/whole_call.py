@@ -34,6 +34,26 @@ from comfy_xdit_patch.wire.messages.requests import Forward, Tree
 CARRIED_OPTIONS = ("rope_options", "chroma_radiance_options")
 
 
+PATIENCE = 3
+"""Calls in a row whose pace launches set, until they are made without overlap from then on: new
+ranks launch slowly at first, and without overlap there are fewer launches."""
+
+
+class _Paces:
+    """Of calls by their shape: how many of the last ones that overlapped a rank's CPU held up."""
+
+    def __init__(self, _: Crew) -> None:
+        self._held_up: dict[tuple[int, ...], int] = {}
+
+    def overlaps(self, shape: tuple[int, ...]) -> bool:
+        """Whether the ranks are to compute while tokens are on their way."""
+        return self._held_up.get(shape, 0) < PATIENCE
+
+    def note(self, shape: tuple[int, ...], *, is_launch_bound: bool) -> None:
+        if self.overlaps(shape):
+            self._held_up[shape] = self._held_up.get(shape, 0) + 1 if is_launch_bound else 0
+
+
 class RemoteForward:
     """The workers, as a function from arguments to a tensor."""
 
@@ -86,6 +106,7 @@ class RemoteForward:
                     pipeline=None if pipeline is None else pipeline.tree(tree),
                     patches=patches,
                     compiled=None if isinstance(compiled, Refusal) else compiled,
+                    overlaps=crew.of(_Paces).overlaps(shape),
                 ),
                 room=room,
             )
@@ -100,10 +121,12 @@ class RemoteForward:
         self._totals.bytes_to_workers += crew.control_bytes - control
         done = [reply for reply in replies if isinstance(reply, Done)]
         self._count(done)
+        is_launch_bound = any(reply.is_launch_bound for reply in done)
+        crew.of(_Paces).note(shape, is_launch_bound=is_launch_bound)
         return Computed(
             out,
             busy_s=tuple(reply.busy_seconds for reply in done),
-            is_launch_bound=any(reply.is_launch_bound for reply in done),
+            is_launch_bound=is_launch_bound,
             has_compiled=any(reply.num_graphs for reply in done),
         )
 

@@ -5,10 +5,10 @@ Runs in: the command line's process. Pure arithmetic, no torch.
     T = max(compute + exposed communication + bubble, host time)
 
     compute        of the slowest rank: ``rank_time``
-    communication  exposed: all bytes of all-to-all and all-reduce, but for q, k and v of single
-                   blocks: of these what outlasts the MLP's columns; what of a ring's send outlasts
-                   the attention beside it, what of gathered weights outlasts all compute, what
-                   shared modulation gives
+    communication  exposed: all bytes of all-reduce; of all-to-all what outlasts the MLP's columns
+                   in single blocks, and attention for one half of the heads in all blocks; what of
+                   a ring's send outlasts the attention beside it, what of gathered weights outlasts
+                   all compute, what shared modulation gives
     bubble         of PipeFusion, as the sampler waits for every step: (stages - 1) patches
     host time      launches in eager mode; they run beside the GPU until they are slower than it
 
@@ -36,7 +36,7 @@ from comfy_xdit_patch.planning.cost.rank_time import (
     ulysses_bytes,
 )
 from comfy_xdit_patch.planning.grid import AXES
-from comfy_xdit_patch.planning.sequence_shares import proportional
+from comfy_xdit_patch.planning.sequence_shares import pays_in_halves, proportional
 
 MERGE_BYTES = 14
 """Merging two partial attentions, for each value: accumulator read and written in float32, a bf16
@@ -83,7 +83,7 @@ def predict(plan: Candidate, job: Job, machine: Machine, *, streamed_bytes: floa
     parts = _parts(plan, job, speeds(job, machine))
     counts = PATCH_COUNTS if plan.pipefusion > 1 else (1,)
     # Ranks whose launches set the pace launch nothing for what they could compute meanwhile.
-    ways = (job, replace(job, overlaps=False)) if job.has_later_columns else (job,)
+    ways = (job, replace(job, overlaps=False)) if job.overlaps else (job,)
     times = [
         _time(plan, way, machine, streamed_bytes, [replace(part, num_patches=n) for part in parts])
         for n in counts
@@ -109,7 +109,13 @@ def _time(
     part = max(parts, key=lambda part: part.num_rows * part.stage * part.tokens)
     num_patches = part.num_patches
 
-    communication_s = _sequence_s(plan, job, machine, part, compute)
+    fewest = round(min(part.heads for part in parts) * job.workload.num_heads)
+    in_halves = (
+        job.overlaps
+        and plan.ring == plan.pipefusion == 1
+        and pays_in_halves(fewest, part.num_rows * job.num_tokens)
+    )
+    communication_s = _sequence_s(plan, job, machine, part, compute, in_halves=in_halves)
     communication_s += _tensor_s(plan, job, machine, part)
     communication_s += _weights_s(plan, job, machine, compute, streamed_bytes)
     patch_s = (compute.total_s + communication_s) / num_patches
@@ -122,7 +128,7 @@ def _time(
         compute_s=compute.total_s,
         communication_s=communication_s,
         bubble_s=bubble_s,
-        host_s=_host_s(plan, job, machine, part),
+        host_s=_host_s(plan, job, machine, part, in_halves=in_halves),
         num_patches=num_patches,
     )
 
@@ -164,9 +170,15 @@ def _parts(plan: Candidate, job: Job, weights: Sequence[float]) -> list[Part]:
 
 
 def _sequence_s(
-    plan: Candidate, job: Job, machine: Machine, part: Part, compute: ComputeTime
+    plan: Candidate,
+    job: Job,
+    machine: Machine,
+    part: Part,
+    compute: ComputeTime,
+    *,
+    in_halves: bool,
 ) -> float:
-    """Ulysses and ring, with what hides behind attention taken off."""
+    """Ulysses and ring, with what hides behind columns and attention taken off."""
     blocks = job.shape.num_blocks * part.stage
     values = part.num_rows * job.num_tokens * job.shape.width * part.tokens * part.columns
     value_bytes = job.precision.bytes_per_value
@@ -174,14 +186,20 @@ def _sequence_s(
     if plan.ulysses > 1:
         groups = plan.groups("ulysses")
         num_bytes = ulysses_bytes(values, plan.ulysses, blocks, value_bytes)
-        calls = 2 * blocks * part.num_patches
+        num_parts = 2 if in_halves else 1
+        calls = 2 * blocks * part.num_patches * num_parts
         transfer_s = machine.all_to_all_s(groups, num_bytes)
-        if job.has_later_columns and plan.pipefusion == 1:
-            # Of single blocks q, k and v: three of four tensors.
-            hidden_s = transfer_s * 3 / 4 * job.shape.num_single_blocks / job.shape.num_blocks
-            transfer_s -= hidden_s
-            seconds += _exposed_s(hidden_s, behind=compute.linear_s * job.shape.later_part)
-        seconds += transfer_s
+        has_later_columns = job.has_later_columns and plan.pipefusion == 1
+        single = job.shape.num_single_blocks / job.shape.num_blocks
+        columns_s = compute.linear_s * job.shape.later_part if has_later_columns else 0.0
+        for of_blocks, meanwhile_s in ((single, columns_s), (1 - single, 0.0)):
+            exposed_s = exposed_in_parts_s(
+                of_blocks * transfer_s,
+                meanwhile_s=meanwhile_s,
+                attention_s=of_blocks * compute.attention_s,
+                num_parts=num_parts,
+            )
+            seconds += exposed_s + INTERFERENCE * (of_blocks * transfer_s - exposed_s)
         seconds += calls * machine.latency_s(groups)
     if plan.ring > 1:
         groups = plan.groups("ring")
@@ -228,6 +246,23 @@ def _weights_s(
     return max(0.0, machine.from_host_s(streamed_bytes) - compute.total_s)
 
 
+def exposed_in_parts_s(
+    transfer_s: float, *, meanwhile_s: float, attention_s: float, num_parts: int
+) -> float:
+    """What Ulysses' transfers add, where heads are exchanged in parts, one after the other.
+
+    Args:
+        transfer_s: of q, k, v, three of the four tensors, and of the output.
+        meanwhile_s: what is computed once q, k and v are on their way.
+    """
+    link_s, done_s = 3 / 4 * transfer_s, meanwhile_s
+    for number in range(1, num_parts + 1):
+        arrived_s = 3 / 4 * transfer_s * number / num_parts
+        done_s = max(done_s, arrived_s) + attention_s / num_parts
+        link_s = max(link_s, done_s) + transfer_s / 4 / num_parts
+    return link_s - meanwhile_s - attention_s
+
+
 def _exposed_s(transfer_s: float, *, behind: float) -> float:
     """What a transfer by NCCL adds to the compute that it runs beside."""
     return max(0.0, transfer_s - behind) + INTERFERENCE * min(transfer_s, behind)
@@ -242,10 +277,12 @@ def _handed_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
     return machine.ring_s(groups, num_bytes) + latency_s
 
 
-def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
+def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part, *, in_halves: bool) -> float:
     calls = job.execution.calls_per_block
     if plan.sequence * plan.tensor > 1:
         calls += job.execution.calls_per_attention
+    if plan.ulysses > 1 and in_halves:
+        calls += job.execution.calls_per_halves
     calls *= job.shape.num_blocks * part.stage * part.num_patches
     if plan.ulysses > 1 and plan.pipefusion == 1 and job.has_later_columns:
         calls += job.execution.calls_per_later_columns * job.shape.num_single_blocks

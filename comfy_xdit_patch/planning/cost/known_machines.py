@@ -72,8 +72,8 @@ CARDS = {
         Card("l20", 46068, 104, 208, 864, "pcie", "fitted"),
         Card("l40", 46068, 150, 300, 864, "pcie", "assumed"),
         Card("l40s", 46068, 230, 460, 864, "pcie", "assumed"),
-        Card("rtx2000ada", 16380, 42, 84, 224, "pcie", "fitted", pcie=0.5),
-        Card("4090", 24564, 150, 325, 1008, "host", "fitted"),
+        Card("rtx2000ada", 16380, 43, 86, 224, "pcie", "fitted", pcie=0.5),
+        Card("4090", 24564, 155, 325, 1008, "host", "fitted"),
         Card("5090", 32607, 186, 340, 1792, "host", "fitted", pcie=2),
         Card("3090", 24576, 60, 0, 936, "host", "assumed"),
     )

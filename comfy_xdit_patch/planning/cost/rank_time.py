@@ -87,6 +87,7 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
     flops = part.num_rows * shape.linear_flops(job.num_tokens) * part.tokens * divided
 
     block_weights = (shape.num_weights - shape.num_modulation_weights) * divided * part.num_patches
+    modulation_weights = shape.num_modulation_weights * divided * part.modulation
     read_bytes = precision.bytes_per_value if is_cast else precision.bytes_per_weight
     cast_bytes = precision.bytes_per_weight + precision.bytes_per_value if is_cast else 0
     values = job.execution.elementwise_values * shape.width * shape.num_blocks * divided
@@ -100,12 +101,8 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
         * part.heads
         * part.stage
         / gpu.attention_flops,
-        modulation_s=shape.num_modulation_weights
-        * divided
-        * part.modulation
-        * precision.bytes_per_weight
-        / gpu.memory_bytes_per_s,
-        cast_s=block_weights * cast_bytes / gpu.memory_bytes_per_s,
+        modulation_s=modulation_weights * read_bytes / gpu.memory_bytes_per_s,
+        cast_s=(block_weights + modulation_weights) * cast_bytes / gpu.memory_bytes_per_s,
         elementwise_s=local_tokens * values * precision.bytes_per_value / gpu.memory_bytes_per_s,
     )
 

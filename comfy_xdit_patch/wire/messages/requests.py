@@ -158,7 +158,8 @@ class Forward:
     (``worker/pipefusion/sequence.py``). ``working_bytes`` is what the call takes on a device beside
     the weights, for a look whether there is room; 0 to make it at once. ``patches`` are those of
     nodes (``worker/shard/node_patches.py``), or None. ``compiled`` says which blocks the user has
-    compiled, and how (``host/reading/compiled.py``), or is None.
+    compiled, and how (``host/reading/compiled.py``), or is None. With ``overlaps`` GPUs compute
+    while tokens are on their way.
     """
 
     request: int
@@ -171,6 +172,7 @@ class Forward:
     working_bytes: int = 0
     patches: Tree = None
     compiled: Tree = None
+    overlaps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,10 @@ for some heads. Without a ring these are all tokens of the sequence, and ComfyUI
 function runs on them. With a ring, the keys of the other ranks come round (``ring.py``); without
 an all-to-all, each rank stands alone at its place of the ring.
 
+Where it pays, tokens are exchanged for one half of the heads after the other: attention for the
+first half runs while the second one is on its way, and its result travels while attention for the
+second half runs. Heads do not depend on each other: the bits are the same.
+
 Attention does not care in which order keys come, so rank order is as good as any; a mask is put
 into that order. RoPE is applied by ComfyUI before attention is called, with this rank's own
 positions.
@@ -33,7 +37,7 @@ from comfy_xdit_patch.worker.attention.local_heads import LocalHeadsAttention
 from comfy_xdit_patch.worker.attention.lse import Bias
 from comfy_xdit_patch.worker.attention.masks import Span, inverse_of, order_of
 from comfy_xdit_patch.worker.attention.ring import ring_attention
-from comfy_xdit_patch.worker.attention.ulysses import nothing
+from comfy_xdit_patch.worker.attention.ulysses import HeadExchange, nothing, together
 from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 
 RING_KNOWS = {"skip_reshape", "transformer_options", "_inside_attn_wrapper", "scale"}
@@ -52,6 +56,7 @@ class SequenceAttention(LocalHeadsAttention):
         function: Callable[..., torch.Tensor] | None = None,
         wants_order: bool = False,
         meanwhile: Callable[[], None] = nothing,
+        in_halves: bool = False,
     ) -> None:
         """Prepare for a call.
 
@@ -61,6 +66,7 @@ class SequenceAttention(LocalHeadsAttention):
             function: a node's own ``optimized_attention_override``, to run on the local heads.
             wants_order: give ``function`` the tokens in ComfyUI's order.
             meanwhile: called once tokens are on their way, and before their exchange is over.
+            in_halves: exchange one half of the heads after the other, in calls that allow for it.
         """
         if function is not None and groups.ring is not None:
             raise ValueError("A ring has no place for an attention function of a node's.")
@@ -72,6 +78,12 @@ class SequenceAttention(LocalHeadsAttention):
         self._wants_order = wants_order
         self._meanwhile = meanwhile
         self._ring_bytes = 0
+        self._halves: list[HeadExchange] = []
+        if in_halves and groups.ulysses is not None and groups.ring is None:
+            self._halves = [
+                HeadExchange(heads=shares.heads, index=index, group=groups.ulysses, part=(half, 2))
+                for half in range(2)
+            ]
 
     def prescribed(self, function: Callable[..., torch.Tensor]) -> SequenceAttention:
         """Return an override that runs the checkpoint's attention, unless a node chose a function.
@@ -86,7 +98,8 @@ class SequenceAttention(LocalHeadsAttention):
     @property
     def bytes_sent(self) -> int:
         """What this rank sent to the others."""
-        return super().bytes_sent + self._ring_bytes
+        halves = sum(half.bytes_sent for half in self._halves)
+        return super().bytes_sent + halves + self._ring_bytes
 
     def __call__(
         self,
@@ -115,6 +128,9 @@ class SequenceAttention(LocalHeadsAttention):
         near = self._neighbours(self._place)
         tokens = queries[near.start : near.stop]
         meanwhile = self._meanwhile
+        # A mask may have heads, and somebody's function may look at all that this rank has.
+        if self._halves and mask is None and self._function is None and queries == keys:
+            return self._in_halves(attention, q_BHLK, k_BHLK, v_BHLK, tokens, **kwargs)
         if queries == keys:
             q, k, v = exchange.tokens_for_heads(
                 q_BHLK, k_BHLK, v_BHLK, tokens=tokens, meanwhile=meanwhile
@@ -135,6 +151,25 @@ class SequenceAttention(LocalHeadsAttention):
         else:
             out = self._run(attention, q, k, v, heads, mask, rows=rows, columns=columns, **kwargs)
         return exchange.heads_for_tokens(out, q.shape[3], tokens=tokens)
+
+    def _in_halves(
+        self,
+        attention: Callable[..., torch.Tensor],
+        q_BHLK: torch.Tensor,
+        k_BHLK: torch.Tensor,
+        v_BHLK: torch.Tensor,
+        tokens: tuple[int, ...],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        arriving = [
+            half.send_tokens(q_BHLK, k_BHLK, v_BHLK, tokens=tokens) for half in self._halves
+        ]
+        self._meanwhile()
+        leaving = []
+        for half, arrived in zip(self._halves, arriving, strict=True):
+            out = attention(*arrived(), half.local_heads, mask=None, **kwargs)
+            leaving.append(half.send_heads(out, q_BHLK.shape[3], tokens=tokens))
+        return together(leaving)
 
     def _round_the_ring(
         self,

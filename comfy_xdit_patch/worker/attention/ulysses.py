@@ -20,6 +20,9 @@ anything, and nothing is padded. Every rank knows all sizes from the plan; none 
 Each tensor is copied once on each way, by one kernel where all ranks have as many heads: what is
 launched does not grow with the ranks then. Unequal heads take a kernel for each rank.
 
+The heads of every rank can be exchanged in parts. Heads do not depend on each other, so attention
+runs on one part while another one is on its way, there or back.
+
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
 
@@ -30,7 +33,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from comfy_xdit_patch.planning.sequence_shares import bounds
+from comfy_xdit_patch.planning.sequence_shares import bounds, shard_sizes
 from comfy_xdit_patch.worker.ranks import collectives
 
 
@@ -42,20 +45,32 @@ class HeadExchange:
     """One rank's part in the exchanges. ``bytes_sent`` counts what it sent to the others."""
 
     def __init__(
-        self, *, heads: tuple[int, ...], index: int, group: dist.ProcessGroup | None
+        self,
+        *,
+        heads: tuple[int, ...],
+        index: int,
+        group: dist.ProcessGroup | None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         """Prepare.
 
         Args:
             heads: how many heads each rank of the group takes.
             group: the ranks that exchange; None where this rank is alone and exchanges nothing.
+            part: which of how many parts of every rank's heads this exchanges.
         """
-        self._heads = heads
-        self._head_bounds = bounds(heads)
+        number, num_parts = part
+        own = [bounds(shard_sizes(n, num_parts))[number] for n in heads]
+        self._heads = tuple(end - start for start, end in own)
+        self._head_bounds = [
+            (first + start, first + end)
+            for (first, _), (start, end) in zip(bounds(heads), own, strict=True)
+        ]
         self._index = index
         self._group = group
-        self.local_heads = heads[index]
+        self.local_heads = self._heads[index]
         self._are_heads_even = len({*heads}) == 1
+        self._is_part = num_parts > 1
         self.bytes_sent = 0
 
     def tokens_for_heads(
@@ -69,17 +84,27 @@ class HeadExchange:
         Args:
             meanwhile: called once they are on their way; what it computes hides the transfer.
         """
+        arrived = self.send_tokens(*qkv_BHLK, tokens=tokens)
+        meanwhile()
+        return arrived()
+
+    def send_tokens(
+        self, *qkv_BHLK: torch.Tensor, tokens: tuple[int, ...]
+    ) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Begin to exchange (B, H, L, K) for (B, G, S, K); what is returned waits for these."""
         if self._group is None:
-            meanwhile()
-            return qkv_BHLK
+            return lambda: qkv_BHLK
         batch, _, length, width = qkv_BHLK[0].shape
         row = len(qkv_BHLK) * batch * width
         sent = [length * row * heads for heads in self._heads]
         wire = qkv_BHLK[0].new_empty(sum(sent))
         if self._are_heads_even:
             ranks = len(self._heads)
+            each = [t.view(batch, ranks, -1, length, width) for t in qkv_BHLK]
+            if self._is_part:
+                each = [t.narrow(2, self._head_bounds[0][0], self.local_heads) for t in each]
             torch.stack(
-                [t.view(batch, ranks, -1, length, width).permute(1, 3, 0, 2, 4) for t in qkv_BHLK],
+                [t.permute(1, 3, 0, 2, 4) for t in each],
                 dim=2,
                 out=wire.view(ranks, length, len(qkv_BHLK), batch, self.local_heads, width),
             )
@@ -91,17 +116,15 @@ class HeadExchange:
                     dim=1,
                     out=part.view(length, len(qkv_BHLK), batch, end - start, width),
                 )
-        received = self._all_to_all(
-            wire,
-            self._group,
-            sent=sent,
-            received=[n * row * self.local_heads for n in tokens],
-            meanwhile=meanwhile,
-        )
-        del wire
-        # Shards follow each other along S, so what arrives is whole already, in rank order.
-        whole_STBGK = received.view(sum(tokens), len(qkv_BHLK), batch, self.local_heads, width)
-        return whole_STBGK.permute(1, 2, 3, 0, 4).unbind(0)
+        received = [n * row * self.local_heads for n in tokens]
+        arrived = self._all_to_all(wire, self._group, sent=sent, received=received)
+
+        def whole() -> tuple[torch.Tensor, ...]:
+            # Shards follow each other along S, so what arrives is whole already, in rank order.
+            whole_STBGK = arrived().view(sum(tokens), len(qkv_BHLK), batch, self.local_heads, width)
+            return whole_STBGK.permute(1, 2, 3, 0, 4).unbind(0)
+
+        return whole
 
     def heads_for_tokens(
         self, out_BSD: torch.Tensor, width: int, *, tokens: tuple[int, ...]
@@ -109,21 +132,37 @@ class HeadExchange:
         """Exchange (B, S, G * K) for (B, L, H * K)."""
         if self._group is None:
             return out_BSD
+        return together([self.send_heads(out_BSD, width, tokens=tokens)])
+
+    def send_heads(
+        self, out_BSD: torch.Tensor, width: int, *, tokens: tuple[int, ...]
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Begin to exchange (B, S, G * K) for (B, L, H * K); what is returned waits for these.
+
+        Returns:
+            The shards that arrive: (B, L, R, G * K) of all ranks, or (B, L, G * K) of each rank
+            where their heads differ.
+        """
+        assert self._group is not None, "a rank alone exchanges nothing"
         batch, local_tokens = out_BSD.shape[0], tokens[self._index]
         sizes = [local_tokens * batch * heads * width for heads in self._heads]
-        received = self._all_to_all(
+        arrived = self._all_to_all(
             out_BSD.transpose(0, 1).reshape(-1),
             self._group,
             sent=[n * batch * out_BSD.shape[2] for n in tokens],
             received=sizes,
         )
-        if self._are_heads_even:
-            shards_RLBD = received.view(len(self._heads), local_tokens, batch, -1)
-            return shards_RLBD.permute(2, 1, 0, 3).reshape(batch, local_tokens, -1)
-        parts = torch.split(received, sizes)
-        return torch.cat(
-            [part.view(local_tokens, batch, -1) for part in parts if part.numel()], dim=2
-        ).transpose(0, 1)
+
+        def shards() -> list[torch.Tensor]:
+            if self._are_heads_even:
+                shards_RLBD = arrived().view(len(self._heads), local_tokens, batch, -1)
+                return [shards_RLBD.permute(2, 1, 0, 3)]
+            return [
+                shard.view(local_tokens, batch, -1).transpose(0, 1)
+                for shard in torch.split(arrived(), sizes)
+            ]
+
+        return shards
 
     def _all_to_all(
         self,
@@ -132,11 +171,27 @@ class HeadExchange:
         *,
         sent: Sequence[int],
         received: Sequence[int],
-        meanwhile: Callable[[], None] = nothing,
-    ) -> torch.Tensor:
+    ) -> Callable[[], torch.Tensor]:
+        """Begin to send; what is returned waits, and keeps what is sent until then."""
         out = data.new_empty(sum(received))
         work = collectives.all_to_all_async(out, data, received=received, sent=sent, group=group)
-        meanwhile()
-        collectives.finish([work])
         self.bytes_sent += (sum(sent) - sent[self._index]) * data.element_size()
-        return out
+        under_way = [(work, data)]
+
+        def arrived() -> torch.Tensor:
+            collectives.finish([under_way.pop()[0]])
+            return out
+
+        return arrived
+
+
+def together(parts: Sequence[Callable[[], list[torch.Tensor]]]) -> torch.Tensor:
+    """Return (B, L, H * K), once all parts of the heads have arrived (``send_heads``)."""
+    arrived = [part() for part in parts]
+    if arrived[0][0].ndim == 4:
+        whole = [shards_BLRD for [shards_BLRD] in arrived]
+        joined = whole[0] if len(whole) == 1 else torch.cat(whole, dim=3)
+        return joined.reshape(*joined.shape[:2], -1)
+    # Of each rank all of its heads, and of these one part after the other.
+    ranks = zip(*arrived, strict=True)
+    return torch.cat([part for rank in ranks for part in rank if part.numel()], dim=2)

@@ -35,8 +35,6 @@ from comfy_xdit_patch.worker.attention.prescribed import ARGUMENT as PRESCRIBED
 
 ATTENTION, OPTIONS = "optimized_attention", "transformer_options"
 """What ComfyUI's blocks call, and their argument that it reads."""
-PLAIN = (torch.nn.Parameter, torch.Tensor)
-"""Classes of weights that are stored as they are multiplied."""
 NUM_SHAPES = 64
 """Graphs that torch keeps of one block's code; its own limit of 8 is soon reached with models,
 batches and sizes that change."""

@@ -10,8 +10,9 @@ block's code. The columns of a product do not depend on each other: their bits s
 
 On a GPU the transfer takes none of the time in which these columns are computed.
 
-Weights that are not stored as they are multiplied (quantised, cast, patched on the fly) and linears
-around which somebody lies compute all columns at once, as ever.
+A weight of another dtype, such as fp8, is cast as ComfyUI casts it, value by value: each column's
+part by itself. Other weights that are not stored as they are multiplied (quantised, patched on the
+fly, elsewhere) and linears around which somebody lies compute all columns at once, as ever.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import CodeType
 from typing import Any
 
 import torch
-
-from comfy_xdit_patch.wire.own_attribute import own_attribute
 
 LINEAR, NUM_ATTENDED = "linear1", 3
 """The linear of a single block, and of how many hidden sizes its attended columns are: q, k, v."""
@@ -37,10 +36,21 @@ PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 
 class LaterColumns:
-    """What single blocks have left to compute: of one linear at most, until attention is called."""
+    """What single blocks have left to compute: of one linear at most, until attention is called.
 
-    def __init__(self) -> None:
+    Their first linears get a forward of their own, once and for as long as the model lives. It is
+    that of their class but while columns are left, and where somebody lies around it.
+    """
+
+    def __init__(self, flux: Any) -> None:
         self._left: Callable[[], object] | None = None
+        self._leaves = False
+        for block in getattr(flux, "single_blocks", ()):
+            linear = getattr(block, LINEAR, None)
+            if linear is None or "forward" in vars(linear):
+                continue
+            if _reads_later(type(block).forward):
+                vars(linear)["forward"] = partial(self._forward, block, linear, linear.forward)
 
     def compute(self) -> None:
         """Compute what is left. Called while an exchange is on its way."""
@@ -49,17 +59,16 @@ class LaterColumns:
             left()
 
     @contextmanager
-    def of(self, flux: Any) -> Iterator[None]:
-        """Have the first linears of a model's single blocks leave columns while this lasts."""
-        with ExitStack() as stack:
-            for block in flux.single_blocks:
-                linear = getattr(block, LINEAR, None)
-                if "forward" in vars(block):
-                    continue  # It runs compiled, in one piece.
-                if linear is not None and _reads_later(type(block).forward) and _is_alone(linear):
-                    forward = partial(self._forward, block, linear, linear.forward)
-                    stack.enter_context(own_attribute(linear, "forward", forward))
+    def left(self) -> Iterator[None]:
+        """Have single blocks leave columns while this lasts."""
+        self._leaves = True
+        try:
             yield
+            self._check()
+        finally:
+            self._leaves, self._left = False, None
+
+    def _check(self) -> None:
         assert self._left is None, "a single block computed no attention"
 
     def _forward(
@@ -69,9 +78,11 @@ class LaterColumns:
         whole: Callable[[torch.Tensor], torch.Tensor],
         x_BLD: torch.Tensor,
     ) -> torch.Tensor:
-        assert self._left is None, "a single block computed no attention"
-        if not _is_plain(linear, x_BLD):
+        if torch.compiler.is_compiling():
+            return whole(x_BLD)  # A compiled block runs in one piece.
+        if not (self._leaves and self._is_alone(linear) and _is_product(linear, x_BLD)):
             return whole(x_BLD)
+        self._check()
         weight_ED, bias_E = linear.weight, linear.bias
         num_columns = weight_ED.shape[0]
         attended = NUM_ATTENDED * block.hidden_size
@@ -82,25 +93,48 @@ class LaterColumns:
         biases = (None, None) if bias_E is None else torch.split(bias_E, sizes)
         parts = zip(torch.split(weight_ED, sizes), biases, columns, strict=True)
         now, self._left = (
-            partial(torch.ops.aten.linear.out, rows_ND, weight, bias, out=out)
-            for weight, bias, out in parts
+            partial(_multiply, rows_ND, weight, bias, out) for weight, bias, out in parts
         )
         now()
         return out_BLE
 
+    def _is_alone(self, linear: Any) -> bool:
+        """Whether nothing lies around a linear that would see a result with columns missing."""
+        outermost = vars(linear).get("forward")
+        is_ours = isinstance(outermost, partial) and outermost.func == self._forward
+        return is_ours and not linear._forward_hooks
 
-def _is_alone(linear: Any) -> bool:
-    """Whether nothing lies around a linear that would see a result with columns missing."""
-    return "forward" not in vars(linear) and not linear._forward_hooks
+
+def _multiply(
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, out_NE: torch.Tensor
+) -> None:
+    """Write the product into ``out_NE``; parameters of another dtype are cast to that of x."""
+    stored = (weight_ED, bias_E)
+    # A cast to the dtype that is there already is a call of torch's too.
+    cast = (p if p is None or p.dtype == x_ND.dtype else p.to(x_ND.dtype) for p in stored)
+    torch.ops.aten.linear.out(x_ND, *cast, out=out_NE)
 
 
-def _is_plain(linear: Any, x: torch.Tensor) -> bool:
-    """Whether a linear is a product with its weight as it is stored."""
+def _is_product(linear: Any, x: torch.Tensor) -> bool:
+    """Whether a linear is a product with its weight as it is stored, or with that cast."""
     weight, bias = linear.weight, linear.bias
     stored = [weight] if bias is None else [weight, bias]
     patched = getattr(linear, "weight_function", None) or getattr(linear, "bias_function", None)
-    return not patched and all(
-        type(one) in PLAIN and one.dtype == x.dtype and one.device == x.device for one in stored
+    if patched or not all(type(one) in PLAIN and one.device == x.device for one in stored):
+        return False
+    if all(one.dtype == x.dtype for one in stored):
+        return True
+    return getattr(linear, "comfy_cast_weights", False) and _only_casts(type(linear))
+
+
+def _only_casts(cls: type[Any]) -> bool:
+    """Whether a class of linears casts what it multiplies, as ComfyUI does, and nothing else."""
+    import comfy.ops
+
+    plain = comfy.ops.disable_weight_init.Linear
+    return issubclass(cls, plain) and all(
+        getattr(cls, name) is getattr(plain, name)
+        for name in ("forward", "forward_comfy_cast_weights")
     )
 
 

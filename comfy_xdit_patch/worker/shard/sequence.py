@@ -21,11 +21,11 @@ import torch
 
 from comfy_xdit_patch.planning.family import member_of
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares
+from comfy_xdit_patch.planning.sequence_shares import SEQUENCE_DIM, SequenceShares, pays_in_halves
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
 from comfy_xdit_patch.worker.attention.prescribed import attention_of_blocks
-from comfy_xdit_patch.worker.ranks import collectives
+from comfy_xdit_patch.worker.attention.ulysses import nothing
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
@@ -49,8 +49,13 @@ def sharded_sequence(
     num_image_tokens: int,
     residuals: Residuals,
     patches: ModelPatches | None,
+    later: LaterColumns | None,
 ) -> Iterator[list[int]]:
-    """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent."""
+    """Shard the tokens inside ``flux.forward_orig`` while this lasts; count what is sent.
+
+    Args:
+        later: what computes while tokens are on their way; None to compute everything at once.
+    """
     of_plan = groups.of_plan(plan)
     group = of_plan.sequence
     assert group is not None
@@ -74,14 +79,15 @@ def sharded_sequence(
             values = call.arguments
             shares = shares_of(flux, values, plan, groups.rank, num_image_tokens)
             mine = RankTokens(shares, index, group)
-            later = LaterColumns()
+            num_queries = sum(shares.joint) * values["img"].shape[0]
             attention = SequenceAttention(
                 shares=shares,
                 index=index,
                 groups=of_plan,
                 function=None if patches is None else patches.attention,
                 wants_order=patches is not None and patches.wants_order,
-                meanwhile=later.compute,
+                meanwhile=nothing if later is None else later.compute,
+                in_halves=later is not None and pays_in_halves(min(shares.heads), num_queries),
             )
             keep_own(
                 values,
@@ -97,7 +103,7 @@ def sharded_sequence(
                 until_the_head_is_done.enter_context(
                     sharded_head(flux, mine, lambda tokens: gather(tokens, shares))
                 )
-            with later.of(flux) if gains_by_overlap(groups) else nullcontext():
+            with nullcontext() if later is None else later.left():
                 out = original(*call.args, **call.kwargs)
             out = out.narrow(SEQUENCE_DIM, 0, shares.image[index])
             bytes_sent.extend((attention.bytes_sent, mine.bytes_sent))
@@ -105,15 +111,6 @@ def sharded_sequence(
 
         with attention_of_blocks(), own_attribute(flux, "forward_orig", forward_orig):
             yield bytes_sent
-
-
-def gains_by_overlap(groups: Groups) -> bool:
-    """Whether it pays to compute while tokens are on their way.
-
-    A CPU rank's transfers take the time of the core that would compute meanwhile; and where the CPU
-    sets a GPU's pace, the calls that it takes are what costs.
-    """
-    return groups.device.type != "cpu" and not collectives.clock.is_launch_bound
 
 
 def keep_own(

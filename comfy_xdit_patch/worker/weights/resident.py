@@ -17,7 +17,8 @@ from comfy_xdit_patch.wire.fingerprint import Fingerprint, stored_weights
 from comfy_xdit_patch.wire.messages.requests import Residence, Tree
 from comfy_xdit_patch.wire.plain_attributes import Attributes
 from comfy_xdit_patch.worker.ranks.groups import Groups
-from comfy_xdit_patch.worker.shard.compiled_blocks import PLAIN, CompiledBlocks
+from comfy_xdit_patch.worker.shard.compiled_blocks import CompiledBlocks
+from comfy_xdit_patch.worker.shard.later_columns import PLAIN, LaterColumns
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches
 from comfy_xdit_patch.worker.weights.overlay import Overlay
 from comfy_xdit_patch.worker.weights.sharded_blocks import ShardedBlocks
@@ -58,6 +59,7 @@ class Resident:
     digests: dict[str, str] = field(default_factory=dict)
     staged: StagedBlocks = field(init=False)
     """Which blocks are in place: those of this rank's stage, or all."""
+    later: LaterColumns = field(init=False)
 
     is_quantised: bool = field(init=False)
     """Whether weights are stored in tensor classes of their own."""
@@ -65,6 +67,7 @@ class Resident:
     def __post_init__(self) -> None:
         self.staged = StagedBlocks(self.flux)
         self.is_quantised = any(type(weight) not in PLAIN for weight in self.stored.values())
+        self.later = LaterColumns(self.flux)
 
     @property
     def flux(self) -> Any:

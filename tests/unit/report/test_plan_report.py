@@ -40,7 +40,7 @@ def test_the_table_is_projected_and_says_what_is_taken(capsys):
     assert "rates    l20 fitted" in out
     assert "<- taken" in rows(out)["ulysses=4"]
     assert out.rstrip().endswith(
-        "auto takes ulysses=4: 3.18x of one GPU; 15% of it is communication."
+        "auto takes ulysses=4: 3.32x of one GPU; 12% of it is communication."
     )
     _, out, _ = plan(capsys, "--gpus", "4xl20", "--without", "overlap")
     assert "auto takes ulysses=4: 2.85x of one GPU; 24% of it is communication." in out

@@ -31,6 +31,7 @@ class Exchange:
         self.bytes_sent = 0
         self.requests = []
         self.lost = None
+        self.is_launch_bound = False
         self.map = SlotMap(torch.device("cpu"))
 
     def settle(self, poll):
@@ -61,7 +62,8 @@ class Exchange:
         x = self.map.fetch(request.arguments)["x"]
         self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
         name = str(x.dtype).removeprefix("torch.")
-        return Done(request.request, 7, name, tuple(x.shape), 0.1, 11, x.nbytes, 0.08, False)
+        seconds = 0.1, 11, x.nbytes, 0.08
+        return Done(request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound)
 
 
 @pytest.fixture
@@ -120,6 +122,19 @@ def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
         poll=lambda: None,
     )
     return remote.forward(1, made, ParallelPlan(), room=room, pipeline=pipeline)
+
+
+def test_ranks_whose_launches_set_the_pace_again_and_again_overlap_nothing_from_then_on(remote):
+    x = torch.rand(2, 4, 6, 8)
+    for is_launch_bound in (True, True, False, True, True, True, False, False):
+        remote.exchange.is_launch_bound = is_launch_bound
+        call(remote, x)
+    assert [request.overlaps for request in remote.requests] == [True] * 6 + [False] * 2
+    call(remote, torch.rand(2, 4, 8, 8))
+    assert remote.requests[-1].overlaps, "a call of another size"
+    remote.have_new_workers()
+    call(remote, x)
+    assert remote.requests[-1].overlaps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import pytest
 from rig.published import make_job
 
 from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate
-from comfy_xdit_patch.planning.cost.cost import INTERFERENCE, predict, speeds
+from comfy_xdit_patch.planning.cost.cost import INTERFERENCE, exposed_in_parts_s, predict, speeds
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
 from comfy_xdit_patch.planning.cost.rank_time import Part, compute_time, ring_bytes
 
@@ -46,8 +46,11 @@ def test_every_patch_reads_the_weights_anew():
     whole, patches = (
         compute_time(job, gpu, Part(num_rows=1, stage=0.5, num_patches=n)) for n in (1, 16)
     )
-    assert patches.cast_s == pytest.approx(16 * whole.cast_s)
     assert patches.modulation_s == whole.modulation_s
+    # Half of the blocks' weights; those that modulate are cast once.
+    assert patches.cast_s - whole.cast_s == pytest.approx(
+        15 * 3 * 0.5 * (11.901e9 - 3.229e9) / 3.35e12, rel=1e-3
+    )
 
 
 def test_fp8_reads_half_and_casts_unless_it_multiplies():
@@ -57,10 +60,11 @@ def test_fp8_reads_half_and_casts_unless_it_multiplies():
         compute_time(make_job(precision=name, **COMPILED), gpu, part)
         for name in ("bf16", "fp8", "fp8-compute")
     )
-    assert stored.modulation_s == bf16.modulation_s / 2
+    assert multiplied.modulation_s == bf16.modulation_s / 2
+    assert stored.modulation_s == bf16.modulation_s
     assert stored.linear_s == bf16.linear_s
     assert bf16.cast_s == multiplied.cast_s == 0
-    assert stored.cast_s == pytest.approx(3 * (11.901e9 - 3.229e9) / 3.35e12, rel=1e-3)
+    assert stored.cast_s == pytest.approx(3 * 11.901e9 / 3.35e12, rel=1e-3)
     assert multiplied.linear_s == pytest.approx(bf16.linear_s * 570 / 993)
 
 
@@ -119,6 +123,28 @@ def test_heads_that_do_not_divide_cost_the_rounding():
     rounded = compute_time(job, gpu, Part(num_rows=1, tokens=0.2, heads=5 / 24)).total_s
     assert five.compute_s == pytest.approx(rounded)
     assert rounded > even
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "attention", "num_parts", "exposed"),
+    [
+        (0, 4, 1, 8),  # all of it
+        (2, 4, 1, 6),  # but for what q, k and v hide behind columns
+        (9, 4, 1, 2),  # of which the output has none
+        # The second halves: of q, k and v behind attention for the first, of the output for the
+        # second. The link is taken by one of them at a time.
+        (0, 4, 2, 5),
+        (2, 4, 2, 3),
+        (9, 4, 2, 1),
+        (0, 80, 2, 4),
+        (0, 0, 2, 8),
+    ],
+)
+def test_transfers_hide_behind_columns_and_behind_the_other_half(
+    meanwhile, attention, num_parts, exposed
+):
+    found = exposed_in_parts_s(8, meanwhile_s=meanwhile, attention_s=attention, num_parts=num_parts)
+    assert found == pytest.approx(exposed)
 
 
 def test_gathered_weights_hide_behind_compute_but_for_the_interference():
@@ -183,7 +209,12 @@ def test_unequal_gpus_get_work_in_proportion():
     assert 1.8 < fast / slow < 2.5
     shared = predict(Candidate(ring=2), job, pair).compute_s
     halves = predict(Candidate(ring=2), job, machine_of("2x3090")).compute_s
-    ideal = 1 / (fast + slow)
+    alone = [compute_time(job, gpu, Part(num_rows=1)) for gpu in pair.gpus]
+    fixed = [found.modulation_s + found.cast_s for found in alone]
+    divided = [found.total_s - part for found, part in zip(alone, fixed, strict=True)]
+    # Both are done at once, each with what no share of tokens divides, and its part of the rest.
+    ideal = 1 + sum(part / rest for part, rest in zip(fixed, divided, strict=True))
+    ideal /= sum(1 / rest for rest in divided)
     assert ideal < shared < 1.1 * ideal
     assert shared < 0.7 * halves
 
@@ -197,7 +228,7 @@ def test_rows_and_stages_are_shared_in_proportion_too(plan):
 
 def test_all_wait_for_who_sends_most():
     """A fast card beside a slow one holds more tokens than half, and sends them."""
-    job = make_job(precision="fp8", **COMPILED)
+    job = make_job(precision="fp8", overlaps=False, **COMPILED)
     pair = predict(Candidate(ulysses=2), job, machine_of("1x4090+1x3090"))
     even = predict(Candidate(ulysses=2), job, machine_of("2x4090"))
     assert 1.2 * even.communication_s < pair.communication_s < 1.5 * even.communication_s
