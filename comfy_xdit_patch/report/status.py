@@ -124,6 +124,12 @@ class Totals:
     """Calls of a ControlNet that ComfyUI computed, by reason, in steps that are parallel."""
     control_seconds: dict[int, float] = field(default_factory=dict)
     """What each rank needed for the last call of a ControlNet."""
+    decodes_parallel: int = 0
+    """Latents that the ranks decoded together."""
+    decodes_alone: Counter[str] = field(default_factory=Counter)
+    """Latents large enough that ComfyUI decoded while ranks were there, by reason."""
+    decode_seconds: float | None = None
+    """What the last decoding on the ranks took, in the host."""
     num_forwards: dict[int, int] = field(default_factory=dict)
     load_seconds: dict[int, float] = field(default_factory=dict)
     residency: list[str] = field(default_factory=list)
@@ -182,6 +188,11 @@ class Totals:
                 "parallel": self.controls_parallel,
                 "alone": dict(self.controls_alone),
                 "last_s": dict(self.control_seconds),
+            },
+            "decodes": {
+                "parallel": self.decodes_parallel,
+                "alone": dict(self.decodes_alone),
+                "last_s": self.decode_seconds,
             },
             "loads": self.loads,
             "residency": list(self.residency),

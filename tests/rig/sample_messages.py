@@ -91,6 +91,15 @@ MESSAGES = [
         counts=[512, 4096, 0],
         result=1,
     ),
+    requests.Decode(
+        request=6,
+        key="ab" * 32,
+        decoder={"ch": 128, "ch_mult": [1, 2, 4, 4]},
+        weights={"conv_in.weight": {"$pack": [3, 0, "bfloat16", [512, 16, 3, 3], "cd"]}},
+        attributes={"conv_in": {"in_channels": "[16]"}},
+        latent={"$slot": [0, 7, "bfloat16", [1, 16, 128, 128]]},
+        result=1,
+    ),
     requests.Follow(torch={"default dtype": "torch.float32"}, arguments={"fp16_unet": False}),
     requests.Reach(request=7, in_blocks=["comfy.ops:Linear"], around=["comfy.ldm.flux.model:Flux"]),
     replies.Reached(

@@ -75,6 +75,7 @@ def test_totals_are_json_with_these_keys(has_run):
         "bytes",
         "bytes_weights",
         "controls",
+        "decodes",
         "steps_gathered",
         "steps_skipped",
         "steps_measured",
