@@ -17,9 +17,10 @@ SAMPLING_MODULES = frozenset(
         "comfy.sd",
     }
 )
+DECODE_MODULES = frozenset({"comfy.ldm.modules.diffusionmodules.model"})
 CONTROL_MODULES = frozenset({"comfy.controlnet", "comfy.ldm.flux.controlnet"})
 SERVER_MODULES = frozenset({"server"})
 EXECUTION_MODULES = frozenset({"execution"})
-SETS = (SAMPLING_MODULES, CONTROL_MODULES, SERVER_MODULES, EXECUTION_MODULES)
+SETS = (SAMPLING_MODULES, DECODE_MODULES, CONTROL_MODULES, SERVER_MODULES, EXECUTION_MODULES)
 WORKER_MARK = "_COMFY_XDIT_WORKER"
 """Set in a worker's environment: a worker imports ComfyUI and must not patch it."""

@@ -101,6 +101,15 @@ VARIABLES = (
         "weights sharded over the ranks, or weights in CPU memory.",
     ),
     Variable(
+        "XDIT_VAE",
+        "auto",
+        "auto or off",
+        "Whether the ranks decode large pictures together when the steps are done. `auto`: from "
+        "1024 x 1024 px on, with a VAE of FLUX's as ComfyUI loads it; the first four pictures of a "
+        "size are decoded by the ranks and by ComfyUI in turn, and the faster way is taken from "
+        "then on. `off`: ComfyUI decodes.",
+    ),
+    Variable(
         "XDIT_STRICT",
         "0",
         "0 or 1",
@@ -200,6 +209,8 @@ class Settings:
     balance: Balancing
     gpu_memory_bytes: int | None
     """None is ``auto``."""
+    decodes: bool
+    """Whether the ranks decode pictures."""
     strict: bool
     starts_early: bool
     start_timeout_s: float
@@ -246,6 +257,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         strategy=parsed("XDIT_STRATEGY", parse_strategy),
         balance=parsed("XDIT_BALANCE", _balancing),
         gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _gib_or_auto),
+        decodes=parsed("XDIT_VAE", _one_of(("auto", "off"))) == "auto",
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
         starts_early=parsed("XDIT_START", _one_of(("early", "first"))) == "early",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),

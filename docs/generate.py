@@ -125,6 +125,7 @@ def patch_points_page() -> str:
     """Return the page of every attribute of ComfyUI that is touched."""
     from comfy_xdit_patch.host.guest.points import (
         control_points,
+        decode_points,
         execution_points,
         sampling_points,
         server_points,
@@ -151,6 +152,12 @@ def patch_points_page() -> str:
         "Without these, ControlNets run on one GPU and their residuals are carried.",
         "",
         *_points_table(control_points(stand_in)),
+        "",
+        "## Pictures",
+        "",
+        "Without this, pictures are decoded on one GPU.",
+        "",
+        *_points_table(decode_points(stand_in)),
         "",
         "## Prompts",
         "",

@@ -19,6 +19,8 @@ COUNTERS = {
     "runs": "Sampling runs of a FLUX model.",
     "controls_parallel": "Calls of a ControlNet that the ranks computed.",
     "controls_alone": "Calls of a ControlNet that ComfyUI computed in parallel steps.",
+    "decodes_parallel": "Latents that the ranks decoded.",
+    "decodes_alone": "Large latents that ComfyUI decoded while ranks were there.",
     "loads": "Models that the ranks read.",
     "gave_way": "Times that ranks gave a card's memory back to ComfyUI.",
     "losses": "Steps handed back because a rank was lost.",

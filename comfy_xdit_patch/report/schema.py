@@ -139,6 +139,8 @@ class Counts:
     steps_gathered: int = 0
     controls_parallel: int = 0
     controls_alone: int = 0
+    decodes_parallel: int = 0
+    decodes_alone: int = 0
     loads: int = 0
     gave_way: int = 0
     losses: int = 0
@@ -213,8 +215,10 @@ class Status:
     totals: Counts = field(default_factory=Counts)
     fell_back: list[Reason] = field(default_factory=list)
     controls_alone: list[Reason] = field(default_factory=list)
+    decodes_alone: list[Reason] = field(default_factory=list)
     last_run: RunReport | None = None
     last_step_s: float | None = None
+    last_decode_s: float | None = None
     last_loss_unix_s: float | None = None
     last_error: LastError | None = None
 

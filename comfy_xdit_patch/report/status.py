@@ -147,6 +147,12 @@ class Totals:
     """Calls of a ControlNet that the ranks computed together."""
     controls_alone: Counter[str] = field(default_factory=Counter)
     """Calls of a ControlNet that ComfyUI computed, by reason, in steps that are parallel."""
+    decodes_parallel: int = 0
+    """Latents that the ranks decoded together."""
+    decodes_alone: Counter[str] = field(default_factory=Counter)
+    """Latents large enough that ComfyUI decoded while ranks were there, by reason."""
+    decode_seconds: float | None = None
+    """What the last decoding on the ranks took, in the host."""
     ranks: defaultdict[int, RankCounts] = field(default_factory=lambda: defaultdict(RankCounts))
     residency: list[str] = field(default_factory=list)
     """The arithmetic that decided where the weights of the last step lie."""
@@ -225,7 +231,7 @@ class Totals:
     def begin_anew(self) -> Totals:
         """Forget what was last: other settings hold from now on. What is counted goes on."""
         self.residency, self.planned_bytes, self.weights = [], None, ()
-        self.host_step_seconds = self.last_plan = self.last_run = None
+        self.host_step_seconds = self.decode_seconds = self.last_plan = self.last_run = None
         self.last_error = self.last_loss_unix_s = None
         for counts in self.ranks.values():
             counts.num_forwards, counts.load_seconds, counts.step_seconds = 0, None, None
@@ -244,6 +250,8 @@ class Totals:
             steps_gathered=self.steps_gathered,
             controls_parallel=self.controls_parallel,
             controls_alone=sum(self.controls_alone.values()),
+            decodes_parallel=self.decodes_parallel,
+            decodes_alone=sum(self.decodes_alone.values()),
             loads=self.loads,
             gave_way=self.gave_way,
             losses=self.losses,
@@ -266,8 +274,10 @@ class Totals:
             "totals": self.counts(),
             "fell_back": reasons(self.fall_backs),
             "controls_alone": reasons(self.controls_alone),
+            "decodes_alone": reasons(self.decodes_alone),
             "last_run": self.last_run,
             "last_step_s": self.host_step_seconds,
+            "last_decode_s": self.decode_seconds,
             "last_loss_unix_s": self.last_loss_unix_s,
             "last_error": self.last_error,
         }

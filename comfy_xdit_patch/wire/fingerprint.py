@@ -90,7 +90,9 @@ class StoredWeight(NamedTuple):
         return sum(part.nbytes for part in self.parts[0].values())
 
 
-def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
+def stored_weights(
+    flux: Any, patcher: Any = None, *, prefix: str = PREFIX
+) -> Iterator[StoredWeight]:
     """What ComfyUI computes with before any patch: parameters and buffers, sorted by name.
 
     Sorted because a dynamic host's modules register their weights in the order of the file. Its
@@ -102,18 +104,19 @@ def stored_weights(flux: Any, patcher: Any = None) -> Iterator[StoredWeight]:
     Args:
         patcher: the ModelPatcher whose patches do not count; without it the weights are those in
             use.
+        prefix: of the module's tensors among the ModelPatcher's keys.
     """
     backup = {} if patcher is None else unpatched(patcher)
     modules = dict(flux.named_modules(remove_duplicate=False)) if is_dynamic(patcher) else {}
     found = {}
     for compiled_name, used in (*flux.named_parameters(), *flux.named_buffers()):
         name = compiled_name.replace(COMPILED, "")
-        tensor = backup.get(PREFIX + name, used)
+        tensor = backup.get(prefix + name, used)
         owner, _, attribute = compiled_name.rpartition(".")
         named = getattr(modules.get(owner), f"{attribute}_comfy_model_dtype", None)
         if named is None or type(tensor) not in PLAIN_CLASSES:
             named = tensor.dtype
-        dtype = used.dtype if modules and PREFIX + name in backup else named
+        dtype = used.dtype if modules and prefix + name in backup else named
         found[name] = StoredWeight(name, tensor, dtype, is_left_uncast=dtype != named)
     yield from (found[name] for name in sorted(found))
 
@@ -140,16 +143,24 @@ class Fingerprint:
     Args:
         manual_cast_dtype: of its BaseModel; the dtype that operations cast weights to.
         patcher: the ModelPatcher that may have patched its weights.
+        prefix: as in ``stored_weights``.
 
     Raises:
         ForeignTensorError: a weight is of a tensor class that cannot be taken apart.
     """
 
     def __init__(
-        self, flux: Any, *, manual_cast_dtype: torch.dtype | None, patcher: Any = None
+        self,
+        flux: Any,
+        *,
+        manual_cast_dtype: torch.dtype | None,
+        patcher: Any = None,
+        prefix: str = PREFIX,
     ) -> None:
         structure = _Halves()
-        structure.update(BLOCKS[0], f"{flux.dtype} {manual_cast_dtype}\n".encode())
+        structure.update(
+            BLOCKS[0], f"{getattr(flux, 'dtype', None)} {manual_cast_dtype}\n".encode()
+        )
         classes = {
             compiled_name.replace(COMPILED, ""): type(module)
             for compiled_name, module in flux.named_modules()
@@ -160,7 +171,7 @@ class Fingerprint:
             text = f"{name} {class_name(cls)} {prescribed.get(name, '')}\n"
             structure.update(name, text.encode())
         self._parts: list[tuple[StoredWeight, torch.Tensor]] = []
-        for weight in stored_weights(flux, patcher):
+        for weight in stored_weights(flux, patcher, prefix=prefix):
             inner, form = weight.parts
             structure.update(weight.name, f"{weight.name} {form.text}\n".encode())
             for part in sorted(inner):

@@ -17,7 +17,7 @@ import torch
 from comfy_xdit_patch.errors import ChannelClosedError, DeadlineExceededError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.messages.replies import Raised
-from comfy_xdit_patch.wire.messages.requests import Control, Fetch, Forward, RunBlock
+from comfy_xdit_patch.wire.messages.requests import Control, Decode, Fetch, Forward, RunBlock
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.weights.residents import Residents
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def answer(
     error: Exception,
-    message: Forward | Control | RunBlock | Fetch,
+    message: Forward | Control | RunBlock | Fetch | Decode,
     *,
     num_exchanges: int,
     residents: Residents,
@@ -44,9 +44,12 @@ def answer(
     Raises:
         Exception: ``error`` itself, where this rank cannot know that it is well.
     """
-    stages = ParallelPlan.of_grid(message.grid, message.weights).pipefusion
     # What one stage has sent lies there until another one takes it, in a later call.
-    if isinstance(error, NEVER_ALIKE) or (stages > 1 and num_exchanges > 0):
+    has_stages = (
+        not isinstance(message, Decode)
+        and ParallelPlan.of_grid(message.grid, message.weights).pipefusion > 1
+    )
+    if isinstance(error, NEVER_ALIKE) or (has_stages and num_exchanges > 0):
         raise error
     residents.settle()
     if collectives.is_in_one():

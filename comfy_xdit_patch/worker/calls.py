@@ -1,4 +1,4 @@
-"""One rank's share of calls: of models, of ControlNets, and of single blocks.
+"""One rank's share of calls: of models, of ControlNets, of single blocks, and of pictures.
 
 Runs in: worker process.
 """
@@ -25,6 +25,7 @@ from comfy_xdit_patch.wire.messages.replies import (
 )
 from comfy_xdit_patch.wire.messages.requests import (
     Control,
+    Decode,
     Fetch,
     Forget,
     Forward,
@@ -35,6 +36,7 @@ from comfy_xdit_patch.wire.messages.requests import (
 from comfy_xdit_patch.wire.slots import SlotMap
 from comfy_xdit_patch.wire.tensors import dtype_name
 from comfy_xdit_patch.worker.answering import answer
+from comfy_xdit_patch.worker.decode.decoders import Decoders, OtherDecoderError
 from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
 from comfy_xdit_patch.worker.ranks import collectives
@@ -47,7 +49,7 @@ from comfy_xdit_patch.worker.shard.residuals import Residuals
 from comfy_xdit_patch.worker.weights.resident import Resident
 from comfy_xdit_patch.worker.weights.residents import Residents
 
-Call: TypeAlias = Forward | Control | RunBlock | Fetch
+Call: TypeAlias = Forward | Control | RunBlock | Fetch | Decode
 Answer: TypeAlias = Done | NoRoom | Controlled | Ran | Fetched | Declined | Raised
 
 
@@ -62,6 +64,7 @@ class Calls:
         self._objects = Objects()
         self._driven = DrivenBlocks(groups)
         self._streams = StreamKeys()
+        self._decoders = Decoders(slots, groups)
         self._num_forwards = 0
 
     def compute(self, message: Call) -> Answer:
@@ -82,8 +85,10 @@ class Calls:
                 return self.control(message)
             if isinstance(message, RunBlock):
                 return self.run_block(message)
+            if isinstance(message, Decode):
+                return self.decode(message)
             return self.fetch(message)
-        except PatchRefusedError as error:
+        except (PatchRefusedError, OtherDecoderError) as error:
             return Declined(message.request, str(error))
         except Exception as error:  # noqa: BLE001 - whatever ComfyUI's code raises; see the module
             return answer(
@@ -232,6 +237,37 @@ class Calls:
             if self._groups.rank == 0:
                 self._slots[message.result].view(tokens.dtype, tuple(tokens.shape)).copy_(tokens)
         return Fetched(message.request, bytes_sent)
+
+    def decode(self, message: Decode) -> Done:
+        """Decode this rank's lines of a picture, and write them to the result slot. Collective."""
+        start = time.perf_counter()
+        collectives.clock.start(self._groups.device)
+        latent = self._slots.fetch(message.latent)
+        with torch.inference_mode():
+            picture, first, bytes_sent = self._decoders.decode(message, latent)
+            collectives.clock.launched()
+            scale = picture.shape[3] // latent.shape[3]
+            shape = (*picture.shape[:2], latent.shape[2] * scale, picture.shape[3])
+            whole = self._slots[message.result].view(picture.dtype, shape)
+            whole[:, :, first : first + picture.shape[2]].copy_(picture)
+        busy_s = collectives.clock.stop(is_copied_out=True)
+        if self._groups.device.type == "cuda":
+            torch.cuda.empty_cache()  # A picture takes gigabytes, and ComfyUI is next.
+        return Done(
+            request=message.request,
+            num_forwards=self._num_forwards,
+            dtype=_dtype_name(picture),
+            shape=shape,
+            seconds=time.perf_counter() - start,
+            bytes_between_ranks=bytes_sent,
+            bytes_written=picture.nbytes,
+            busy_seconds=busy_s,
+            is_launch_bound=collectives.clock.is_launch_bound,
+        )
+
+    def forget_decoder(self) -> None:
+        """Forget the VAE decoder that was used last."""
+        self._decoders.forget()
 
     def _patches(self, tree: Tree) -> ModelPatches | None:
         if tree is None:

@@ -62,6 +62,8 @@ class Engine:
         """Drop models, all of them by default, and give their memory back."""
         with torch.inference_mode():  # Outside of it ComfyUI clones the weights that it is given.
             self._residents.drop(models)
+        if models is None:
+            self._calls.forget_decoder()
 
     def give_way(self, ranks: list[int]) -> None:
         """Free the device, if this rank is meant, for what ComfyUI wants to put there."""

@@ -27,6 +27,7 @@ from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import Alive, Failed, Loading, Reached, Unloaded
 from comfy_xdit_patch.wire.messages.requests import (
     Control,
+    Decode,
     Drop,
     Fetch,
     Follow,
@@ -149,7 +150,7 @@ class Worker:
         elif isinstance(message, Drop):
             self._phase = "dropping models"
             engine.drop(message.models)
-        elif isinstance(message, (Forward, Control, RunBlock, Fetch)):
+        elif isinstance(message, (Forward, Control, RunBlock, Fetch, Decode)):
             self._phase = type(message).__name__
             self._channel.send(engine.compute(message), deadline_s=REPLY_DEADLINE_S)
         elif isinstance(message, Reach):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from comfy_xdit_patch.wire.messages.replies import NoRoom
-from comfy_xdit_patch.wire.messages.requests import Control, Forward, RunBlock
+from comfy_xdit_patch.wire.messages.requests import Control, Decode, Forward, RunBlock
 from comfy_xdit_patch.worker.ranks import collectives
 
 
@@ -27,7 +27,9 @@ def has_room(device: torch.device, num_bytes: int) -> bool:
     return False
 
 
-def no_room_for(message: Forward | Control | RunBlock, device: torch.device) -> NoRoom | None:
+def no_room_for(
+    message: Forward | Control | RunBlock | Decode, device: torch.device
+) -> NoRoom | None:
     """Look whether every rank has room for a call, if the host asks for that.
 
     Collective:

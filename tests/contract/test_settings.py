@@ -14,6 +14,7 @@ NAMES = {
     "XDIT_STRATEGY",
     "XDIT_BALANCE",
     "XDIT_GPU_MEMORY",
+    "XDIT_VAE",
     "XDIT_STRICT",
     "XDIT_START",
     "XDIT_START_TIMEOUT",

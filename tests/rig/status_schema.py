@@ -72,6 +72,15 @@ def counted(reasons: list[dict[str, Any]]) -> dict[str, int]:
     return {each["reason"]: each["count"] for each in reasons}
 
 
+def decodes(status: dict[str, Any]) -> dict[str, Any]:
+    """What a status says of latents that were decoded."""
+    return {
+        "parallel": status["totals"]["decodes_parallel"],
+        "alone": counted(status["decodes_alone"]),
+        "last_s": status["last_decode_s"],
+    }
+
+
 def _without_null(kind: Any) -> tuple[Any, str]:
     if get_origin(kind) in (Union, types.UnionType):
         (inner,) = (each for each in get_args(kind) if each is not types.NoneType)

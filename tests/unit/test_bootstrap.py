@@ -15,6 +15,7 @@ import pytest
 
 from comfy_xdit_patch.marks import (
     CONTROL_MODULES,
+    DECODE_MODULES,
     EXECUTION_MODULES,
     SAMPLING_MODULES,
     SERVER_MODULES,
@@ -275,6 +276,7 @@ print(*sorted(set(sys.modules) - before))
 def test_the_hook_waits_for_exactly_the_modules_of_the_patch_points():
     from comfy_xdit_patch.host.guest.points import (
         control_points,
+        decode_points,
         execution_points,
         sampling_points,
         server_points,
@@ -286,5 +288,6 @@ def test_the_hook_waits_for_exactly_the_modules_of_the_patch_points():
 
     assert {point.module for point in sampling_points(Any())} == SAMPLING_MODULES
     assert {point.module for point in control_points(Any())} == CONTROL_MODULES
+    assert {point.module for point in decode_points(Any())} == DECODE_MODULES
     assert {point.module for point in execution_points(Any())} == EXECUTION_MODULES
     assert {point.module for point in server_points(lambda *_: None)} == SERVER_MODULES

@@ -22,6 +22,7 @@ from comfy_xdit_patch.host.guest.host import Host
 from comfy_xdit_patch.host.guest.patchset import PatchSet
 from comfy_xdit_patch.host.guest.points import (
     control_points,
+    decode_points,
     execution_points,
     sampling_points,
     server_points,
@@ -36,6 +37,7 @@ from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.marks import (
     CONTROL_MODULES,
+    DECODE_MODULES,
     EXECUTION_MODULES,
     SAMPLING_MODULES,
     SERVER_MODULES,
@@ -59,6 +61,7 @@ class Activation:
         self.is_off = False
         self.sampling: PatchSet | None = None
         self.controls: PatchSet | None = None
+        self.decode: PatchSet | None = None
         self.server: PatchSet | None = None
         self.execution: PatchSet | None = None
         self.between = Between()
@@ -77,6 +80,8 @@ class Activation:
             self._activate_sampling(root)
         if self.host is None:
             return
+        if self.decode is None and DECODE_MODULES in self._ready:
+            self._activate_decode(self.host)
         if self.controls is None and CONTROL_MODULES in self._ready:
             self._activate_controls(self.host)
         if self.execution is None and EXECUTION_MODULES in self._ready:
@@ -164,6 +169,14 @@ class Activation:
         misfit = self.controls.install()
         if misfit is not None:
             log.warning("xDiT: ControlNets run on one GPU: %s", misfit)
+
+    def _activate_decode(self, host: Host) -> None:
+        host.pristine.remember_decoder(sys.modules)
+        assert self._wrappers is not None, "made with the host"
+        self.decode = PatchSet(decode_points(self._wrappers))
+        misfit = self.decode.install()
+        if misfit is not None:
+            log.warning("xDiT: pictures are decoded on one GPU: %s", misfit)
 
     def _activate_execution(self) -> None:
         assert self._wrappers is not None, "made with the host"

@@ -18,6 +18,7 @@ import torch
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.boundary import theirs
+from comfy_xdit_patch.host.decode.decoding import Decoding
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pace.rank_speeds import CrewBalance
 from comfy_xdit_patch.host.pool.crew import Crew
@@ -126,6 +127,13 @@ class Host:
         )
         self.runs: list[Run] = []
         """Sampling runs of FLUX that go on; a sampler may begin another one inside of its own."""
+        self._decoding = Decoding(
+            pool=pool,
+            pristine=pristine,
+            totals=self.totals,
+            memory=self.memory,
+            measures=not settings.strict,
+        )
         self._lock = threading.RLock()
 
     def successor(self, devices: Sequence[Device], settings: Settings) -> Host:
@@ -236,6 +244,13 @@ class Host:
             return None  # Residuals will be needed here.
         with self._lock:
             return self.controls.forward(net, arguments, compute, run)
+
+    def decode(
+        self, decoder: Any, arguments: Mapping[str, Any], compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Decode one latent on the workers; see ``Decoding.decode``."""
+        with self._lock:
+            return self._decoding.decode(decoder, arguments, compute)
 
     def free(self, required: float, device: Any, *, for_dynamic: bool) -> None:
         """Have workers give memory back: all of it for Free and Unload, or what is missing."""

@@ -107,6 +107,20 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
     )
 
 
+def decode_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
+    """The point that decodes latents on the ranks; without it ComfyUI decodes them."""
+    return (
+        PatchPoint(
+            "comfy.ldm.modules.diffusionmodules.model",
+            "Decoder.forward",
+            wrappers.decode,
+            frozenset({"z"}),
+            "The narrowest place that every decoding of a FLUX latent crosses, whole or in tiles: "
+            "after ComfyUI has loaded the VAE and made room. The payload is the latent.",
+        ),
+    )
+
+
 def control_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
     """The points that run ControlNets on the ranks; without these points ComfyUI runs them."""
     return (

@@ -81,6 +81,23 @@ class Wrappers:
                 raise ours.fault
         return out
 
+    def decode(self, wrapped: Call, decoder: Any, args: Any, kwargs: Any) -> Any:
+        """Compute a VAE's ``Decoder.forward`` on the workers if it is worth it."""
+        if not self._host.settings.decodes:
+            return wrapped(*args, **kwargs)
+        ours = attempt(
+            lambda: self._host.decode(
+                decoder, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
+            )
+        )
+        if ours.out is not None:
+            return ours.out
+        out = wrapped(*args, **kwargs)
+        if ours.fault is not None:
+            with our_faults_stay_ours("decoding a picture"):
+                raise ours.fault
+        return out
+
     def load_controlnet(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a ControlNet came from."""
         file = self._file_of(wrapped, args, kwargs, "ckpt_path")

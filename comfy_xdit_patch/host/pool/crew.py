@@ -33,6 +33,7 @@ from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import NoRoom, Raised, Reply, short
 from comfy_xdit_patch.wire.messages.requests import (
     Control,
+    Decode,
     Forget,
     Forward,
     Map,
@@ -242,7 +243,9 @@ class Turn:
             raise CallRaisedError(f"{kind}: {short(replies[0].text)}", kind=kind)
         return replies
 
-    def compute(self, message: Forward | Control | RunBlock, *, room: Room | None) -> list[Reply]:
+    def compute(
+        self, message: Forward | Control | RunBlock | Decode, *, room: Room | None
+    ) -> list[Reply]:
         """Have all ranks compute a call whose arguments lie in slots.
 
         It is asked once more if a card had no room for it.

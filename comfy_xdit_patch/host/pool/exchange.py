@@ -37,7 +37,7 @@ from comfy_xdit_patch.host.pool.start import (
 from comfy_xdit_patch.wire.channel import frame_of, wait_readable
 from comfy_xdit_patch.wire.messages.codec import Message
 from comfy_xdit_patch.wire.messages.replies import Alive, Failed, Loading, Raised, Reply, short
-from comfy_xdit_patch.wire.messages.requests import Control, Fetch, Forward, RunBlock
+from comfy_xdit_patch.wire.messages.requests import Control, Decode, Fetch, Forward, RunBlock
 
 RAISED_GRACE_S = 5.0
 """For a rank to raise what another one has raised: it is at most one exchange behind."""
@@ -267,6 +267,8 @@ def kind_of(message: Message) -> Hashable:
         is_compiled = isinstance(message, Forward) and message.compiled is not None
         shapes = tuple(_shapes(message.arguments))
         return type(message), message.model, degrees, is_compiled, shapes
+    if isinstance(message, Decode):
+        return Decode, message.key, tuple(_shapes(message.latent))
     if isinstance(message, Fetch):
         return Fetch, message.model, tuple(message.counts)
     return None

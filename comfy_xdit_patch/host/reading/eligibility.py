@@ -24,6 +24,7 @@ from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.family import BLOCK_LISTS, CONTROL, MEMBERS
 from comfy_xdit_patch.planning.ways_in import WAYS, WaysIn
+from comfy_xdit_patch.wire.decoders import MODULE as DECODER_MODULE
 
 BLOCK_CLASSES = ("DoubleStreamBlock", "SingleStreamBlock")
 FLUX_LAYERS_MODULE = "comfy.ldm.flux.layers"
@@ -51,6 +52,8 @@ class Pristine:
         self.bypass = BypassCode(modules)
         self.ways = WaysIn(modules)
         self.control_class: type[Any] | None = None
+        self.decoder: type[Any] | None = None
+        """Of VAEs."""
         self._members: set[type[Any]] = {
             getattr(modules[member.module], member.name)
             for member in MEMBERS
@@ -61,6 +64,10 @@ class Pristine:
         """The same for ComfyUI's ControlNets, which are imported later."""
         self.control_class = getattr(modules[CONTROL.module], CONTROL.name)
         self._members.add(self.control_class)
+
+    def remember_decoder(self, modules: Mapping[str, types.ModuleType]) -> None:
+        """The same for ComfyUI's decoder of VAEs."""
+        self.decoder = modules[DECODER_MODULE].Decoder
 
     def is_member(self, flux: Any) -> bool:
         """Whether a model's class is one of the family's own, or made from one of them."""

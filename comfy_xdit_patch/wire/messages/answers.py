@@ -31,6 +31,7 @@ from comfy_xdit_patch.wire.messages.replies import (
 )
 from comfy_xdit_patch.wire.messages.requests import (
     Control,
+    Decode,
     Fetch,
     Forward,
     Free,
@@ -49,6 +50,7 @@ ANSWERS: dict[type[Any], tuple[type[Any], ...]] = {
     Control: (Controlled, Raised),
     RunBlock: (Ran, Declined, Raised),
     Fetch: (Fetched, Raised),
+    Decode: (Done, Declined, Raised),
     Free: (Unloaded,),
     Reach: (Reached,),
 }

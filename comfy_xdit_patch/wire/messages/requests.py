@@ -229,6 +229,25 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
+class Decode:
+    """Decode a latent; each rank writes its lines of the picture to the slot ``result``.
+
+    ``decoder`` are the arguments of ComfyUI's class (``wire/decoders.py``), ``weights`` the places
+    of its weights by name, and ``key`` names all of that. ``attributes`` are the host's.
+    ``working_bytes`` as in ``Forward``.
+    """
+
+    request: int
+    key: str
+    decoder: dict[str, Tree]
+    weights: dict[str, Tree]
+    attributes: dict[str, dict[str, str]]
+    latent: Tree
+    result: int
+    working_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Free:
     """Give back the memory of keys and values that PipeFusion kept for these ``streams``."""
 
@@ -279,6 +298,7 @@ FromHost: TypeAlias = (
     | Control
     | RunBlock
     | Fetch
+    | Decode
     | Free
     | Forget
     | Follow

@@ -200,6 +200,25 @@ def pass_on_async(
     return works
 
 
+def swap_async(
+    edges: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Begin to send a tensor to each of some ranks of the group, and to fill one from each.
+
+    ``finish`` all the works before what is sent is changed or what is filled is read.
+
+    Args:
+        edges: a rank, what it is sent, and what is filled from it.
+    """
+    _begin()
+    ops = []
+    for rank, data, out in edges:
+        peer = dist.get_global_rank(group, rank)
+        ops += [dist.P2POp(dist.isend, data, peer, group), dist.P2POp(dist.irecv, out, peer, group)]
+    works: list[dist.Work] = dist.batch_isend_irecv(ops)
+    return works
+
+
 def send_async(data: torch.Tensor, *, to: int, group: dist.ProcessGroup) -> dist.Work:
     """Begin to send to one rank of the group; keep ``data`` as it is until the work is done."""
     _count()

@@ -1,0 +1,1 @@
+"""Decoding of latents by all ranks."""

@@ -1,0 +1,1 @@
+"""A VAE's decoder on all ranks."""
