@@ -203,7 +203,7 @@ class Decoding:
         except DeclinedError as error:
             return Refusal(f"a node set {error} of the VAE", Scope.STEP)
         except CallRaisedError as error:
-            self._totals.last_error = str(error)
+            self._totals.failed(str(error))
             return Refusal(
                 f"decoding raised {error.kind} on the workers", Scope.STEP, has_raised=True
             )
