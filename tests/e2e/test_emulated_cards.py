@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 from rig.compare import compare_all
+from rig.faults import descendants
 from rig.graphs import Graph, with_values
 from rig.pair import EQUAL, STRICT, Bound, latent_error, run, run_stock
 from rig.server import Server
@@ -105,3 +106,33 @@ def test_every_step_is_parallel_with_dynamic_vram(
         assert difference.max_pixel <= bound.max_pixel, difference
         assert difference.psnr_db >= bound.min_psnr_db, difference
         assert error <= bound.max_latent_error, error
+
+
+@pytest.mark.slow  # six images on emulated cards
+@pytest.mark.thorough
+def test_cards_are_taken_and_given_back_without_a_restart(servers: Servers, tree: Tree) -> None:
+    setup = {"device": "emulated", "hidden": 256, "extra_args": EXTRA_ARGS, "node_packs": ()}
+    stock = servers(tree, XDIT_STRATEGY="off", EMULATED_CARDS="4090", **setup)
+    cards = {"EMULATED_CARDS": "4090,4090,4090"}
+    ranks = servers(tree, XDIT_GPUS="0,1", XDIT_STRATEGY="ulysses", **cards, **STRICT, **setup)
+    assert ranks.process is not None
+    graph = with_compute_dtype(base_graph(), "fp32")
+    for number, (values, num_ranks) in enumerate(
+        (
+            ({"XDIT_STRATEGY": "ring"}, 2),
+            ({"XDIT_STRATEGY": "off"}, 0),
+            ({"XDIT_STRATEGY": None, "XDIT_GPUS": "2,1"}, 2),
+            ({"XDIT_GPUS": "all"}, 3),
+            ({"XDIT_GPUS": "0"}, 0),
+            ({"XDIT_GPUS": None}, 2),
+        )
+    ):
+        ranks.request("/xdit/settings", values)
+        row = with_values(graph, seed=SEED + 2 + number)
+        expected = run_stock(stock, row)
+        difference = compare_all(expected.images, run(ranks, row).images)
+        assert difference.is_equal, f"{difference} after {values}"
+        assert len(descendants(ranks.process.pid)) == (num_ranks + 1 if num_ranks else 0), values
+        if num_ranks:
+            report = ranks.status()["last_run"]
+            assert (report["steps_parallel"], report["ranks"]) == (report["steps"], num_ranks)
