@@ -148,6 +148,6 @@ def server_points(add_routes: Callable[..., Any]) -> tuple[PatchPoint, ...]:
             "PromptServer.add_routes",
             add_routes,
             frozenset(),
-            "Adds the route GET /xdit/status to ComfyUI's server before its routes are fixed.",
+            "Adds the routes GET /xdit/status and /xdit/metrics before the server's are fixed.",
         ),
     )
