@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from comfy_xdit_patch.report.schema import SCHEMA
+from comfy_xdit_patch.report.troubleshooting import remedy_of
 
 ASK_DEADLINE_S = 3.0
 WRONG_STATES = ("refused", "broken")
@@ -93,7 +94,10 @@ def judged(status: dict[str, Any]) -> Iterator[Line]:
         first = status["peer_to_peer_disabled"].splitlines()[0]
         yield Line(f"peer-to-peer is switched off, because with it: {first}")
     if status["last_error"] and status["last_error"]["text"] != reason:
-        yield Line(f"last error: {status['last_error']['text'].splitlines()[0]}")
+        error = status["last_error"]["text"]
+        yield Line(f"last error: {error.splitlines()[0]}")
+        if remedy := remedy_of(error):
+            yield Line(f"  what to do: {remedy}")
 
 
 def _steps(status: dict[str, Any]) -> Iterator[Line]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from comfy_xdit_patch.errors import Refusal, Scope
+from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.outcome import Books
 from comfy_xdit_patch.planning.plan import ParallelPlan
@@ -63,3 +64,12 @@ def test_a_run_outside_of_a_prompt_has_its_line_at_once(books, caplog):
     books.begin_prompt()
     books.end_prompt()
     assert lines(caplog) == ["xDiT: 4 steps on 2 GPUs (ulysses=2), 0 fell back, 50 ms/step"]
+
+
+def test_a_step_that_auto_gave_to_one_gpu_did_not_fall_back(books, caplog):
+    run = Run()
+    books.refuse(ONE_IS_FASTER, run)
+    books.refuse(run.refusal, run)  # as the rest of the run is
+    books.close(run)
+    assert lines(caplog) == ["xDiT: 2 steps on one GPU (the faster, as measured)"]
+    assert (run.counts.chose_one, run.counts.fall_backs) == (2, {})
