@@ -30,6 +30,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def thorough(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 @pytest.fixture
 def run(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
@@ -85,7 +89,8 @@ def graphs(found: list[dict[str, Any]]) -> list[list[int]]:
 @pytest.mark.parametrize(
     "backend",
     [
-        *("eager", "aot_eager"),
+        "aot_eager",
+        pytest.param("eager", marks=pytest.mark.thorough),
         pytest.param("inductor", marks=[needs_compiler, pytest.mark.thorough]),
     ],
 )
@@ -119,11 +124,11 @@ def test_patched_weights_compile_nothing_anew(
 @pytest.mark.parametrize(
     ("family", "call"),
     [
-        ("", CALL | {"batch": 2}),
-        ("", CALL | {"mask": True, "refs": [[7, 9]], "control": 20}),
+        thorough("", CALL | {"batch": 2}),
+        thorough("", CALL | {"mask": True, "refs": [[7, 9]], "control": 20}),
         ("flux2", CALL | {"batch": 2, "refs": [[7, 9]], "ref_method": "index"}),
-        ("chroma", CALL | {"mask": True}),
-        ("chroma_radiance_conv", CALL | {"height": 96, "width": 80}),
+        thorough("chroma", CALL | {"mask": True}),
+        thorough("chroma_radiance_conv", CALL | {"height": 96, "width": 80}),
     ],
 )
 def test_every_kind_of_call_runs_compiled(run: Run, family: str, call: dict[str, Any]) -> None:
@@ -133,6 +138,7 @@ def test_every_kind_of_call_runs_compiled(run: Run, family: str, call: dict[str,
     assert graphs(found) == [[2, 2], [0, 0]]
 
 
+@pytest.mark.thorough  # the twin above has the same in bf16
 def test_weights_stored_in_fp8_run_compiled(run: Run) -> None:
     fp8 = {"dtype": "float8_e4m3fn"}
     patched = {**CALL, "weights": True}
@@ -178,6 +184,7 @@ def test_a_nodes_attention_runs_in_compiled_blocks(
 
 
 @pytest.mark.newest_only
+@pytest.mark.thorough  # new ranks; what a failure does is in the unit tests
 def test_without_a_compiler_blocks_run_as_they_are_and_that_is_said_once(
     tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str], tmp_path: Path
 ) -> None:
