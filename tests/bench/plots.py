@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
         colour = BETTER if row.ratio <= 1 else WORSE
         axes.barh(place, row.ratio, color=colour, height=0.6)
         axes.hlines(place, *row.spread, color="black", linewidth=1.5)
-        text = f" {row.ratio:.2f}  ({row.value:g} of {row.baseline:g} {row.unit})"
+        text = f" {row.ratio:.3g}  ({row.value:g} of {row.baseline:g} {row.unit})"
         beside = max(row.ratio, row.spread[1])
         axes.text(beside, place, text, va="center", fontsize=8, bbox=LABEL)
     axes.axvline(1.0, color="black", linewidth=1)

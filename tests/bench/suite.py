@@ -52,7 +52,7 @@ def measure(tree: Tree, options: argparse.Namespace) -> list[Row]:
         say(text_of(found))
         rows += found
         write(options.out / "bench.json", rows, setup)
-    plots.draw(rows, setup, options.plots / "bench.png")
+        plots.draw(rows, setup, options.plots / "bench.png")
     say(f"\n{options.out / 'bench.json'}, {options.plots / 'bench.png'}")
     return rows
 
