@@ -14,6 +14,11 @@ function made(node, attributes, children) {
   return node;
 }
 
+/** A remedy without its code marks, null without one. */
+export function plain(remedy) {
+  return remedy?.replaceAll("`", "") ?? null;
+}
+
 /** An element of HTML. Functions among the attributes listen; null and false are left out. */
 export function h(tag, attributes = {}, ...children) {
   return made(document.createElement(tag), attributes, children);

@@ -10,11 +10,12 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { ask, Controls } from "./controls.js";
+import { plain } from "./elements.js";
 import { History, View } from "./view.js";
 
 const OPEN_MS = 1000;
 const UNDER_WAY_MS = 5000;
-const TOAST_MS = 10000;
+const TOAST_MS = 8000;
 const TAB = "comfy-xdit";
 const ICON = "pi pi-microchip";
 const SIGNS = { starting: "...", broken: "!", refused: "!" };
@@ -75,7 +76,7 @@ function tell(before) {
     if (count > earlier && !told.has(reason)) {
       told.add(reason);
       notice = "!";
-      toast("warn", `steps run on one GPU: ${reason}`, remedy ?? undefined);
+      toast("warn", `steps run on one GPU: ${reason}`, plain(remedy));
     }
   }
   if (isKnown && isUp && processes(before) !== processes(status)) {

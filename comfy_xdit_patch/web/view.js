@@ -3,7 +3,7 @@
 // Runs in: ComfyUI's page. A section is made anew only when what it shows has changed, so that
 // screen readers, selections and the keyboard's focus are left alone.
 
-import { h } from "./elements.js";
+import { h, plain } from "./elements.js";
 import { grid, HISTORY_S, sparkline } from "./pictures.js";
 
 const SCHEMA = 1; // of the status object
@@ -14,7 +14,6 @@ const now = () => performance.now() / 1000;
 const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const note = (...text) => h("p", { class: "xdit-note" }, ...text);
-const remedyNote = (remedy) => remedy && note(remedy.replaceAll("`", ""));
 
 /** In words that change seldom: what shows them is made anew then. */
 function ago(seconds) {
@@ -113,8 +112,10 @@ function measuredOf({ speedup, verdicts }) {
 }
 
 function fallBacks(reasons) {
-  const item = ({ reason, count, remedy }) =>
-    h("li", {}, h("strong", {}, plural(count, "step")), ` ${reason}`, remedyNote(remedy));
+  const item = ({ reason, count, remedy }) => {
+    const steps = h("strong", {}, plural(count, "step"));
+    return h("li", {}, steps, ` ${reason}`, remedy && note(plain(remedy)));
+  };
   return h("ul", {}, ...reasons.map(item));
 }
 
@@ -133,19 +134,19 @@ const some = (list) => (list?.length ? list : null);
 function stateOf({ schema, version, state, reason, remedy, num_ranks: numRanks }) {
   const isOther = schema !== undefined && schema !== SCHEMA;
   return {
-    ...{ state, reason, version, remedy },
+    ...{ state, reason, version },
     notes: [
+      plain(remedy),
       numRanks !== undefined && "XDIT_STATUS=all shows other machines the rest.",
       isOther && "This page is of another version than the server: reload it.",
     ].filter(Boolean),
   };
 }
 
-function stateLines({ state, reason, version, remedy, notes }) {
+function stateLines({ state, reason, version, notes }) {
   return [
     h("p", { class: "xdit-now", "data-state": state }, h("strong", {}, state)),
     reason && h("pre", { tabindex: 0 }, reason),
-    remedyNote(remedy),
     ...notes.map((text) => note(text)),
     version && note(`comfy-xdit-patch ${version}`),
   ].filter(Boolean);
