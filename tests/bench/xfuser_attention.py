@@ -113,7 +113,6 @@ def run_rank(rank: int, sizes: list[tuple[int, int]], num_rounds: int) -> dict[s
     found: dict[str, Any] = {}
     others = {
         "xFuserLongContextAttention()": xfuser_cpu.outcome(xfuser_cpu.make_long_context),
-        "the same, as on a GPU": xfuser_cpu.outcome(xfuser_cpu.make_long_context_as_on_gpu),
     }
     for axis in AXES:
         degrees = {name: num_ranks if name == axis else 1 for name in AXES}

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -58,14 +57,6 @@ def make_long_context() -> float:
     layer = importlib.import_module("xfuser.core.long_ctx_attention.hybrid.attn_layer")
     layer.xFuserLongContextAttention()
     return 0.0
-
-
-def make_long_context_as_on_gpu() -> float:
-    """Make it with the base class, and what it imports, that there are where there is a GPU."""
-    layer = importlib.import_module("xfuser.core.long_ctx_attention.hybrid.attn_layer")
-    with mock.patch("torch.cuda.is_available", return_value=True):
-        importlib.reload(layer)
-        return make_long_context()
 
 
 def outcome(call: Callable[[], float]) -> float | str:
