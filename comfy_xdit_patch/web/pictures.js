@@ -81,7 +81,7 @@ function draw(picture, axes, degrees, { rank, x, y, width, place }) {
   }
   const num = degrees[axis];
   picture.append(
-    svg("rect", { class: `xdit-box xdit-${axis}`, x, y, width, height, rx: 4 }),
+    svg("rect", { class: "xdit-box", x, y, width, height, rx: 4 }),
     svg("text", { class: "xdit-axis", x: x + GAP, y: y + LABEL - GAP }, `${axis} ${num}`),
   );
   const inside = width - 2 * GAP;

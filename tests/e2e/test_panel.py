@@ -160,6 +160,7 @@ def test_the_panel_follows_images_a_loss_a_refusal_and_changes(panel: Panel) -> 
 
 
 @pytest.mark.newest_only
+@pytest.mark.thorough  # It waits in real time; the bounds are those of docs/panel.md.
 def test_a_page_asks_once_a_second_while_the_tab_is_open_and_seen(
     panel: Panel, record_property: Callable[[str, object], None]
 ) -> None:
