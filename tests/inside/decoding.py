@@ -115,7 +115,6 @@ def decode(
     width: int = 32,
     dtype: str = "float32",
     z: int = 16,
-    tile: int = 0,
     patch: str = "",
 ) -> dict[str, Any]:
     """Decode a latent as the nodes do, and save the picture.
@@ -123,7 +122,6 @@ def decode(
     Args:
         path: of no matter; a part of what names the call.
         size: batch, height and width of what the decoder gets.
-        tile: pixels of a tile's side; 0 for none.
         patch: what a node does to the VAE before.
     """
     vae = vae_of(width, dtype, z)
@@ -135,11 +133,7 @@ def decode(
     seconds = time.perf_counter()
     try:
         with torch.inference_mode():
-            if tile:
-                side = tile // 8
-                picture = vae.decode_tiled(latent, tile_x=side, tile_y=side, overlap=side // 4)
-            else:
-                picture = vae.decode(latent)
+            picture = vae.decode(latent)
     finally:
         if patch:
             _vaes.clear()
