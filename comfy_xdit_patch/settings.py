@@ -271,7 +271,8 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 def given(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """Every variable as it was changed, or as the user set it, or its default, legal or not."""
-    env = {**os.environ, **(changes or {})}
+    values = {name: text for name, text in (changes or {}).items() if text}
+    env = {**os.environ, **values}
     return {each.name: env.get(each.name, "").strip() or each.default for each in VARIABLES}
 
 
@@ -291,6 +292,7 @@ def written(settings: Settings) -> dict[str, str]:
         "XDIT_LOG_DIR": str(settings.log_dir or "temporary"),
         "XDIT_REMOTE_SETTINGS": str(int(settings.takes_remote)),
         "XDIT_STATUS": "all" if settings.is_status_open else "local",
+        "XDIT_VAE": "auto" if settings.decodes else "off",
     }
 
 

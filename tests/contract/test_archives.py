@@ -39,6 +39,7 @@ def build(target: str, folder: Path) -> Path:
 
 def test_the_wheel_has_the_package_and_its_start_files_and_nothing_else(tmp_path: Path) -> None:
     expected = files_of("comfy_xdit_patch/") - {f"comfy_xdit_patch/start/{name}" for name in START}
+    expected.add("comfy_xdit_patch/report/troubleshooting.md")  # Remedies are read from it.
     with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
         names = set(wheel.namelist())
     info = {name for name in names if name.startswith(f"{NAME}.dist-info/")}

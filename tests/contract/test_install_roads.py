@@ -30,7 +30,7 @@ import comfy_xdit_patch
 
 REPO = Path(__file__).resolve().parents[2]
 SITE = Path(sysconfig.get_path("purelib"))
-SOURCES = ("comfy_xdit_patch", "install.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("comfy_xdit_patch", "docs", "install.py", "pyproject.toml", "README.md", "LICENSE")
 BROUGHT = {"xfuser", "yunchang", "distvae", "diffusers", "peft", "accelerate", "wrapt"} | {
     "beautifulsoup4",
     "soupsieve",

@@ -57,6 +57,7 @@ def test_settings_are_written_as_a_user_writes_them():
         ("XDIT_STEP_TIMEOUT", "0.5"),
         ("XDIT_LOG_DIR", "/var/log/xdit"),
         ("XDIT_STATUS", "all"),
+        ("XDIT_VAE", "off"),
     ],
 )
 def test_what_is_written_is_read_as_the_same(name, value):
@@ -183,8 +184,7 @@ def test_what_is_given_stands_in_the_place_of_the_environments_value_and_that_of
 ):
     monkeypatch.setenv("XDIT_STRATEGY", " ring ")
     monkeypatch.setenv("XDIT_GPUS", "cpu:2")
-    given = {"XDIT_GPUS": "cpu:3", "XDIT_STRATEGY": ""}
-    values = written(given)
+    values = given({"XDIT_GPUS": "cpu:3", "XDIT_STRATEGY": ""})
     assert values.keys() == {v.name for v in VARIABLES}
     found = [values[name] for name in ("XDIT_GPUS", "XDIT_STRATEGY", "XDIT_BALANCE")]
     assert found == ["cpu:3", "ring", "adaptive"]
