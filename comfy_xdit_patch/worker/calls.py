@@ -6,6 +6,7 @@ Runs in: worker process.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TypeAlias, cast
 
 import torch
@@ -119,7 +120,9 @@ class Calls:
         asked = message.compiled
         obstacle = None if asked is None else resident.why_uncompiled(patches)
         of_blocks = resident.compiled.of(resident.flux, asked, obstacle)
-        with torch.inference_mode(), of_blocks as compiled:
+        is_compiled = asked is not None and obstacle is None
+        away = resident.later.away() if is_compiled else nullcontext()
+        with torch.inference_mode(), away, of_blocks as compiled:
             sent = resident.begin(plan, self._groups, num_rows=batch)
             if resident.blocks is not None:
                 resident.blocks.prefetch_first()

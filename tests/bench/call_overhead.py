@@ -34,7 +34,7 @@ def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
             )[NUM_WARM_UP:]
     finally:
         inside.close()
-    slowest = [1000 * max(t["ranks"].values()) for t in times]
+    slowest = [1000 * max(t["ranks"]) for t in times]
     outside = [1000 * t["host"] - ranks for t, ranks in zip(times, slowest, strict=True)]
     name = f"call of {NUM_RANKS} CPU ranks, 1024 px, width 128: outside of the ranks against inside"
     return [compared(name, "ms", outside, slowest)]

@@ -240,7 +240,7 @@ def test_every_way_to_use_memory_is_parallel_and_runs_out_of_none(
             held = [work.on_card(card)[1] // MIB for card in (0, 1)]
             peaks = [work.ledger.peak(card) // MIB for card in (0, 1)]
             planned = planned_bytes(status) // MIB
-            ways = f"gave way {status['gave_way']}, loads {status['loads']}"
+            ways = f"gave way {status['totals']['gave_way']}, loads {status['totals']['loads']}"
             record_property(what, f"planned {planned}, ranks {held}, peaks {peaks} MiB, {ways}")
             assert max(peaks) <= gib * 1024
             # Without smart memory ComfyUI unloads all models after each prompt, and so do ranks.

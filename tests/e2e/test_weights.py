@@ -1,7 +1,7 @@
 """Every way in which users load weights: parallel in strict mode, and equal to stock ComfyUI.
 
 The rows stand in ``rig.weight_rows``. Strict mode also compares the weights themselves: the host's
-patched weights and each rank's, bit for bit, counted in the status as ``weights_verified``.
+patched weights and each rank's, bit for bit, counted in the status as ``totals.weights_verified``.
 """
 
 from __future__ import annotations
@@ -130,9 +130,8 @@ def abridged(text: str) -> str:
 
 
 def num_weights_verified(pair: Pair) -> int:
-    key = "weights_verified"
-    assert key in pair.after, f"the status has no {key}"
-    return int(pair.after[key]) - int(pair.before[key])
+    before, after = (status["totals"]["weights_verified"] for status in (pair.before, pair.after))
+    return int(after) - int(before)
 
 
 def correlation(one: Result, other: Result) -> float:

@@ -80,6 +80,14 @@ class Exchanges:
         self._note("pass_on", group, (data, out), sent, received)
         return [Done()]
 
+    def swap_async(
+        self, edges: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, group: Any
+    ) -> list[Done]:
+        for place, data, out in edges:
+            self._note_pair(group, place, data, is_sent=True)
+            self._note_pair(group, place, out, is_sent=False)
+        return [Done()]
+
     def send_async(self, data: torch.Tensor, *, to: int, group: Any) -> Done:
         self._note_pair(group, to, data, is_sent=True)
         return Done()

@@ -193,7 +193,11 @@ def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
                 patcher.model.apply_model(**arguments, transformer_options={})
                 now = status()
                 times.append(
-                    {"host": now["last_step_s"], "busy": [r["busy_s"] for r in now["ranks"]]}
+                    {
+                        "host": now["last_step_s"],
+                        "ranks": [rank["step_s"] for rank in now["ranks"]],
+                        "busy": [rank["busy_s"] for rank in now["ranks"]],
+                    }
                 )
     finally:
         host.current_run.reset(token)

@@ -45,12 +45,15 @@ class LaterColumns:
     def __init__(self, flux: Any) -> None:
         self._left: Callable[[], object] | None = None
         self._leaves = False
+        self._forwards: list[tuple[Any, Callable[..., torch.Tensor]]] = []
         for block in getattr(flux, "single_blocks", ()):
             linear = getattr(block, LINEAR, None)
             if linear is None or "forward" in vars(linear):
                 continue
             if _reads_later(type(block).forward):
-                vars(linear)["forward"] = partial(self._forward, block, linear, linear.forward)
+                forward = partial(self._forward, block, linear, linear.forward)
+                vars(linear)["forward"] = forward
+                self._forwards.append((linear, forward))
 
     def compute(self) -> None:
         """Compute what is left. Called while an exchange is on its way."""
@@ -68,6 +71,18 @@ class LaterColumns:
         finally:
             self._leaves, self._left = False, None
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Leave the linears as their class has them: blocks of one class share what is compiled."""
+        ours = [(linear, own) for linear, own in self._forwards if vars(linear)["forward"] is own]
+        for linear, _ in ours:
+            del vars(linear)["forward"]
+        try:
+            yield
+        finally:
+            for linear, own in ours:
+                vars(linear)["forward"] = own
+
     def _check(self) -> None:
         assert self._left is None, "a single block computed no attention"
 
@@ -78,8 +93,6 @@ class LaterColumns:
         whole: Callable[[torch.Tensor], torch.Tensor],
         x_BLD: torch.Tensor,
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return whole(x_BLD)  # A compiled block runs in one piece.
         if not (self._leaves and self._is_alone(linear) and _is_product(linear, x_BLD)):
             return whole(x_BLD)
         self._check()
