@@ -38,8 +38,8 @@ from rig.trees import Tree, trees_for_tests
 WIDTH, HEADS, TEXT = 3072, 24, 256
 NUM_RANKS, NUM_DOUBLE, NUM_SINGLE = 2, 1, 2
 DEADLINE_S = 1200.0
-# What a card multiplies in bf16 (1e12/s; planning/cost/known_machines.py), and what its link brings each
-# way (GB/s), as published.
+# What a card multiplies in bf16 (1e12/s; planning/cost/known_machines.py), and what its link brings
+# each way (GB/s), as published.
 MACHINES = {"4090": (150, 15.0), "5090": (186, 24.0), "L40S": (200, 20.0), "H100": (570, 200.0)}
 
 
