@@ -295,8 +295,12 @@ class Job:
 
     @property
     def has_later_columns(self) -> bool:
-        """Whether the MLP's columns can wait: of weights that are multiplied as stored, or cast."""
-        return self.overlaps and not (self.precision.is_fp8_compute or self.precision.is_in_groups)
+        """Whether the MLP's columns can wait: of weights that are multiplied as stored, or cast.
+
+        A compiled block runs in one piece.
+        """
+        is_product = not (self.precision.is_fp8_compute or self.precision.is_in_groups)
+        return self.overlaps and is_product and self.execution != COMPILED
 
     @property
     def num_tokens(self) -> int:
