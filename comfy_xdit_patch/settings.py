@@ -147,7 +147,7 @@ VARIABLES = (
         "off, or seconds, a number above 0",
         "After how long without a FLUX image the ranks end, between two prompts, and give back all "
         "that they hold: memory, cards, ports. The next FLUX model starts them as the first one "
-        "did. What `XDIT_START=early` imports stays imported; with `first` that ends too.",
+        "did. The process that `XDIT_START=early` makes them from stays; with `first` it ends too.",
     ),
     Variable(
         "XDIT_CPU_THREADS",
