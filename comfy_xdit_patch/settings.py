@@ -142,6 +142,14 @@ VARIABLES = (
         "one GPU. Later steps have ten times what the slowest one took, and 20 seconds at least.",
     ),
     Variable(
+        "XDIT_IDLE_TIMEOUT",
+        "off",
+        "off, or seconds, a number above 0",
+        "After how long without a FLUX image the ranks end, between two prompts, and give back all "
+        "that they hold: memory, cards, ports. The next FLUX model starts them as the first one "
+        "did. The process that `XDIT_START=early` makes them from stays; with `first` it ends too.",
+    ),
+    Variable(
         "XDIT_CPU_THREADS",
         "1",
         "a whole number from 1",
@@ -215,6 +223,8 @@ class Settings:
     starts_early: bool
     start_timeout_s: float
     step_timeout_s: float
+    idle_timeout_s: float | None
+    """None is ``off``."""
     cpu_threads: int
     log_dir: Path | None
     """None is the system's for temporary files."""
@@ -255,15 +265,16 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         gpus=parsed("XDIT_GPUS", parse_gpus),
         strategy=parsed("XDIT_STRATEGY", parse_strategy),
-        balance=parsed("XDIT_BALANCE", _balancing),
-        gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _gib_or_auto),
+        balance=parsed("XDIT_BALANCE", _one_of(BALANCING)),
+        gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _or_none("auto", _gib)),
         decodes=parsed("XDIT_VAE", _one_of(("auto", "off"))) == "auto",
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
         starts_early=parsed("XDIT_START", _one_of(("early", "first"))) == "early",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
         step_timeout_s=parsed("XDIT_STEP_TIMEOUT", _positive),
+        idle_timeout_s=parsed("XDIT_IDLE_TIMEOUT", _or_none("off", _positive)),
         cpu_threads=parsed("XDIT_CPU_THREADS", _count),
-        log_dir=parsed("XDIT_LOG_DIR", _folder),
+        log_dir=parsed("XDIT_LOG_DIR", _or_none("temporary", _folder)),
         is_status_open=parsed("XDIT_STATUS", _one_of(("local", "all"))) == "all",
         takes_remote=parsed("XDIT_REMOTE_SETTINGS", _one_of(("0", "1"))) == "1",
     )
@@ -283,11 +294,13 @@ def written(settings: Settings) -> dict[str, str]:
         "XDIT_GPUS": str(settings.gpus),
         "XDIT_STRATEGY": str(settings.strategy),
         "XDIT_BALANCE": settings.balance,
-        "XDIT_GPU_MEMORY": "auto" if gib is None else _number(gib),
+        "XDIT_GPU_MEMORY": _number(gib, "auto"),
+        "XDIT_VAE": "auto" if settings.decodes else "off",
         "XDIT_STRICT": str(int(settings.strict)),
         "XDIT_START": "early" if settings.starts_early else "first",
         "XDIT_START_TIMEOUT": _number(settings.start_timeout_s),
         "XDIT_STEP_TIMEOUT": _number(settings.step_timeout_s),
+        "XDIT_IDLE_TIMEOUT": _number(settings.idle_timeout_s, "off"),
         "XDIT_CPU_THREADS": str(settings.cpu_threads),
         "XDIT_LOG_DIR": str(settings.log_dir or "temporary"),
         "XDIT_REMOTE_SETTINGS": str(int(settings.takes_remote)),
@@ -296,8 +309,8 @@ def written(settings: Settings) -> dict[str, str]:
     }
 
 
-def _number(value: float) -> str:
-    return str(int(value) if value.is_integer() else value)
+def _number(value: float | None, otherwise: str = "") -> str:
+    return otherwise if value is None else str(int(value) if value.is_integer() else value)
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -346,20 +359,14 @@ def parse_gpus(value: str) -> AskedDevices:
     raise ValueError(value)
 
 
-def _one_of(values: tuple[str, ...]) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value.lower() not in values:
-            raise ValueError(value)
-        return value.lower()
+def _one_of(values: tuple[T, ...]) -> Callable[[str], T]:
+    def parse(value: str) -> T:
+        for each in values:
+            if value.lower() == each:
+                return each
+        raise ValueError(value)
 
     return parse
-
-
-def _balancing(value: str) -> Balancing:
-    for balancing in BALANCING:
-        if value.lower() == balancing:
-            return balancing
-    raise ValueError(value)
 
 
 def _positive(value: str) -> float:
@@ -369,13 +376,15 @@ def _positive(value: str) -> float:
     return number
 
 
-def _gib_or_auto(value: str) -> int | None:
-    return None if value.lower() == "auto" else int(_positive(value) * 2**30)
+def _or_none(word: str, parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    return lambda value: None if value.lower() == word else parse(value)
 
 
-def _folder(value: str) -> Path | None:
-    if value.lower() == "temporary":
-        return None
+def _gib(value: str) -> int:
+    return int(_positive(value) * 2**30)
+
+
+def _folder(value: str) -> Path:
     path = Path(value).expanduser()
     if not path.is_absolute():
         raise ValueError(value)

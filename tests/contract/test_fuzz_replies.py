@@ -78,7 +78,12 @@ class World:
     """A real pool whose workers are sockets on which the replies lie already."""
 
     def __init__(self, frames: list[bytes]) -> None:
-        self.pool = Pool(devices=[CPU] * len(frames), host_state=HOST_STATE, settings=SETTINGS)
+        self.pool = Pool(
+            devices=[CPU] * len(frames),
+            host_state=HOST_STATE,
+            settings=SETTINGS,
+            unless_busy=lambda action: action(),
+        )
         self.ends: list[socket.socket] = []
         workers = []
         for rank, frame in enumerate(frames):

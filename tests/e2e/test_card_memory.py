@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_cards_with_room_for_both_hold_what_is_planned_and_nothing_is_read_twice
             DEADLINE_S,
             "Free: the ranks have more than context, communicator and arguments of the last call.",
         )
+
+
+@pytest.mark.thorough
+def test_ranks_that_nobody_uses_leave_nothing_on_the_cards_and_come_back(
+    tree: Tree, tmp_path: Path
+) -> None:
+    with working(tree, tmp_path, 4, mode={**STRICT, "XDIT_IDLE_TIMEOUT": "2"}) as work:
+        assert work.server.process is not None
+        for _ in range(2):
+            held = work.make()["ranks"][0]["weight_bytes"]
+            assert min(work.on_card(card)[1] for card in (0, 1)) > CONTEXT + held
+            end = time.monotonic() + DEADLINE_S
+            while any(set(work.ledger.by_process(c)) != {work.server.process.pid} for c in (0, 1)):
+                assert time.monotonic() < end, "the ranks have something on the cards"
+                time.sleep(0.1)
+            assert work.server.status()["state"] == "idle"
 
 
 @pytest.mark.thorough

@@ -32,7 +32,8 @@ END_S = 20.0
 CHANGES = how_many(50, whole=50, variable="STEERING_CHANGES")
 SEED = how_many(1, whole=1, variable="STEERING_SEED")
 STRATEGIES = ("auto", "ulysses", "ring", "tensor", "fsdp", "off")
-NAMES = ("XDIT_GPUS", "XDIT_STRATEGY", "XDIT_BALANCE", "XDIT_GPU_MEMORY")
+NAMES = ("XDIT_GPUS", "XDIT_STRATEGY", "XDIT_BALANCE", "XDIT_GPU_MEMORY", "XDIT_START")
+NAMES += ("XDIT_IDLE_TIMEOUT",)
 OURS = "/memfd:comfy-xdit"
 
 Servers = Callable[..., Server]
@@ -99,6 +100,10 @@ def value(server: Server, name: str) -> str:
     return str(settings(server)["variables"][name]["value"])
 
 
+def pids_of(status: Values) -> list[int]:
+    return [rank["pid"] for rank in status["ranks"]]
+
+
 class Watched:
     """A server whose images are compared with stock's, and where everything has its place."""
 
@@ -122,9 +127,7 @@ class Watched:
             assert status["last_run"]["steps_parallel"] == 2, status
             self.logs = Path(status["ranks"][0]["log"]).parent
         else:
-            assert status["totals"]["runs"] == before["totals"]["runs"], (
-                "a step of ours while switched off"
-            )
+            assert status["totals"] == before["totals"], "a step of ours while switched off"
         return status
 
     def image_beside_a_change(self, seed: int, values: Values, wait_s: float) -> None:
@@ -141,17 +144,18 @@ class Watched:
 
     def look(self, status: Values) -> None:
         """See that just what belongs to these settings is there."""
-        is_off = status["state"] == "off"
-        pids = set() if is_off else {rank["pid"] for rank in status["ranks"]}
-        num_ranks = 0 if is_off else int(value(self.server, "XDIT_GPUS").partition(":")[2])
-        assert len(pids) == num_ranks
-        of_nursery = 0 if is_off else 1
+        is_off, is_idle = (status["state"] == state for state in ("off", "idle"))
+        pids = {rank["pid"] for rank in status["ranks"]} - {None}
+        num_ranks = int(value(self.server, "XDIT_GPUS").partition(":")[2])
+        assert len(pids) == (0 if is_off or is_idle else num_ranks)
+        has_ended = is_off or (is_idle and value(self.server, "XDIT_START") == "first")
+        of_nursery = 0 if has_ended else 1
         wait_until(
             lambda: len(descendants(self.pid) - pids) == of_nursery,
             f"{descendants(self.pid)} beside {pids}",
         )
         assert pids <= descendants(self.pid)
-        if is_off:
+        if is_off or is_idle:
             assert self.memory_files() == 0
             listening = {s.port for s in internet_sockets(self.pid) if s.is_listening}
             assert listening == {int(self.server.url.rsplit(":", 1)[1])}
@@ -169,13 +173,13 @@ def test_settings_change_between_prompts_and_every_image_is_stocks(
 ) -> None:
     watched = Watched(servers, tree, ranks)
     status = watched.image(600)
-    first = [rank["pid"] for rank in status["ranks"]]
+    first, before = pids_of(status), status["totals"]
 
     change(ranks, {"XDIT_STRATEGY": "ring"})
     status = watched.image(601)
     assert status["plan"]["strategy"] == "ring"
-    assert [rank["pid"] for rank in status["ranks"]] == first, "the ranks went on"
-    assert status["totals"]["loads"] == 1, "and kept the model"
+    assert pids_of(status) == first, "the ranks went on"
+    assert status["totals"]["loads"] == before["loads"], "and kept the model"
 
     change(ranks, {"XDIT_GPUS": "cpu:3"})
     wait_until(lambda: ranks.status()["state"] == "ready", "ranks do not start before a prompt")
@@ -193,7 +197,8 @@ def test_settings_change_between_prompts_and_every_image_is_stocks(
     wait_until(lambda: ranks.status()["state"] == "ready", "ranks do not return before a prompt")
     status = watched.image(604, "ksampler_schnell")
     assert status["plan"]["world_size"] == 3
-    assert status["totals"]["bytes_weights"] == 0, "from the file that was read while switched off"
+    same = status["totals"]["bytes_weights"] == before["bytes_weights"]
+    assert same, "from the file that was read while switched off"
 
     change(ranks, {"XDIT_GPUS": None, "XDIT_BALANCE": "weighted", "XDIT_GPU_MEMORY": 8})
     status = watched.image(605)
@@ -257,7 +262,7 @@ def test_a_change_during_a_prompt_waits_for_its_end(
 ) -> None:
     watched = Watched(servers, tree, ranks)
     watched.image(640)
-    pids = [rank["pid"] for rank in ranks.status()["ranks"]]
+    pids = pids_of(ranks.status())
     graph = graph_of(641, steps=30)
     expected = run_stock(watched.stock, graph)
     prompt = ranks.post_prompt(graph)
@@ -280,6 +285,76 @@ def test_a_change_during_a_prompt_waits_for_its_end(
     wait_until(lambda: not settings(ranks)["is_pending"], "the prompt has ended")
     assert value(ranks, "XDIT_GPUS") == "cpu:3"
     assert watched.image(642)["plan"]["world_size"] == 3
+
+
+def become_idle(watched: Watched) -> Values:
+    """Wait until the ranks have ended because nobody uses them, and look at what is left."""
+    server = watched.server
+    wait_until(lambda: server.status()["state"] == "idle", "nobody uses the ranks, and they stay")
+    status = server.status()
+    watched.look(status)
+    assert [rank["state"] for rank in status["ranks"]] == ["idle"] * 2
+    return status
+
+
+def test_ranks_that_nobody_uses_end_and_the_next_image_brings_them_back(
+    servers: Servers, tree: Tree, ranks: Server
+) -> None:
+    watched = Watched(servers, tree, ranks)
+    first = watched.image(660)
+    change(ranks, {"XDIT_IDLE_TIMEOUT": 3})
+    status = watched.image(661)
+    assert pids_of(status) == pids_of(first), "the ranks go on under another timeout"
+    become_idle(watched)
+    time.sleep(1.0)
+    become_idle(watched)  # None was started by itself.
+    status = watched.image(662)
+    assert not set(pids_of(status)) & set(pids_of(first))
+    watched.look(status)
+    counts, before = status["totals"], first["totals"]
+    assert counts["loads"] == before["loads"] + 1
+    assert counts["bytes_weights"] == before["bytes_weights"], "from the file"
+    assert [rank["restarts"] for rank in status["ranks"]] == [0, 0], "no loss"
+    assert ranks.log_text().count("no FLUX image for XDIT_IDLE_TIMEOUT=3 s: 2 CPU ranks end") == 1
+
+    # The ranks are unused for longer than that between any two steps.
+    change(ranks, {"XDIT_IDLE_TIMEOUT": 0.001, "XDIT_START": "early"})
+    become_idle(watched)
+    num_starts = ranks.log_text().count("2 workers joined")
+    graph = graph_of(663, steps=20)
+    expected = run_stock(watched.stock, graph)
+    assert compare_all(expected.images, run(ranks, graph).images).is_equal
+    status = become_idle(watched)
+    assert status["last_run"]["steps_parallel"] == 20
+    assert ranks.log_text().count("2 workers joined") == num_starts + 1
+
+
+@pytest.mark.slow  # ten waits for a timeout, and a start of ranks after most
+@pytest.mark.thorough
+@pytest.mark.newest_only
+def test_a_prompt_that_begins_when_the_ranks_end_is_as_any_other(
+    servers: Servers,
+    tree: Tree,
+    ranks: Server,
+    record_property: Callable[[str, object], None],
+) -> None:
+    watched = Watched(servers, tree, ranks)
+    change(ranks, {"XDIT_IDLE_TIMEOUT": 1})
+    stays = []
+    before = watched.image(670)["totals"]
+    for number in range(10):
+        graph = graph_of(671 + number)
+        expected = run_stock(watched.stock, graph)
+        watched.image(670)
+        pids = pids_of(ranks.status())
+        time.sleep(0.75 + 0.05 * number)
+        assert compare_all(expected.images, run(ranks, graph).images).is_equal
+        status = ranks.status()
+        assert status["last_run"]["steps_parallel"] == 2
+        stays.append(pids_of(status) == pids)
+    record_property("whether the ranks lived on", stays)
+    assert not stays[-1], "the last one came after the timeout"
+    assert status["totals"]["losses"] == before["losses"]
 
 
 @pytest.mark.parametrize(

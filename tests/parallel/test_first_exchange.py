@@ -56,7 +56,12 @@ def pool(tree: Tree, close_inside: Callable[[], None], own_orders: Orders) -> It
         arguments={},
     )
     settings = read_settings({"XDIT_GPUS": "cpu:2", "XDIT_START_TIMEOUT": str(DEADLINE_S)})
-    made = Pool(devices=[Device("cpu")] * 2, host_state=host_state, settings=settings)
+    made = Pool(
+        devices=[Device("cpu")] * 2,
+        host_state=host_state,
+        settings=settings,
+        unless_busy=lambda action: action(),
+    )
     yield made
     made.stop()
 

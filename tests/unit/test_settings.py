@@ -27,7 +27,7 @@ def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():
     assert not settings.strict
     assert (settings.start_timeout_s, settings.step_timeout_s) == (180, 600)
     assert settings.cpu_threads == 1
-    assert settings.gpu_memory_bytes is None
+    assert (settings.gpu_memory_bytes, settings.idle_timeout_s) == (None, None)
     assert not settings.is_off
 
 
@@ -55,6 +55,7 @@ def test_settings_are_written_as_a_user_writes_them():
         ("XDIT_STRICT", "1"),
         ("XDIT_START", "first"),
         ("XDIT_STEP_TIMEOUT", "0.5"),
+        *(("XDIT_IDLE_TIMEOUT", text) for text in ("900", "0.5")),
         ("XDIT_LOG_DIR", "/var/log/xdit"),
         ("XDIT_STATUS", "all"),
         ("XDIT_VAE", "off"),
@@ -117,6 +118,7 @@ def test_other_ways_to_name_gpus_are_refused(text):
         ("XDIT_STEP_TIMEOUT", "inf"),
         ("XDIT_STEP_TIMEOUT", "-5"),
         ("XDIT_STEP_TIMEOUT", "ten"),
+        *(("XDIT_IDLE_TIMEOUT", text) for text in ("0", "never", "inf", "10 min")),
         ("XDIT_GPU_MEMORY", "0"),
         ("XDIT_GPU_MEMORY", "24GB"),
         ("XDIT_GPU_MEMORY", "inf"),

@@ -142,7 +142,12 @@ class Activation:
             self.refused, self.is_off = devices.reason, True
             log.info("xDiT: not active: %s.", devices.reason)
             return
-        pool = Pool(devices=devices, host_state=capture_host_state(root), settings=settings)
+        pool = Pool(
+            devices=devices,
+            host_state=capture_host_state(root),
+            settings=settings,
+            unless_busy=self.between.unless_busy,
+        )
         host = Host(settings=settings, pool=pool, pristine=Pristine(sys.modules))
         self._wrappers = Wrappers(host, self.between)
         patch_set = PatchSet(sampling_points(self._wrappers))

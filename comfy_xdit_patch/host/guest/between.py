@@ -47,6 +47,12 @@ class Between:
             action()
             return True
 
+    def unless_busy(self, action: Callable[[], None]) -> None:
+        """Do it now, or not at all if something runs. What begins meanwhile waits."""
+        with self._lock:
+            if not self._num_busy:
+                action()
+
     def _do_what_waits(self) -> None:
         try:
             for name, (action, _) in self._waiting.items():

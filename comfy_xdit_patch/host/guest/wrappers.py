@@ -85,6 +85,10 @@ class Wrappers:
         """Compute a VAE's ``Decoder.forward`` on the workers if it is worth it."""
         if not self._host.settings.decodes:
             return wrapped(*args, **kwargs)
+        with self._between.busy():  # One may be outside of any prompt.
+            return self._decode(wrapped, decoder, args, kwargs)
+
+    def _decode(self, wrapped: Call, decoder: Any, args: Any, kwargs: Any) -> Any:
         ours = attempt(
             lambda: self._host.decode(
                 decoder, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)

@@ -88,7 +88,8 @@ class Crew:
         """Take over workers that have joined; ``lose`` ends them for a reason."""
         self.workers = started.workers
         self.joined = started.joined
-        self.since_s = time.monotonic()
+        self.since_s = self.used_s = time.monotonic()
+        """When they joined, and when somebody was last done with them, on the monotonic clock."""
         self.lost: str | None = None
         """Why they are not there any more; empty where they were not wanted any more."""
         self.slots = SlotTable()
@@ -150,6 +151,7 @@ class Crew:
                 self._lose(self, str(error))
                 raise WorkerError(str(error)) from None
         finally:
+            self.used_s = time.monotonic()
             self._lock.release()
 
     def pay(self) -> None:

@@ -8,6 +8,8 @@ Runs in: host process.
                            |  v deadline            v
                           broken <------------------+
 
+Ranks that nobody used for ``XDIT_IDLE_TIMEOUT`` end, and the state is idle again.
+
 Two threads meet here. The keeper, a daemon thread, starts workers and notices deaths; it lives as
 long as the process, because the nursery dies with the *thread* that started it (PR_SET_PDEATHSIG).
 The sampling thread has turns with the crew that is ready; the crew's lock serialises them.
@@ -20,7 +22,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.hardware.devices import Device
@@ -54,9 +56,19 @@ class Pool:
     """All workers of this host. Every rank takes part in every request."""
 
     def __init__(
-        self, *, devices: Sequence[Device], host_state: HostState, settings: Settings
+        self,
+        *,
+        devices: Sequence[Device],
+        host_state: HostState,
+        settings: Settings,
+        unless_busy: Callable[[Callable[[], None]], None],
     ) -> None:
-        """Prepare; nothing is started."""
+        """Prepare; nothing is started.
+
+        Args:
+            unless_busy: does something now, and nobody begins to use the workers meanwhile; or
+                leaves it, because somebody could be using them.
+        """
         self.devices = tuple(devices)
         self.crew: Crew | None = None
         """The ranks that live now, if the state is ready."""
@@ -68,6 +80,7 @@ class Pool:
         self.num_restarts = 0
         """Of the workers, after a loss."""
         self._settings = settings
+        self._unless_busy = unless_busy
         self._changed = threading.Condition()
         self._keeper: threading.Thread | None = None
         self._starter = Starter(self.devices, host_state=host_state, settings=settings)
@@ -121,6 +134,12 @@ class Pool:
                 self._changed.wait(POLL_S)
             poll()
 
+    def used(self) -> None:
+        """Somebody was done now with what the workers are there for."""
+        crew = self.crew
+        if crew is not None:
+            crew.used_s = time.monotonic()
+
     def run_succeeded(self) -> None:
         """A whole run went well: the losses before it do not count any more."""
         self._back_off.succeeded()
@@ -142,7 +161,7 @@ class Pool:
                 return True
             crew = self._leave_crew()
             self.devices, self._settings = tuple(devices), settings
-            self.error, self._back_off, self._has_worked = None, BackOff(), False
+            self.error, self._back_off = None, BackOff()
         if crew is not None:
             dismiss_workers(crew.workers)
         if is_new:
@@ -165,6 +184,7 @@ class Pool:
         crew, self.crew = self.crew, None
         if crew is not None:
             crew.lost = ""
+        self._has_worked = False  # Those that start next make up for no loss.
         self._set_state(PoolState.IDLE)
         return crew
 
@@ -199,8 +219,30 @@ class Pool:
             self._start_all()
         elif crew is not None:
             crew.lose_if_dead()
+            if self._is_unused():
+                self._unless_busy(self._end_unused)
         elif state is PoolState.BROKEN and self._has_worked:
             self.start()  # So on this machine: bring it back for the next run.
+
+    def _is_unused(self) -> bool:
+        """Whether the workers live, and nobody used them for as long as the user allows."""
+        crew, timeout_s = self.crew, self._settings.idle_timeout_s
+        if crew is None or timeout_s is None:
+            return False
+        return time.monotonic() - crew.used_s >= timeout_s
+
+    def _end_unused(self) -> None:
+        if not self._is_unused():  # Somebody was quicker.
+            return
+        log.info(
+            "xDiT: no FLUX image for XDIT_IDLE_TIMEOUT=%g s: %d %s end until the next one.",
+            self._settings.idle_timeout_s,
+            self.world_size,
+            self.device_word,
+        )
+        self.dismiss()
+        if not self._settings.starts_early:
+            self._starter.close()
 
     def _start_all(self) -> None:
         with self._changed:

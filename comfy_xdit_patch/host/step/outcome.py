@@ -119,6 +119,8 @@ class Books:
     def end_prompt(self) -> None:
         """Say one line for all runs of a prompt that had the same plan."""
         prompt, self._of_prompt = self._of_prompt or {}, None
+        if prompt:
+            self._pool.used()
         for counts, num_runs in prompt.values():
             self._say(counts, num_runs)
         say_unheard()
@@ -173,6 +175,7 @@ class Books:
         if not report.steps:
             return
         self._totals.runs += 1
+        self._pool.used()  # Also where ComfyUI was faster.
         if report.steps_parallel and LOST.reason not in report.fall_back_reasons:
             self._pool.run_succeeded()
         self._totals.last_run = report

@@ -38,6 +38,15 @@ def test_it_waits_for_the_outermost_end_and_the_latest_of_a_name_is_done(between
     assert len(done) == 2
 
 
+def test_what_can_be_left_is_done_where_nothing_runs_and_does_not_wait(between):
+    done = []
+    with between.busy():
+        between.unless_busy(lambda: done.append("while busy"))
+    assert done == []
+    between.unless_busy(lambda: done.append("between"))
+    assert done == ["between"]
+
+
 @pytest.mark.usefixtures("interrupt")
 def test_a_fault_in_it_is_logged_and_the_next_is_done(between, caplog):
     begin_prompt()

@@ -7,6 +7,7 @@ import pytest
 from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.host.pool import pool as module
+from comfy_xdit_patch.host.pool.exchange import Exchange
 from comfy_xdit_patch.host.pool.inheritance import HostState
 from comfy_xdit_patch.host.pool.pool import Pool, PoolState
 from comfy_xdit_patch.host.pool.start import Started
@@ -35,9 +36,12 @@ class Worker:
 def pool(monkeypatch):
     """A pool without a keeper; ``start_all`` brings a crew, ``ended`` are workers that were."""
     made = Pool(
-        devices=[Worker.device], host_state=HostState("/", [], [], False, {}), settings=SETTINGS
+        devices=[Worker.device],
+        host_state=HostState("/", [], [], False, {}),
+        settings=SETTINGS,
+        unless_busy=lambda action: made.is_busy or action(),
     )
-    made.ended = []
+    made.ended, made.is_busy = [], False
     monkeypatch.setattr(made, "get_ready", lambda: None)
     monkeypatch.setattr(module, "AFTER_LOSS_S", (0.0,))
     monkeypatch.setattr(made._starter, "start", lambda: Started((Worker(),), {}, 0.5))
@@ -95,7 +99,12 @@ def settings_with(**variables):
 
 @pytest.mark.parametrize(
     "variables",
-    [{"XDIT_STRATEGY": "ring"}, {"XDIT_BALANCE": "even"}, {"XDIT_GPU_MEMORY": "8"}],
+    [
+        {"XDIT_STRATEGY": "ring"},
+        {"XDIT_BALANCE": "even"},
+        {"XDIT_GPU_MEMORY": "8"},
+        {"XDIT_IDLE_TIMEOUT": "9"},
+    ],
 )
 def test_ranks_that_would_be_started_the_same_go_on_under_other_settings(pool, variables):
     crew = start_all(pool)
@@ -137,6 +146,94 @@ def test_switched_off_no_ranks_start_and_the_nursery_ends_and_on_again_they_retu
     assert closed == [True]
     assert not pool.change([Worker.device], SETTINGS)
     assert pool.state is PoolState.STARTING
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock, which a test puts forward; a wait takes no time."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module, "WATCH_S", 0.0)
+
+    def forward(seconds):
+        now[0] += seconds
+
+    return forward
+
+
+def idle_after(pool, seconds, **variables):
+    """Have the timeout, and count how often the nursery ends."""
+    pool.change(pool.devices, settings_with(XDIT_IDLE_TIMEOUT=seconds, **variables))
+    closed = []
+    pool._starter.close = lambda: closed.append(True)
+    return closed
+
+
+def lives_on(pool):
+    pool._keep_once()
+    return pool.crew is not None
+
+
+@pytest.mark.parametrize(("start", "num_closed"), [("early", 0), ("first", 1)])
+def test_ranks_that_nobody_used_for_the_timeout_end_and_do_not_return_by_themselves(
+    pool, clock, start, num_closed
+):
+    closed = idle_after(pool, "60", XDIT_START=start)
+    crew = start_all(pool)
+    clock(59)
+    assert lives_on(pool)
+    clock(1)
+    assert not lives_on(pool)
+    assert (pool.state, pool.error, pool.ended) == (PoolState.IDLE, None, [crew.workers])
+    assert len(closed) == num_closed
+    clock(600)
+    assert not lives_on(pool)
+    assert pool.state is PoolState.IDLE
+    assert start_all(pool) is not crew
+    assert pool.num_restarts == 0, "that made up for no loss"
+
+
+def test_every_use_of_the_ranks_begins_the_timeout_anew(pool, clock, monkeypatch):
+    monkeypatch.setattr(Exchange, "settle", lambda *_: None)
+    idle_after(pool, "60")
+    crew = start_all(pool)
+    clock(59)
+    with crew.turn(nothing):
+        clock(600)
+    assert lives_on(pool)
+    clock(59)
+    pool.used()
+    clock(59)
+    assert lives_on(pool)
+    clock(1)
+    assert not lives_on(pool)
+
+
+def test_ranks_do_not_end_while_something_runs_or_without_a_timeout(pool, clock):
+    start_all(pool)
+    clock(1e9)
+    assert lives_on(pool), "the default"
+    idle_after(pool, "60")
+    pool.is_busy = True
+    assert lives_on(pool)
+    pool.used()
+    pool.is_busy = False
+    assert lives_on(pool)
+    clock(60)
+    assert not lives_on(pool)
+
+
+def test_ranks_that_are_used_in_the_moment_in_which_the_timeout_is_over_live_on(pool, clock):
+    idle_after(pool, "60")
+    start_all(pool)
+    clock(60)
+
+    def wait_for_a_prompt(action):
+        pool.used()
+        action()
+
+    pool._unless_busy = wait_for_a_prompt
+    assert lives_on(pool)
 
 
 @pytest.mark.parametrize("fails", [False, True])

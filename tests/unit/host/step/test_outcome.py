@@ -18,7 +18,9 @@ from comfy_xdit_patch.report.status import Totals
 @pytest.fixture
 def books(caplog):
     caplog.set_level(logging.INFO)
-    pool = SimpleNamespace(world_size=2, device_word="GPUs", run_succeeded=lambda: None)
+    pool = SimpleNamespace(
+        world_size=2, device_word="GPUs", run_succeeded=lambda: None, used=lambda: None
+    )
     return Books(Totals(), pool=pool, auto=None, is_strict=False)
 
 
