@@ -305,7 +305,6 @@ def written(settings: Settings) -> dict[str, str]:
         "XDIT_LOG_DIR": str(settings.log_dir or "temporary"),
         "XDIT_REMOTE_SETTINGS": str(int(settings.takes_remote)),
         "XDIT_STATUS": "all" if settings.is_status_open else "local",
-        "XDIT_VAE": "auto" if settings.decodes else "off",
     }
 
 
