@@ -258,15 +258,16 @@ def kind_of(message: Message) -> Hashable:
     """What decides how long a computation takes: model, shapes, degrees. None for other requests.
 
     Weights of ranks do not: they move by little, and a new kind has no measured times. What a load
-    takes depends on what the disk and its cache are doing.
+    takes depends on what the disk and its cache are doing; and a call whose blocks run compiled may
+    have to compile them again, which takes minutes.
     """
+    if isinstance(message, Forward) and message.compiled is not None:
+        return None
     if isinstance(message, (Forward, Control, RunBlock)):
         degrees = tuple(message.grid)
         if isinstance(message, RunBlock):
             return RunBlock, message.model, degrees, tuple(message.counts)
-        is_compiled = isinstance(message, Forward) and message.compiled is not None
-        shapes = tuple(_shapes(message.arguments))
-        return type(message), message.model, degrees, is_compiled, shapes
+        return type(message), message.model, degrees, tuple(_shapes(message.arguments))
     if isinstance(message, Decode):
         return Decode, message.key, tuple(_shapes(message.latent))
     if isinstance(message, Fetch):
