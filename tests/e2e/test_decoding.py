@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 pytestmark = [
     pytest.mark.slow,  # a KL VAE takes 10 CPU-seconds for so many pixels, the steps as many
-    pytest.mark.newest_only,  # older ones read no width from the file
+    pytest.mark.newest_only,
 ]
 
 
@@ -42,6 +42,8 @@ def test_an_image_is_stock_comfyuis(
     tree: Tree,
     record_property: Callable[[str, object], None],
 ) -> None:
+    if "decoder_ch " not in (tree.path / "comfy" / "sd.py").read_text():
+        pytest.skip("this ComfyUI reads no width of a VAE from the file")
     graph = graphs.with_values(
         graphs.load("ksampler_dev"), size=(1024, 1024), steps=1, seed=4, save_latent=True
     )

@@ -112,13 +112,13 @@ def test_other_sizes_are_compiled_once_more_and_then_for_all(
     assert graphs(found) == [[2, 2], [2, 2], [0, 0], [0, 0]]
 
 
-def test_patched_weights_compile_nothing_anew(
-    run: Run,
-) -> None:
+def test_patched_weights_compile_nothing_anew(run: Run, tree: Tree) -> None:
     error, found, _ = run(CALL, {**CALL, "weights": True}, CALL, backend="aot_eager")
     assert error <= BOUND
     assert compiled(found) == [[NUM_BLOCKS] * 2] * 3
-    assert graphs(found) == [[2, 2], [0, 0], [0, 0]]
+    # In ComfyUI 0.3.75 the first patched weights do, and then none.
+    of_patched = [2, 2] if tree.version == "0.3.75" else [0, 0]
+    assert graphs(found) == [[2, 2], of_patched, [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,11 @@ def test_single_blocks_that_are_compiled_are_the_only_ones(
     ],
 )
 def test_what_cannot_run_compiled_runs_as_it_is_and_that_is_said(
-    run: Run, node: str, says: str
+    run: Run, tree: Tree, node: str, says: str
 ) -> None:
+    blocks = (tree.path / "comfy" / "ldm" / "flux" / "layers.py").read_text()
+    if node == "patches_attention" and "attn1_patch" not in blocks:
+        pytest.skip("blocks of this ComfyUI call no patches of attention")
     error, found, log = run({**CALL, "node": node}, backend="eager")
     assert error <= BOUND
     assert graphs(found) == [[0, 0]]
