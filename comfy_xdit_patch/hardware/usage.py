@@ -58,9 +58,10 @@ class Gauge:
                 pid: process_ticks(pid) for device, pid in ranks if pid and device.is_cpu
             }
             self._found = []
+            nvml = None if all(device.is_cpu for device, _ in ranks) else open_nvml()
             for device, pid in ranks:
                 if not device.is_cpu:
-                    self._found.append(_of_gpu(device))
+                    self._found.append(_of_gpu(device, nvml))
                     continue
                 part = None
                 if pid in ticks and self._ticks[pid] >= ticks[pid]:
@@ -77,8 +78,7 @@ def _of_cpu(pid: int | None, utilisation: float | None) -> Usage:
     return Usage(total, used, available_bytes(), utilisation)
 
 
-def _of_gpu(device: Device) -> Usage:
-    nvml = open_nvml()
+def _of_gpu(device: Device, nvml: Any | None) -> Usage:
     if nvml is None:
         return Usage(device.memory_bytes)
     try:

@@ -29,7 +29,6 @@ enough work to be measured again."""
 KEPT_ANSWERS = 256
 """The steps of a run ask the same: of so many questions the answers are kept."""
 
-
 MIN_QUERIES = 12_000
 """Queries of all heads together that keep a GPU busy: its cores, about 130 in an H100 or a 4090,
 take 128 each."""

@@ -18,6 +18,8 @@ from rig.status_schema import decodes
 from rig.trees import Tree
 from test_weight_sharding import on_ranks, processes
 
+from comfy_xdit_patch.hardware.usage import process_ticks
+
 __all__ = ["processes"]  # a fixture
 
 UNEVEN = [[1, 12, 7], [2, 9, 10], [1, 5, 16]]
@@ -163,8 +165,7 @@ def test_a_rank_lost_while_it_decodes_costs_no_picture(
 
 
 def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return process_ticks(pid) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.group("2")

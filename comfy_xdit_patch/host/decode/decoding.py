@@ -38,13 +38,12 @@ from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.host.reading.arguments import check_grad
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.run import Run
-from comfy_xdit_patch.host.step.outcome import lost
+from comfy_xdit_patch.host.step.outcome import is_finite, lost, result_of
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory
 from comfy_xdit_patch.report.log import note_once, say
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.messages.answers import check_shape
-from comfy_xdit_patch.wire.messages.replies import Declined, Done, short
+from comfy_xdit_patch.wire.messages.replies import Done
 from comfy_xdit_patch.wire.messages.requests import Decode
 from comfy_xdit_patch.wire.packs import NoRoomError
 from comfy_xdit_patch.wire.tensors import ForeignTensorError
@@ -232,19 +231,13 @@ class Decoding:
                 ),
                 room=Room(picture.working_bytes, lambda _: self._memory.empty_cache()),
             )
-            first = replies[0]
-            if isinstance(first, Declined):
-                raise DeclinedError(short(first.reason))
-            assert isinstance(first, Done)
-            check_shape(first, picture.shape)
-            shared = result.view(getattr(torch, first.dtype), first.shape)
-            out = torch.empty_like(shared, device=latent.device).copy_(shared)
+            out = result_of(replies, result, picture.shape, latent.device)
         self._totals.bytes_to_workers += slots.bytes_written - written
         for reply in replies:
             assert isinstance(reply, Done)
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
-        if not out.sum().isfinite() and not out.isfinite().all():
+        if not is_finite(out):
             return Refusal("the workers' picture has NaN or infinity in it", Scope.STEP)
         return out
 

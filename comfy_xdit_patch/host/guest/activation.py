@@ -120,7 +120,7 @@ class Activation:
         assert self._wrappers is not None, "made with the host"
         self.host = self.host.successor(devices, settings)
         self._wrappers.serve(self.host)
-        for patch_set in filter(None, (self.sampling, self.controls)):
+        for patch_set in filter(None, (self.sampling, self.controls, self.decode)):
             patch_set.uninstall() if settings.is_off else patch_set.install()
         if settings.is_off:
             log.info("xDiT: switched off, ComfyUI computes alone.")

@@ -58,14 +58,14 @@ class Host:
         """Make a host, in the place of ``before``, whose knowledge of models it keeps.
 
         Args:
-            keeps_ranks: and what is known of the ranks too, and all counts.
+            keeps_ranks: and what is known of the ranks too.
         """
         kept = before if keeps_ranks else None
         self.settings = settings
         self.pool = pool
-        self.totals: Totals = kept.totals if kept else Totals()
-        if before and not kept:
-            self.totals = before.totals.begin_anew()
+        self.totals: Totals = before.totals if before else Totals()
+        if not keeps_ranks:
+            self.totals.begin_anew()
         self.models: ModelRegistry = before.models if before else ModelRegistry()
         self.hooks: LeftOutHooks = before.hooks if before else LeftOutHooks()
         self.base_model: ContextVar[Any] = ContextVar("base_model", default=None)

@@ -38,11 +38,12 @@ def add_routes(server: Any, status: Callable[[], Status], is_open: Callable[[], 
 
 def is_of_this_machine(address: str | None) -> bool:
     """Whether a request came over loopback, or over a socket that is a file (no address)."""
-    if not address:
-        return True
+    return not address or is_loopback(address.partition("%")[0].removeprefix("::ffff:"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is loopback's name, or an address of it."""
     try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return ip.is_loopback

@@ -14,7 +14,6 @@ machine (DNS rebinding): so it is loopback's own names only, unless others are l
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -22,6 +21,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_patch.errors import HttpError, SettingsError
+from comfy_xdit_patch.host.guest.routes import is_loopback
 from comfy_xdit_patch.settings import VARIABLES
 
 if TYPE_CHECKING:
@@ -85,19 +85,12 @@ def check(request: web.Request, *, takes_remote: bool) -> None:
     if origin is not None and origin.lower().partition("://")[2] != host:
         raise HttpError("A page of another origin may not change settings.")
     name = re.sub(r":\d+$", "", host).strip("[]")
-    is_here = _is_loopback(request.remote) and _is_loopback(name)
+    is_here = is_loopback(request.remote or "") and is_loopback(name)
     if not takes_remote and (not is_here or any(name in request.headers for name in BY_A_PROXY)):
         raise HttpError(
             "Only this machine may change settings, by localhost or a loopback address and not "
             "through a proxy, unless ComfyUI is started with XDIT_REMOTE_SETTINGS=1."
         )
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _active(activation: Activation) -> Any:

@@ -5,6 +5,7 @@ Runs in: host process.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +27,9 @@ from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.weights.holding import LOST, STARTING
 from comfy_xdit_patch.report.log import say, say_unheard, summary, warn_once
 from comfy_xdit_patch.report.status import RunCounts, Totals
+from comfy_xdit_patch.wire.messages.answers import check_shape
+from comfy_xdit_patch.wire.messages.replies import Declined, Done, Reply, short
+from comfy_xdit_patch.wire.slots import Slot
 from comfy_xdit_patch.wire.values import UncarriedValueError
 
 
@@ -42,6 +46,8 @@ class Computed:
     """Whether no block ran on the workers."""
     has_compiled: bool = False
     """Whether a rank compiled something meanwhile: then its time tells nothing."""
+    uncompiled: tuple[str, ...] = ()
+    """Why blocks that were to run compiled did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,36 @@ class Step:
 
 def checked(step: Step) -> Step | Refusal:
     """Refuse a result that is no image. Whether ComfyUI's own is one, ComfyUI finds out."""
-    # A sum is quicker, and says the same unless half precision overflows in it.
-    if not step.out.sum().isfinite() and not step.out.isfinite().all():
+    if not is_finite(step.out):
         return Refusal("the workers' result has NaN or infinity in it")
     return step
+
+
+def is_finite(out: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it."""
+    # A sum is quicker, and says the same unless half precision overflows in it.
+    return bool(out.sum().isfinite() or out.isfinite().all())
+
+
+def result_of(
+    replies: Sequence[Reply], slot: Slot, shape: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """Copy what the ranks wrote to a slot.
+
+    Args:
+        shape: that a right answer has.
+
+    Raises:
+        DeclinedError: they wrote nothing, for a reason.
+        MessageError: what they say of it cannot be.
+    """
+    first = replies[0]
+    if isinstance(first, Declined):
+        raise DeclinedError(short(first.reason))
+    assert isinstance(first, Done)
+    check_shape(first, shape)
+    shared = slot.view(getattr(torch, first.dtype), first.shape)
+    return torch.empty_like(shared, device=device).copy_(shared)
 
 
 def lost(error: WorkerError, totals: Totals) -> Refusal:

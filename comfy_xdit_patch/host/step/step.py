@@ -181,8 +181,6 @@ class ParallelSteps:
         plan, run = planned.plan, call.run
         room = self._holding.room_for(crew, call, known, plan)
         pipeline = None
-        if isinstance(call.compiled, Refusal):
-            note_once(f"blocks of a compiled model run as they are: {call.compiled.reason}")
         if call.changes:
             run.needs_residuals = True
             self._hooks.make_up()  # What lies around the blocks runs here.
@@ -197,6 +195,9 @@ class ParallelSteps:
             )
             run.counts.warm_ups += pipeline is not None and pipeline.is_warm_up
             gathered_for = call.carried.gathered
+        is_refused = isinstance(call.compiled, Refusal)
+        for reason in (call.compiled.reason,) if is_refused else computed.uncompiled:
+            note_once(f"blocks of a compiled model run as they are: {reason}")
         run.counts.plan = self._totals.last_plan = plan
         balance = crew.of(self._holding.balance)
         if not (computed.is_empty or computed.has_compiled):

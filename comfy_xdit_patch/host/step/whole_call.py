@@ -14,20 +14,18 @@ from weakref import WeakSet
 
 import torch
 
-from comfy_xdit_patch.errors import DeclinedError, Refusal
+from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pool.crew import Crew, Room, Turn
 from comfy_xdit_patch.host.reading.node_patches import other_options
-from comfy_xdit_patch.host.step.outcome import Computed
+from comfy_xdit_patch.host.step.outcome import Computed, result_of
 from comfy_xdit_patch.host.step.pipefusion import PipelinedCall
 from comfy_xdit_patch.host.step.residuals_there import ControlCall, calls_kept, encode_control
 from comfy_xdit_patch.planning.family import num_out_channels
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.workload import CARRIED_ARGUMENTS
-from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
-from comfy_xdit_patch.wire.messages.answers import check_shape
-from comfy_xdit_patch.wire.messages.replies import Declined, Done, short
+from comfy_xdit_patch.wire.messages.replies import Done, short
 from comfy_xdit_patch.wire.messages.requests import Forward, Tree
 
 # What the family reads of transformer_options besides patches, which eligibility refuses.
@@ -110,13 +108,7 @@ class RemoteForward:
                 ),
                 room=room,
             )
-            first = replies[0]
-            if isinstance(first, Declined):
-                raise DeclinedError(short(first.reason))
-            assert isinstance(first, Done)
-            check_shape(first, shape)
-            shared = result.view(getattr(torch, first.dtype), first.shape)  # or MessageError
-            out = torch.empty_like(shared, device=x.device).copy_(shared)
+            out = result_of(replies, result, shape, x.device)
         self._totals.bytes_to_workers += slots.bytes_written - written
         self._totals.bytes_to_workers += crew.control_bytes - control
         done = [reply for reply in replies if isinstance(reply, Done)]
@@ -128,6 +120,7 @@ class RemoteForward:
             busy_s=tuple(reply.busy_seconds for reply in done),
             is_launch_bound=is_launch_bound,
             has_compiled=any(reply.num_graphs for reply in done),
+            uncompiled=tuple(short(reply.uncompiled) for reply in done if reply.uncompiled),
         )
 
     def _count(self, replies: Sequence[Done]) -> None:
@@ -141,9 +134,6 @@ class RemoteForward:
                 blocks_compiled=reply.num_compiled,
                 graphs=reply.num_graphs,
             )
-            if reply.uncompiled:
-                reason = short(reply.uncompiled)
-                note_once(f"blocks of a compiled model run as they are: {reason}")
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
 

@@ -14,14 +14,15 @@ the other lines it gets from other ranks, and nothing else differs from ComfyUI 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 
+from comfy_xdit_patch.planning.sequence_shares import bounds, shard_sizes
 from comfy_xdit_patch.wire.decoders import ATTENTION
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.rank_tokens import gather_sequence
 
 LINES_DIM = 2  # of (B, C, lines, width)
 
@@ -35,16 +36,15 @@ class Lines:
         self._group = group
         self._rank = groups.rank
         self._world_size = groups.world_size
-        self._counts: list[int] = []
+        self._counts: tuple[int, ...] = ()
         """Lines of the latent, by rank."""
         self.bytes_sent = 0
         """By this rank to others, since it began."""
 
     def begin(self, num_lines: int) -> tuple[int, int]:
         """Share the lines of a latent; return the first of this rank's, and the end."""
-        ends = [num_lines * rank // self._world_size for rank in range(self._world_size + 1)]
-        self._counts = [end - first for first, end in pairwise(ends)]
-        return ends[self._rank], ends[self._rank + 1]
+        self._counts = shard_sizes(num_lines, self._world_size)
+        return bounds(self._counts)[self._rank]
 
     def with_neighbours(self, x: torch.Tensor) -> torch.Tensor:
         """Return the lines (B, C, L, W) with the one above and the one below, (B, C, L + 2, W)."""
@@ -70,15 +70,12 @@ class Lines:
 
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """Gather the lines (B, C, L, W) of the latent's size, (B, C, S, W)."""
-        most = max(self._counts)
-        padded = x.new_zeros((*x.shape[:2], most, x.shape[3]))
-        padded[:, :, : x.shape[LINES_DIM]] = x
-        gathered = x.new_empty((self._world_size * len(x), *padded.shape[1:]))
-        collectives.all_gather_into(gathered, padded, group=self._group)
-        self.bytes_sent += padded.nbytes * (self._world_size - 1)
-        of_ranks = zip(gathered.chunk(self._world_size), self._counts, strict=True)
-        shards = [of_rank[:, :, :count] for of_rank, count in of_ranks]
-        return torch.cat(shards, dim=LINES_DIM)
+        lines_BLD = x.transpose(1, LINES_DIM).flatten(2)
+        whole_BSD = gather_sequence(lines_BLD, sizes=self._counts, group=self._group)
+        sent = max(self._counts) * x.nbytes // x.shape[LINES_DIM]
+        self.bytes_sent += sent * (self._world_size - 1)
+        whole = whole_BSD.reshape(*whole_BSD.shape[:2], x.shape[1], x.shape[3])
+        return whole.transpose(1, LINES_DIM).contiguous()
 
 
 def share(decoder: Any, lines: Lines) -> None:
