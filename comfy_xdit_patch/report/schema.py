@@ -1,8 +1,8 @@
 """What ``GET /xdit/status`` says: one object, from which doctor, metrics and panels are made.
 
-Runs in: host process. Standard library only. ``docs/status.md`` says what each field is, in which
-unit, and where it was measured. A test freezes names and types: a field that is added, removed or
-gets another type is another ``SCHEMA``.
+Runs in: host, and the doctor's process. Standard library only. ``docs/status.md`` says what each
+field is, in which unit, and where it was measured. A test freezes names and types: a field that is
+added, removed or gets another type is another ``SCHEMA``.
 """
 
 from __future__ import annotations

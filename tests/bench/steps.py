@@ -26,6 +26,7 @@ from bench.rows import Row, compared, rounded
 from rig.environment import RigError
 from rig.report import say
 from rig.server import Server, base_directory
+from rig.status_schema import counted
 from rig.trees import Tree
 
 from comfy_xdit_patch.check.comparison import compare, read_latent
@@ -198,17 +199,18 @@ def _turn(setup: Setup, way: Way) -> Turn:
         if not is_ours:
             return Turn(step_s, latent)
         after = server.status()
-        num_parallel = after["steps_parallel"] - before["steps_parallel"]
+        num_parallel, sent = (
+            after["totals"][name] - before["totals"][name]
+            for name in ("steps_parallel", "bytes_between_ranks")
+        )
         if num_parallel != setup.num_steps:
-            reasons = after["fall_back_reasons"]
+            reasons = counted(after["fell_back"])
             raise RigError(f"{num_parallel} of {setup.num_steps} steps were parallel: {reasons}")
-        sent = after["bytes"]["between_ranks"] - before["bytes"]["between_ranks"]
-        last = after["last_step_s"]
-        inside_s = max(last["ranks"].values())
+        inside_s = max(rank["step_s"] for rank in after["ranks"])
         return Turn(
             step_s,
             latent,
-            outside_ms=1000 * (last["host"] - inside_s),
+            outside_ms=1000 * (after["last_step_s"] - inside_s),
             inside_ms=1000 * inside_s,
             rank_bytes=sent / setup.num_steps / setup.num_ranks,
         )

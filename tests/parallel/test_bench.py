@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import call_overhead, suite
+from bench import call_overhead, steps, suite
 from bench.rows import Row, compared, text_of
+from rig.trees import Tree
 
 from comfy_xdit_patch import __version__
+from comfy_xdit_patch.check.model_file import Sizes
 
 FIELDS = {
     "name": str,
@@ -78,3 +80,19 @@ def test_the_cost_of_a_call_is_measured_written_and_drawn(
     assert row["unit"] == "ms"
     assert row["value"] < row["baseline"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.newest_only
+def test_a_turn_of_a_strategy_is_parallel_and_tells_times_and_bytes(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "NARROW", Sizes(256, 1, 1))
+    with steps._setup(tree, is_quick=True) as (setup, _):
+        setup = dataclasses.replace(setup, size_px=128, num_steps=2)
+        (way,) = [way for way in steps.ways_for(2, has_threads=False) if way.name == "ulysses"]
+        turn = steps._turn(setup, way)
+    assert turn.step_s > 0
+    assert turn.outside_ms > 0
+    assert turn.inside_ms > 0
+    assert turn.rank_bytes > 0
+    assert turn.latent.isfinite().all()
