@@ -88,10 +88,10 @@ values.
 
 def settings_page() -> str:
     """Return the page of all XDIT_* variables."""
-    from comfy_xdit_patch.settings import VARIABLES
+    from comfy_xdit_patch.variables import VARIABLES
 
     lines = [
-        MADE.format(source="comfy_xdit_patch/settings.py"),
+        MADE.format(source="comfy_xdit_patch/variables.py"),
         "",
         "# Settings",
         "",

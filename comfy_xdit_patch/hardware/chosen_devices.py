@@ -11,8 +11,9 @@ from comfy_xdit_patch.errors import Refusal, SettingsError
 from comfy_xdit_patch.hardware.devices import Device, choose_devices, visible_gpus
 from comfy_xdit_patch.hardware.survey import known_uuids
 from comfy_xdit_patch.planning.planner import check_strategy
-from comfy_xdit_patch.settings import GPUS_LEGAL, Settings
+from comfy_xdit_patch.settings import Settings
 from comfy_xdit_patch.system_memory import available_bytes
+from comfy_xdit_patch.variables import GPUS_LEGAL
 
 MIN_CPU_RANKS = 8
 """So many CPU ranks may be tried on any machine: most machines with GPUs have as many GPUs."""

@@ -11,7 +11,8 @@ from itertools import permutations
 from typing import Any
 
 from comfy_xdit_patch.errors import Refusal, SettingsError
-from comfy_xdit_patch.settings import GPUS_LEGAL, AskedDevices
+from comfy_xdit_patch.settings import AskedDevices
+from comfy_xdit_patch.variables import GPUS_LEGAL
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ from comfy_xdit_patch.report.doctor_sections import (
     place_lines,
 )
 from comfy_xdit_patch.report.doctor_server import Line, ask, judged
-from comfy_xdit_patch.settings import VARIABLES, given, read_settings, unknown_names
+from comfy_xdit_patch.settings import given, read_settings, unknown_names
+from comfy_xdit_patch.variables import VARIABLES
 
 CHECK_DEADLINE_S = 180
 START_FILE = "comfy_xdit_patch.pth"

@@ -222,7 +222,7 @@ HOUSE = (
         "worker/attention",
     ),
     "worker/ranks",
-    *("report", "hardware", "settings"),
+    *("report", "hardware", "settings", "variables"),
     *("planning/cost", "planning", "wire", "wire/messages"),
     *("system_memory", "blame", "errors", "marks", "__init__"),
 )

@@ -6,7 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-from comfy_xdit_patch.settings import OF_XFUSER, VARIABLES, Settings
+from comfy_xdit_patch.settings import Settings
+from comfy_xdit_patch.variables import OF_XFUSER, VARIABLES
 
 PACKAGE = Path(__file__).resolve().parents[2] / "comfy_xdit_patch"
 NAMES = {

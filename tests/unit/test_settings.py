@@ -9,7 +9,6 @@ import pytest
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.planning.strategy import AUTO, NAMES, Strategy, parse_strategy
 from comfy_xdit_patch.settings import (
-    VARIABLES,
     AskedDevices,
     cache_directory,
     given,
@@ -18,6 +17,7 @@ from comfy_xdit_patch.settings import (
     unknown_names,
     written,
 )
+from comfy_xdit_patch.variables import VARIABLES
 
 
 def test_without_variables_all_gpus_are_used_and_the_strategy_is_chosen():

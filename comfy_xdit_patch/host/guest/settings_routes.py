@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_patch.errors import HttpError, SettingsError
 from comfy_xdit_patch.host.guest.routes import is_loopback
-from comfy_xdit_patch.settings import VARIABLES
+from comfy_xdit_patch.variables import VARIABLES
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit_patch.errors import SettingsError
-from comfy_xdit_patch.settings import VARIABLES, given, read_settings
+from comfy_xdit_patch.settings import given, read_settings
+from comfy_xdit_patch.variables import VARIABLES
 
 if TYPE_CHECKING:
     from comfy_xdit_patch.host.guest.activation import Activation
