@@ -1,12 +1,12 @@
 """How much of Ulysses' transfers hides behind the MLP's columns and attention, on slowed links.
 
 Run: PYTHONPATH=tests python tests/bench/overlap.py [--tokens 1280] [--rounds N] [--dtype bfloat16]
+         [--double 1] [--single 2] [--machines 4090 ...]
 
 Two CPU ranks of one thread, each on a core of its own; ComfyUI's own blocks of FLUX.1's real width
-(3072, 24 heads), one double and two single ones, on random numbers; ``HeadExchange`` over gloo. The
-link's speed is chosen by what this machine multiplies, so that transfers take the part of the
-computation that they take on the machine named (``rig/slow_link.py`` waits). In turn, in every
-round:
+(3072, 24 heads), on random numbers; ``HeadExchange`` over gloo. The link's speed is chosen by what
+this machine multiplies, so that transfers take the part of the computation that they take on the
+machine named (``rig/slow_link.py`` waits). In turn, in every round:
 
     alone        nothing is exchanged: the computation of one rank's share
     gloo         an unslowed link, everything at once, and overlapped: what overlap itself costs
@@ -36,8 +36,8 @@ from bench.rows import Row, compared
 from rig.trees import Tree, trees_for_tests
 
 WIDTH, HEADS, TEXT = 3072, 24, 256
-NUM_RANKS, NUM_DOUBLE, NUM_SINGLE = 2, 1, 2
-DEADLINE_S = 1200.0
+NUM_RANKS = 2
+DEADLINE_S = 3600.0
 # What a card multiplies in bf16 (1e12/s; planning/cost/known_machines.py), and what its link brings
 # each way (GB/s), as published.
 MACHINES = {"4090": (150, 15.0), "5090": (186, 24.0), "L40S": (200, 20.0), "H100": (570, 200.0)}
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1280)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--double", type=int, default=1)
+    parser.add_argument("--single", type=int, default=2)
     parser.add_argument("--machines", nargs="*", choices=MACHINES, default=list(MACHINES))
     options = parser.parse_args()
     tree = trees_for_tests()[-1]
@@ -60,6 +62,7 @@ def main() -> None:
 def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
     """Overlap switched on against switched off, on each link."""
     options = {"tokens": 1280, "rounds": 3 if is_quick else 7, "dtype": "bfloat16"}
+    options |= {"double": 1, "single": 2}
     machines = ["4090"] if is_quick else [*MACHINES]
     (found, _) = on_ranks(
         NUM_RANKS, run_rank, str(tree.path), options, machines, deadline_s=DEADLINE_S
@@ -119,10 +122,11 @@ class Bench:
         with torch.device("cpu"):
             made = {"modulation": False, "dtype": dtype, "operations": comfy.ops.manual_cast}
             self.double_blocks = [
-                DoubleStreamBlock(WIDTH, HEADS, 4, qkv_bias=True, **made) for _ in range(NUM_DOUBLE)
+                DoubleStreamBlock(WIDTH, HEADS, 4, qkv_bias=True, **made)
+                for _ in range(options["double"])
             ]
             self.single_blocks = [
-                SingleStreamBlock(WIDTH, HEADS, **made) for _ in range(NUM_SINGLE)
+                SingleStreamBlock(WIDTH, HEADS, **made) for _ in range(options["single"])
             ]
         for block in [*self.double_blocks, *self.single_blocks]:
             for parameter in block.parameters():
@@ -221,6 +225,7 @@ class Bench:
                 if number:
                     times.setdefault(name, []).append(seconds)
         medians = {name: statistics.median(values) for name, values in times.items()}
+        num_double, num_single = len(self.double_blocks), len(self.single_blocks)
         rows_found = {}
         for name in links:
             exposed, overlapped = medians[f"{name} exposed"], medians[f"{name} overlapped"]
@@ -238,11 +243,11 @@ class Bench:
                             num_parts=2,
                         )
                     )
-                    for number, meanwhile_s in ((NUM_DOUBLE, 0.0), (NUM_SINGLE, mlp_s))
+                    for number, meanwhile_s in ((num_double, 0.0), (num_single, mlp_s))
                 )
                 row |= {
                     "link_MB_per_s": speeds[name] / 1e6,
-                    "transfers_s": (NUM_DOUBLE + NUM_SINGLE) * transfer_s,
+                    "transfers_s": (num_double + num_single) * transfer_s,
                     "can_hide_s": can_hide,
                     "hidden": (exposed - overlapped) / can_hide,
                 }
