@@ -38,12 +38,13 @@ def add_routes(server: Any, status: Callable[[], Status], is_open: Callable[[], 
 
 def is_of_this_machine(address: str | None) -> bool:
     """Whether a request came over loopback, or over a socket that is a file (no address)."""
-    return not address or is_loopback(address.partition("%")[0].removeprefix("::ffff:"))
+    return not address or is_loopback(address)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this is loopback's name, or an address of it."""
+    """Whether this is loopback's name, or an address of it, IPv4 as IPv6 writes it too."""
+    address = host.partition("%")[0].lower().removeprefix("::ffff:")
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
+from comfy_xdit_patch.errors import HttpError
 from comfy_xdit_patch.host.guest import routes
+from comfy_xdit_patch.host.guest.settings_routes import check
 from comfy_xdit_patch.report.schema import Counts, Reason, Status
 
 STATUS = Status(
@@ -40,6 +43,25 @@ STATUS = Status(
 )
 def test_loopback_is_this_machine_and_nothing_else_is(address, is_ours):
     assert routes.is_of_this_machine(address) is is_ours
+
+
+@pytest.mark.parametrize(
+    ("peer", "host", "may"),
+    [
+        ("127.0.0.1", "localhost:8188", True),
+        ("::ffff:127.0.0.1", "localhost:8188", True),  # A server that listens on "::".
+        ("::1", "[::1]:8188", True),
+        ("::ffff:192.168.0.7", "localhost:8188", False),
+        ("127.0.0.1", "mine.example:8188", False),
+        ("", "localhost", False),
+    ],
+)
+def test_whoever_comes_over_loopback_may_change_settings(peer, host, may):
+    request = make_mocked_request(
+        "POST", "/xdit/settings", headers={"Host": host, "Content-Type": "application/json"}
+    ).clone(remote=peer)
+    with nullcontext() if may else pytest.raises(HttpError, match="Only this machine"):
+        check(request, takes_remote=False)
 
 
 def answers(*, is_open: bool) -> list[str]:
