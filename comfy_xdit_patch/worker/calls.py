@@ -119,7 +119,7 @@ class Calls:
         batch = arguments["x"].shape[0]
         asked = message.compiled
         obstacle = None if asked is None else resident.why_uncompiled(patches)
-        of_blocks = resident.compiled.of(resident.flux, asked, obstacle)
+        of_blocks = resident.compiled.of(resident.flux, asked, obstacle, resident.enter)
         is_compiled = asked is not None and obstacle is None
         away = resident.later.away() if is_compiled else nullcontext()
         with torch.inference_mode(), away, of_blocks as compiled:

@@ -5,14 +5,15 @@ Runs in: a ComfyUI process of ``process.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
-from forwards import inputs, node_options, patched, patcher_of, status
+from forwards import inputs, node_options, patched, patcher_of, sampling_run, status
 
 WHOLE_MODEL = ""
 
@@ -56,7 +57,7 @@ def calls(
 def compiled_parts(
     base_model: Any,
     *,
-    backend: str | None = None,
+    backend: str | Callable[..., Any] | None = None,
     parts: Sequence[str] = (WHOLE_MODEL,),
     **how: Any,
 ) -> Iterator[None]:
@@ -78,6 +79,48 @@ def compiled_parts(
     finally:
         for key, module in before.items():
             comfy.utils.set_attr(base_model, key, module)
+
+
+def step(path: str, out: str, *, backend: str | None, **sizes: Any) -> float:
+    """Make one call, and save what it returns; how many seconds it took."""
+    patcher = patcher_of(path)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    with torch.inference_mode(), compiled_parts(patcher.model, backend=backend):
+        given = inputs(patcher.model, **sizes)
+        start = time.perf_counter()
+        result = patcher.model.apply_model(**given, transformer_options={})
+        seconds = time.perf_counter() - start
+    torch.save(result, out)
+    return seconds
+
+
+def operators_compiled(path: str, calls: int, **sizes: Any) -> list[int]:
+    """Make calls of a compiled model; how many operators of each ran in a graph of this process."""
+    counted = 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        num_operators = sum(node.op == "call_function" for node in graph.graph.nodes)
+
+        def run(*args: Any) -> Any:
+            nonlocal counted
+            counted += num_operators
+            return graph.forward(*args)
+
+        return run
+
+    found = []
+    patcher = patcher_of(path)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()
+    parts = compiled_parts(patcher.model, backend=backend)
+    with sampling_run(), torch.inference_mode(), parts:
+        for _ in range(calls):
+            counted = 0
+            given = inputs(patcher.model, **sizes)
+            patcher.model.apply_model(**given, transformer_options={})
+            found.append(counted)
+    return found
 
 
 def forget() -> None:

@@ -9,7 +9,8 @@ changes what it is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -17,12 +18,14 @@ from unittest import mock
 
 import torch
 from fake_cards import fake_tensors_as_plain
-from fake_exchange import joined
-from fake_flux import CARD, MODE, arguments, later_of, model_of
+from fake_exchange import Rank, joined
+from fake_flux import CARD, DTYPE, FLUX1, MODE, arguments, later_of, model_of
+from families import flux
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
@@ -33,6 +36,15 @@ from comfy_xdit_patch.worker.weights.shared_modulation import WHOLE_FORWARD, Sha
 ALLOCATING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 MOVING = {"cat", "stack", "clone", "copy_", "contiguous", "reshape", "index_select", "to"}
 """Operators that compute nothing. All but the first two give a view where they can."""
+
+NOTHING_ELSE: dict[str, Any] = {
+    "scaled": {},
+    "residuals": Residuals(),
+    "patches": None,
+    "streams": StreamKeys(),
+    "later": None,
+}
+"""Arguments of ``forward_share`` for a call in which nodes and others have no part."""
 
 
 class Counter(TorchDispatchMode):
@@ -86,16 +98,7 @@ def calls(
         given = arguments(text=text)
         later = later_of(model)
         if shares_modulation:
-            assert rank.groups.everyone is not None
-            with fake_tensors_as_plain():
-                shared = SharedModulation(
-                    model,
-                    group=rank.groups.everyone,
-                    index=0,
-                    world_size=num_ranks,
-                    device=torch.device(CARD),
-                    bake=lambda _, weight: weight,
-                )
+            shared = shared_by(rank)(model)
             # Where outputs lie among those that are joined is found out once.
             shared._compute(
                 WHOLE_FORWARD,
@@ -128,14 +131,97 @@ def calls(
                     given,
                     plan=plan,
                     groups=rank.groups,
-                    scaled={},
-                    residuals=Residuals(),
-                    patches=None,
-                    streams=StreamKeys(),
-                    later=later if overlaps else None,
+                    **{**NOTHING_ELSE, "later": later if overlaps else None},
                 )
             outside = less(less(now(), counts["double"]), counts["single"])
     return {**counts, "outside": outside}
+
+
+def shared_by(rank: Rank) -> Callable[[Any], SharedModulation]:
+    """Return what has a rank hold its part of what modulates a model's blocks."""
+
+    def share(model: Any) -> SharedModulation:
+        assert rank.groups.everyone is not None
+        with fake_tensors_as_plain():
+            return SharedModulation(
+                model,
+                group=rank.groups.everyone,
+                index=0,
+                world_size=rank.groups.world_size,
+                device=torch.device(CARD),
+                bake=lambda _, weight: weight,
+            )
+
+    return share
+
+
+class Reader(TorchDispatchMode):
+    """Adds up the bytes of some weights, each time that a linear multiplies by them."""
+
+    def __init__(self, weights: set[int]) -> None:
+        super().__init__()
+        self.num_bytes = 0
+        self._weights = weights
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket is torch.ops.aten.linear:
+            found = (weight for weight in args[1:] if _memory(weight) <= self._weights)
+            self.num_bytes += sum(weight.nbytes for weight in found)
+        return func(*args, **(kwargs or {}))
+
+
+def modulation(num_ranks: int, *, blocks: Sequence[int], text: int) -> dict[str, int]:
+    """Return bytes of modulation that the first of so many ranks has, and what a call takes of it.
+
+    Returns:
+        Bytes ``held`` of the weights that modulate blocks, ``read`` of them in a call of one row,
+        and ``sent`` for them to other ranks.
+    """
+    plan = ParallelPlan(ulysses=num_ranks)
+    with joined(0, num_ranks, torch.device(CARD)) as rank, MODE, torch.inference_mode():
+        model = model_of(blocks, "bfloat16", is_own=True)
+        given = arguments(text=text)
+        shared = shared_by(rank)(model) if num_ranks > 1 else None
+        weights = [
+            weight
+            for name, weight in model.named_parameters()
+            if name.startswith(BLOCK_LISTS) and ("_mod." in name or ".modulation." in name)
+        ]
+        with Reader(_memory(weights)) as reader:
+            if shared is None:
+                type(model)._forward(model, **given)
+            else:
+                shared.begin(plan, num_rows=1, is_driven=False)
+                forward_share(model, given, plan=plan, groups=rank.groups, **NOTHING_ELSE)
+    held = sum(weight.nbytes for weight in weights)
+    sent = 0 if shared is None else shared.bytes_sent
+    return {"held": held, "read": reader.num_bytes, "sent": sent}
+
+
+def seconds(
+    ranks: Sequence[int], *, rounds: int, blocks: Sequence[int], text: int
+) -> dict[int, list[float]]:
+    """Time a forward at once on the first of so many ranks, each in turn, on the device ``meta``.
+
+    A warm-up is left out. Nothing is computed, so what is timed is Python, and torch's dispatch.
+    """
+    sizes = {"double": blocks[0], "single": blocks[1], **FLUX1}
+    model = flux("dev", **sizes, dtype=DTYPE, device="meta")
+    given = arguments(text=text, device="meta")
+    found: dict[int, list[float]] = {num_ranks: [] for num_ranks in ranks}
+    for _ in range(1 + rounds):
+        for num_ranks in ranks:
+            plan = ParallelPlan(ulysses=num_ranks)
+            with joined(0, num_ranks, torch.device("meta")) as rank, torch.inference_mode():
+                start = time.perf_counter()
+                if num_ranks == 1:
+                    type(model)._forward(model, **given)
+                else:
+                    forward_share(model, given, plan=plan, groups=rank.groups, **NOTHING_ELSE)
+                found[num_ranks].append(time.perf_counter() - start)
+    return {num_ranks: times[1:] for num_ranks, times in found.items()}
 
 
 def less(these: list[int], those: list[int]) -> list[int]:

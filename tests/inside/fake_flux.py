@@ -52,12 +52,17 @@ def later_of(model: Any) -> LaterColumns:
 
 
 def arguments(
-    *, text: int, batch: int = 1, references: Sequence[Sequence[int]] = (), mask: bool = False
+    *,
+    text: int,
+    batch: int = 1,
+    references: Sequence[Sequence[int]] = (),
+    mask: bool = False,
+    device: str = CARD,
 ) -> dict[str, Any]:
     """Make arguments of ``Flux._forward``. Sizes of latents, and a count of text tokens."""
 
     def empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-        return torch.empty(batch, *shape, dtype=dtype, device=CARD)
+        return torch.empty(batch, *shape, dtype=dtype, device=device)
 
     given: dict[str, Any] = {
         "x": empty(16, *LATENT),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,37 +173,47 @@ def patched(patcher: Any) -> Any:
     return clone
 
 
+@contextmanager
+def sampling_run() -> Iterator[None]:
+    """Have the calls meanwhile be one sampling run's; where our package is off, nobody notes it."""
+    activation = sys.modules.get("comfy_xdit_patch.host.guest.activation")
+    if activation is None:
+        yield
+        return
+    host = activation.ACTIVATION.host
+    run = host.begin_run()
+    token = host.current_run.set(run)
+    try:
+        yield
+    finally:
+        host.current_run.reset(token)
+        host.end_run(run)
+
+
 def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
     """Make model calls within one sampling run; return how long each took, host and ranks.
 
     The latent changes from call to call, the conditioning does not but is a new tensor each time,
     as in ComfyUI's samplers.
     """
-    host = sys.modules["comfy_xdit_patch.host.guest.activation"].ACTIVATION.host
     patcher = patcher_of(path)
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
     arguments = inputs(patcher.model, **sizes)
     times = []
-    run = host.begin_run()
-    token = host.current_run.set(run)
-    try:
-        with torch.inference_mode():
-            for _ in range(calls):
-                arguments = {name: value.clone() for name, value in arguments.items()}
-                arguments["x"] += 0.01
-                patcher.model.apply_model(**arguments, transformer_options={})
-                now = status()
-                times.append(
-                    {
-                        "host": now["last_step_s"],
-                        "ranks": [rank["step_s"] for rank in now["ranks"]],
-                        "busy": [rank["busy_s"] for rank in now["ranks"]],
-                    }
-                )
-    finally:
-        host.current_run.reset(token)
-        host.end_run(run)
+    with sampling_run(), torch.inference_mode():
+        for _ in range(calls):
+            arguments = {name: value.clone() for name, value in arguments.items()}
+            arguments["x"] += 0.01
+            patcher.model.apply_model(**arguments, transformer_options={})
+            now = status()
+            times.append(
+                {
+                    "host": now["last_step_s"],
+                    "ranks": [rank["step_s"] for rank in now["ranks"]],
+                    "busy": [rank["busy_s"] for rank in now["ranks"]],
+                }
+            )
     return times
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from exactness import BOUND, STRICT
 from inside.client import Inside
 from rig.trees import Tree
+from test_strategies import following
 
+SHARED = "ulysses=2,modulation=2"
 SIZES = {"double": 2, "single": 3}
 NUM_BLOCKS = 5
 CALL = {"height": 9, "width": 13, "batch": 1, "text_tokens": 77}
@@ -48,6 +51,7 @@ def run(
     def compared(
         *calls: dict[str, Any],
         family: str = "",
+        strategy: str = "",
         options: dict[str, Any] | None = None,
         **compiled: Any,
     ) -> tuple[float, list[dict[str, Any]], str]:
@@ -62,7 +66,8 @@ def run(
         ranks.call("compiled:forget")  # What is compiled goes with the models.
         before = ranks.call("forwards:status")
         logged = len(ranks.log_text())
-        found = ranks.call("compiled:calls", out=outs[1], **given, **compiled)
+        with following(ranks, strategy) if strategy else nullcontext():
+            found = ranks.call("compiled:calls", out=outs[1], **given, **compiled)
         expected, got = (torch.load(out) for out in outs)
         error = max(
             ((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, got, strict=True)
@@ -148,13 +153,28 @@ def test_weights_stored_in_fp8_run_compiled(run: Run) -> None:
     assert graphs(found) == [[2, 2], [0, 0], [0, 0]]
 
 
-def test_single_blocks_that_are_compiled_are_the_only_ones(
-    run: Run,
-) -> None:
+@pytest.mark.every_version
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.thorough])],
+)
+def test_blocks_whose_modulation_is_shared_run_compiled(run: Run, backend: str) -> None:
+    steps = [{**CALL, "seed": 1}, {**CALL, "seed": 2}, {**CALL, "weights": True}]
+    sizes = [{**TALLER, "batch": batch} for batch in (2, 3)]
+    error, found, log = run(*steps, *sizes, strategy=SHARED, backend=backend)
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 5
+    assert graphs(found) == [[2, 2], [0, 0], [0, 0], [2, 2], [0, 0]]
+    assert "run as they are" not in log
+
+
+@pytest.mark.parametrize("strategy", ["", SHARED])
+def test_single_blocks_that_are_compiled_are_the_only_ones(run: Run, strategy: str) -> None:
     parts = ["double_blocks.1", "single_blocks.0", "single_blocks.2"]
-    error, found, _ = run(CALL, CALL, backend="eager", parts=parts)
+    error, found, _ = run(CALL, CALL, strategy=strategy, backend="eager", parts=parts)
     assert error <= BOUND
     assert compiled(found) == [[3, 3]] * 2
+    assert graphs(found) == [[2, 2], [0, 0]]
 
 
 @pytest.mark.parametrize(

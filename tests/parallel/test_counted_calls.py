@@ -8,6 +8,7 @@ writes the new number here. Those of one rank are ComfyUI's own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from inside.client import Inside
@@ -15,7 +16,10 @@ from rig.trees import Tree
 
 from comfy_xdit_patch.planning.cost.model_shape import EAGER
 
-NUM_DOUBLE, NUM_SINGLE = 19, 38
+PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
+
+NUM_DOUBLE, NUM_SINGLE, WIDTH = 19, 38, 3072
+VALUE_BYTES = 2
 TEXT_TOKENS = 512
 
 Counts = tuple[int, int, int]
@@ -26,17 +30,17 @@ STOCK: dict[str, tuple[Counts, Counts, Counts]] = {
     "0.33.0": ((60, 43, 4), (24, 15, 2), (130, 91, 18)),
 }
 # What a double block, a single one and the rest have beside those, on any number of ranks.
-AT_ONCE: tuple[Counts, Counts, Counts] = ((19, 2, 2), (19, 2, 2), (15, 4, 4))
+AT_ONCE: tuple[Counts, Counts, Counts] = ((13, 2, 2), (13, 2, 2), (15, 4, 4))
 # Where something is computed while tokens are exchanged. A single block's first linear is two; the
 # heads are exchanged in two halves, which among 8 ranks would be too little work.
-IN_HALVES: tuple[Counts, Counts, Counts] = ((47, 5, 4), (54, 6, 4), (15, 4, 4))
-ADDED = {2: IN_HALVES, 4: IN_HALVES, 8: ((19, 2, 2), (26, 3, 2), (15, 4, 4))}
+IN_HALVES: tuple[Counts, Counts, Counts] = ((35, 5, 4), (42, 6, 4), (15, 4, 4))
+ADDED = {2: IN_HALVES, 4: IN_HALVES, 8: ((13, 2, 2), (20, 3, 2), (15, 4, 4))}
 SEVERAL = (2, 4, 8)
 EXCHANGES = {"double": 2, "single": 2, "outside": 1}
 """Beside the calls: an exchange is one more, and a kernel. In halves there are two for each."""
 # The sum over all blocks, in 0.33.0.
-HALVED = (5142, 1805, 402)
-WHOLE = {1: (2182, 1478, 170), 2: HALVED, 4: HALVED, 8: (3546, 1634, 288)}
+HALVED = (4458, 1805, 402)
+WHOLE = {1: (2182, 1478, 170), 2: HALVED, 4: HALVED, 8: (3204, 1634, 288)}
 
 
 def test_a_forward_makes_these_calls_and_no_other(
@@ -116,3 +120,39 @@ def test_the_table_of_whole_forwards_is_the_sum_of_its_parts(num_ranks: int) -> 
     for number, stock, more in zip(numbers, STOCK["0.33.0"], added, strict=True):
         whole = [w + number * (s + m) for w, s, m in zip(whole, stock, more, strict=True)]
     assert tuple(whole) == WHOLE[num_ranks]
+
+
+def test_the_page_has_these_counts() -> None:
+    for num_ranks, overlapped in WHOLE.items():
+        cells = [str(num_ranks)]
+        ways = (AT_ONCE, ADDED[num_ranks]) if num_ranks > 1 else (((0, 0, 0),) * 3,)
+        of_parts = zip(*(STOCK["0.33.0"], *ways), strict=True)
+        blocks = [[stock[0] + more[0] for more in added] for stock, *added in of_parts]
+        numbers = (NUM_DOUBLE, NUM_SINGLE, 1)
+        sums = [
+            sum(n * found for n, found in zip(numbers, of_way, strict=True))
+            for of_way in zip(*blocks, strict=True)
+        ]
+        assert sums[-1] == overlapped[0]
+        for counts in (*blocks[:2], sums):
+            cells += map(str, counts) if num_ranks > 1 else (str(counts[0]), "")
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in PAGE.read_text(), cells
+
+
+@pytest.mark.newest_only
+def test_a_rank_of_n_holds_and_reads_an_nth_of_the_modulation(
+    tree: Tree, inside: Callable[..., Inside]
+) -> None:
+    process, page = inside(tree, XDIT_STRATEGY="off"), PAGE.read_text()
+    outputs = (12 * NUM_DOUBLE + 3 * NUM_SINGLE) * WIDTH
+    for num_ranks in WHOLE:
+        found = process.call(
+            "counted_calls:modulation",
+            num_ranks=num_ranks,
+            blocks=[NUM_DOUBLE, NUM_SINGLE],
+            text=TEXT_TOKENS,
+        )
+        held = VALUE_BYTES * outputs * (WIDTH + 1) // num_ranks
+        sent = VALUE_BYTES * outputs // num_ranks * (num_ranks - 1)
+        assert found == {"held": held, "read": held, "sent": sent}
+        assert f"| {num_ranks} | {held:,} | {held:,} | {sent:,} |" in page

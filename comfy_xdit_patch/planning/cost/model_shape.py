@@ -269,14 +269,14 @@ EAGER = Execution(
     elementwise_values=60,
     # Counted in ComfyUI: 3790 for FLUX.1's 57 blocks (FLUX.2: 2749 for 56).
     calls_per_block=66.5,
-    # Counted (tests/parallel/test_counted_calls.py): 19 of torch and 2 exchanges by ulysses.
-    calls_per_attention=21,
+    # Counted (tests/parallel/test_counted_calls.py): 13 of torch and 2 exchanges by ulysses.
+    calls_per_attention=15,
     # Counted (the same test).
     calls_per_shared_modulation=13,
     # Counted (the same test).
     calls_per_later_columns=7,
-    # Counted (the same test): 28 of torch and 2 exchanges.
-    calls_per_halves=30,
+    # Counted (the same test): 22 of torch and 2 exchanges.
+    calls_per_halves=24,
 )
 COMPILED = Execution("compiled", 0, 0, 0, 0, 0, 0)
 

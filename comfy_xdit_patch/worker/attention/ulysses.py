@@ -17,8 +17,8 @@ One all-to-all turns (all heads, my tokens) into (my heads, all tokens), and a s
 attention makes of it back. Both have unequal splits, so no length and no head count has to divide
 anything, and nothing is padded. Every rank knows all sizes from the plan; none is communicated.
 
-Each tensor is copied once on each way, by one kernel where all ranks have as many heads: what is
-launched does not grow with the ranks then. Unequal heads take a kernel for each rank.
+Each tensor is copied once on each way, in one call where all ranks have as many heads: what is
+launched does not grow with the ranks then. Unequal heads take a call for each rank.
 
 The heads of every rank can be exchanged in parts. Heads do not depend on each other, so attention
 runs on one part while another one is on its way, there or back.
@@ -28,6 +28,7 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -103,11 +104,9 @@ class HeadExchange:
             each = [t.view(batch, ranks, -1, length, width) for t in qkv_BHLK]
             if self._is_part:
                 each = [t.narrow(2, self._head_bounds[0][0], self.local_heads) for t in each]
-            torch.stack(
-                [t.permute(1, 3, 0, 2, 4) for t in each],
-                dim=2,
-                out=wire.view(ranks, length, len(qkv_BHLK), batch, self.local_heads, width),
-            )
+            # Each view is a call: here three tensors have one, and their place on the wire another.
+            wire_RLTBGK = ranks, length, len(qkv_BHLK), batch, self.local_heads, width
+            torch.stack(each, out=_permuted(wire, wire_RLTBGK, (2, 3, 0, 4, 1, 5)))
         else:
             # Each head range of q, k and v is copied once, straight to its place on the wire.
             for (start, end), part in zip(self._head_bounds, torch.split(wire, sent), strict=True):
@@ -121,8 +120,8 @@ class HeadExchange:
 
         def whole() -> tuple[torch.Tensor, ...]:
             # Shards follow each other along S, so what arrives is whole already, in rank order.
-            whole_STBGK = arrived().view(sum(tokens), len(qkv_BHLK), batch, self.local_heads, width)
-            return whole_STBGK.permute(1, 2, 3, 0, 4).unbind(0)
+            whole_STBGK = sum(tokens), len(qkv_BHLK), batch, self.local_heads, width
+            return _permuted(arrived(), whole_STBGK, (1, 2, 3, 0, 4)).unbind(0)
 
         return whole
 
@@ -146,8 +145,9 @@ class HeadExchange:
         assert self._group is not None, "a rank alone exchanges nothing"
         batch, local_tokens = out_BSD.shape[0], tokens[self._index]
         sizes = [local_tokens * batch * heads * width for heads in self._heads]
+        out_SBD = out_BSD if batch == 1 else out_BSD.transpose(0, 1)
         arrived = self._all_to_all(
-            out_BSD.transpose(0, 1).reshape(-1),
+            out_SBD.reshape(-1),
             self._group,
             sent=[n * batch * out_BSD.shape[2] for n in tokens],
             received=sizes,
@@ -155,8 +155,8 @@ class HeadExchange:
 
         def shards() -> list[torch.Tensor]:
             if self._are_heads_even:
-                shards_RLBD = arrived().view(len(self._heads), local_tokens, batch, -1)
-                return [shards_RLBD.permute(2, 1, 0, 3)]
+                shards_RLBD = len(sizes), local_tokens, batch, self.local_heads * width
+                return [_permuted(arrived(), shards_RLBD, (2, 1, 0, 3))]
             return [
                 shard.view(local_tokens, batch, -1).transpose(0, 1)
                 for shard in torch.split(arrived(), sizes)
@@ -195,3 +195,9 @@ def together(parts: Sequence[Callable[[], list[torch.Tensor]]]) -> torch.Tensor:
     # Of each rank all of its heads, and of these one part after the other.
     ranks = zip(*arrived, strict=True)
     return torch.cat([part for rank in ranks for part in rank if part.numel()], dim=2)
+
+
+def _permuted(flat: torch.Tensor, shape: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    """View flat memory in a shape with its dimensions in another order: two views in one call."""
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return flat.as_strided([shape[dim] for dim in order], [strides[dim] for dim in order])

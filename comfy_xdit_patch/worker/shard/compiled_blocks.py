@@ -6,7 +6,8 @@ A block is compiled as ComfyUI wrote it, and in one piece: the attention in it i
 ours, which ComfyUI's attention function, our exchange and whatever a node put there lie behind. So
 nothing that changes from step to step is guarded on: the operator finds the options of the call
 where the block left them. Blocks of one class share what is compiled, for weights are arguments of
-it; new weights are seen, and compile nothing.
+it; new weights are seen, and compile nothing. What ranks share of a block's weights and gather for
+it enters as tensors too.
 
 Ranks compile apart from each other: their shards differ in length. A rank that cannot, computes as
 if nobody had asked. Because a block is one graph or none (``fullgraph``), whatever fails in Dynamo
@@ -53,6 +54,9 @@ class _Running:
 
 
 _running = _Running()
+entering: list[torch.Tensor] = []
+"""What the block that runs is given beside its arguments. Here and not on the block, since torch
+takes the shapes of what a module holds for fixed."""
 log = logging.getLogger(__name__)
 
 
@@ -141,12 +145,19 @@ class CompiledBlocks:
     _failed: str = ""
 
     @contextmanager
-    def of(self, flux: Any, asked: Tree, obstacle: Refusal | None) -> Iterator[Outcome]:
+    def of(
+        self,
+        flux: Any,
+        asked: Tree,
+        obstacle: Refusal | None,
+        enter: Callable[[str, torch.Tensor], list[torch.Tensor]] | None = None,
+    ) -> Iterator[Outcome]:
         """Have a model's blocks run compiled for one call, if that is asked for.
 
         Args:
             asked: as ``host/reading/compiled.py`` makes it.
             obstacle: what keeps them from it.
+            enter: returns what enters a block, by its name and its ``vec``. Collective.
 
         Yields:
             What became of it, once the call has ended.
@@ -175,6 +186,8 @@ class CompiledBlocks:
                 return whole(*args, **kwargs)
             # What lies there now: a checkpoint's attention may, for this call.
             _running.attention, _running.options = getattr(module, ATTENTION), kwargs[OPTIONS]
+            if enter is not None:
+                entering[:] = enter(name, kwargs["vec"])
             num_begun = _running.num_compiled
             try:
                 with own_attribute(module, ATTENTION, _opaque):
@@ -195,6 +208,7 @@ class CompiledBlocks:
                 yield outcome
             finally:
                 _running.attention = _running.options = None
+                entering.clear()
         outcome.num_compiled = _running.num_compiled - before[0]
         outcome.num_graphs = _running.num_graphs - before[1]
         if _running.failed:

@@ -129,7 +129,7 @@ class Resident:
 
     def why_uncompiled(self, patches: ModelPatches | None) -> Refusal | None:
         """Say what keeps its blocks from running compiled in a call with these patches of nodes."""
-        if not self.residence.is_whole:
+        if not (self.residence.is_whole or self.residence == Residence("modulation")):
             return Refusal("a card does not hold all weights whole")
         if self.scaled or self.overlay.has_bypass:
             return Refusal("layers of the model are changed for each call")
@@ -138,6 +138,11 @@ class Resident:
         if self.is_quantised:
             return Refusal("the model's weights are quantised")
         return None
+
+    @property
+    def enter(self) -> Callable[[str, torch.Tensor], list[torch.Tensor]] | None:
+        """What gathers for a block that runs compiled what its weights are not here for."""
+        return None if self.modulation is None else self.modulation.of_block
 
     def needs_other_patches(self, state: dict[str, Tree]) -> bool:
         """Whether a state differs in more than what lies over the patched weights."""

@@ -19,6 +19,10 @@ it does not depend on the other outputs, but for the kernel that a library choos
 
 Blocks that the host runs one by one (``shard/blocks.py``) are each given their own ``vec``: an
 exchange for each of them.
+
+A block that runs compiled is given its outputs as tensors beside its arguments, so that the
+exchange lies outside of it. All blocks of a class share what is compiled: what stands in for a
+linear is one function in all of them, and a place in the block.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,19 +43,26 @@ from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.tensor_cuts import Cut, modulation_cuts
 from comfy_xdit_patch.wire.own_attribute import own_attribute
 from comfy_xdit_patch.wire.tensors import as_parameter, cut_to
+from comfy_xdit_patch.worker.shard.compiled_blocks import entering
 from comfy_xdit_patch.worker.shard.rank_tokens import gather_sequence
 from comfy_xdit_patch.worker.weights.sharded_blocks import Bake
 
 WHOLE_FORWARD = ""
 """Stands for all blocks where a block's name would stand for one."""
+SHARED = "xdit_shared"
+"""An attribute of ours on a linear and on its owner: what their forward needs of this file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """One linear. ``forward`` is ComfyUI's, ``sizes`` are the outputs of every rank."""
+    """One linear. ``forward`` is ComfyUI's, ``sizes`` are the outputs of every rank.
+
+    ``owner`` is the module that calls it with what it makes of ``vec``.
+    """
 
     name: str
     block: str
+    owner: Callable[[torch.Tensor], Any]
     forward: Callable[[torch.Tensor], torch.Tensor]
     sizes: tuple[int, ...]
 
@@ -96,9 +109,10 @@ class SharedModulation:
         for name, module in flux.named_modules():
             if name.startswith(BLOCK_LISTS):
                 self._place(name, module, cuts.get(name), bake)
-        self._linears = [
-            self._stand_in(flux, name, cut.sizes(world_size)) for name, cut in cuts.items()
-        ]
+        self._linears: dict[str, list[_Linear]] = {}
+        """By block."""
+        for name, cut in cuts.items():
+            self._stand_in(flux, name, cut.sizes(world_size))
 
     def begin(self, plan: ParallelPlan, *, num_rows: int, is_driven: bool) -> None:
         """Say how the next forwards are shared.
@@ -110,6 +124,16 @@ class SharedModulation:
         self._plan, self._num_rows, self._is_driven = plan, num_rows, is_driven
         self._vec = None
         self._ready.clear()
+
+    def of_block(self, block: str, vec: torch.Tensor) -> list[torch.Tensor]:
+        """Return what a block's linears return for ``vec``, for a block that runs compiled.
+
+        Collective, where they are not ready.
+        """
+        linears = self._linears[block]
+        if self._vec is not vec:
+            linears[0].owner(vec)  # ComfyUI's own way to the linear
+        return [self._ready[linear.name] for linear in linears]
 
     def release(self) -> None:
         """Undo what was changed in ComfyUI's blocks. The caller puts their weights back."""
@@ -132,22 +156,27 @@ class SharedModulation:
             if buffer is not None:
                 module._buffers[key] = buffer.to(self._device)
 
-    def _stand_in(self, flux: Any, name: str, sizes: tuple[int, ...]) -> _Linear:
+    def _stand_in(self, flux: Any, name: str, sizes: tuple[int, ...]) -> None:
         """Have a linear return all outputs, and its owner say for which ``vec``."""
-        module = flux.get_submodule(name)
+        module, owner = (flux.get_submodule(path) for path in (name, name.rpartition(".")[0]))
         block_list, number, *_ = name.split(".")
-        linear = _Linear(name, f"{block_list}.{number}", module.forward, sizes)
-        whole = own_attribute(module, "forward", partial(self._outputs, linear))
-        self._changes.enter_context(whole)
-        owner = flux.get_submodule(name.rpartition(".")[0])
-        self._changes.callback(owner.register_forward_pre_hook(self._note_vec).remove)
-        return linear
+        linear = _Linear(name, f"{block_list}.{number}", owner, module.forward, sizes)
+        of_block = self._linears.setdefault(linear.block, [])
+        place = len(of_block)
+        of_block.append(linear)
+        for stood_in, forward, shared in (
+            (module, _linear_forward, (place, partial(self._outputs, linear))),
+            (owner, _owner_forward, self._note_vec),
+        ):
+            own = own_attribute(stood_in, "forward", MethodType(forward, stood_in))
+            self._changes.enter_context(own)
+            self._changes.enter_context(own_attribute(stood_in, SHARED, shared))
 
-    def _note_vec(self, _: Any, arguments: tuple[Any, ...]) -> None:
+    def _note_vec(self, vec: torch.Tensor) -> None:
         # By identity: every block of a forward is given the same tensor, and to compare contents
         # would have the CPU wait for the device.
-        if self._vec is not arguments[0]:
-            self._vec = arguments[0]
+        if self._vec is not vec:
+            self._vec = vec
             self._ready.clear()
 
     def _outputs(self, linear: _Linear, x: torch.Tensor) -> torch.Tensor:
@@ -161,7 +190,8 @@ class SharedModulation:
         Shapes:
             ``x`` (rows, ..., D)
         """
-        linears = [found for found in self._linears if block in (WHOLE_FORWARD, found.block)]
+        of_all = chain(*self._linears.values())
+        linears = list(of_all) if block == WHOLE_FORWARD else self._linears[block]
         batches = self._batches(x)
         parts = [torch.cat([found.forward(x) for found in linears], dim=-1) for x in batches]
         # R rows of all parts of the batch, P outputs of this rank.
@@ -208,3 +238,17 @@ class SharedModulation:
 
     def _count(self, num_bytes: int) -> None:
         self.bytes_sent += num_bytes * (self._world_size - 1)
+
+
+def _linear_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return all outputs of a linear that this rank has a part of."""
+    place, outputs = getattr(linear, SHARED)
+    found: torch.Tensor = entering[place] if torch.compiler.is_compiling() else outputs(x)
+    return found
+
+
+def _owner_forward(owner: Any, vec: torch.Tensor) -> Any:
+    """Call the linear as ComfyUI does, and note what for."""
+    if not torch.compiler.is_compiling():
+        getattr(owner, SHARED)(vec)
+    return type(owner).forward(owner, vec)
