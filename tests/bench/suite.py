@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import call_overhead, overlap, plots, steps, xfuser_attention, xfuser_step
+from bench import call_overhead, decoding, overlap, plots, steps, xfuser_attention, xfuser_step
 from bench.rows import Row, about, text_of, write
 from rig.environment import RigError
 from rig.report import say
@@ -23,6 +23,7 @@ PIECES: dict[str, Callable[..., list[Row]]] = {
     "overhead": call_overhead.rows,
     "steps": steps.rows,
     "overlap": overlap.rows,
+    "decode": decoding.rows,
     "attention": xfuser_attention.rows,
     "xfuser": xfuser_step.rows,
 }
@@ -59,7 +60,7 @@ def measure(tree: Tree, options: argparse.Namespace) -> list[Row]:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="install.py bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="minutes instead of half an hour")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour")
     parser.add_argument("--out", type=Path, default=Path(), help="where bench.json is written")
     parser.add_argument("--plots", type=Path, help="where the picture is; default: as --out")
     parser.add_argument(
