@@ -92,11 +92,11 @@ class _Finder:
     def _module_ready(self, name: str, root: str) -> None:
         try:
             self.ready[name] = root
-            names = next(names for names in SETS if name in names)
-            if all(self.ready.get(other) == root for other in names):
-                from comfy_xdit_patch.host.guest import activation
+            for names in SETS:
+                if name in names and all(self.ready.get(other) == root for other in names):
+                    from comfy_xdit_patch.host.guest import activation
 
-                activation.modules_ready(names, root)
+                    activation.modules_ready(names, root)
         except Exception:
             import logging
 

@@ -17,7 +17,7 @@ SAMPLING_MODULES = frozenset(
         "comfy.sd",
     }
 )
-DECODE_MODULES = frozenset({"comfy.ldm.modules.diffusionmodules.model"})
+DECODE_MODULES = frozenset({"comfy.ldm.modules.diffusionmodules.model", "comfy.sd", "comfy.utils"})
 CONTROL_MODULES = frozenset({"comfy.controlnet", "comfy.ldm.flux.controlnet"})
 SERVER_MODULES = frozenset({"server"})
 EXECUTION_MODULES = frozenset({"execution"})

@@ -98,7 +98,7 @@ VARIABLES = (
         "Whether the ranks decode large pictures together when the steps are done. `auto`: from "
         "1024 x 1024 px on, with a VAE of FLUX's as ComfyUI loads it; the first four pictures of a "
         "size are decoded by the ranks and by ComfyUI in turn, and the faster way is taken from "
-        "then on. `off`: ComfyUI decodes.",
+        "then on. What ComfyUI decodes in tiles is shared by tiles. `off`: ComfyUI decodes.",
     ),
     Variable(
         "XDIT_STRICT",

@@ -242,28 +242,28 @@ class Calls:
         return Fetched(message.request, bytes_sent)
 
     def decode(self, message: Decode) -> Done:
-        """Decode this rank's lines of a picture, and write them to the result slot. Collective."""
+        """Decode this rank's part of a picture, and write it to the result slot. Collective."""
         start = time.perf_counter()
         collectives.clock.start(self._groups.device)
         latent = self._slots.fetch(message.latent)
         with torch.inference_mode():
-            picture, first, bytes_sent = self._decoders.decode(message, latent)
+            decode = self._decoders.decode_tiles if message.owners else self._decoders.decode
+            decoded = decode(message, latent)
             collectives.clock.launched()
-            scale = picture.shape[3] // latent.shape[3]
-            shape = (*picture.shape[:2], latent.shape[2] * scale, picture.shape[3])
-            whole = self._slots[message.result].view(picture.dtype, shape)
-            whole[:, :, first : first + picture.shape[2]].copy_(picture)
+            whole = self._slots[message.result].view(decoded.dtype, decoded.shape)
+            for first, part in decoded.parts:
+                whole.narrow(decoded.dim, first, part.shape[decoded.dim]).copy_(part)
         busy_s = collectives.clock.stop(is_copied_out=True)
         if self._groups.device.type == "cuda":
             torch.cuda.empty_cache()  # A picture takes gigabytes, and ComfyUI is next.
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
-            dtype=_dtype_name(picture),
-            shape=shape,
+            dtype=cast(FloatDtype, dtype_name(decoded.dtype)),
+            shape=decoded.shape,
             seconds=time.perf_counter() - start,
-            bytes_between_ranks=bytes_sent,
-            bytes_written=picture.nbytes,
+            bytes_between_ranks=decoded.bytes_sent,
+            bytes_written=sum(part.nbytes for _, part in decoded.parts),
             busy_seconds=busy_s,
             is_launch_bound=collectives.clock.is_launch_bound,
         )

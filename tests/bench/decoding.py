@@ -1,10 +1,12 @@
-"""What ranks are worth that decode a picture together, beside ComfyUI alone.
+"""What ranks are worth that decode a picture together, whole or in tiles, beside ComfyUI alone.
 
-Run: PYTHONPATH=tests python tests/bench/decoding.py [--gpus cpu:2] [--px 1024 2048] [--rounds N]
+Runs in: the rig's environment. ``install.py bench --only decode`` runs it, and so does
 
-A VAE of FLUX.1's structure and width with random weights; ComfyUI's process and each rank have one
-thread. Both ways take turns, and the first time of each does not count. Prints one JSON object for
-each size: seconds of both ways, their ratio by the fastest, and how far the pictures are apart.
+    PYTHONPATH=tests python tests/bench/decoding.py [--px 1024 2048] [--tile 64] [--rounds N] ...
+
+which prints one JSON object for each size. A VAE has FLUX.1's structure, its width or a fourth of
+it, and random weights; ComfyUI's process and each rank have one thread. Both ways take turns in
+every round, and the first round does not count.
 """
 
 from __future__ import annotations
@@ -12,38 +14,103 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+from bench.rows import Row, compared
 from inside.client import Inside
-from rig.trees import trees_for_tests
+from rig.report import say
+from rig.trees import Tree, trees_for_tests
+
+WIDTH, NARROW = 128, 32
+TILE = 64
+"""Of the latent: what ComfyUI's node for it takes."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", default="cpu:2")
-    parser.add_argument("--px", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--width", type=int, default=128)
-    options = parser.parse_args()
-    env = {"XDIT_GPUS": options.gpus, "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
-    inside = Inside(trees_for_tests()[-1], env)
+@dataclass(frozen=True)
+class Case:
+    """A square picture: ``tile`` is 0 where it is decoded whole."""
+
+    px: int
+    tile: int
+    width: int
+    dtype: str
+
+
+def cases(*, is_quick: bool) -> Iterator[Case]:
+    """Name what is measured: 2048 px in float32 would take more memory than many have."""
+    width = NARROW if is_quick else WIDTH
+    for px, dtype in ((1024, "float32"), (2048, "bfloat16")):
+        for tile in (0, TILE):
+            if not is_quick or px == 1024:
+                yield Case(px, tile, width, dtype)
+
+
+def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
+    """Decoding of each size by two CPU ranks, against ComfyUI alone."""
+    found = []
+    with _ranks(tree, "cpu:2") as inside:
+        for case in cases(is_quick=is_quick):
+            turns = measured(inside, case, num_rounds=3 if is_quick else 1)
+            how = f"in tiles of {8 * case.tile} px" if case.tile else "whole"
+            name = f"VAE decode of {case.px} px {how}, width {case.width}, {case.dtype}"
+            worst = max(turn["largest difference"] for turn in turns)
+            found.append(
+                compared(
+                    f"{name}: 2 CPU ranks against ComfyUI alone",
+                    "s",
+                    [turn["ranks"] for turn in turns],
+                    [turn["one"] for turn in turns],
+                    f"{worst:.1e}" if worst else "same bits",
+                )
+            )
+    return found
+
+
+def measured(inside: Inside, case: Case, num_rounds: int) -> list[dict[str, Any]]:
+    """Decode in both ways in every round, after one that does not count."""
+    turns = []
+    for number in range(num_rounds + 1):
+        turn = inside.call(
+            "decoding:compare",
+            size=[1, case.px // 8, case.px // 8],
+            dtype=case.dtype,
+            width=case.width,
+            tile=case.tile,
+        )
+        say(f"{case}, round {number}: {turn['ranks']:.2f} s, ComfyUI alone {turn['one']:.2f} s")
+        turns.append(turn)
+    return turns[1:]
+
+
+@contextmanager
+def _ranks(tree: Tree, gpus: str) -> Iterator[Inside]:
+    env = {"XDIT_GPUS": gpus, "XDIT_STRICT": "1", "XDIT_START_TIMEOUT": "400"}
+    inside = Inside(tree, env)
     try:
-        for px in options.px:
-            (found,) = inside.call(
-                "decoding:compare",
-                sizes=[[1, px // 8, px // 8]],
-                dtype=options.dtype,
-                rounds=options.rounds,
-                width=options.width,
-            )
-            found["ratio"] = min(found["one"][-options.rounds :]) / min(
-                found["ranks"][-options.rounds :]
-            )
-            sys.stdout.write(json.dumps(found) + "\n")
-            sys.stdout.flush()
+        yield inside
     finally:
         inside.close()
 
 
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpus", default="cpu:2")
+    parser.add_argument("--px", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--tile", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    options = parser.parse_args(arguments)
+    with _ranks(trees_for_tests()[-1], options.gpus) as inside:
+        for px in options.px:
+            case = Case(px, options.tile, options.width, options.dtype)
+            for turn in measured(inside, case, options.rounds):
+                sys.stdout.write(json.dumps({**vars(case), **turn}) + "\n")
+                sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

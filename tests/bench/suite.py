@@ -14,6 +14,7 @@ from pathlib import Path
 from bench import (
     call_overhead,
     compiled,
+    decoding,
     launches,
     overlap,
     plots,
@@ -34,6 +35,7 @@ PIECES: dict[str, Callable[..., list[Row]]] = {
     "steps": steps.rows,
     "overlap": overlap.rows,
     "compiled": compiled.rows,
+    "decode": decoding.rows,
     "attention": xfuser_attention.rows,
     "xfuser": xfuser_step.rows,
 }
@@ -70,7 +72,7 @@ def measure(tree: Tree, options: argparse.Namespace) -> list[Row]:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="install.py bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="minutes instead of half an hour")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour")
     parser.add_argument("--out", type=Path, default=Path(), help="where bench.json is written")
     parser.add_argument("--plots", type=Path, help="where the picture is; default: as --out")
     parser.add_argument(

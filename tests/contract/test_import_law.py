@@ -82,6 +82,7 @@ IMPORTERS = {
         "host/call.py",
         "host/decode/decoder.py",
         "host/decode/decoding.py",
+        "host/decode/tiles.py",
         "host/guest/host.py",
         "host/guest/outer_calls.py",
         "host/guest/wrappers.py",

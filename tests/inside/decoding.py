@@ -14,6 +14,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules import model
@@ -55,7 +56,10 @@ def vae_of(width: int, dtype: str = "float32", z: int = 16, is_deep: bool = Fals
                 state[name] = noise * (tensor[0].numel() ** -0.5)
             else:
                 state[name] = noise * 0.1 + ("norm" in name and "weight" in name)
-        _vaes[key] = comfy.sd.VAE(sd=state, config={"params": config}, dtype=getattr(torch, dtype))
+        vae = comfy.sd.VAE(sd=state, config={"params": config}, dtype=getattr(torch, dtype))
+        if z == 32:
+            vae.upscale_ratio *= 2  # As ComfyUI has it, where it reads the file without a config.
+        _vaes[key] = vae
     return _vaes[key]
 
 
@@ -116,6 +120,7 @@ def decode(
     dtype: str = "float32",
     z: int = 16,
     patch: str = "",
+    tile: int = 0,
 ) -> dict[str, Any]:
     """Decode a latent as the nodes do, and save the picture.
 
@@ -123,6 +128,7 @@ def decode(
         path: of no matter; a part of what names the call.
         size: batch, height and width of what the decoder gets.
         patch: what a node does to the VAE before.
+        tile: size of tiles of the latent; 0 for none.
     """
     vae = vae_of(width, dtype, z)
     batch, height, breadth = size
@@ -130,53 +136,54 @@ def decode(
     latent = latent_of(batch, channels, height // scale, breadth // scale)
     if patch:
         patched(vae, patch)
+    progress: list[tuple[int, int]] = []
+    hook = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, *_, **__: progress.append((value, total))
     seconds = time.perf_counter()
     try:
         with torch.inference_mode():
-            picture = vae.decode(latent)
+            picture = decoded(vae, latent, tile)
     finally:
+        comfy.utils.PROGRESS_BAR_HOOK = hook
         if patch:
             _vaes.clear()
     seconds = time.perf_counter() - seconds
     torch.save(picture, out)
-    return {**status(), "seconds": seconds}
+    return {**status(), "seconds": seconds, "progress": progress}
 
 
-def compare(
-    sizes: list[list[int]], dtype: str, rounds: int, width: int = 128
-) -> list[dict[str, Any]]:
-    """Decode in turn on the ranks that live and in ComfyUI alone; times in seconds."""
+def compare(size: list[int], dtype: str, width: int = 128, tile: int = 0) -> dict[str, Any]:
+    """Decode on the ranks that live, and then in ComfyUI alone; times in seconds."""
     points = sys.modules["comfy_xdit_patch.host.guest.activation"].ACTIVATION.decode
     start()
-    decoder = vae_of(width, dtype, is_deep=True).first_stage_model
-    found = []
-    for size in sizes:
-        latent = latent_of(size[0], 16, *size[1:]).to(decoder.decoder.conv_in.weight.dtype)
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        pictures = {}
-        before = status()["totals"]["decodes_parallel"]
-        comfy.model_management.load_models_gpu([vae_of(width, dtype, is_deep=True).patcher])
+    vae = vae_of(width, dtype, is_deep=True)
+    latent = latent_of(size[0], 16, *size[1:])
+    before = status()["totals"]["decodes_parallel"]
+    seconds, pictures = {}, {}
+    for way in (True, False):
+        points.active = way
+        begin = time.perf_counter()
         with torch.inference_mode():
-            for way in [True, False] * (rounds + 1):
-                points.active = way
-                begin = time.perf_counter()
-                pictures[way] = decoder.decode(latent)
-                seconds[way].append(time.perf_counter() - begin)
-        points.active = True
-        assert status()["totals"]["decodes_parallel"] == before + rounds + 1
-        difference = (pictures[True] - pictures[False]).float().abs()
-        found.append(
-            {
-                "size": size,
-                "dtype": dtype,
-                "ranks": seconds[True],
-                "one": seconds[False],
-                "largest difference": difference.max().item(),
-                "largest value": pictures[False].float().abs().max().item(),
-                "mean difference": difference.mean().item(),
-            }
-        )
-    return found
+            pictures[way] = decoded(vae, latent, tile)
+        seconds[way] = time.perf_counter() - begin
+    points.active = True
+    after = status()
+    assert after["totals"]["decodes_parallel"] == before + 1, after["decodes_alone"]
+    difference = (pictures[True] - pictures[False]).float().abs()
+    return {
+        "ranks": seconds[True],
+        "one": seconds[False],
+        "largest difference": difference.max().item(),
+        "mean difference": difference.mean().item(),
+        "spread": pictures[False].float().std().item(),
+    }
+
+
+def decoded(vae: Any, latent: torch.Tensor, tile: int) -> torch.Tensor:
+    """Decode as the nodes do: whole, or in tiles of the latent that overlap by an eighth."""
+    if not tile:
+        return vae.decode(latent)
+    return vae.decode_tiled(latent, tile_x=tile, tile_y=tile, overlap=tile // 8)
 
 
 def patched(vae: Any, patch: str) -> None:
@@ -194,6 +201,8 @@ def patched(vae: Any, patch: str) -> None:
         decoder.mid.attn_1.optimized_attention = lambda *qkv: stock_attention(*qkv) * 0.5
     elif patch == "attribute":
         decoder.norm_out.eps = 0.1
+    elif patch == "no memory":
+        no_memory_for_whole_pictures(vae.first_stage_model)
     elif patch == "in place":
         with torch.inference_mode():
             decoder.conv_out.bias += 0.5
@@ -201,11 +210,23 @@ def patched(vae: Any, patch: str) -> None:
         raise ValueError(patch)
 
 
-def interrupted(out: str, size: list[int]) -> str:
+def no_memory_for_whole_pictures(model: Any) -> None:
+    """Have ComfyUI find that a card has not the memory for more than a tile."""
+    stock = model.decode
+
+    def decode(z: torch.Tensor) -> Any:
+        if z.shape[2] * z.shape[3] > 64 * 64:
+            raise comfy.model_management.OOM_EXCEPTION("no memory")
+        return stock(z)
+
+    model.decode = decode
+
+
+def interrupted(out: str, size: list[int], tile: int, dtype: str) -> str:
     """Cancel the prompt, and decode: ComfyUI's own exception comes out."""
     comfy.model_management.interrupt_current_processing(True)
     try:
-        decode("", out, size)
+        decode("", out, size, tile=tile, dtype=dtype)
     except BaseException as error:  # noqa: BLE001 - a test looks what it is
         return type(error).__name__
     finally:

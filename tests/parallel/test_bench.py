@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import call_overhead, steps, suite
+from bench import call_overhead, decoding, steps, suite
 from bench.rows import Row, compared, text_of
 from rig.trees import Tree
 
@@ -96,3 +96,18 @@ def test_a_turn_of_a_strategy_is_parallel_and_tells_times_and_bytes(
     assert turn.inside_ms > 0
     assert turn.rank_bytes > 0
     assert turn.latent.isfinite().all()
+
+
+@pytest.mark.newest_only
+@pytest.mark.thorough
+def test_decoding_is_measured_whole_and_in_tiles(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [decoding.Case(1024, tile, 32, "bfloat16") for tile in (0, 64)]
+    monkeypatch.setattr(decoding, "cases", lambda **_: cases)
+    whole, tiled = decoding.rows(tree, is_quick=False)
+    for row in (whole, tiled):
+        check(json.loads(json.dumps(dataclasses.asdict(row))))
+    assert whole.parity is not None
+    assert 0 < float(whole.parity) < 0.06
+    assert tiled.parity == "same bits"

@@ -93,6 +93,35 @@ def test_large_pictures_are_decoded_by_all_ranks(
     assert num_decodes == 1, after["state"]
 
 
+TILED: dict[str, dict[str, Any]] = {
+    "by the node": {"size": LARGE, "tile": 64},
+    "FLUX.2's, bf16": {"size": [1, 130, 128], "z": 32, "dtype": "bfloat16", "tile": 24},
+    "for want of memory": {"size": LARGE, "patch": "no memory"},
+}
+
+
+@pytest.mark.group("2")
+@pytest.mark.every_version
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_of_large_pictures_are_decoded_by_all_ranks_to_the_same_bits(
+    tree: Tree, inside: Callable[..., Inside], tmp_path: Path, name: str
+) -> None:
+    if not is_whole() and name != "FLUX.2's, bf16":
+        pytest.skip("one of each mechanism")
+    stock, ranks = inside(tree, XDIT_STRATEGY="off"), inside(tree, XDIT_GPUS="cpu:2", **STRICT)
+    before = ranks.call("forwards:status")
+    expected, got, after = decoded(stock, ranks, tmp_path, **TILED[name])
+    assert expected.std() > 0.1
+    assert torch.equal(got, expected)
+    assert decodes(after)["parallel"] == decodes(before)["parallel"] + 1, after["last_error"]
+    assert decodes(after)["alone"] == decodes(before)["alone"]
+    sent = [s["totals"]["bytes_from_workers"] for s in (before, after)]
+    assert sent[1] - sent[0] > expected.numel() * 3  # each pixel is in a tile of three passes
+    values, totals = zip(*after["progress"], strict=True)
+    assert values[-1] == totals[-1]
+    assert list(values) == sorted(set(values)), "each tile once"
+
+
 PATCHES = {
     "weights": "a node patched the VAE",
     "forward": "a node replaced the forward of conv_out by ",
@@ -138,12 +167,16 @@ def test_a_weight_that_was_edited_in_place_is_carried_again(
 
 @pytest.mark.group("2")
 @pytest.mark.newest_only
+@pytest.mark.parametrize(
+    "tile", [0, pytest.param(64, marks=pytest.mark.thorough)], ids=["whole", "in tiles"]
+)
 def test_a_rank_lost_while_it_decodes_costs_no_picture(
-    tree: Tree, inside: Callable[..., Inside], tmp_path: Path
+    tree: Tree, inside: Callable[..., Inside], tmp_path: Path, tile: int
 ) -> None:
     stock, ranks = inside(tree, XDIT_STRATEGY="off"), inside(tree, XDIT_GPUS="cpu:2", **STRICT)
     out = {name: str(tmp_path / f"{name}.pt") for name in ("stock", "ranks")}
-    case = {"path": "", "size": LARGE}
+    dtype = "bfloat16" if tile else "float32"  # Tiles take four times as long.
+    case = {"path": "", "size": LARGE, "tile": tile, "dtype": dtype}
     stock.call("decoding:decode", out=out["stock"], **case)
     ranks.call("decoding:start")
     before = ranks.call("decoding:decode", out=out["ranks"], **case)
@@ -170,15 +203,16 @@ def cpu_seconds(pid: int) -> float:
 
 @pytest.mark.group("2")
 @pytest.mark.newest_only
+@pytest.mark.parametrize("tile", [0, 64], ids=["whole", "in tiles"])
 def test_the_user_can_cancel_while_ranks_decode(
-    tree: Tree, inside: Callable[..., Inside], tmp_path: Path
+    tree: Tree, inside: Callable[..., Inside], tmp_path: Path, tile: int
 ) -> None:
     ranks = inside(tree, XDIT_GPUS="cpu:2", **STRICT)
     ranks.call("decoding:start")
-    raised = ranks.call("decoding:interrupted", out=str(tmp_path / "ranks.pt"), size=LARGE)
-    assert raised == "InterruptProcessingException"
+    case = {"out": str(tmp_path / "ranks.pt"), "size": LARGE, "tile": tile, "dtype": "bfloat16"}
+    assert ranks.call("decoding:interrupted", **case) == "InterruptProcessingException"
     before = decodes(ranks.call("forwards:status"))
-    after = ranks.call("decoding:decode", path="", out=str(tmp_path / "ranks.pt"), size=LARGE)
+    after = ranks.call("decoding:decode", path="", **case)
     assert decodes(after)["parallel"] == before["parallel"] + 1
 
 

@@ -4,7 +4,9 @@ Runs in: host process.
 
 ComfyUI decodes on one GPU when the steps are done, and the others wait. What a rank computes of a
 picture is in ``worker/decode/lines.py``. Pictures from 1024 x 1024 px on are shared, where the
-ranks live and the decoder is ComfyUI's own; all else is left alone.
+ranks live and the decoder is ComfyUI's own; all else is left alone. Where ComfyUI decodes such a
+picture in tiles (the node for it, or too little memory), a rank has whole tiles, and decodes them
+as ComfyUI alone does. Tiles from 1024 x 1024 px on are shared as pictures are.
 
 ComfyUI has made room for the whole picture on its own GPU by the time it calls the decoder
 (``VAE.decode``). A rank that has not the room for its part says so before any of them begins, and
@@ -17,6 +19,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,7 @@ from comfy_xdit_patch.errors import (
 from comfy_xdit_patch.host.boundary import theirs
 from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.decode.decoder import CarriedDecoders, Decoder
+from comfy_xdit_patch.host.decode.tiles import ELSEWHERE, ElsewhereError, Tiles, owners_of
 from comfy_xdit_patch.host.pool.crew import Crew, Room
 from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.host.reading.arguments import check_grad
@@ -54,6 +58,8 @@ CHANNELS = (16, 32)
 BYTES_A_PIXEL = 2178
 """Of one-byte values, what ComfyUI counts for a decoder's work (comfy/sd.py, VAE.__init__)."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+TILES_A_RANK = 8
+"""That are decoded before ComfyUI's progress bar goes on."""
 NUM_TIMED = 2
 """Pictures of each way; the first warms up."""
 TO_COMPARE = Refusal("it is compared with the workers", Scope.STEP)
@@ -82,12 +88,15 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What a latent is decoded to."""
+    """What a latent is decoded to, or tiles are, one behind the other."""
 
+    latent: torch.Tensor | list[torch.Tensor]
     shape: tuple[int, ...]
-    """(B, 3, H, W)."""
+    """(B, 3, H, W), or how many values."""
     working_bytes: int
     """Of the rank that has most of it."""
+    owners: tuple[int, ...] = ()
+    """The rank of each tile."""
 
 
 class Decoding:
@@ -108,6 +117,8 @@ class Decoding:
         self._totals = totals
         self._memory = memory
         self._pace = Pace() if measures else None
+        self.tiles: ContextVar[Tiles | None] = ContextVar("tiles", default=None)
+        """Of the picture that ComfyUI decodes in tiles now."""
 
     def decode(
         self, module: Any, arguments: Mapping[str, Any], compute: Callable[[], torch.Tensor]
@@ -125,66 +136,161 @@ class Decoding:
         Raises:
             InterruptProcessingException: the user cancelled.
         """
-        crew = self._pool.crew
-        picture = None if crew is None else self._picture(crew, module, arguments)
-        if crew is None or picture is None:
+        tiles = self.tiles.get()
+        if tiles is not None:
+            return tiles.picture_of(module, arguments)
+        crew, latent = self._pool.crew, arguments["z"]
+        if crew is None or len(arguments) > 1 or getattr(latent, "ndim", 0) != 4:
             return None
-        latent = arguments["z"]
+        if not self._is_ours(crew, module, latent.dtype, latent.device):
+            return None
+        batch, _, num_lines, width = latent.shape
+        scale = scale_of(module)
+        if num_lines * width * scale**2 < MIN_PIXELS or num_lines < crew.world_size:
+            return None
+        most = batch * math.ceil(num_lines / crew.world_size) * width * scale**2
+        picture = Picture(
+            latent,
+            (batch, module.conv_out.out_channels, num_lines * scale, width * scale),
+            _working_bytes(crew, latent, most),
+        )
         kind = (weakref.ref(module), picture.shape, latent.dtype)
+
+        def on_ranks() -> tuple[torch.Tensor | None, Refusal | None]:
+            outcome = self._decoded(crew, module, picture)
+            return (None, outcome) if isinstance(outcome, Refusal) else (outcome, None)
+
+        return self._faster(kind, crew, latent.device, on_ranks, compute)
+
+    def decode_tiled(
+        self, vae: Any, call: Mapping[str, Any], compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Have the ranks decode tiles while ComfyUI decodes a latent in tiles.
+
+        Args:
+            vae: ComfyUI's ``VAE``.
+            call: the arguments of its ``decode_tiled_`` by name.
+            compute: that method with them.
+
+        Returns:
+            The picture (B, 3, H, W), or None: the caller decodes.
+
+        Raises:
+            InterruptProcessingException: the user cancelled.
+        """
+        crew = self._pool.crew
+        module = getattr(vae.first_stage_model, "decoder", None)
+        if crew is None or not self._is_ours(crew, module, vae.vae_dtype, vae.device):
+            return None
+        samples, sizes = call["samples"], (call["tile_x"], call["tile_y"], call["overlap"])
+        pixels = vae.upscale_ratio**2
+        if not sizes[0] * sizes[1] * pixels < MIN_PIXELS <= math.prod(samples.shape[2:]) * pixels:
+            return None
+
+        def on_ranks() -> tuple[torch.Tensor | None, Refusal | None]:
+            decoder = Decoder.of(module)
+            if isinstance(decoder, Refusal):
+                return None, decoder
+            tiles = Tiles(
+                module,
+                scale=scale_of(module),
+                num_ahead=TILES_A_RANK * crew.world_size,
+                decode=lambda latents: self._tiles_decoded(crew, module, latents),
+            )
+            token = self.tiles.set(tiles)
+            try:
+                compute()
+                tiles.is_noting = False
+                return theirs(compute)(), tiles.refusal
+            except ElsewhereError:
+                return None, ELSEWHERE
+            finally:
+                self.tiles.reset(token)
+
+        kind = (weakref.ref(module), tuple(samples.shape), sizes, vae.vae_dtype)
+        return self._faster(kind, crew, vae.device, on_ranks, compute, how=" in tiles")
+
+    def _faster(
+        self,
+        kind: Hashable,
+        crew: Crew,
+        device: torch.device,
+        on_ranks: Callable[[], tuple[torch.Tensor | None, Refusal | None]],
+        compute: Callable[[], torch.Tensor],
+        how: str = "",
+    ) -> torch.Tensor | None:
+        """Return the picture of the way that is faster, or is not known yet.
+
+        Args:
+            device: that ComfyUI decodes on.
+            on_ranks: returns the picture, if it has one, and why ranks have not made all of it.
+        """
         alone = None if self._pace is None else self._pace.alone(kind)
         if alone is TO_COMPARE:
             assert self._pace is not None, "it compares"
-            _finish(latent.device)
+            _finish(device)
             start = time.perf_counter()
             out: torch.Tensor | None = theirs(compute)()
-            _finish(latent.device)
+            _finish(device)
             self._pace.took(kind, time.perf_counter() - start, is_one=True)
             self._totals.decodes_alone[alone.reason] += 1
             return out
         start = time.perf_counter()
-        outcome = alone or self._decoded(crew, module, latent, picture)
+        out, refusal = (None, alone) if alone else on_ranks()
         seconds = time.perf_counter() - start
-        if isinstance(outcome, Refusal):
-            out = theirs(compute)() if outcome.has_raised else None
-            self._totals.decodes_alone[outcome.reason] += 1
-            note_once(f"a picture is decoded on one GPU: {outcome.reason}")
+        if refusal is not None:
+            if out is None and refusal.has_raised:
+                out = theirs(compute)()
+            self._totals.decodes_alone[refusal.reason] += 1
+            note_once(f"a picture is decoded on one GPU: {refusal.reason}")
             return out
+        assert out is not None, "made by the ranks"
         if self._pace is not None:
             self._pace.took(kind, seconds, is_one=False)
         self._totals.decodes_parallel += 1
         self._totals.decode_seconds = seconds
-        *_, height, width = picture.shape
+        *_, height, width = out.shape
         say(
-            f"xDiT: {width} x {height} px decoded on {crew.world_size} {crew.device_word}, "
-            f"{seconds:.1f} s"
+            f"xDiT: {width} x {height} px decoded{how} on {crew.world_size} "
+            f"{crew.device_word}, {seconds:.1f} s"
         )
-        return outcome
+        return out
 
-    def _picture(self, crew: Crew, module: Any, arguments: Mapping[str, Any]) -> Picture | None:
-        """Return what the ranks would decode a latent to; None for what is left alone."""
-        latent = arguments["z"]
-        if crew.world_size < 2 or len(arguments) > 1 or type(module) is not self._pristine.decoder:
-            return None
-        if not isinstance(latent, torch.Tensor) or latent.ndim != 4 or latent.dtype not in FLOATS:
-            return None
-        batch, channels, num_lines, width = latent.shape
-        scale = 2 ** (module.num_resolutions - 1)
-        is_large = num_lines * width * scale**2 >= MIN_PIXELS and num_lines >= crew.world_size
-        is_cpu = crew.workers[0].device.is_cpu
-        if not is_large or channels not in CHANNELS or (latent.device.type == "cpu") != is_cpu:
-            return None
-        most = batch * math.ceil(num_lines / crew.world_size) * width * scale**2
-        return Picture(
-            (batch, module.conv_out.out_channels, num_lines * scale, width * scale),
-            0 if is_cpu else BYTES_A_PIXEL * most * latent.element_size(),
+    def _is_ours(self, crew: Crew, module: Any, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the ranks could decode what a decoder decodes, be it large or not."""
+        return (
+            crew.world_size > 1
+            and type(module) is self._pristine.decoder
+            and module.conv_in.in_channels in CHANNELS
+            and dtype in FLOATS
+            and (device.type == "cpu") == crew.workers[0].device.is_cpu
         )
 
-    def _decoded(
-        self, crew: Crew, module: Any, latent: torch.Tensor, picture: Picture
-    ) -> torch.Tensor | Refusal:
+    def _tiles_decoded(
+        self, crew: Crew, module: Any, latents: list[torch.Tensor]
+    ) -> list[torch.Tensor] | Refusal:
+        scale, channels = scale_of(module), module.conv_out.out_channels
+        shapes = [(len(z), channels, z.shape[2] * scale, z.shape[3] * scale) for z in latents]
+        num_values = [math.prod(shape) for shape in shapes]
+        picture = Picture(
+            latents,
+            (sum(num_values),),
+            _working_bytes(crew, latents[0], max(num_values) // channels),
+            tuple(owners_of(num_values, crew.world_size)),
+        )
+        out = self._decoded(crew, module, picture)
+        if isinstance(out, Refusal):
+            return out
+        return [
+            part.view(shape)
+            for part, shape in zip(torch.split(out, num_values), shapes, strict=True)
+        ]
+
+    def _decoded(self, crew: Crew, module: Any, picture: Picture) -> torch.Tensor | Refusal:
         decoder = Decoder.of(module)
         if isinstance(decoder, Refusal):
             return decoder
+        latent = picture.latent[0] if isinstance(picture.latent, list) else picture.latent
         call = Call(module, decoder, {"x": latent}, Run())
         try:
             changes = [
@@ -217,7 +323,7 @@ class Decoding:
         slots = crew.slots
         with crew.turn(call.poll) as turn:
             written = slots.bytes_written
-            tree = turn.put("latent.x", latent)  # a name that is always new: not compared
+            tree = turn.put("latent.x", picture.latent)  # a name that is always new: not compared
             result = slots.result_slot(math.prod(picture.shape) * torch.float32.itemsize)
             replies = turn.compute(
                 Decode(
@@ -228,6 +334,7 @@ class Decoding:
                     attributes=carried.attributes,
                     latent=tree,
                     result=result.number,
+                    owners=list(picture.owners),
                 ),
                 room=Room(picture.working_bytes, lambda _: self._memory.empty_cache()),
             )
@@ -240,6 +347,18 @@ class Decoding:
         if not is_finite(out):
             return Refusal("the workers' picture has NaN or infinity in it", Scope.STEP)
         return out
+
+
+def scale_of(module: Any) -> int:
+    """Return how many pixels a decoder makes of one of its latent, in each direction."""
+    scale: int = 2 ** (module.num_resolutions - 1)
+    return scale
+
+
+def _working_bytes(crew: Crew, latent: torch.Tensor, num_pixels: int) -> int:
+    """Return what decoding takes on a card; 0 of CPU ranks, where nobody looks for it."""
+    is_cpu = crew.workers[0].device.is_cpu
+    return 0 if is_cpu else BYTES_A_PIXEL * num_pixels * latent.element_size()
 
 
 def _finish(device: torch.device) -> None:

@@ -134,6 +134,7 @@ class Host:
             memory=self.memory,
             measures=not settings.strict,
         )
+        self.tiles = self._decoding.tiles
         self._lock = threading.RLock()
 
     def successor(self, devices: Sequence[Device], settings: Settings) -> Host:
@@ -251,6 +252,13 @@ class Host:
         """Decode one latent on the workers; see ``Decoding.decode``."""
         with self._lock:
             return self._decoding.decode(decoder, arguments, compute)
+
+    def decode_tiled(
+        self, vae: Any, call: Mapping[str, Any], compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Decode one latent in tiles; see ``Decoding.decode_tiled``."""
+        with self._lock:
+            return self._decoding.decode_tiled(vae, call, compute)
 
     def free(self, required: float, device: Any, *, for_dynamic: bool) -> None:
         """Have workers give memory back: all of it for Free and Unload, or what is missing."""

@@ -108,7 +108,7 @@ def sampling_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
 
 
 def decode_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
-    """The point that decodes latents on the ranks; without it ComfyUI decodes them."""
+    """The points that decode latents on the ranks; without them ComfyUI decodes them."""
     return (
         PatchPoint(
             "comfy.ldm.modules.diffusionmodules.model",
@@ -117,6 +117,21 @@ def decode_points(wrappers: Wrappers) -> tuple[PatchPoint, ...]:
             frozenset({"z"}),
             "The narrowest place that every decoding of a FLUX latent crosses, whole or in tiles: "
             "after ComfyUI has loaded the VAE and made room. The payload is the latent.",
+        ),
+        PatchPoint(
+            "comfy.sd",
+            "VAE.decode_tiled_",
+            wrappers.decode_tiled,
+            frozenset({"samples", "tile_x", "tile_y", "overlap"}),
+            "Begin and end of decoding in tiles, by the node for it or for want of memory.",
+        ),
+        PatchPoint(
+            "comfy.utils",
+            "tiled_scale",
+            wrappers.tiled_scale,
+            frozenset({"samples", "function", "output_device", "pbar"}),
+            "Which tiles ComfyUI is about to decode one by one, so that ranks decode several at "
+            "once. It cuts and blends them itself.",
         ),
     )
 

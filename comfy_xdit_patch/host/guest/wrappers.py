@@ -83,24 +83,35 @@ class Wrappers:
 
     def decode(self, wrapped: Call, decoder: Any, args: Any, kwargs: Any) -> Any:
         """Compute a VAE's ``Decoder.forward`` on the workers if it is worth it."""
+        return self._decode(self._host.decode, wrapped, decoder, args, kwargs)
+
+    def decode_tiled(self, wrapped: Call, vae: Any, args: Any, kwargs: Any) -> Any:
+        """Have the workers decode tiles while ``VAE.decode_tiled_`` blends them."""
+        return self._decode(self._host.decode_tiled, wrapped, vae, args, kwargs)
+
+    def tiled_scale(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
+        """Note which tiles of a picture there will be, where ``decode_tiled`` looks ahead."""
+        tiles = self._host.tiles.get()
+        if tiles is None or not tiles.is_noting:
+            return wrapped(*args, **kwargs)
+        return tiles.note(wrapped, self._bind(wrapped, args, kwargs))
+
+    def _decode(self, ours: Call, wrapped: Call, module: Any, args: Any, kwargs: Any) -> Any:
         if not self._host.settings.decodes:
             return wrapped(*args, **kwargs)
         with self._between.busy():  # One may be outside of any prompt.
-            return self._decode(wrapped, decoder, args, kwargs)
-
-    def _decode(self, wrapped: Call, decoder: Any, args: Any, kwargs: Any) -> Any:
-        ours = attempt(
-            lambda: self._host.decode(
-                decoder, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
+            made = attempt(
+                lambda: ours(
+                    module, self._bind(wrapped, args, kwargs), lambda: wrapped(*args, **kwargs)
+                )
             )
-        )
-        if ours.out is not None:
-            return ours.out
-        out = wrapped(*args, **kwargs)
-        if ours.fault is not None:
-            with our_faults_stay_ours("decoding a picture"):
-                raise ours.fault
-        return out
+            if made.out is not None:
+                return made.out
+            out = wrapped(*args, **kwargs)
+            if made.fault is not None:
+                with our_faults_stay_ours("decoding a picture"):
+                    raise made.fault
+            return out
 
     def load_controlnet(self, wrapped: Call, _: Any, args: Any, kwargs: Any) -> Any:
         """Note which file a ControlNet came from."""

@@ -232,6 +232,9 @@ class Fetch:
 class Decode:
     """Decode a latent; each rank writes its lines of the picture to the slot ``result``.
 
+    With ``owners`` the latent is a list of tiles, and this is the rank of each: it writes the whole
+    picture of that tile, behind those of the tiles before.
+
     ``decoder`` are the arguments of ComfyUI's class (``wire/decoders.py``), ``weights`` the places
     of its weights by name, and ``key`` names all of that. ``attributes`` are the host's.
     ``working_bytes`` as in ``Forward``.
@@ -244,6 +247,7 @@ class Decode:
     attributes: dict[str, dict[str, str]]
     latent: Tree
     result: int
+    owners: list[int] = field(default_factory=list)
     working_bytes: int = 0
 
 

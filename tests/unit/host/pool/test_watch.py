@@ -155,6 +155,7 @@ def test_the_kind_of_a_step_is_its_model_its_degrees_and_its_shapes():
         Control(1, 2, 3, [1, 1, 1, 2, 1], [], {}),
         RunBlock(1, 2, "double_blocks.0", [1, 1, 1, 2, 1], [], [4, 8, 0], {}, None, [1], True),
         Decode(1, "ab", {}, {}, {}, {"$slot": [0, 9, "float32", [1, 16, 128, 128]]}, 3),
+        Decode(1, "ab", {}, {}, {}, [{"$slot": [0, 9, "float32", [1, 16, 64, 64]]}], 3, [1]),
         Fetch(1, 2, [1, 1, 1, 2, 1], [], ["kept", 1], "image", [4, 8, 0], 0),
     ],
 )
