@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 from comfy_xdit_patch.errors import SettingsError
 from comfy_xdit_patch.planning.strategy import BALANCING, Balancing, Strategy, parse_strategy
+from comfy_xdit_patch.planning.transfers import TRANSFER_DTYPES, TransferDtype
 from comfy_xdit_patch.variables import OF_XFUSER, VARIABLES
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Settings:
     gpus: AskedDevices
     strategy: Strategy
     balance: Balancing
+    transfer_dtype: TransferDtype
     gpu_memory_bytes: int | None
     """None is ``auto``."""
     decodes: bool
@@ -73,7 +75,7 @@ class Settings:
     @property
     def of_workers(self) -> tuple[object, ...]:
         """What workers, or what is known of theirs, rests on: with others it takes new workers."""
-        return self.strict, self.step_timeout_s, self.cpu_threads
+        return self.strict, self.step_timeout_s, self.cpu_threads, self.transfer_dtype
 
     @property
     def is_off(self) -> bool:
@@ -103,6 +105,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         gpus=parsed("XDIT_GPUS", parse_gpus),
         strategy=parsed("XDIT_STRATEGY", parse_strategy),
         balance=parsed("XDIT_BALANCE", _one_of(BALANCING)),
+        transfer_dtype=parsed("XDIT_TRANSFER_DTYPE", _one_of(TRANSFER_DTYPES)),
         gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _or_none("auto", _gib)),
         decodes=parsed("XDIT_VAE", _one_of(("auto", "off"))) == "auto",
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
@@ -131,6 +134,7 @@ def written(settings: Settings) -> dict[str, str]:
         "XDIT_GPUS": str(settings.gpus),
         "XDIT_STRATEGY": str(settings.strategy),
         "XDIT_BALANCE": settings.balance,
+        "XDIT_TRANSFER_DTYPE": settings.transfer_dtype,
         "XDIT_GPU_MEMORY": _number(gib, "auto"),
         "XDIT_VAE": "auto" if settings.decodes else "off",
         "XDIT_STRICT": str(int(settings.strict)),

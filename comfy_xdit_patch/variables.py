@@ -83,6 +83,19 @@ VARIABLES = (
         "one would not fit on its card beside the weights.",
     ),
     Variable(
+        "XDIT_TRANSFER_DTYPE",
+        "exact",
+        "exact, int8 or fp8",
+        "In which form q, k, v and attention's output travel between ranks that exchange tokens "
+        "for heads (`ulysses`, also in `auto` and `usp`). `exact`: in the model's dtype. `int8` "
+        "and `fp8` (e4m3): in 8 bits, with a scale for each 32 values: 53 % of bf16's bytes, for "
+        "GPUs whose links are slow. Both are approximations, used only by name, and the log's line "
+        "for a run says so; `int8` is two to four times nearer to the exact image, on any GPU "
+        "([how near](parity.md#transfers-in-8-bits)). Nothing else changes its form: keys that go "
+        "round a ring, sums of `tensor`, weights, and what `pipefusion` exchanges. A change takes "
+        "new workers.",
+    ),
+    Variable(
         "XDIT_GPU_MEMORY",
         "auto",
         "auto, or GiB of each card, a number above 0 such as 24",

@@ -75,6 +75,11 @@ class Degrees:
         """PipeFusion uses keys and values of the call before: its image is an approximation."""
         return self.pipefusion == 1
 
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether ranks exchange tokens for heads of whole calls, which can be in 8 bits."""
+        return self.ulysses > 1 and self.pipefusion == 1
+
     def places(self) -> Iterator[tuple[int, ...]]:
         """Each rank's index in every one of ``AXES``."""
         return product(*map(range, self.grid))

@@ -93,12 +93,16 @@ def summary(run: RunReport, *, device_word: str, num_runs: int = 1) -> str:
         chosen = ["the faster, as measured"] if run.steps_chose_one_gpu else []
         reasons = "; ".join([*chosen, *run.fall_back_reasons]) or "to compare"
         return f"xDiT: {run.steps} {steps} on one GPU ({reasons})"
-    plan = run.plan if run.is_exact else f"{run.plan}, approximate"
+    plan = f"{run.plan}"
+    if run.transfer_dtype != "exact":
+        plan += f", transfers in {run.transfer_dtype}"
+    if not run.is_exact:
+        plan += ", approximate"
     text = (
         f"xDiT: {run.steps_parallel} {steps} on {run.ranks} {device_word} ({plan}), "
         f"{run.steps_fell_back} fell back, {run.ms_per_step:.0f} ms/step"
     )
-    if not run.is_exact:
+    if run.steps_warm_up:
         text += f", {run.steps_warm_up} exact as warm-up"
     if run.speedup is not None:
         text += f", {run.speedup:.2f}x of ComfyUI alone as measured here"

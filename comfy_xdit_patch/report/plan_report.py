@@ -23,6 +23,7 @@ from comfy_xdit_patch.planning.cost.model_shape import (
     workload_for,
 )
 from comfy_xdit_patch.planning.residency import gib
+from comfy_xdit_patch.planning.transfers import TRANSFER_DTYPES
 
 NUM_ROWS = 12
 """Rows of the table, the fastest first, without ``--all``."""
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("overlap",),
         help="compute nothing while q, k and v are on their way",
     )
+    parser.add_argument(
+        "--transfer-dtype",
+        choices=TRANSFER_DTYPES,
+        default="exact",
+        help="in which form heads travel between ranks (default: exact; others are approximate)",
+    )
     parser.add_argument("--strategy", default="auto", help=STRATEGY_LEGAL)
     parser.add_argument("--all", action="store_true", help="every plan, also those dropped")
 
@@ -94,6 +101,11 @@ def plan_table(options: argparse.Namespace) -> Table:
         lines += ["", *_summary(choice)]
     chosen = choice.chosen
     lines += ["", f"{asked.text} takes {chosen.plan.name}: {choice.why}."]
+    if options.transfer_dtype != "exact" and chosen.plan.exchanges_heads:
+        lines.append(
+            f"Transfers in {options.transfer_dtype} are an approximation "
+            f"(XDIT_TRANSFER_DTYPE={options.transfer_dtype})."
+        )
     if not chosen.plan.is_exact:
         lines.append("PipeFusion is an approximation: its image differs from one GPU's.")
     return Table("\n".join(lines), is_possible=True)
@@ -133,6 +145,7 @@ def _job(options: argparse.Namespace) -> Job:
         num_steps=options.steps or shape.num_steps,
         execution=COMPILED if options.compiled else EAGER,
         overlaps=options.without != "overlap",
+        transfer_dtype=options.transfer_dtype,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from comfy_xdit_patch import __version__
+from comfy_xdit_patch.planning.transfers import TransferDtype
 
 SCHEMA = 1
 
@@ -177,7 +178,8 @@ class RunReport:
     strategy: str | None
     plan: str | None
     is_exact: bool
-    """Not with PipeFusion, but for its first calls."""
+    """Not with PipeFusion, but for its first calls, and not where heads travel in 8 bits."""
+    transfer_dtype: TransferDtype
     steps_warm_up: int
     """Exact calls of PipeFusion."""
     ranks: int

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.report.schema import Counts, LastError, Reason, RunReport, Start
 from comfy_xdit_patch.report.troubleshooting import remedy_of
 
@@ -26,6 +27,8 @@ class RunCounts:
     """Counts of a run that is going on."""
 
     plan: ParallelPlan | None = None
+    transfer_dtype: TransferDtype = "exact"
+    """In which form heads travelled; approximate if they did so in any step."""
     parallel_seconds: list[float] = field(default_factory=list)
     fall_backs: Counter[str] = field(default_factory=Counter)
     gathered: Counter[str] = field(default_factory=Counter)
@@ -40,6 +43,8 @@ class RunCounts:
     def add(self, other: RunCounts) -> None:
         """Count another run's steps too."""
         self.plan = other.plan or self.plan
+        if other.transfer_dtype != "exact":
+            self.transfer_dtype = other.transfer_dtype
         self.parallel_seconds += other.parallel_seconds
         self.fall_backs += other.fall_backs
         self.gathered += other.gathered
@@ -67,7 +72,8 @@ class RunCounts:
             speedup=self.one_seconds / median if self.one_seconds and median else None,
             strategy=self.plan.strategy if parallel and self.plan else None,
             plan=self.plan.name if self.plan else None,
-            is_exact=self.plan is None or self.plan.is_exact,
+            is_exact=self.plan is None or (self.plan.is_exact and self.transfer_dtype == "exact"),
+            transfer_dtype=self.transfer_dtype,
             steps_warm_up=self.warm_ups,
             ranks=ranks if parallel else 1,
         )

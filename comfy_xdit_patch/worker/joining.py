@@ -75,6 +75,7 @@ def join(
         store_fd=store_fd,
         join_timeout_s=start.join_timeout_s,
         step_timeout_s=start.step_timeout_s,
+        transfer_dtype=start.transfer_dtype,
     )
     phase_done("join", "the first exchange between ranks")
     channel.send(Joining(rank), deadline_s=REPLY_DEADLINE_S)

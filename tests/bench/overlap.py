@@ -265,7 +265,9 @@ class Bench:
         }
 
 
-def same_size(_: Any, data: Any, group: Any, *, sent: Any, received: Any) -> Callable[[], Any]:
+def same_size(
+    _: Any, data: Any, group: Any, width: int, *, sent: Any, received: Any
+) -> Callable[[], Any]:
     """Exchange nothing: a rank computes with what it has."""
     return lambda: data.new_zeros(sum(received))
 

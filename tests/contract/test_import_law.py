@@ -118,6 +118,7 @@ IMPORTERS = {
         "worker/attention/masks.py",
         "worker/attention/prescribed.py",
         "worker/attention/ring.py",
+        "worker/attention/transfer_dtypes.py",
         "worker/attention/ulysses.py",
         "worker/calls.py",
         "worker/decode/decoders.py",

@@ -14,6 +14,7 @@ NAMES = {
     "XDIT_GPUS",
     "XDIT_STRATEGY",
     "XDIT_BALANCE",
+    "XDIT_TRANSFER_DTYPE",
     "XDIT_GPU_MEMORY",
     "XDIT_VAE",
     "XDIT_STRICT",

@@ -20,9 +20,9 @@ import pytest
 from rig import graphs
 from rig.breadth import how_many
 from rig.checkpoints import Sizes, models_directory
-from rig.compare import compare_all
+from rig.compare import Difference, compare_all
 from rig.faults import descendants, is_running, num_fds, num_threads
-from rig.pair import STRICT, run, run_stock
+from rig.pair import STRICT, latent_error, run, run_stock
 from rig.server import Server, base_directory
 from rig.sockets import internet_sockets
 from rig.trees import Tree
@@ -33,8 +33,11 @@ CHANGES = how_many(50, whole=50, variable="STEERING_CHANGES")
 SEED = how_many(1, whole=1, variable="STEERING_SEED")
 STRATEGIES = ("auto", "ulysses", "ring", "tensor", "fsdp", "off")
 NAMES = ("XDIT_GPUS", "XDIT_STRATEGY", "XDIT_BALANCE", "XDIT_GPU_MEMORY", "XDIT_START")
-NAMES += ("XDIT_IDLE_TIMEOUT",)
+NAMES += ("XDIT_IDLE_TIMEOUT", "XDIT_TRANSFER_DTYPE")
 OURS = "/memfd:comfy-xdit"
+# Of the image and of the latent after 4 steps, on random weights in float32.
+MIN_DB_IN_8_BITS = {"int8": 50.0, "fp8": 35.0}
+MAX_ERROR_IN_8_BITS = {"int8": 0.01, "fp8": 0.05}
 
 Servers = Callable[..., Server]
 Values = dict[str, Any]
@@ -328,6 +331,51 @@ def test_ranks_that_nobody_uses_end_and_the_next_image_brings_them_back(
     status = become_idle(watched)
     assert status["last_run"]["steps_parallel"] == 20
     assert ranks.log_text().count("2 workers joined") == num_starts + 1
+
+
+@pytest.mark.newest_only
+def test_transfers_in_8_bits_are_close_to_the_exact_image_and_are_called_approximate(
+    servers: Servers,
+    tree: Tree,
+    ranks: Server,
+    record_property: Callable[[str, object], None],
+) -> None:
+    watched = Watched(servers, tree, ranks)
+
+    def made(seed: int) -> tuple[Difference, float, int]:
+        """How far image and latent are from stock's, and what ranks sent each other for them."""
+        graph = graph_of(seed, steps=4)  # The same one would not be computed twice.
+        expected = run_stock(watched.stock, graph)
+        before = ranks.status()["totals"]["bytes_between_ranks"]
+        found = run(ranks, graph)
+        after = ranks.status()["totals"]["bytes_between_ranks"]
+        difference = compare_all(expected.images, found.images)
+        return difference, latent_error(expected.latents, found.latents), after - before
+
+    difference, _, exact = made(690)
+    assert difference.is_equal
+    for seed, (dtype, least_db) in enumerate(MIN_DB_IN_8_BITS.items(), start=691):
+        change(ranks, {"XDIT_TRANSFER_DTYPE": dtype})
+        difference, error, narrow = made(seed)
+        record_property(dtype, f"{difference}, {error:.1e}, {narrow / exact:.3f} of the bytes")
+        assert difference.psnr_db >= least_db, difference
+        assert 1e-5 < error <= MAX_ERROR_IN_8_BITS[dtype]
+        assert narrow < 0.4 * exact, "float32, with a scale for 16 or 32 values"
+        report = ranks.status()["last_run"]
+        assert (report["transfer_dtype"], report["is_exact"]) == (dtype, False)
+        line = f"4 steps on 2 CPU ranks (ulysses=2, transfers in {dtype}, approximate)"
+        assert line in ranks.log_text()
+
+    status, answer = send(ranks, {"XDIT_TRANSFER_DTYPE": "fp4"})
+    assert status == 400
+    assert "Legal: exact, int8 or fp8." in str(answer)
+
+    change(ranks, {"XDIT_STRATEGY": "ring"})
+    report = watched.image(694)["last_run"]
+    assert (report["transfer_dtype"], report["is_exact"]) == ("exact", True)
+    assert ranks.log_text().count("XDIT_TRANSFER_DTYPE changes nothing with ring=2.") == 1
+    change(ranks, {"XDIT_STRATEGY": None, "XDIT_TRANSFER_DTYPE": None})
+    watched.image(695)
 
 
 @pytest.mark.slow  # ten waits for a timeout, and a start of ranks after most

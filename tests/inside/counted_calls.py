@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_iter
 
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
 from comfy_xdit_patch.worker.shard import later_columns
@@ -74,7 +75,12 @@ def _memory(tree: Any) -> set[int]:
 
 
 def calls(
-    num_ranks: int, *, text: int, shares_modulation: bool = False, overlaps: bool = True
+    num_ranks: int,
+    *,
+    text: int,
+    shares_modulation: bool = False,
+    overlaps: bool = True,
+    transfer_dtype: TransferDtype = "exact",
 ) -> dict[str, list[int]]:
     """Count a forward by ulysses on the first of so many ranks.
 
@@ -84,6 +90,7 @@ def calls(
         shares_modulation: each rank has a part of what modulates the blocks. It is asked for all of
             them in the first block.
         overlaps: the rank computes while tokens are exchanged.
+        transfer_dtype: in which form heads travel.
 
     Returns:
         Calls, kernels, copies and exchanges of one ``double`` block, of one ``single`` block, and
@@ -93,7 +100,13 @@ def calls(
     plan = ParallelPlan(ulysses=num_ranks)
     # A weight without data is multiplied as one with data would be.
     plain = mock.patch.object(later_columns, "PLAIN", (*later_columns.PLAIN, FakeTensor))
-    with joined(0, num_ranks, torch.device(CARD)) as rank, plain, MODE, torch.inference_mode():
+    card = torch.device(CARD)
+    with (
+        joined(0, num_ranks, card, transfer_dtype=transfer_dtype) as rank,
+        plain,
+        MODE,
+        torch.inference_mode(),
+    ):
         model = model_of((1, 1), "bfloat16", is_own=shares_modulation)
         given = arguments(text=text)
         later = later_of(model)

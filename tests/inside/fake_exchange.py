@@ -150,7 +150,7 @@ class Rank:
 
 
 @contextmanager
-def joined(rank: int, world_size: int, device: torch.device) -> Iterator[Rank]:
+def joined(rank: int, world_size: int, device: torch.device, **settings: Any) -> Iterator[Rank]:
     """Join the world as one of its ranks, and leave it."""
     made: list[Any] = []
     new_group = dist.new_group
@@ -173,6 +173,7 @@ def joined(rank: int, world_size: int, device: torch.device) -> Iterator[Rank]:
             store_fd=store_fd,
             join_timeout_s=TIMEOUT_S,
             step_timeout_s=TIMEOUT_S,
+            **settings,
         )
         stack.callback(groups.leave)
         one = Rank(groups, made)

@@ -21,7 +21,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.transfers import TransferDtype, values_per_scale
 from comfy_xdit_patch.worker.attention.attention import SequenceAttention
+from comfy_xdit_patch.worker.attention.transfer_dtypes import dequantised, quantised
+from comfy_xdit_patch.worker.attention.ulysses import HeadExchange, together
 from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import PlanGroups
 
@@ -44,6 +47,7 @@ WEIGHTED = [
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BATCH, WIDTH = 2, 16
+LARGEST_IN_8_BITS = 4
 UNEVEN = {"text": 13, "image": 22, "references": 10, "heads": 5}
 EVEN = {"text": 40, "image": 60, "references": 20, "heads": 24}
 FEW_HEADS = {**UNEVEN, "heads": 2}
@@ -239,6 +243,80 @@ def solve(
     }
 
 
+HEAD_WIDTH = 64
+IN_8_BITS: tuple[TransferDtype, ...] = ("int8", "fp8")
+
+
+def exchange_in_8_bits(
+    plan: ParallelPlan, groups: PlanGroups, rank: int, sizes: dict[str, int], of: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """Exchange tokens for heads and back, in all forms; what arrives is known from the whole."""
+    shares = plan.sequence_shares(
+        rank,
+        num_text_tokens=sizes["text"],
+        num_image_tokens=sizes["image"],
+        num_reference_tokens=sizes["references"],
+        num_heads=sizes["heads"],
+    )
+    tokens = shares.joint
+    ranks = range(plan.world_size)
+    of_rank = [[t for a, b in shares.places(r) for t in range(a, b)] for r in ranks]
+    order = [token for own in of_rank for token in own]
+    generator = torch.Generator().manual_seed(7)
+    shape = (3, BATCH, sizes["heads"], sum(tokens), HEAD_WIDTH)
+    whole = torch.randn(shape, generator=generator).to(of)
+    first = sum(shares.heads[:rank])
+    heads = slice(first, first + shares.heads[rank])
+    mine = [t[:, :, of_rank[rank]] for t in whole]
+    parts = [(0, 1)] if min(shares.heads) < 2 else [(0, 2), (1, 2)]
+    for dtype in ("exact", *IN_8_BITS):
+        expected = whole if dtype == "exact" else rounded(whole, dtype)
+        exchange = HeadExchange(heads=shares.heads, index=rank, group=groups.ulysses, dtype=dtype)
+        arrived = torch.stack(exchange.tokens_for_heads(*mine, tokens=tokens))
+        bytes_there = exchange.bytes_sent
+        # As attention would return it: the second tensor's heads of this rank, all tokens.
+        out = whole[1][:, heads][:, :, order].transpose(1, 2).flatten(2)
+        back = exchange.heads_for_tokens(out, HEAD_WIDTH, tokens=tokens)
+        halves = [
+            HeadExchange(
+                heads=shares.heads, index=rank, group=groups.ulysses, part=part, dtype=dtype
+            )
+            for part in parts
+        ]
+        there = [half.send_tokens(*mine, tokens=tokens) for half in halves]
+        in_halves = torch.cat([torch.stack(half()) for half in there], dim=2)
+        sizes_out = [half.local_heads * HEAD_WIDTH for half in halves]
+        leaving = [
+            half.send_heads(part, HEAD_WIDTH, tokens=tokens)
+            for half, part in zip(halves, torch.split(out, sizes_out, 2), strict=True)
+        ]
+        back_in_halves = together(leaving)
+        others = sum(shares.heads) - shares.heads[rank]
+        yield {
+            "plan": label(plan),
+            "transfer": dtype,
+            "dtype": str(of).removeprefix("torch."),
+            "is_whole": torch.equal(arrived, expected[:, :, heads][:, :, :, order]),
+            "is_back": torch.equal(
+                back, expected[1][:, :, of_rank[rank]].transpose(1, 2).flatten(2)
+            ),
+            "is_equal_in_halves": torch.equal(arrived, in_halves)
+            and torch.equal(back, back_in_halves),
+            "error": ((expected.double() - whole).norm() / whole.double().norm()).item(),
+            "values_there": 3 * BATCH * tokens[rank] * others * HEAD_WIDTH,
+            "bytes_there": bytes_there,
+            "values_back": BATCH * (sum(tokens) - tokens[rank]) * shares.heads[rank] * HEAD_WIDTH,
+            "bytes_back": exchange.bytes_sent - bytes_there,
+        }
+
+
+def rounded(x: torch.Tensor, dtype: TransferDtype) -> torch.Tensor:
+    """Return what is left of values that travelled, heads whole in the last dimension."""
+    per_scale = values_per_scale(x.shape[-1])
+    sent = quantised(x.contiguous().view(-1), dtype, per_scale)
+    return dequantised(sent, dtype, per_scale, x.dtype).view(x.shape)
+
+
 def label(plan: ParallelPlan) -> str:
     return f"{plan.name} {list(plan.weights)}" if plan.weights else plan.name
 
@@ -269,13 +347,18 @@ def main(rank: int, folder: Path, problems: list[Problem]) -> None:
         timeout=DEADLINE,
     )
     found = []
+    in_8_bits: list[dict[str, Any]] = []
     for plan in (*PLANS, *WEIGHTED):
         groups = make_groups(plan, rank)
         if rank < plan.world_size:
             with torch.inference_mode():
                 solved = [solve(problem, plan, groups, rank) for problem in problems]
                 found += [result for result in solved if result is not None]
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+                if plan.ring == 1 and plan.world_size <= LARGEST_IN_8_BITS:
+                    for sizes in (EVEN, UNEVEN, FEW_HEADS):
+                        for of in (torch.float32, torch.bfloat16):
+                            in_8_bits += exchange_in_8_bits(plan, groups, rank, sizes, of)
+    (folder / f"{rank}.json").write_text(json.dumps([found, in_8_bits]))
     dist.destroy_process_group()
 
 

@@ -112,6 +112,30 @@ def test_shared_modulation_adds_these_calls_once_a_forward(
         assert added["outside"] == (0, 0, 0, 0)
 
 
+@pytest.mark.newest_only
+@pytest.mark.parametrize("transfer_dtype", ["int8", "fp8"])
+def test_transfers_in_8_bits_add_these_calls_and_no_exchange(
+    tree: Tree, inside: Callable[..., Inside], transfer_dtype: str
+) -> None:
+    process = inside(tree, XDIT_STRATEGY="off")
+    for num_ranks in SEVERAL:
+        exact, narrow = (
+            process.call(
+                "counted_calls:calls",
+                num_ranks=num_ranks,
+                text=TEXT_TOKENS,
+                transfer_dtype=dtype,
+            )
+            for dtype in ("exact", transfer_dtype)
+        )
+        num_exchanges = 4 if ADDED[num_ranks] is IN_HALVES else 2
+        for block in ("double", "single"):
+            assert narrow[block][3] == exact[block][3] == num_exchanges
+            added = narrow[block][0] - exact[block][0]
+            assert added == num_exchanges * EAGER.calls_per_quantised, (block, num_ranks)
+        assert narrow["outside"] == exact["outside"]
+
+
 @pytest.mark.parametrize("num_ranks", WHOLE)
 def test_the_table_of_whole_forwards_is_the_sum_of_its_parts(num_ranks: int) -> None:
     added = ADDED.get(num_ranks, ((0, 0, 0),) * len(AT_ONCE))

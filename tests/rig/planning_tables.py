@@ -105,6 +105,38 @@ def choices() -> list[str]:
     return lines
 
 
+TRANSFERS = (
+    *((f"{n}x4090", weights, "eager") for n in (2, 4, 8) for weights in ("bf16", "fp8")),
+    *((machine, "bf16", "eager") for machine in ("4x5090", "4xl40s", "4xl20", "8xh100")),
+    ("8xh100", "bf16", "compiled"),
+)
+"""Machines, how weights are stored, and how kernels start."""
+
+
+def transfers() -> list[str]:
+    """What heads in 8 bits are worth, and what is left of a step with them."""
+    lines = [
+        "| machine | weights | kernels | `exact` | ms/step | of one GPU | in 8 bits | ms/step "
+        "| of one GPU | of it compute | communication | launches |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for machine, weights, execution in TRANSFERS:
+        case = Case(machine_of(machine), weights)
+        exact, narrow = (
+            case.choice(execution=execution, transfer_dtype=dtype).chosen
+            for dtype in ("exact", "int8")
+        )
+        cells = [machine, weights, execution]
+        for option in (exact, narrow):
+            cells += [option.plan.name, f"{option.time.total_s * 1e3:.0f}"]
+            cells.append(f"{option.speedup:.2f}x")
+        time = narrow.time
+        parts = (time.compute_s, time.communication_s, time.host_s)
+        cells += [f"{seconds * 1e3:.0f}" for seconds in parts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def constants() -> list[str]:
     """Every card of the table."""
     lines = [
@@ -150,6 +182,7 @@ def page() -> str:
         ("calibration", calibration),
         ("choices", choices),
         ("constants", constants),
+        ("transfers", transfers),
         ("unequal", unequal),
     ):
         made = "\n".join([f"<!-- {name} -->", "", *make(), "", f"<!-- /{name} -->"])

@@ -29,6 +29,7 @@ from comfy_xdit_patch.planning.cost.model_shape import (
     Job,
     workload_for,
 )
+from comfy_xdit_patch.planning.transfers import TransferDtype
 
 XDIT = "xDiT flux.md"
 CACHE_DIT = "cache-dit"
@@ -53,11 +54,15 @@ def make_job(
     rows: int = 1,
     steps: int = 28,
     overlaps: bool = True,
+    transfer_dtype: TransferDtype = "exact",
 ) -> Job:
     """Make a job from names."""
     shape = MODELS[model]
     workload = workload_for(shape, width_px=px, height_px=px, num_rows=rows, num_text_tokens=text)
-    return Job(shape, workload, PRECISIONS[precision], steps, EXECUTIONS[execution], overlaps)
+    return Job(
+        *(shape, workload, PRECISIONS[precision], steps, EXECUTIONS[execution], overlaps),
+        transfer_dtype,
+    )
 
 
 @dataclass(frozen=True)

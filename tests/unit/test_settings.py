@@ -59,6 +59,7 @@ def test_settings_are_written_as_a_user_writes_them():
         ("XDIT_LOG_DIR", "/var/log/xdit"),
         ("XDIT_STATUS", "all"),
         ("XDIT_VAE", "off"),
+        *(("XDIT_TRANSFER_DTYPE", text) for text in ("int8", "fp8")),
     ],
 )
 def test_what_is_written_is_read_as_the_same(name, value):

@@ -114,6 +114,7 @@ class Host:
             hooks=self.hooks,
             auto=auto,
             pipelines=self.pipelines,
+            transfer_dtype=settings.transfer_dtype,
         )
         self.controls: ControlNets = ControlNets(
             RemoteControl(self.totals),

@@ -30,6 +30,7 @@ from comfy_xdit_patch.host.reading.compiled import is_compiled
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import Strategy
+from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.planning.verdict import NUM_WATCHED, ONE, Trial, Verdict, size_class
 from comfy_xdit_patch.settings import Settings
 
@@ -89,6 +90,7 @@ class Auto:
     def __init__(self, settings: Settings, pool: Pool) -> None:
         self.is_on = settings.strategy.name == "auto" and not settings.strict
         self._pool = pool
+        self._transfer_dtype: TransferDtype = settings.transfer_dtype
         self._store = VerdictStore()
         self.records: dict[Case, Record] = {}
         """What is known of each kind of call since this process started, the last seen last."""
@@ -244,6 +246,7 @@ class Auto:
                 self._pool.devices,
                 torch_version=torch.__version__,
                 num_threads=torch.get_num_threads(),
+                transfer_dtype=self._transfer_dtype,
                 comfyui=Path(next(iter(comfy.__path__))).parent if comfy else None,
             )
         if flux not in self._sizes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from comfy_xdit_patch import __version__
 from comfy_xdit_patch.hardware.devices import Device
 from comfy_xdit_patch.hardware.survey import driver_version
+from comfy_xdit_patch.planning.transfers import TransferDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,12 @@ class Case:
 
 
 def machine_text(
-    devices: Sequence[Device], *, torch_version: str, num_threads: int, comfyui: Path | None
+    devices: Sequence[Device],
+    *,
+    torch_version: str,
+    num_threads: int,
+    comfyui: Path | None,
+    transfer_dtype: TransferDtype = "exact",
 ) -> str:
     """Name everything about ranks and programs that a step's time may depend on.
 
@@ -38,8 +44,9 @@ def machine_text(
         devices: of all ranks; on the first, or beside it on the CPU, ComfyUI computes alone.
         num_threads: that ComfyUI computes with on a CPU.
         comfyui: its folder.
+        transfer_dtype: in which form heads travel between the ranks.
     """
-    parts = []
+    parts = [] if transfer_dtype == "exact" else [f"transfers in {transfer_dtype}"]
     if devices[0].is_cpu:
         # What the kernel lets this process and its workers use.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))

@@ -124,6 +124,7 @@ def start_message(
         world_size=world_size,
         join_timeout_s=settings.start_timeout_s,
         step_timeout_s=settings.step_timeout_s,
+        transfer_dtype=settings.transfer_dtype,
     )
 
 

@@ -40,6 +40,7 @@ from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.host.weights.holding import Holding
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import LeftOutHooks
+from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.values import UncarriedValueError
@@ -59,6 +60,7 @@ class ParallelSteps:
         hooks: LeftOutHooks,
         auto: Auto,
         pipelines: Pipelines,
+        transfer_dtype: TransferDtype,
     ) -> None:
         self._auto = auto
         self._plans = CallPlans(holding, auto=auto, pipelines=pipelines)
@@ -69,6 +71,7 @@ class ParallelSteps:
         self._totals = totals
         self._hooks = hooks
         self._pipelines = pipelines
+        self._transfer_dtype: TransferDtype = transfer_dtype
         self._numbers = itertools.count(1)
 
     def run(
@@ -199,6 +202,10 @@ class ParallelSteps:
         for reason in (call.compiled.reason,) if is_refused else computed.uncompiled:
             note_once(f"blocks of a compiled model run as they are: {reason}")
         run.counts.plan = self._totals.last_plan = plan
+        if plan.exchanges_heads:
+            run.counts.transfer_dtype = self._transfer_dtype
+        elif self._transfer_dtype != "exact":
+            note_once(f"XDIT_TRANSFER_DTYPE changes nothing with {plan.name}")
         balance = crew.of(self._holding.balance)
         if not (computed.is_empty or computed.has_compiled):
             balance.measured(

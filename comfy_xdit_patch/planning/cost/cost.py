@@ -35,12 +35,19 @@ from comfy_xdit_patch.planning.cost.rank_time import (
     tensor_bytes,
     ulysses_bytes,
 )
+from comfy_xdit_patch.planning.family import HEAD_WIDTH
 from comfy_xdit_patch.planning.grid import AXES
 from comfy_xdit_patch.planning.sequence_shares import pays_in_halves, proportional
+from comfy_xdit_patch.planning.transfers import transfer_bytes
 
 MERGE_BYTES = 14
 """Merging two partial attentions, for each value: accumulator read and written in float32, a bf16
 part read and widened."""
+
+QUANTISE_BYTES = 16
+"""What kernels read and write to make 8 bits of a value in bf16, and a value of these. Both kinds:
+the largest of those with one scale 2, quotient 4, copy to what is sent 3. Then int8: rounding 4,
+product 3; fp8: copy 3, product 4."""
 
 INTERFERENCE = 0.1
 """Part of a hidden transfer that is felt all the same, as NCCL's kernels take some of the GPU.
@@ -185,7 +192,14 @@ def _sequence_s(
     seconds = 0.0
     if plan.ulysses > 1:
         groups = plan.groups("ulysses")
-        num_bytes = ulysses_bytes(values, plan.ulysses, blocks, value_bytes)
+        dtype = job.transfer_dtype if plan.exchanges_heads else "exact"
+        head_bytes = transfer_bytes(
+            HEAD_WIDTH, dtype, head_width=HEAD_WIDTH, value_bytes=value_bytes
+        )
+        num_bytes = ulysses_bytes(values, plan.ulysses, blocks, head_bytes / HEAD_WIDTH)
+        if dtype != "exact":
+            slowest = min(gpu.memory_bytes_per_s for gpu in machine.gpus)
+            seconds += blocks * 4 * values * QUANTISE_BYTES / slowest
         num_parts = 2 if in_halves else 1
         calls = 2 * blocks * part.num_patches * num_parts
         transfer_s = machine.all_to_all_s(groups, num_bytes)
@@ -283,6 +297,8 @@ def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part, *, in_halve
         calls += job.execution.calls_per_attention
     if plan.ulysses > 1 and in_halves:
         calls += job.execution.calls_per_halves
+    if plan.exchanges_heads and job.transfer_dtype != "exact":
+        calls += job.execution.calls_per_quantised * (4 if in_halves else 2)
     calls *= job.shape.num_blocks * part.stage * part.num_patches
     if plan.ulysses > 1 and plan.pipefusion == 1 and job.has_later_columns:
         calls += job.execution.calls_per_later_columns * job.shape.num_single_blocks

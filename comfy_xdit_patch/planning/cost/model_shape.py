@@ -24,6 +24,7 @@ from typing import Literal
 from comfy_xdit_patch.planning.family import HEAD_WIDTH
 from comfy_xdit_patch.planning.plan import Workload
 from comfy_xdit_patch.planning.residency import ModelSizes
+from comfy_xdit_patch.planning.transfers import TransferDtype
 
 COMPUTE_BYTES = 2
 """bf16: what activations are on a GPU, whatever the weights are stored as."""
@@ -261,6 +262,8 @@ class Execution:
     """In each single block, where columns wait for an exchange."""
     calls_per_halves: float
     """In each block, where heads are exchanged in halves."""
+    calls_per_quantised: float
+    """In each exchange of heads that travel in 8 bits."""
 
 
 EAGER = Execution(
@@ -277,8 +280,10 @@ EAGER = Execution(
     calls_per_later_columns=7,
     # Counted (the same test): 22 of torch and 2 exchanges.
     calls_per_halves=24,
+    # Counted (the same test).
+    calls_per_quantised=18,
 )
-COMPILED = Execution("compiled", 0, 0, 0, 0, 0, 0)
+COMPILED = Execution("compiled", 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +297,8 @@ class Job:
     execution: Execution = EAGER
     overlaps: bool = True
     """Whether ranks compute while tokens are on their way."""
+    transfer_dtype: TransferDtype = "exact"
+    """In which form heads travel."""
 
     @property
     def has_later_columns(self) -> bool:

@@ -108,7 +108,7 @@ def compute_time(job: Job, gpu: Gpu, part: Part) -> ComputeTime:
 
 
 def ulysses_bytes(
-    local_values: float, degree: int, num_blocks: float, value_bytes: int = COMPUTE_BYTES
+    local_values: float, degree: int, num_blocks: float, value_bytes: float = COMPUTE_BYTES
 ) -> float:
     """Send q, k, v before attention and its output after; ``local_values`` of one rank."""
     return num_blocks * 4 * local_values * value_bytes * (degree - 1) / degree

@@ -80,6 +80,7 @@ class Start:
     world_size: int
     join_timeout_s: float
     step_timeout_s: float
+    transfer_dtype: Literal["exact", "fp8", "int8"] = "exact"
 
 
 @dataclass(frozen=True, slots=True)

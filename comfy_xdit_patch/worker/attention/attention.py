@@ -70,7 +70,13 @@ class SequenceAttention(LocalHeadsAttention):
         """
         if function is not None and groups.ring is not None:
             raise ValueError("A ring has no place for an attention function of a node's.")
-        super().__init__(shares=shares, index=index, group=groups.ulysses, function=function)
+        super().__init__(
+            shares=shares,
+            index=index,
+            group=groups.ulysses,
+            function=function,
+            dtype=groups.transfer_dtype,
+        )
         self._shares = shares
         self._index = index
         self._groups = groups
@@ -81,7 +87,13 @@ class SequenceAttention(LocalHeadsAttention):
         self._halves: list[HeadExchange] = []
         if in_halves and groups.ulysses is not None and groups.ring is None:
             self._halves = [
-                HeadExchange(heads=shares.heads, index=index, group=groups.ulysses, part=(half, 2))
+                HeadExchange(
+                    heads=shares.heads,
+                    index=index,
+                    group=groups.ulysses,
+                    part=(half, 2),
+                    dtype=groups.transfer_dtype,
+                )
                 for half in range(2)
             ]
 

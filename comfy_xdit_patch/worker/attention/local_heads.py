@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
+from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.worker.attention.masks import RankMasks, Span
 from comfy_xdit_patch.worker.attention.ulysses import HeadExchange
 
@@ -36,6 +37,7 @@ class LocalHeadsAttention:
         index: int,
         group: dist.ProcessGroup | None,
         function: Callable[..., torch.Tensor] | None,
+        dtype: TransferDtype = "exact",
     ) -> None:
         """Prepare.
 
@@ -44,9 +46,10 @@ class LocalHeadsAttention:
             index: this rank's place among those of ``shares``.
             group: the ranks that exchange tokens for heads; None for one.
             function: a node's own ``optimized_attention_override``, to run on the local heads.
+            dtype: in which form heads travel.
         """
         self._exchange = HeadExchange(
-            heads=shares.heads, index=index % shares.ulysses_degree, group=group
+            heads=shares.heads, index=index % shares.ulysses_degree, group=group, dtype=dtype
         )
         self._masks = RankMasks(shares, index)
         self._function = function

@@ -23,6 +23,10 @@ launched does not grow with the ranks then. Unequal heads take a call for each r
 The heads of every rank can be exchanged in parts. Heads do not depend on each other, so attention
 runs on one part while another one is on its way, there or back.
 
+Where the user wants it, values travel in 8 bits (``transfer_dtypes.py``), both ways, and scales
+with them. A rank's own part is no exception: that would take one more kernel, and what arrives
+would depend on who had it.
+
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
 
@@ -30,11 +34,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import bounds, shard_sizes
+from comfy_xdit_patch.planning.transfers import (
+    TransferDtype,
+    transfer_bytes,
+    values_per_scale,
+)
+from comfy_xdit_patch.worker.attention.transfer_dtypes import dequantised, quantised
 from comfy_xdit_patch.worker.ranks import collectives
 
 
@@ -52,6 +63,7 @@ class HeadExchange:
         index: int,
         group: dist.ProcessGroup | None,
         part: tuple[int, int] = (0, 1),
+        dtype: TransferDtype = "exact",
     ) -> None:
         """Prepare.
 
@@ -59,6 +71,7 @@ class HeadExchange:
             heads: how many heads each rank of the group takes.
             group: the ranks that exchange; None where this rank is alone and exchanges nothing.
             part: which of how many parts of every rank's heads this exchanges.
+            dtype: in which form values travel.
         """
         number, num_parts = part
         own = [bounds(shard_sizes(n, num_parts))[number] for n in heads]
@@ -72,6 +85,7 @@ class HeadExchange:
         self.local_heads = self._heads[index]
         self._are_heads_even = len({*heads}) == 1
         self._is_part = num_parts > 1
+        self._dtype: TransferDtype = dtype
         self.bytes_sent = 0
 
     def tokens_for_heads(
@@ -116,7 +130,7 @@ class HeadExchange:
                     out=part.view(length, len(qkv_BHLK), batch, end - start, width),
                 )
         received = [n * row * self.local_heads for n in tokens]
-        arrived = self._all_to_all(wire, self._group, sent=sent, received=received)
+        arrived = self._all_to_all(wire, self._group, width, sent=sent, received=received)
 
         def whole() -> tuple[torch.Tensor, ...]:
             # Shards follow each other along S, so what arrives is whole already, in rank order.
@@ -149,6 +163,7 @@ class HeadExchange:
         arrived = self._all_to_all(
             out_SBD.reshape(-1),
             self._group,
+            width,
             sent=[n * batch * out_BSD.shape[2] for n in tokens],
             received=sizes,
         )
@@ -168,11 +183,19 @@ class HeadExchange:
         self,
         data: torch.Tensor,
         group: dist.ProcessGroup,
+        width: int,
         *,
         sent: Sequence[int],
         received: Sequence[int],
     ) -> Callable[[], torch.Tensor]:
         """Begin to send; what is returned waits, and keeps what is sent until then."""
+        dtype, of, together = self._dtype, data.dtype, values_per_scale(width)
+        if dtype != "exact":
+            in_bytes = partial(
+                transfer_bytes, dtype=dtype, head_width=width, value_bytes=of.itemsize
+            )
+            sent, received = ([in_bytes(n) for n in sizes] for sizes in (sent, received))
+            data = quantised(data, dtype, together)
         out = data.new_empty(sum(received))
         work = collectives.all_to_all_async(out, data, received=received, sent=sent, group=group)
         self.bytes_sent += (sum(sent) - sent[self._index]) * data.element_size()
@@ -180,7 +203,7 @@ class HeadExchange:
 
         def arrived() -> torch.Tensor:
             collectives.finish([under_way.pop()[0]])
-            return out
+            return out if dtype == "exact" else dequantised(out, dtype, together, of)
 
         return arrived
 

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
+from comfy_xdit_patch.planning.transfers import TransferDtype
 
 SO_ATTACH_FILTER = 26  # Python does not name it.
 
@@ -40,6 +41,7 @@ class PlanGroups:
 
     ``sequence`` shares the tokens of a row; ``ulysses`` and ``ring`` are the axes of its own grid.
     ``pipeline`` has one rank of each stage. ``tensor`` shares heads and columns of the same tokens.
+    ``transfer_dtype`` is in which form heads travel in ``ulysses``.
     """
 
     sequence: dist.ProcessGroup | None
@@ -47,6 +49,7 @@ class PlanGroups:
     ring: dist.ProcessGroup | None
     pipeline: dist.ProcessGroup | None = None
     tensor: dist.ProcessGroup | None = None
+    transfer_dtype: TransferDtype = "exact"
 
 
 class Groups:
@@ -59,11 +62,13 @@ class Groups:
         world_size: int,
         device: torch.device,
         step_timeout: datetime.timedelta,
+        transfer_dtype: TransferDtype = "exact",
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self._step_timeout = step_timeout
+        self._transfer_dtype: TransferDtype = transfer_dtype
         self._by_grid: dict[tuple[int, ...], PlanGroups] = {}
         self._by_ranks: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         self._weights: dist.ProcessGroup | None = None
@@ -89,6 +94,7 @@ class Groups:
         store_fd: int,
         join_timeout_s: float,
         step_timeout_s: float,
+        transfer_dtype: TransferDtype = "exact",
     ) -> Groups:
         """Join the world. Collective: every rank calls this.
 
@@ -107,7 +113,13 @@ class Groups:
             world_size=world_size,
             timeout=step_timeout,
         )
-        groups = cls(rank=rank, world_size=world_size, device=device, step_timeout=step_timeout)
+        groups = cls(
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            step_timeout=step_timeout,
+            transfer_dtype=transfer_dtype,
+        )
         groups._weights = groups._new_group(groups._all_ranks)
         groups._close_the_door()
         return groups
@@ -141,6 +153,7 @@ class Groups:
             ring=self._group(plan.groups("ring")),
             pipeline=self._group(plan.groups("pipefusion")),
             tensor=self._group(plan.groups("tensor")),
+            transfer_dtype=self._transfer_dtype,
         )
 
     def _group(self, lists: list[tuple[int, ...]]) -> dist.ProcessGroup | None:

@@ -83,6 +83,15 @@ def counts(num_parallel, **fall_backs):
             "61 ms/step, 1 exact as warm-up",
         ),
         (
+            RunCounts(
+                plan=ParallelPlan(ulysses=4),
+                transfer_dtype="int8",
+                parallel_seconds=[0.061] * 20,
+            ),
+            "xDiT: 20 steps on 4 GPUs (ulysses=4, transfers in int8, approximate), 0 fell back, "
+            "61 ms/step",
+        ),
+        (
             counts(0, a_ControlNet_is_active=15, gradients_are_wanted=5),
             "xDiT: 20 steps on one GPU (a ControlNet is active; gradients are wanted)",
         ),

@@ -46,6 +46,15 @@ def test_the_table_is_projected_and_says_what_is_taken(capsys):
     assert "auto takes ulysses=4: 2.85x of one GPU; 24% of it is communication." in out
 
 
+def test_transfers_in_8_bits_are_called_approximate_where_heads_are_exchanged(capsys):
+    says = "Transfers in int8 are an approximation (XDIT_TRANSFER_DTYPE=int8)."
+    _, out, _ = plan(capsys, "--gpus", "4x4090", "--transfer-dtype", "int8")
+    assert "auto takes ulysses=4,modulation=4: 2.89x of one GPU" in out
+    assert out.rstrip().endswith(says)
+    _, out, _ = plan(capsys, "--gpus", "1x4090", "--transfer-dtype", "int8")
+    assert says not in out
+
+
 def test_rows_are_the_fastest_plans_and_one_gpu(capsys):
     _, out, _ = plan(capsys, "--gpus", "8xh100", "--compiled")
     table = rows(out)

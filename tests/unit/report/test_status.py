@@ -65,6 +65,14 @@ def test_a_run_of_an_approximate_plan_says_so_and_how_many_of_its_steps_were_exa
     assert (exact.is_exact, exact.steps_warm_up) == (True, 0)
 
 
+def test_runs_of_which_a_step_had_transfers_in_8_bits_are_approximate():
+    runs = RunCounts(plan=ParallelPlan(ulysses=2), transfer_dtype="fp8", parallel_seconds=[1.0])
+    runs.add(RunCounts(plan=ParallelPlan(ring=2), parallel_seconds=[1.0]))
+    report = runs.report(ranks=2)
+    assert (report.plan, report.transfer_dtype, report.is_exact) == ("ring=2", "fp8", False)
+    assert report.steps_warm_up == 0
+
+
 def test_totals_are_counted_with_their_reasons_and_remedies():
     totals = Totals(runs=1, steps_parallel=20, bytes_to_workers=1)
     totals.fall_backs["a worker was lost"] += 3

@@ -24,8 +24,14 @@ def driver(monkeypatch):
     monkeypatch.setattr(case, "driver_version", lambda: "580.65.06")
 
 
-def text(devices=CARDS, *, torch="2.9.0", threads=8, comfyui=None):
-    return machine_text(devices, torch_version=torch, num_threads=threads, comfyui=comfyui)
+def text(devices=CARDS, *, torch="2.9.0", threads=8, comfyui=None, transfer_dtype="exact"):
+    return machine_text(
+        devices,
+        torch_version=torch,
+        num_threads=threads,
+        comfyui=comfyui,
+        transfer_dtype=transfer_dtype,
+    )
 
 
 def test_cards_are_told_by_their_uuids_and_versions_by_their_numbers(comfyui):
@@ -41,6 +47,7 @@ def test_another_card_order_driver_torch_or_comfyui_is_another_machine(comfyui, 
         text(CARDS[::-1], comfyui=comfyui),
         text((CARDS[0], replace(CARDS[1], uuid="GPU-3")), comfyui=comfyui),
         text(torch="2.8.0", comfyui=comfyui),
+        *(text(comfyui=comfyui, transfer_dtype=dtype) for dtype in ("int8", "fp8")),
     ]
     monkeypatch.setattr(case, "driver_version", lambda: None)
     found.append(text(comfyui=comfyui))

@@ -8,8 +8,15 @@ import pytest
 from rig.published import make_job
 
 from comfy_xdit_patch.planning.cost.candidate import SINGLE, Candidate
-from comfy_xdit_patch.planning.cost.cost import INTERFERENCE, exposed_in_parts_s, predict, speeds
+from comfy_xdit_patch.planning.cost.cost import (
+    INTERFERENCE,
+    QUANTISE_BYTES,
+    exposed_in_parts_s,
+    predict,
+    speeds,
+)
 from comfy_xdit_patch.planning.cost.known_machines import machine_of
+from comfy_xdit_patch.planning.cost.model_shape import EAGER
 from comfy_xdit_patch.planning.cost.rank_time import Part, compute_time, ring_bytes
 
 COMPILED = {"execution": "compiled", "text": 512}
@@ -243,3 +250,31 @@ def test_tensor_parallelism_sends_less_than_it_computes_less():
     """2 L20: 1.61x published."""
     one, two = time("1xl20", text=512), time("2xl20", Candidate(tensor=2), text=512)
     assert one.total_s / two.total_s == pytest.approx(1.61, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_transfers_in_8_bits_take_17_bytes_of_32_and_kernels_of_their_own(dtype):
+    machine, plan = machine_of("4x4090"), Candidate(ulysses=4)
+    exact, narrow = (
+        predict(plan, make_job(overlaps=False, transfer_dtype=each), machine)
+        for each in ("exact", dtype)
+    )
+    # 4352 tokens of 3072 features on 4 ranks, 57 blocks; 12 GB/s of which four leave 0.8.
+    values = 4 * 57 * 4352 * 3072 / 4
+    saved_s = values * 3 / 4 * (2 - 136 / 128) / (12e9 * 0.8)
+    took_s = values * QUANTISE_BYTES / 1008e9
+    assert exact.communication_s - narrow.communication_s == pytest.approx(saved_s - took_s)
+    calls = 57 * 2 * EAGER.calls_per_quantised
+    assert narrow.host_s - exact.host_s == pytest.approx(calls * machine.host_call_s)
+    assert narrow.compute_s == exact.compute_s
+
+
+@pytest.mark.parametrize(
+    "plan", [Candidate(ring=4), Candidate(tensor=4), Candidate(pipefusion=2, ulysses=2), SINGLE]
+)
+def test_a_plan_that_exchanges_no_heads_takes_as_long_in_8_bits(plan):
+    machine = machine_of("4x4090").first(plan.world_size)
+    exact, narrow = (
+        predict(plan, make_job(transfer_dtype=dtype), machine) for dtype in ("exact", "int8")
+    )
+    assert narrow == exact
