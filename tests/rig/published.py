@@ -53,11 +53,13 @@ def make_job(
     rows: int = 1,
     steps: int = 28,
     overlaps: bool = True,
+    captures: bool = False,
 ) -> Job:
     """Make a job from names."""
     shape = MODELS[model]
     workload = workload_for(shape, width_px=px, height_px=px, num_rows=rows, num_text_tokens=text)
-    return Job(shape, workload, PRECISIONS[precision], steps, EXECUTIONS[execution], overlaps)
+    how = EXECUTIONS[execution], overlaps, captures
+    return Job(shape, workload, PRECISIONS[precision], steps, *how)
 
 
 @dataclass(frozen=True)

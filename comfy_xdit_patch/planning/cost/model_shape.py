@@ -279,6 +279,9 @@ EAGER = Execution(
     calls_per_halves=30,
 )
 COMPILED = Execution("compiled", 0, 0, 0, 0, 0, 0)
+CALLS_BESIDE_GRAPH = 9
+"""Of a forward that is one CUDA graph: 5 arguments are copied there (counted, the same test), two
+arrive, the result leaves, and the graph is launched, taken to cost what a call does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +295,8 @@ class Job:
     execution: Execution = EAGER
     overlaps: bool = True
     """Whether ranks compute while tokens are on their way."""
+    captures: bool = False
+    """Whether the forward of several ranks is a CUDA graph, where their weights lie on the card."""
 
     @property
     def has_later_columns(self) -> bool:
