@@ -123,6 +123,6 @@ def test_every_kind_of_call_has_the_bits_that_it_has_without(servers: Servers, t
 @pytest.mark.parametrize("strategy", ["ring", "tensor", "batch=2,ulysses=2", "modulation"])
 def test_every_plan_can_be_a_graph(servers: Servers, tree: Tree, strategy: str) -> None:
     num_ranks = 4 if "batch" in strategy else 2
-    name = f"modulation,ulysses={num_ranks}" if strategy == "modulation" else strategy
+    name = "ulysses=2,modulation=2" if strategy == "modulation" else strategy
     server = ranks_of(servers, tree, num_ranks, XDIT_STRATEGY=name)
     check(server, with_values(with_steps(base_graph()), cfg=3.0), num_replayed=REPLAYED)
