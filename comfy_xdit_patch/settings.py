@@ -58,6 +58,8 @@ class Settings:
     """None is ``auto``."""
     decodes: bool
     """Whether the ranks decode pictures."""
+    captures: bool
+    """Whether ranks make CUDA graphs of their forwards."""
     strict: bool
     starts_early: bool
     start_timeout_s: float
@@ -108,6 +110,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         transfer_dtype=parsed("XDIT_TRANSFER_DTYPE", _one_of(TRANSFER_DTYPES)),
         gpu_memory_bytes=parsed("XDIT_GPU_MEMORY", _or_none("auto", _gib)),
         decodes=parsed("XDIT_VAE", _one_of(("auto", "off"))) == "auto",
+        captures=parsed("XDIT_CUDA_GRAPHS", _one_of(("off", "on"))) == "on",
         strict=parsed("XDIT_STRICT", _one_of(("0", "1"))) == "1",
         starts_early=parsed("XDIT_START", _one_of(("early", "first"))) == "early",
         start_timeout_s=parsed("XDIT_START_TIMEOUT", _positive),
@@ -137,6 +140,7 @@ def written(settings: Settings) -> dict[str, str]:
         "XDIT_TRANSFER_DTYPE": settings.transfer_dtype,
         "XDIT_GPU_MEMORY": _number(gib, "auto"),
         "XDIT_VAE": "auto" if settings.decodes else "off",
+        "XDIT_CUDA_GRAPHS": "on" if settings.captures else "off",
         "XDIT_STRICT": str(int(settings.strict)),
         "XDIT_START": "early" if settings.starts_early else "first",
         "XDIT_START_TIMEOUT": _number(settings.start_timeout_s),

@@ -24,7 +24,7 @@ TIERS = ("unit", "contract", "parallel", "e2e")
 SERVERS = {
     "faults": "endurance, fault_matrix, faults, first_image",
     "mistakes": "whose_fault",
-    "emulated": "emulated_cards, emulated_matrix, card_memory, check",
+    "emulated": "emulated_cards, emulated_matrix, card_memory, check, cuda_graphs",
     "": "auto, comfyui_own_execution, equal_to_stock, memory, offline, soak, steering, switching",
     "weights": "hooks, named_strategies, weight_traffic, weights",
     "features": "features, fuzz, controls, named_on_features, compiled",

@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="default: as the model's templates")
     parser.add_argument("--compiled", action="store_true", help="no launches, no unfused kernels")
     parser.add_argument(
+        "--graphs", action="store_true", help="ranks launch a step at once (XDIT_CUDA_GRAPHS=on)"
+    )
+    parser.add_argument(
         "--without",
         choices=("overlap",),
         help="compute nothing while q, k and v are on their way",
@@ -146,6 +149,7 @@ def _job(options: argparse.Namespace) -> Job:
         execution=COMPILED if options.compiled else EAGER,
         overlaps=options.without != "overlap",
         transfer_dtype=options.transfer_dtype,
+        captures=options.graphs,
     )
 
 
@@ -156,7 +160,8 @@ def _header(options: argparse.Namespace, job: Job, machine: Machine) -> list[str
     links = ", ".join(LINK_NAMES[kind] for kind in sorted(kinds)) or "none"
     return [
         "Projected from a model of cost: nothing here was measured on these GPUs.",
-        f"  model    {job.shape.name}, {job.precision.name}, {job.execution.name}",
+        f"  model    {job.shape.name}, {job.precision.name}, {job.execution.name}"
+        + ", CUDA graphs" * job.captures,
         f"  call     {workload.batch_size} row(s) of {workload.num_image_tokens} image, "
         f"{workload.num_text_tokens} text and {workload.num_reference_tokens} reference tokens",
         f"  machine  {options.gpus}, {options.sockets} socket(s); links: {links}",

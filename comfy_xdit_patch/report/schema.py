@@ -56,6 +56,7 @@ class RankStatus:
     is_launch_bound: bool | None
     blocks_compiled: int
     graphs: int
+    replays: int
 
 
 @dataclass(frozen=True, slots=True)

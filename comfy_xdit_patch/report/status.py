@@ -104,6 +104,8 @@ class RankCounts:
     """How many blocks it ran compiled in the last step."""
     graphs: int = 0
     """What it has compiled so far."""
+    replays: int = 0
+    """How many of its steps were a CUDA graph."""
     recent: deque[tuple[float, float]] = field(default_factory=deque)
     """When it was done, on the monotonic clock, and how long it was busy with that."""
 
@@ -200,6 +202,7 @@ class Totals:
         is_launch_bound: bool | None = None,
         blocks_compiled: int = 0,
         graphs: int = 0,
+        is_replayed: bool = False,
     ) -> None:
         """Note a rank's answer.
 
@@ -208,6 +211,7 @@ class Totals:
             of_call_s: what it computed in the call so far, if that is more.
             is_launch_bound: not known of single blocks.
             graphs: how many were compiled in this step.
+            is_replayed: whether the step was a CUDA graph.
         """
         counts = self.ranks[rank]
         counts.busy(busy_s)
@@ -216,6 +220,7 @@ class Totals:
         counts.launch_bound = is_launch_bound
         counts.blocks_compiled = blocks_compiled
         counts.graphs += graphs
+        counts.replays += is_replayed
 
     def controlled(self, rank: int, seconds: float) -> None:
         """Note what a rank needed for a call of a ControlNet."""
@@ -316,6 +321,7 @@ class Totals:
             "is_launch_bound": counts.launch_bound,
             "blocks_compiled": counts.blocks_compiled,
             "graphs": counts.graphs,
+            "replays": counts.replays,
         }
 
 

@@ -6,8 +6,10 @@ Runs in: worker process.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -44,6 +46,7 @@ from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.room import no_room_for
 from comfy_xdit_patch.worker.shard.blocks import DrivenBlocks
+from comfy_xdit_patch.worker.shard.captured_forwards import Outcome, places_of
 from comfy_xdit_patch.worker.shard.controlnet import control_share
 from comfy_xdit_patch.worker.shard.node_patches import ModelPatches, Objects, PatchRefusedError
 from comfy_xdit_patch.worker.shard.residuals import Residuals
@@ -67,6 +70,8 @@ class Calls:
         self._streams = StreamKeys()
         self._decoders = Decoders(slots, groups)
         self._num_forwards = 0
+        self._model: int | None = None
+        """Of the call before, if that was a forward and nobody looked for room."""
 
     def compute(self, message: Call) -> Answer:
         """Compute this rank's share of a call. Collective: every rank gets the same message.
@@ -75,9 +80,16 @@ class Calls:
             Exception: what the call raised, where this rank cannot know that it is well.
         """
         begun = collectives.num_begun()
+        captured = self._residents.captured
+        model = None
+        if isinstance(message, Forward) and not message.working_bytes:
+            model = message.model
+        if model is None or model != self._model:
+            captured.look_again()  # Whatever is placed or made room for now is each rank's own.
+        self._model = model
         try:
             if not isinstance(message, Fetch):
-                no_room = no_room_for(message, self._groups.device)
+                no_room = no_room_for(message, self._groups.device, captured.drop)
                 if no_room is not None:
                     return no_room
             if isinstance(message, Forward):
@@ -122,7 +134,8 @@ class Calls:
         of_blocks = resident.compiled.of(resident.flux, asked, obstacle, resident.enter)
         is_compiled = asked is not None and obstacle is None
         away = resident.later.away() if is_compiled else nullcontext()
-        with torch.inference_mode(), away, of_blocks as compiled:
+
+        def share(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, int]:
             sent = resident.begin(plan, self._groups, num_rows=batch)
             if resident.blocks is not None:
                 resident.blocks.prefetch_first()
@@ -138,8 +151,12 @@ class Calls:
                 later=resident.later if overlaps else None,
                 pipeline=message.pipeline,
             )
+            return rows, bytes_sent + resident.bytes_moved - sent
+
+        with torch.inference_mode(), away, of_blocks as compiled:
+            outcome = self._captured(message, resident, patches, arguments, share)
+            rows = outcome.rows
             collectives.clock.launched()
-            bytes_sent += resident.bytes_moved - sent
             shape = (batch, *rows.shape[1:])
             bytes_written = 0
             if plan.writes_rows(rank):
@@ -154,13 +171,40 @@ class Calls:
             dtype=_dtype_name(rows),
             shape=shape,
             seconds=time.perf_counter() - start,
-            bytes_between_ranks=bytes_sent,
+            bytes_between_ranks=outcome.bytes_sent,
             bytes_written=bytes_written,
             busy_seconds=busy_s,
             is_launch_bound=collectives.clock.is_launch_bound,
             num_compiled=compiled.num_compiled,
             num_graphs=compiled.num_graphs,
             uncompiled=compiled.reason,
+            is_replayed=outcome.is_replayed,
+            has_captured=outcome.has_captured,
+            uncaptured=outcome.reason,
+        )
+
+    def _captured(
+        self,
+        message: Forward,
+        resident: Resident,
+        patches: ModelPatches | None,
+        arguments: Mapping[str, Any],
+        share: Callable[[Mapping[str, Any]], tuple[torch.Tensor, int]],
+    ) -> Outcome:
+        """Compute a share by a CUDA graph, if that is wanted and can be."""
+        captured, device = self._residents.captured, self._groups.device
+        if not message.captures:
+            captured.drop()
+            return Outcome(*share(arguments))
+        obstacle = resident.why_uncaptured(message, patches, device)
+        if obstacle is not None:
+            return Outcome(*share(arguments), reason=obstacle.reason)
+        return captured.compute(
+            share,
+            arguments,
+            model=message.model,
+            how=(*message.grid, *message.weights, message.overlaps),
+            places=partial(places_of, resident.flux, device),
         )
 
     def control(self, message: Control) -> Controlled:

@@ -67,9 +67,14 @@ class Engine:
 
     def give_way(self, ranks: list[int]) -> None:
         """Free the device, if this rank is meant, for what ComfyUI wants to put there."""
+        self._residents.captured.look_again()
         if self._groups.rank in ranks:
             with torch.inference_mode():
                 self._residents.give_way()
+
+    def settings_changed(self) -> None:
+        """Free what was captured under settings of torch's and ComfyUI's that hold no more."""
+        self._residents.captured.drop()
 
     def compute(self, message: Call) -> Answer:
         """Compute this rank's share of a call; see ``Calls``."""

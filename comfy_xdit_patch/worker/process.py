@@ -159,6 +159,7 @@ class Worker:
         elif isinstance(message, Follow):
             self._phase = "following the host's settings"
             _follow(message)
+            engine.settings_changed()
         elif isinstance(message, Forget):
             engine.forget(message)
         elif isinstance(message, Free):

@@ -136,6 +136,7 @@ IMPORTERS = {
         "worker/ranks/groups.py",
         "worker/room.py",
         "worker/shard/blocks.py",
+        "worker/shard/captured_forwards.py",
         "worker/shard/compiled_blocks.py",
         "worker/shard/controlnet.py",
         "worker/shard/node_patches.py",

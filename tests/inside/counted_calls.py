@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -31,6 +31,7 @@ from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.worker.forward import forward_share
 from comfy_xdit_patch.worker.pipefusion.kept_keys import StreamKeys
 from comfy_xdit_patch.worker.shard import later_columns
+from comfy_xdit_patch.worker.shard.captured_forwards import CapturedForwards, Stage
 from comfy_xdit_patch.worker.shard.residuals import Residuals
 from comfy_xdit_patch.worker.weights.shared_modulation import WHOLE_FORWARD, SharedModulation
 
@@ -235,6 +236,71 @@ def seconds(
                     forward_share(model, given, plan=plan, groups=rank.groups, **NOTHING_ELSE)
                 found[num_ranks].append(time.perf_counter() - start)
     return {num_ranks: times[1:] for num_ranks, times in found.items()}
+
+
+class _Graph:
+    """A graph of kernels that compute nothing."""
+
+    num_replays = 0
+
+    def replay(self) -> None:
+        type(self).num_replays += 1
+
+
+class _AllCan(CapturedForwards):
+    """Ranks that are not there can do what this one can, and tensors without data are alike."""
+
+    def _least(self, stage: Stage) -> Stage:
+        return stage
+
+
+def captured(num_ranks: int, *, text: int) -> dict[str, list[int]]:
+    """Count a forward that is a CUDA graph, and the two before it.
+
+    Returns:
+        Calls, kernels, copies, exchanges and launches of a graph of each of three forwards.
+    """
+    plan, found = ParallelPlan(ulysses=num_ranks), {}
+    stand_ins = {
+        "CUDAGraph": _Graph,
+        "graph": lambda *_, **__: nullcontext(),
+        "stream": lambda *_: nullcontext(),
+        "current_stream": lambda *_: None,
+        "Stream": lambda *_: object(),
+        "graph_pool_handle": lambda: 1,
+    }
+    with (
+        joined(0, num_ranks, torch.device(CARD)) as rank,
+        mock.patch.multiple(torch.cuda, **stand_ins),
+        mock.patch.object(torch, "equal", return_value=True),
+        MODE,
+        torch.inference_mode(),
+    ):
+        model = model_of((1, 1), "bfloat16")
+
+        def share(given: Any) -> tuple[torch.Tensor, int]:
+            return forward_share(
+                model,
+                given,
+                plan=plan,
+                groups=rank.groups,
+                scaled={},
+                residuals=Residuals(),
+                patches=None,
+                streams=StreamKeys(),
+                later=later_of(model),
+            )
+
+        forwards = _AllCan(torch.device(CARD))
+        for name in ("first", "captured", "replayed"):
+            _Graph.num_replays = 0
+            rank.exchanges.noted.clear()
+            given = arguments(text=text)
+            with Counter() as counter:
+                outcome = forwards.compute(share, given, model=1, how=(), places=lambda: ())
+            assert outcome.is_replayed == (name == "replayed")
+            found[name] = [*counter.so_far, len(rank.exchanges.noted), _Graph.num_replays]
+    return found
 
 
 def less(these: list[int], those: list[int]) -> list[int]:

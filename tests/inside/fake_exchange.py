@@ -25,7 +25,7 @@ from comfy_xdit_patch.worker.ranks.groups import Groups
 
 assert fake_pg
 TIMEOUT_S = 60.0
-NO_EXCHANGE = {"num_begun", "is_in_one", "finish"}
+NO_EXCHANGE = {"num_begun", "is_in_one", "finish", "capturing", "replayed"}
 """Functions of ``collectives`` that begin nothing."""
 
 

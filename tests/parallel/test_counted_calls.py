@@ -14,7 +14,7 @@ import pytest
 from inside.client import Inside
 from rig.trees import Tree
 
-from comfy_xdit_patch.planning.cost.model_shape import EAGER
+from comfy_xdit_patch.planning.cost.model_shape import CALLS_BESIDE_GRAPH, EAGER
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 
@@ -38,6 +38,8 @@ ADDED = {2: IN_HALVES, 4: IN_HALVES, 8: ((13, 2, 2), (20, 3, 2), (15, 4, 4))}
 SEVERAL = (2, 4, 8)
 EXCHANGES = {"double": 2, "single": 2, "outside": 1}
 """Beside the calls: an exchange is one more, and a kernel. In halves there are two for each."""
+NUM_ARGUMENTS, MOVED = 5, 3
+"""Of FLUX.1's forward; and what crosses each time, graph or not: x, the time step, the result."""
 # The sum over all blocks, in 0.33.0.
 HALVED = (4458, 1805, 402)
 WHOLE = {1: (2182, 1478, 170), 2: HALVED, 4: HALVED, 8: (3204, 1634, 288)}
@@ -134,6 +136,21 @@ def test_transfers_in_8_bits_add_these_calls_and_no_exchange(
             added = narrow[block][0] - exact[block][0]
             assert added == num_exchanges * EAGER.calls_per_quantised, (block, num_ranks)
         assert narrow["outside"] == exact["outside"]
+
+
+@pytest.mark.newest_only
+def test_a_forward_that_is_a_graph_copies_its_arguments_and_launches_that(
+    tree: Tree, inside: Callable[..., Inside]
+) -> None:
+    process = inside(tree, XDIT_STRATEGY="off")
+    for num_ranks in SEVERAL:
+        found = process.call("counted_calls:captured", num_ranks=num_ranks, text=TEXT_TOKENS)
+        calls, kernels, copies, exchanges, launches = found["replayed"]
+        assert calls == kernels == copies == NUM_ARGUMENTS, "x, time step, text, y and guidance"
+        assert (exchanges, launches) == (0, 1), "what is exchanged lies in the graph"
+        assert calls + MOVED + launches == CALLS_BESIDE_GRAPH
+        assert found["first"][0] > 100
+        assert found["captured"][-1] == 1, "it is compared once"
 
 
 @pytest.mark.parametrize("num_ranks", WHOLE)

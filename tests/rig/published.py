@@ -55,14 +55,13 @@ def make_job(
     steps: int = 28,
     overlaps: bool = True,
     transfer_dtype: TransferDtype = "exact",
+    captures: bool = False,
 ) -> Job:
     """Make a job from names."""
     shape = MODELS[model]
     workload = workload_for(shape, width_px=px, height_px=px, num_rows=rows, num_text_tokens=text)
-    return Job(
-        *(shape, workload, PRECISIONS[precision], steps, EXECUTIONS[execution], overlaps),
-        transfer_dtype,
-    )
+    how = EXECUTIONS[execution], overlaps, transfer_dtype, captures
+    return Job(shape, workload, PRECISIONS[precision], steps, *how)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Host:
         self.books = Books(self.totals, pool=pool, auto=auto, is_strict=settings.strict)
         self.pipelines = Pipelines()
         self._steps = ParallelSteps(
-            RemoteForward(self.totals),
+            RemoteForward(self.totals, captures=settings.captures),
             DrivenForward(self.totals),
             holding=self.holding,
             pristine=pristine,

@@ -89,6 +89,7 @@ class Auto:
 
     def __init__(self, settings: Settings, pool: Pool) -> None:
         self.is_on = settings.strategy.name == "auto" and not settings.strict
+        self._captures = settings.captures
         self._pool = pool
         self._transfer_dtype: TransferDtype = settings.transfer_dtype
         self._store = VerdictStore()
@@ -254,6 +255,8 @@ class Auto:
         model = f"{type(flux).__name__}, {self._sizes[flux]} bytes"
         if is_compiled(getattr(base_model, "current_patcher", None)):
             model += ", compiled"
+        if self._captures:
+            model += ", CUDA graphs"
         return Case(self._machine, model, size_class(workload))
 
 

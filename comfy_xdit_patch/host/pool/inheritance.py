@@ -105,6 +105,8 @@ def worker_variables(
         # Weight shards and stages have communicators of their own beside the sequence's. All ranks
         # launch in one order, and this has NCCL keep to it, without which they may deadlock.
         variables.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+        # The memory of a CUDA graph is its rank's own: no other rank's graph is tied to it.
+        variables.setdefault("NCCL_GRAPH_REGISTER", "0")
         options = _allocator_options(variables)
         for name in ALLOCATOR_VARIABLES:
             variables.pop(name, None)

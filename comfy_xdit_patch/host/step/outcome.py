@@ -44,10 +44,12 @@ class Computed:
     """Whether the CPU of a rank, and not its GPU, set its pace. Not known of single blocks."""
     is_empty: bool = False
     """Whether no block ran on the workers."""
-    has_compiled: bool = False
-    """Whether a rank compiled something meanwhile: then its time tells nothing."""
+    is_in_making: bool = False
+    """Whether a rank compiled or captured something meanwhile: then its time tells nothing."""
     uncompiled: tuple[str, ...] = ()
     """Why blocks that were to run compiled did not."""
+    uncaptured: tuple[str, ...] = ()
+    """Why ranks that were to make a CUDA graph of the call did not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,13 +201,15 @@ class ParallelSteps:
         is_refused = isinstance(call.compiled, Refusal)
         for reason in (call.compiled.reason,) if is_refused else computed.uncompiled:
             note_once(f"blocks of a compiled model run as they are: {reason}")
+        for reason in computed.uncaptured:
+            note_once(f"steps run without a CUDA graph: {reason}")
         run.counts.plan = self._totals.last_plan = plan
         if plan.exchanges_heads:
             run.counts.transfer_dtype = self._transfer_dtype
         elif self._transfer_dtype != "exact":
             note_once(f"XDIT_TRANSFER_DTYPE changes nothing with {plan.name}")
         balance = crew.of(self._holding.balance)
-        if not (computed.is_empty or computed.has_compiled):
+        if not (computed.is_empty or computed.is_in_making):
             balance.measured(
                 plan,
                 call.workload,
@@ -217,7 +219,7 @@ class ParallelSteps:
                 replan=planned.replan,
             )
         # Even shares of unequal ranks say nothing about those to come.
-        tells = not (call.changes or computed.has_compiled) and balance.is_at_rest
+        tells = not (call.changes or computed.is_in_making) and balance.is_at_rest
         return Step(
             computed.out,
             gathered_for=gathered_for,

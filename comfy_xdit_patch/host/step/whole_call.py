@@ -55,8 +55,14 @@ class _Paces:
 class RemoteForward:
     """The workers, as a function from arguments to a tensor."""
 
-    def __init__(self, totals: Totals) -> None:
+    def __init__(self, totals: Totals, *, captures: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            captures: have the ranks make CUDA graphs of their forwards.
+        """
         self._totals = totals
+        self._captures = captures
 
     def forward(
         self,
@@ -105,6 +111,7 @@ class RemoteForward:
                     patches=patches,
                     compiled=None if isinstance(compiled, Refusal) else compiled,
                     overlaps=crew.of(_Paces).overlaps(shape),
+                    captures=self._captures,
                 ),
                 room=room,
             )
@@ -114,13 +121,16 @@ class RemoteForward:
         done = [reply for reply in replies if isinstance(reply, Done)]
         self._count(done)
         is_launch_bound = any(reply.is_launch_bound for reply in done)
-        crew.of(_Paces).note(shape, is_launch_bound=is_launch_bound)
+        # Calls that are to be a graph soon say nothing of the launches then.
+        if not self._captures or any(reply.is_replayed or reply.uncaptured for reply in done):
+            crew.of(_Paces).note(shape, is_launch_bound=is_launch_bound)
         return Computed(
             out,
             busy_s=tuple(reply.busy_seconds for reply in done),
             is_launch_bound=is_launch_bound,
-            has_compiled=any(reply.num_graphs for reply in done),
+            is_in_making=any(reply.num_graphs or reply.has_captured for reply in done),
             uncompiled=tuple(short(reply.uncompiled) for reply in done if reply.uncompiled),
+            uncaptured=tuple(short(reply.uncaptured) for reply in done if reply.uncaptured),
         )
 
     def _count(self, replies: Sequence[Done]) -> None:
@@ -133,6 +143,7 @@ class RemoteForward:
                 is_launch_bound=reply.is_launch_bound,
                 blocks_compiled=reply.num_compiled,
                 graphs=reply.num_graphs,
+                is_replayed=reply.is_replayed,
             )
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written

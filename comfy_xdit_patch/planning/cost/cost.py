@@ -10,7 +10,8 @@ Runs in: the command line's process. Pure arithmetic, no torch.
                    a ring's send outlasts the attention beside it, what of gathered weights outlasts
                    all compute, what shared modulation gives
     bubble         of PipeFusion, as the sampler waits for every step: (stages - 1) patches
-    host time      launches in eager mode; they run beside the GPU until they are slower than it
+    host time      launches in eager mode; they run beside the GPU until they are slower than it;
+                   next to none where the forward is a CUDA graph
 
 Constants, their sources, and how far published times are off: docs/planning.md.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from comfy_xdit_patch.planning.cost.candidate import Candidate
 from comfy_xdit_patch.planning.cost.machine import RING_STEP_S, Machine
-from comfy_xdit_patch.planning.cost.model_shape import COMPUTE_BYTES, Job
+from comfy_xdit_patch.planning.cost.model_shape import CALLS_BESIDE_GRAPH, COMPUTE_BYTES, Job
 from comfy_xdit_patch.planning.cost.rank_time import (
     ComputeTime,
     Part,
@@ -292,6 +293,9 @@ def _handed_s(plan: Candidate, job: Job, machine: Machine, part: Part) -> float:
 
 
 def _host_s(plan: Candidate, job: Job, machine: Machine, part: Part, *, in_halves: bool) -> float:
+    is_whole = plan.weights in ("full", "modulation") and plan.pipefusion == 1
+    if job.captures and is_whole and plan.world_size > 1:
+        return CALLS_BESIDE_GRAPH * machine.host_call_s
     calls = job.execution.calls_per_block
     if plan.sequence * plan.tensor > 1:
         calls += job.execution.calls_per_attention

@@ -284,6 +284,9 @@ EAGER = Execution(
     calls_per_quantised=18,
 )
 COMPILED = Execution("compiled", 0, 0, 0, 0, 0, 0, 0)
+CALLS_BESIDE_GRAPH = 9
+"""Of a forward that is one CUDA graph: 5 arguments are copied there (counted, the same test), two
+arrive, the result leaves, and the graph is launched, taken to cost what a call does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +302,8 @@ class Job:
     """Whether ranks compute while tokens are on their way."""
     transfer_dtype: TransferDtype = "exact"
     """In which form heads travel."""
+    captures: bool = False
+    """Whether the forward of several ranks is a CUDA graph, where their weights lie on the card."""
 
     @property
     def has_later_columns(self) -> bool:

@@ -102,7 +102,9 @@ class Done:
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
     ``busy_seconds`` are those in which it did not wait for other ranks; with ``is_launch_bound``
     its CPU, and not its GPU, was busy in them. ``num_compiled`` blocks ran compiled, ``num_graphs``
-    were compiled meanwhile, and ``uncompiled`` is why blocks that were to run so did not.
+    were compiled meanwhile, and ``uncompiled`` is why blocks that were to run so did not. With
+    ``is_replayed`` the call was one CUDA graph; with ``has_captured`` it was made one, for the
+    calls to come; ``uncaptured`` is why neither, where it was to be.
     """
 
     request: int
@@ -117,6 +119,9 @@ class Done:
     num_compiled: int = 0
     num_graphs: int = 0
     uncompiled: str = ""
+    is_replayed: bool = False
+    has_captured: bool = False
+    uncaptured: str = ""
 
 
 @dataclass(frozen=True, slots=True)

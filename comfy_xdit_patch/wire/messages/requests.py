@@ -160,7 +160,7 @@ class Forward:
     the weights, for a look whether there is room; 0 to make it at once. ``patches`` are those of
     nodes (``worker/shard/node_patches.py``), or None. ``compiled`` says which blocks the user has
     compiled, and how (``host/reading/compiled.py``), or is None. With ``overlaps`` GPUs compute
-    while tokens are on their way.
+    while tokens are on their way, and with ``captures`` by CUDA graphs, where they can.
     """
 
     request: int
@@ -174,6 +174,7 @@ class Forward:
     patches: Tree = None
     compiled: Tree = None
     overlaps: bool = True
+    captures: bool = False
 
 
 @dataclass(frozen=True, slots=True)

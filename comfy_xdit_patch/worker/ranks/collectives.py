@@ -19,6 +19,8 @@ How long a rank computes, without what it waits for:
             which the host waits for anyway, or with a later call where nothing is copied out.
             Where the CPU issues kernels more slowly than the GPU computes them, events measure the
             CPU: shares of the work change nothing about that.
+    graphs  The events of a CUDA graph are external ones, recorded anew by each replay. So replays
+            are measured as calls are; the count of exchanges grows by all of a graph's at once.
 
 A rank is a process, which computes one call at a time. So the clock and the counts below are the
 process's: new ranks are new processes, and begin at 0. The heartbeat's thread reads the count of
@@ -33,11 +35,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 
 Event = torch.cuda.Event
+Wait: TypeAlias = tuple[Event, Event]
 LAUNCH_PART = 0.8
 """Part of a call's time that the CPU takes to issue it, from which on the CPU sets the pace."""
 
@@ -48,7 +52,9 @@ class _Call:
 
     first: Event
     last: Event
-    waits: list[tuple[Event, Event]] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
+    replayed: Sequence[Wait] = ()
+    """The waits of a graph that the call replayed; their events stay the graph's."""
 
     @property
     def is_done(self) -> bool:
@@ -56,7 +62,8 @@ class _Call:
 
     @property
     def busy_s(self) -> float:
-        waited_ms = sum(first.elapsed_time(last) for first, last in self.waits)
+        waits = chain(self.waits, self.replayed)
+        waited_ms = sum(first.elapsed_time(last) for first, last in waits)
         return max(0.0, float(self.first.elapsed_time(self.last) - waited_ms) / 1e3)
 
 
@@ -70,6 +77,7 @@ class BusyClock:
         self._ended: deque[_Call] = deque()
         self._spare: list[Event] = []
         self._launch_s = 0.0
+        self._captured: list[Wait] | None = None
         self.is_launch_bound = False
         """Whether the CPU set the pace of the call that was copied out last."""
 
@@ -93,7 +101,22 @@ class BusyClock:
         yield
         self._waited_s += time.perf_counter() - start_s
         if self._call is not None and first is not None:
-            self._call.waits.append((first, self._recorded()))
+            waits = self._call.waits if self._captured is None else self._captured
+            waits.append((first, self._recorded()))
+
+    @contextmanager
+    def capturing(self, waits: list[Wait]) -> Iterator[None]:
+        """Have what waits while this lasts noted as a graph's, whose replays record it."""
+        self._captured = waits
+        try:
+            yield
+        finally:
+            self._captured = None
+
+    def replayed(self, waits: Sequence[Wait]) -> None:
+        """Count the waits of a graph that this call replayed. One call replays one graph."""
+        if self._call is not None:
+            self._call.replayed = waits
 
     def stop(self, *, is_copied_out: bool) -> float:
         """End the call; return its busy seconds.
@@ -127,6 +150,9 @@ class BusyClock:
         return event
 
     def _event(self) -> Event:
+        if self._captured is not None:
+            # An event that is not external ties streams together in a graph and has no time.
+            return Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
         if self._spare:
             return self._spare.pop()
         return Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -148,6 +174,37 @@ def is_in_one() -> bool:
     A stage's (``stage.py``) are not counted: what one sends, another one receives.
     """
     return _num_open > 0
+
+
+@dataclass(slots=True)
+class Captured:
+    """The exchanges of a CUDA graph."""
+
+    num_begun: int = 0
+    waits: list[Wait] = field(default_factory=list)
+
+
+@contextmanager
+def capturing() -> Iterator[Captured]:
+    """Note the exchanges that a graph captures while this lasts: none of them is made by that.
+
+    What is begun counts all the same: to capture is to get on.
+    """
+    global _num_open
+    captured, begun, still_open = Captured(), _num_begun, _num_open
+    try:
+        with clock.capturing(captured.waits):
+            yield captured
+        captured.num_begun = _num_begun - begun
+    finally:
+        _num_open = still_open
+
+
+def replayed(captured: Captured) -> None:
+    """Count what a graph exchanges, once more."""
+    global _num_begun
+    _num_begun += captured.num_begun
+    clock.replayed(captured.waits)
 
 
 def all_to_all_async(

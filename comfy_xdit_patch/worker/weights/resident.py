@@ -14,7 +14,7 @@ import torch
 from comfy_xdit_patch.errors import Refusal, WorkerError
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.wire.fingerprint import Fingerprint, stored_weights
-from comfy_xdit_patch.wire.messages.requests import Residence, Tree
+from comfy_xdit_patch.wire.messages.requests import Forward, Residence, Tree
 from comfy_xdit_patch.wire.plain_attributes import Attributes
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.worker.shard.compiled_blocks import CompiledBlocks
@@ -143,6 +143,29 @@ class Resident:
     def enter(self) -> Callable[[str, torch.Tensor], list[torch.Tensor]] | None:
         """What gathers for a block that runs compiled what its weights are not here for."""
         return None if self.modulation is None else self.modulation.of_block
+
+    def why_uncaptured(
+        self, message: Forward, patches: ModelPatches | None, device: torch.device
+    ) -> Refusal | None:
+        """Say what keeps a call from being a CUDA graph. All ranks have the same answer."""
+        import comfy.cli_args
+
+        if device.type != "cuda":
+            return Refusal("ranks on CPUs have no CUDA graphs")
+        if getattr(comfy.cli_args.args, "disable_cuda_graphs", False):
+            return Refusal("ComfyUI was started with --disable-cuda-graphs")
+        has_all = self.residence.mode in ("full", "modulation") and not self.residence.grid
+        if not has_all or message.pipeline is not None:
+            return Refusal("a card does not hold all weights whole")
+        if self.scaled or self.overlay.has_bypass or self.state.get("hooks") is not None:
+            return Refusal("layers of the model are changed for each call")
+        if patches is not None:
+            return Refusal("a node's patch takes part in the call")
+        if "control" in message.arguments:
+            return Refusal("a ControlNet takes part in the call")
+        if message.compiled is not None:
+            return Refusal("its blocks are compiled")
+        return None
 
     def needs_other_patches(self, state: dict[str, Tree]) -> bool:
         """Whether a state differs in more than what lies over the patched weights."""

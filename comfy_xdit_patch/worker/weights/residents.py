@@ -30,6 +30,7 @@ from comfy_xdit_patch.wire.slots import SlotMap
 from comfy_xdit_patch.wire.tensors import dtype_of
 from comfy_xdit_patch.wire.weight_patches import decode
 from comfy_xdit_patch.worker.ranks.groups import Groups
+from comfy_xdit_patch.worker.shard.captured_forwards import CapturedForwards
 from comfy_xdit_patch.worker.shard.quantised import scaled_layers
 from comfy_xdit_patch.worker.weights.loading import load_patcher
 from comfy_xdit_patch.worker.weights.overlay import Overlay
@@ -52,6 +53,8 @@ class Residents:
         self._packs = PackMap(slots.__getitem__)
         self._groups = groups
         self._models: dict[int, Resident] = {}
+        self.captured = CapturedForwards(groups.device)
+        """Graphs of forwards, which go whenever weights do."""
 
     @property
     def numbers(self) -> list[int]:
@@ -63,6 +66,7 @@ class Residents:
         Returns:
             The model, and whether it had to be loaded first.
         """
+        self.captured.look_again()
         resident = self._models.get(message.model)
         is_new = resident is None
         try:
@@ -75,6 +79,7 @@ class Residents:
             is_same_stage = resident.staged.stage == stage
             is_same = (asked.mode, asked.tensor_degree) == (had.mode, had.tensor_degree)
             if not (is_same and is_same_stage) or resident.needs_other_patches(message.state):
+                self.captured.drop()
                 if had.is_cut or asked.is_cut or not is_same_stage:
                     resident.take_off()
                     resident.keep_stage(stage)
@@ -116,6 +121,7 @@ class Residents:
         """Give the device's memory back. Models return from the mapped files."""
         import comfy.model_management
 
+        self.captured.drop()
         for resident in self._models.values():
             resident.take_off()
         comfy.model_management.unload_all_models()
@@ -125,6 +131,7 @@ class Residents:
         """Forget models, all of them by default, and free their memory."""
         import comfy.model_management
 
+        self.captured.drop()
         has_compiled = any(resident.compiled.is_in_use for resident in self._models.values())
         for number in self.numbers if numbers is None else numbers:
             resident = self._models.pop(number, None)
@@ -150,6 +157,7 @@ class Residents:
             if room_bytes is None or size <= room_bytes:
                 return
             if other.is_on_device:
+                self.captured.drop()
                 size -= other.bytes_held
                 other.take_off()
 
@@ -157,6 +165,7 @@ class Residents:
         number = next(n for n, other in self._models.items() if other is resident)
         self._models[number] = self._models.pop(number)  # used last
         if not resident.is_on_device:
+            self.captured.drop()  # Room for weights, and they may be patched anew.
             dtype = resident.state.get("weight_patch_dtype")
             with patches_computed_in(None if dtype is None else dtype_of(dtype)):
                 self._place_patched(resident, verify=verify, progress=progress)

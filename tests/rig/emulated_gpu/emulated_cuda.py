@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 import types
 import uuid
 import weakref
@@ -22,6 +21,7 @@ from typing import Any
 import emulated_aimdo
 import emulated_allocator as allocator
 import emulated_exchanges
+import emulated_graphs as graphs
 import emulated_modes
 import torch
 
@@ -57,23 +57,39 @@ def properties(device: Any = None) -> types.SimpleNamespace:
 
 
 class Event:
-    """Notes when it was recorded."""
+    """Notes when it was recorded. In a graph only an external one is recorded, by each replay."""
 
-    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
+    def __init__(self, enable_timing: bool = False, external: bool = False, **_: Any) -> None:
         self.at = 0.0
+        self._is_external = external
+        self._is_captured = False
 
     def record(self, stream: Any = None) -> None:
-        self.at = time.perf_counter()
+        graph = graphs.capturing()
+        self._is_captured = graph is not None and not self._is_external
+        if graph is None:
+            self._note()
+        elif self._is_external:
+            graph.add(self._note)
 
     def query(self) -> bool:
+        self.synchronize()
         return True
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        graphs.forbid("the host waits for an event")
+        if self._is_captured:
+            raise RuntimeError("CUDA error: event was last recorded in a capturing stream")
 
     def wait(self, stream: Any = None) -> None: ...
 
     def elapsed_time(self, other: Event) -> float:
+        for event in (self, other):
+            event.synchronize()
         return 1e3 * (other.at - self.at)
+
+    def _note(self) -> None:
+        self.at = graphs.now_s()
 
 
 class Generator(torch.Generator):
@@ -98,12 +114,14 @@ class Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        graphs.forbid("the host waits for a stream")
 
     def record_event(self, event: Any = None) -> Any:
         return event or Event()
 
     def query(self) -> bool:
+        graphs.forbid("the host asks for a stream")
         return True
 
 
@@ -163,8 +181,13 @@ def _put_into_torch() -> None:
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.can_device_access_peer = _has_peers
     cuda.get_allocator_backend = lambda: "native"
-    for name in ("synchronize", "ipc_collect", "manual_seed", "manual_seed_all"):
+    for name in ("ipc_collect", "manual_seed", "manual_seed_all"):
         setattr(cuda, name, lambda *_, **__: None)
+    cuda.synchronize = lambda *_: graphs.forbid("the host waits for a card")
+    for module in (cuda, cuda.graphs):
+        module.CUDAGraph = graphs.CUDAGraph
+        module.graph_pool_handle = graphs.graph_pool_handle
+        module.is_current_stream_capturing = lambda: graphs.capturing() is not None
     cuda.empty_cache = allocator.empty_cache
     cuda.reset_peak_memory_stats = lambda device=None: allocator.forget_peak(index_of(device))
     stream = Stream()
@@ -191,6 +214,7 @@ def _put_into_torch() -> None:
     of_tensors.cuda = lambda self, device=None, **_: self.to(f"cuda:{index_of(device)}")
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._ensureCUDADeviceGuardSet()
+    torch._C._host_emptyCache = lambda: None
 
 
 def _put_into_threads() -> None:

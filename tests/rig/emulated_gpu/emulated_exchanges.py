@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import emulated_allocator as allocator
+import emulated_graphs as graphs
 import emulated_streams as streams
 import emulated_tensors as tensors
 import torch
@@ -96,11 +97,22 @@ def _on_cards(exchange: Any) -> Any:
             me = dist.get_rank()
             key = id(group or dist.group.WORLD), (min(me, other), max(me, other)) if is_pair else 0
             allocator.join_group(first.where.index, key)
-        _current.is_batch = is_inner or operations is not None
-        try:
-            work = exchange(*args, **kwargs)
-        finally:
-            _current.is_batch = is_inner
+
+        def run() -> Any:
+            _current.is_batch = is_inner or operations is not None
+            try:
+                return exchange(*args, **kwargs)
+            finally:
+                _current.is_batch = is_inner
+
+        graph = None if is_inner else graphs.capturing()
+        if graph is None or not isinstance(first, tensors.Emulated):
+            work = run()
+        elif operations:
+            work = graph.exchange(run, len(operations))
+        else:
+            is_async = is_pair or values.get("async_op", False)
+            work = next(iter(graph.exchange(run, int(is_async))), None)
         return work if is_inner or work is None else begun(work, values, operations)
 
     def begun(work: Any, values: dict[str, Any], operations: Any) -> Any:

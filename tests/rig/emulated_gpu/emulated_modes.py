@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import emulated_graphs as graphs
 import torch
 from emulated_tensors import Emulated, call, real
 from torch.overrides import TorchFunctionMode
@@ -56,7 +57,8 @@ class Functions(TorchFunctionMode):
         elif func is torch.nn.functional.scaled_dot_product_attention:
             where = [t.where for t in tree_flatten((args, kwargs))[0] if isinstance(t, Emulated)]
             if where:
-                return Emulated(func(*tree_map(real, args), **tree_map(real, kwargs)), where[0])
+                plain = tree_map(real, args), tree_map(real, kwargs)
+                return Emulated(graphs.launch(func, *plain), where[0])
         elif func == torch.Tensor.data.__set__ and isinstance(args[1], Emulated):
             new = args[1].detach()
             if isinstance(args[0], torch.nn.Parameter):
@@ -75,6 +77,8 @@ def _of_a_card(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return torch.tensor(args[1], dtype=kwargs.get("dtype", tensor.dtype)).to(tensor.device)
     if func == torch.Tensor.data.__get__:
         return tensor.detach()
+    if func is torch.Tensor.tolist:
+        graphs.forbid("a list is the host's")
     if func in (torch.Tensor.data_ptr, torch.Tensor.tolist):
         return func(tensor.inner)
     if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):

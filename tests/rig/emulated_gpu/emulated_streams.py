@@ -37,14 +37,19 @@ class InFlight:
 
 def check(func: Any, args: Any, kwargs: Any) -> None:
     """Fail where an ATen call would compute with what is still on its way."""
-    if not (_being_written or _being_read) or func.namespace == "c10d" or _is_view(func):
+    if not (_being_written or _being_read) or func.namespace == "c10d" or is_view(func):
         return
-    used, written = set(_storages((args, kwargs))), set()
+    used = set(_storages((args, kwargs)))
+    changed = set(_storages(list(written(func, args, kwargs))))
+    if used & _being_written.keys() or changed & _being_read.keys():
+        raise RuntimeError(f"{func} uses data of an exchange that the stream has not waited for")
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """What an ATen call changes of what it is given."""
     for argument, value in _named(func, args, kwargs):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            written |= set(_storages(value))
-    if used & _being_written.keys() or written & _being_read.keys():
-        raise RuntimeError(f"{func} uses data of an exchange that the stream has not waited for")
+            yield from tree_leaves(value)
 
 
 def _storages(values: Any) -> Iterator[int]:
@@ -53,7 +58,8 @@ def _storages(values: Any) -> Iterator[int]:
             yield value.inner.untyped_storage()._cdata
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
+    """Whether an ATen call launches nothing: it returns another look at what it is given."""
     returns = func._schema.returns
     return bool(returns) and all(
         one.alias_info is not None and not one.alias_info.is_write for one in returns

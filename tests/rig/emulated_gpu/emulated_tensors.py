@@ -16,6 +16,7 @@ import weakref
 from typing import Any
 
 import emulated_allocator as allocator
+import emulated_graphs as graphs
 import emulated_kernels as kernels
 import emulated_streams as streams
 import torch
@@ -154,7 +155,13 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     real_args, real_kwargs = tree_map(real, args), dict(tree_map(real, kwargs))
     if real_kwargs.get("pin_memory"):
         real_kwargs["pin_memory"] = False
-    out = kernels.KERNELS.get(func, func)(*real_args, **real_kwargs)
+    run = kernels.KERNELS.get(func, func)
+    if graphs.capturing() is None or streams.is_view(func):
+        out = run(*real_args, **real_kwargs)
+    else:
+        _check_capture(func, flat, device)
+        written = [real(value) for value in streams.written(func, args, kwargs)]
+        out = graphs.launch(run, real_args, real_kwargs, written)
     if device.type != "cuda" or func in ANSWERS_ON_CPU:
         return out
     out = tree_map_only(
@@ -174,6 +181,15 @@ def _check_places(func: Any, flat: list[Any]) -> None:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found {sorted(places)} in {func}"
         )
+
+
+def _check_capture(func: Any, flat: list[Any], device: torch.device) -> None:
+    """See that a call in a graph has nothing to do with the host's memory."""
+    if func in ANSWERS_ON_CPU or func.namespace == "c10d":
+        graphs.forbid(f"{func} gives the host something")
+    is_of_host = [isinstance(t, torch.Tensor) and not isinstance(t, Emulated) for t in flat]
+    if func in MAY_MIX and (any(is_of_host) or device.type != "cuda"):
+        graphs.forbid("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
 
 
 def _device_of(func: Any, args: Any, kwargs: dict[str, Any], flat: list[Any]) -> torch.device:

@@ -212,6 +212,7 @@ def rank(number, **more):
     facts |= {"load_s": None, "weight_bytes": None, "memory": Memory(), "utilisation": None}
     facts |= {"busy_share": 0.0, "forwards": 7, "step_s": None, "busy_s": None, "busy_total_s": 0.0}
     facts |= {"control_s": None, "is_launch_bound": None, "blocks_compiled": 0, "graphs": 0}
+    facts |= {"replays": 0}
     return RankStatus(rank=number, **(facts | more))
 
 

@@ -44,6 +44,9 @@ def test_the_table_is_projected_and_says_what_is_taken(capsys):
     )
     _, out, _ = plan(capsys, "--gpus", "4xl20", "--without", "overlap")
     assert "auto takes ulysses=4: 2.85x of one GPU; 24% of it is communication." in out
+    _, out, _ = plan(capsys, "--gpus", "8xh100", "--graphs")
+    assert "flux1-dev, bf16, eager, CUDA graphs" in out
+    assert "auto takes ulysses=8: 6.07x of one GPU; 12% of it is communication." in out
 
 
 def test_transfers_in_8_bits_are_called_approximate_where_heads_are_exchanged(capsys):

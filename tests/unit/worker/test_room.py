@@ -14,6 +14,10 @@ CPU = torch.device("cpu")
 NEEDED = 100
 
 
+def nothing():
+    """Have nothing that torch does not know of."""
+
+
 @pytest.fixture
 def card(monkeypatch):
     """``card(free, kept)``: bytes that are free, and those that torch keeps and can give back."""
@@ -39,7 +43,15 @@ def card(monkeypatch):
 )
 def test_what_torch_keeps_for_later_is_room(card, free, kept, is_enough):
     card(free, kept)
-    assert has_room(CPU, NEEDED) == is_enough
+    assert has_room(CPU, NEEDED, nothing) == is_enough
+
+
+def test_graphs_give_their_memory_back_where_that_is_too_little(card):
+    dropped = []
+    for free in (NEEDED, NEEDED - 1):
+        card(free, 1)
+        assert has_room(CPU, NEEDED, lambda: dropped.append("graphs"))
+    assert dropped == ["graphs"]
 
 
 def forward(working_bytes):
@@ -55,7 +67,7 @@ def test_all_ranks_leave_a_call_for_which_one_has_no_room(card, monkeypatch, fre
     )
     is_short = free < NEEDED
     expected = NoRoom(9, is_short) if is_short or is_other_short else None
-    assert no_room_for(forward(NEEDED), CPU) == expected
+    assert no_room_for(forward(NEEDED), CPU, nothing) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,9 +80,9 @@ def test_all_ranks_leave_a_call_for_which_one_has_no_room(card, monkeypatch, fre
 def test_controlnets_and_the_first_block_of_a_step_look_too(card, monkeypatch, call):
     card(NEEDED - 1)
     monkeypatch.setattr(room.collectives, "all_reduce_max", lambda flag: flag)
-    assert no_room_for(call, CPU) == NoRoom(9, True)
+    assert no_room_for(call, CPU, nothing) == NoRoom(9, True)
 
 
 def test_nothing_is_exchanged_for_a_call_like_one_before(monkeypatch):
     monkeypatch.setattr(room.collectives, "all_reduce_max", None)
-    assert no_room_for(forward(0), CPU) is None
+    assert no_room_for(forward(0), CPU, nothing) is None

@@ -65,7 +65,12 @@ def test_a_gpu_worker_has_torchs_own_allocator_with_the_users_options(
 
 
 @pytest.mark.parametrize(
-    ("name", "ours"), [("OMP_NUM_THREADS", "4"), ("NCCL_LAUNCH_ORDER_IMPLICIT", "1")]
+    ("name", "ours"),
+    [
+        ("OMP_NUM_THREADS", "4"),
+        ("NCCL_LAUNCH_ORDER_IMPLICIT", "1"),
+        ("NCCL_GRAPH_REGISTER", "0"),
+    ],
 )
 def test_a_gpu_worker_has_our_choice_unless_the_user_made_one(monkeypatch, name, ours):
     monkeypatch.delenv(name, raising=False)

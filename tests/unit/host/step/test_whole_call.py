@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ class Exchange:
         self.bytes_sent = 0
         self.requests = []
         self.lost = None
-        self.is_launch_bound = False
+        self.is_launch_bound = self.is_replayed = False
+        self.uncaptured = ""
         self.map = SlotMap(torch.device("cpu"))
 
     def settle(self, poll):
@@ -63,7 +65,8 @@ class Exchange:
         self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
         name = str(x.dtype).removeprefix("torch.")
         seconds = 0.1, 11, x.nbytes, 0.08
-        return Done(request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound)
+        done = Done(request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound)
+        return replace(done, is_replayed=self.is_replayed, uncaptured=self.uncaptured)
 
 
 @pytest.fixture
@@ -73,6 +76,8 @@ def remote():
 
 class Remote:
     """``RemoteForward`` with the crew of now."""
+
+    captures = False
 
     def __init__(self):
         self.totals = Totals()
@@ -92,7 +97,8 @@ class Remote:
         return self.exchange.requests
 
     def forward(self, *args, **kwargs):
-        return RemoteForward(self.totals).forward(self.crew, *args, **kwargs).out
+        forward = RemoteForward(self.totals, captures=self.captures)
+        return forward.forward(self.crew, *args, **kwargs).out
 
 
 class Pipeline:
@@ -135,6 +141,22 @@ def test_ranks_whose_launches_set_the_pace_again_and_again_overlap_nothing_from_
     remote.have_new_workers()
     call(remote, x)
     assert remote.requests[-1].overlaps
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_replayed", "uncaptured"),
+    [(False, False, ""), (True, True, ""), (True, False, "why")],
+)
+def test_launches_of_calls_that_are_a_graph_soon_count_for_nothing(
+    remote, counts, is_replayed, uncaptured
+):
+    x = torch.rand(2, 4, 6, 8)
+    remote.captures = remote.exchange.is_launch_bound = True
+    remote.exchange.is_replayed, remote.exchange.uncaptured = is_replayed, uncaptured
+    for _ in range(4):
+        call(remote, x)
+    assert all(request.captures for request in remote.requests)
+    assert remote.requests[-1].overlaps != counts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -204,6 +204,18 @@ def test_launches_set_the_pace_of_fast_gpus_and_not_of_slow_ones():
     assert not slow.is_host_bound
 
 
+def test_graphs_are_launched_at_once_where_ranks_have_weights_on_their_cards():
+    plan = Candidate(ulysses=8)
+    eager, replayed = (time("8xh100", plan, captures=captures) for captures in (False, True))
+    assert eager.is_host_bound
+    assert replayed.host_s == pytest.approx(9 * 11.2e-6)
+    assert not replayed.is_host_bound
+    assert replayed.compute_s == eager.compute_s
+    for other in (SINGLE, Candidate(pipefusion=8), replace(plan, weights="sharded")):
+        gpus = f"{other.world_size}xh100"
+        assert time(gpus, other, captures=True) == time(gpus, other)
+
+
 def test_a_faster_cpu_launches_faster():
     machine = replace(machine_of("8xh100"), host_call_s=3e-6)
     assert not predict(Candidate(ulysses=8), make_job(), machine).is_host_bound
