@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled"),
 ]
 AROUND = ("--fp32-vae", "--fp32-text-enc")
-STEPS = 4
+STEPS = 3
 EAGER = 2
 """Steps of a kind of call before it is replayed: one warms up, one is captured and compared."""
 SETTING = "XDIT_CUDA_GRAPHS"
