@@ -114,8 +114,9 @@ def test_every_kind_of_call_has_the_bits_that_it_has_without(servers: Servers, t
     check(server, with_values(plain, batch_size=2), num_replayed=REPLAYED)
     check(server, with_values(plain, cfg=3.0), num_replayed=REPLAYED)
     check(server, with_steps(FEATURES["FLUX.1 Kontext"].graph()), num_replayed=REPLAYED)
-    logged = check(server, with_steps(FEATURES["InstantX"].graph()), num_replayed=0)
-    assert "steps run without a CUDA graph: a ControlNet takes part in the call" in logged
+    check(server, with_steps(FEATURES["InstantX"].graph()), num_replayed=REPLAYED)
+    logged = check(server, with_steps(FEATURES["unknown attn1_patch"].graph()), num_replayed=0)
+    assert "steps run without a CUDA graph: a node's patch takes part in the call" in logged
 
 
 @pytest.mark.thorough
