@@ -119,9 +119,9 @@ VARIABLES = (
         "off or on",
         "Whether GPU ranks make one CUDA graph of a step's forward, which is launched at once "
         "instead of kernel by kernel. `on`: from the third step of a size on, where weights lie "
-        "whole on the card, no node's patch and no ControlNet takes part, and a replay gave the "
-        "same bits on every rank; otherwise steps run as ever, and the log says why. It takes the "
-        "working memory of a step once more. No GPU has run it yet, so it is off.",
+        "whole on the card, no node's patch takes part, and a replay gave the same bits on every "
+        "rank; otherwise steps run as ever, and the log says why. It takes the working memory of "
+        "a step once more. No GPU has run it yet, so it is off.",
     ),
     Variable(
         "XDIT_STRICT",

@@ -54,6 +54,8 @@ from comfy_xdit_patch.worker.weights.resident import Resident
 from comfy_xdit_patch.worker.weights.residents import Residents
 
 Call: TypeAlias = Forward | Control | RunBlock | Fetch | Decode
+KEPT = "kept residuals"
+"""Beside the arguments of a call that may be a graph: those that its recipes refer to."""
 Answer: TypeAlias = Done | NoRoom | Controlled | Ran | Fetched | Declined | Raised
 
 
@@ -135,7 +137,9 @@ class Calls:
         is_compiled = asked is not None and obstacle is None
         away = resident.later.away() if is_compiled else nullcontext()
 
-        def share(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, int]:
+        def share(given: Mapping[str, Any]) -> tuple[torch.Tensor, int]:
+            arguments = dict(given)
+            kept = arguments.pop(KEPT, None)
             sent = resident.begin(plan, self._groups, num_rows=batch)
             if resident.blocks is not None:
                 resident.blocks.prefetch_first()
@@ -145,7 +149,7 @@ class Calls:
                 plan=plan,
                 groups=self._groups,
                 scaled=resident.scaled_in_place,
-                residuals=self._residuals,
+                residuals=self._residuals if kept is None else Residuals.of(kept),
                 patches=patches,
                 streams=self._streams,
                 later=resident.later if overlaps else None,
@@ -199,9 +203,12 @@ class Calls:
         obstacle = resident.why_uncaptured(message, patches, device)
         if obstacle is not None:
             return Outcome(*share(arguments), reason=obstacle.reason)
+        given = dict(arguments)
+        if given.get("control") is not None:
+            given["control"], given[KEPT] = self._residuals.numbered(given["control"])
         return captured.compute(
             share,
-            arguments,
+            given,
             model=message.model,
             how=(*message.grid, *message.weights, message.overlaps),
             places=partial(places_of, resident.flux, device),

@@ -9,7 +9,7 @@ ControlNets). The recipe (``wire/recipes.py``) is followed here on this rank's t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.sequence_shares import SequenceShares
-from comfy_xdit_patch.wire.recipes import Leaves, arithmetic, follow
+from comfy_xdit_patch.wire.recipes import Leaves, arithmetic, follow, written
 from comfy_xdit_patch.worker.shard.rank_tokens import RankTokens, gather_sequence
 
 
@@ -45,6 +45,30 @@ class Residuals:
     def forget(self, calls: list[int]) -> None:
         for call in calls:
             self._sets.pop(call, None)
+
+    def numbered(self, control: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """Number the calls that recipes refer to from 0: their own numbers are others each step.
+
+        Returns:
+            The recipes, and what these calls left: shares of image tokens, and tensors.
+        """
+        numbers: dict[int, int] = {}
+
+        def residual(call: int, index: int) -> list[Any]:
+            return ["residual", numbers.setdefault(call, len(numbers)), index]
+
+        leaves: Leaves = {"residual": residual, "tensor": lambda whole: ["tensor", whole]}
+        unique = [follow(recipe, leaves, written) for recipe in control["unique"]]
+        kept = [(self._sets[call].image, self._sets[call].tensors) for call in numbers]
+        return {**control, "unique": unique}, kept
+
+    @classmethod
+    def of(cls, kept: Sequence[Any]) -> Residuals:
+        """Return what ``numbered`` recipes refer to."""
+        residuals = cls()
+        for number, (image, tensors) in enumerate(kept):
+            residuals.keep(number, ResidualSet(image, tensors))
+        return residuals
 
     def whole(self, control: Mapping[str, Any]) -> dict[str, Any]:
         """Follows recipes on a rank that has all tokens of its rows."""

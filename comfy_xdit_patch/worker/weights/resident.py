@@ -161,8 +161,6 @@ class Resident:
             return Refusal("layers of the model are changed for each call")
         if patches is not None:
             return Refusal("a node's patch takes part in the call")
-        if "control" in message.arguments:
-            return Refusal("a ControlNet takes part in the call")
         if message.compiled is not None:
             return Refusal("its blocks are compiled")
         return None
