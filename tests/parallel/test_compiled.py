@@ -19,7 +19,7 @@ from inside.client import Inside
 from rig.trees import Tree
 from test_strategies import following
 
-SHARED = "ulysses=2,modulation=2"
+SHARED, SHARDED = "ulysses=2,modulation=2", "ulysses=2,fsdp=2"
 SIZES = {"double": 2, "single": 3}
 NUM_BLOCKS = 5
 CALL = {"height": 9, "width": 13, "batch": 1, "text_tokens": 77}
@@ -152,7 +152,7 @@ def test_weights_stored_in_fp8_run_compiled(run: Run) -> None:
 
 
 @pytest.mark.every_version
-@pytest.mark.parametrize("strategy", [SHARED])
+@pytest.mark.parametrize("strategy", [SHARED, SHARDED])
 @pytest.mark.parametrize(
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.thorough])],

@@ -129,8 +129,9 @@ class Resident:
 
     def why_uncompiled(self, patches: ModelPatches | None) -> Refusal | None:
         """Say what keeps its blocks from running compiled in a call with these patches of nodes."""
-        if not (self.residence.is_whole or self.residence == Residence("modulation")):
-            return Refusal("a card does not hold all weights whole")
+        held = self.residence
+        if held.tensor_degree > 1 or held.grid or held.mode == "offload":
+            return Refusal("blocks are cut, staged or in CPU memory")
         if self.scaled or self.overlay.has_bypass:
             return Refusal("layers of the model are changed for each call")
         if patches is not None and patches.are_in_blocks:
