@@ -19,7 +19,7 @@ from inside.client import Inside
 from rig.trees import Tree
 from test_strategies import following
 
-SHARED = "ulysses=2,modulation=2"
+SHARED, SHARDED = "ulysses=2,modulation=2", "ulysses=2,fsdp=2"
 SIZES = {"double": 2, "single": 3}
 NUM_BLOCKS = 5
 CALL = {"height": 9, "width": 13, "batch": 1, "text_tokens": 77}
@@ -117,13 +117,11 @@ def test_other_sizes_are_compiled_once_more_and_then_for_all(
     assert graphs(found) == [[2, 2], [2, 2], [0, 0], [0, 0]]
 
 
-def test_patched_weights_compile_nothing_anew(run: Run, tree: Tree) -> None:
+def test_patched_weights_compile_nothing_anew(run: Run) -> None:
     error, found, _ = run(CALL, {**CALL, "weights": True}, CALL, backend="aot_eager")
     assert error <= BOUND
     assert compiled(found) == [[NUM_BLOCKS] * 2] * 3
-    # In ComfyUI 0.3.75 the first patched weights do, and then none.
-    of_patched = [2, 2] if tree.version == "0.3.75" else [0, 0]
-    assert graphs(found) == [[2, 2], of_patched, [0, 0]]
+    assert graphs(found) == [[2, 2], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -154,14 +152,17 @@ def test_weights_stored_in_fp8_run_compiled(run: Run) -> None:
 
 
 @pytest.mark.every_version
+@pytest.mark.parametrize("strategy", [SHARED, SHARDED])
 @pytest.mark.parametrize(
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.thorough])],
 )
-def test_blocks_whose_modulation_is_shared_run_compiled(run: Run, backend: str) -> None:
+def test_blocks_of_which_a_rank_has_a_part_run_compiled(
+    run: Run, backend: str, strategy: str
+) -> None:
     steps = [{**CALL, "seed": 1}, {**CALL, "seed": 2}, {**CALL, "weights": True}]
     sizes = [{**TALLER, "batch": batch} for batch in (2, 3)]
-    error, found, log = run(*steps, *sizes, strategy=SHARED, backend=backend)
+    error, found, log = run(*steps, *sizes, strategy=strategy, backend=backend)
     assert error <= BOUND
     assert compiled(found) == [[NUM_BLOCKS] * 2] * 5
     assert graphs(found) == [[2, 2], [0, 0], [0, 0], [2, 2], [0, 0]]
@@ -204,6 +205,20 @@ def test_a_nodes_attention_runs_in_compiled_blocks(
     assert error <= BOUND
     assert compiled(found) == [[NUM_BLOCKS] * 2] * 2
     assert graphs(found) == [[2, 2], [0, 0]]
+
+
+def test_comfyui_alone_computes_a_step_compiled_also_while_it_is_timed(
+    tree: Tree, inside: Callable[..., Inside], flux_dev: Callable[..., str]
+) -> None:
+    stock = inside(tree, XDIT_STRATEGY="off")
+    ranks = inside(tree, XDIT_GPUS="cpu:2", XDIT_STRATEGY="auto")
+    given = {"path": flux_dev(hidden=384, **SIZES), **CALL}
+    (expected,) = set(stock.call("compiled:operators_compiled", calls=2, **given))
+    found = ranks.call("compiled:operators_compiled", calls=12, **given)
+    totals = ranks.call("forwards:status")["totals"]
+    assert totals["steps_measured"] > 1
+    num_alone = sum(totals[name] for name in ("steps_measured", "steps_chose_one_gpu"))
+    assert sum(found) == num_alone * expected, "in the other steps the ranks compute"
 
 
 @pytest.mark.newest_only

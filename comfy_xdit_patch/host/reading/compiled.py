@@ -9,13 +9,14 @@ model in one piece, because they exchange tokens in it, and compile all of its b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from comfy_xdit_patch.errors import Refusal
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
 from comfy_xdit_patch.wire.messages.requests import Tree, is_plain
 
+T = TypeVar("T")
 BACKENDS = ("inductor", "eager", "aot_eager")
 """Of Dynamo's, those that ranks use."""
 CUDA_GRAPHS = ("triton.cudagraphs", "triton.cudagraph_trees")
@@ -29,6 +30,15 @@ def is_compiled(patcher: Any) -> bool:
     options = getattr(patcher, "model_options", None) or {}
     patches = (getattr(patcher, "object_patches", None) or {}).values()
     return KWARGS in options or any(hasattr(patch, "_orig_mod") for patch in patches)
+
+
+def as_compiled(base_model: Any, compute: Callable[[], T]) -> Callable[[], T]:
+    """Have a call of a model that is compiled as a whole run so, from code that Dynamo leaves out.
+
+    Ours is such code (``host/guest/wrappers.py``), and with it all that it calls.
+    """
+    context = getattr(getattr(base_model, "diffusion_model", None), "dynamo_ctx", None)
+    return compute if context is None else context(compute)
 
 
 def compiled_blocks(base_model: Any) -> Tree | Refusal:

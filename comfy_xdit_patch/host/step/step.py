@@ -28,6 +28,7 @@ from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.arguments import check_arguments, check_grad, misplaced
+from comfy_xdit_patch.host.reading.compiled import as_compiled
 from comfy_xdit_patch.host.reading.eligibility import Pristine, check_patcher
 from comfy_xdit_patch.host.reading.models import KnownModel, flux_of
 from comfy_xdit_patch.host.reading.node_patches import carry
@@ -124,7 +125,8 @@ class ParallelSteps:
                 )
             if planned.kind is not None and planned.kind.is_one:
                 self._hooks.make_up()
-                alone = self._auto.time_one(planned.kind, theirs(compute), arguments["x"].device)
+                one = theirs(as_compiled(base_model, compute))
+                alone = self._auto.time_one(planned.kind, one, arguments["x"].device)
                 return Step(alone, is_one=True)
             step = self._computed(crew, call, planned, known, compute)
             if self._holding.has_changed_file(run):

@@ -129,8 +129,9 @@ class Resident:
 
     def why_uncompiled(self, patches: ModelPatches | None) -> Refusal | None:
         """Say what keeps its blocks from running compiled in a call with these patches of nodes."""
-        if not (self.residence.is_whole or self.residence == Residence("modulation")):
-            return Refusal("a card does not hold all weights whole")
+        held = self.residence
+        if held.tensor_degree > 1 or held.grid or held.mode == "offload":
+            return Refusal("blocks are cut, staged or in CPU memory")
         if self.scaled or self.overlay.has_bypass:
             return Refusal("layers of the model are changed for each call")
         if patches is not None and patches.are_in_blocks:
@@ -156,7 +157,7 @@ class Resident:
             return Refusal("ComfyUI was started with --disable-cuda-graphs")
         has_all = self.residence.mode in ("full", "modulation") and not self.residence.grid
         if not has_all or message.pipeline is not None:
-            return Refusal("a card does not hold all weights whole")
+            return Refusal("not all weights lie on the card")
         if self.scaled or self.overlay.has_bypass or self.state.get("hooks") is not None:
             return Refusal("layers of the model are changed for each call")
         if patches is not None:

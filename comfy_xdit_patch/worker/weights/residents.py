@@ -244,6 +244,8 @@ class Residents:
         else:
             patcher = build(message.tensors, self._packs.tensor)
         model = patcher.model
+        # As ComfyUI leaves what it patches: a graph is compiled for weights that are so, or not.
+        model.diffusion_model.requires_grad_(False)
         name = Fingerprint(model.diffusion_model, manual_cast_dtype=model.manual_cast_dtype)
         stored = {PREFIX + key: value for key, value in model.diffusion_model.named_parameters()}
         return Resident(
