@@ -122,6 +122,21 @@ def test_tiles_of_large_pictures_are_decoded_by_all_ranks_to_the_same_bits(
     assert list(values) == sorted(set(values)), "each tile once"
 
 
+@pytest.mark.group("2")
+@pytest.mark.newest_only
+def test_tiles_that_a_node_decodes_in_another_way_are_left_to_comfyui(
+    tree: Tree, inside: Callable[..., Inside], tmp_path: Path
+) -> None:
+    stock, ranks = inside(tree, XDIT_STRATEGY="off"), inside(tree, XDIT_GPUS="cpu:2", **STRICT)
+    before = decodes(ranks.call("forwards:status"))
+    case = {"size": LARGE, "tile": 64, "patch": "another decoder"}
+    expected, got, after = decoded(stock, ranks, tmp_path, **case)
+    assert torch.equal(got, expected)
+    assert decodes(after)["parallel"] == before["parallel"]
+    new = decodes(after)["alone"].keys() - before["alone"].keys()
+    assert new == {"a node decodes tiles in a way of its own"}
+
+
 PATCHES = {
     "weights": "a node patched the VAE",
     "forward": "a node replaced the forward of conv_out by ",

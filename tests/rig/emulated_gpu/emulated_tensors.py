@@ -141,7 +141,7 @@ def real(value: Any) -> Any:
     """Give what the CPU computes with in the place of a card's tensor or device."""
     if isinstance(value, Emulated):
         return value.inner
-    return CPU if isinstance(value, torch.device) else value
+    return CPU if isinstance(value, torch.device) and value.type == "cuda" else value
 
 
 def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
