@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import call_overhead, overlap, plots, steps, xfuser_attention, xfuser_step
+from bench import call_overhead, exchange, overlap, plots, steps, xfuser_attention, xfuser_step
 from bench.rows import Row, about, text_of, write
 from rig.environment import RigError
 from rig.report import say
@@ -22,6 +22,7 @@ from comfy_xdit_patch.errors import CheckError
 PIECES: dict[str, Callable[..., list[Row]]] = {
     "overhead": call_overhead.rows,
     "steps": steps.rows,
+    "exchange": exchange.rows,
     "overlap": overlap.rows,
     "attention": xfuser_attention.rows,
     "xfuser": xfuser_step.rows,
