@@ -30,12 +30,19 @@ log = logging.getLogger(__name__)
 
 
 def join(
-    start: Start, *, rank: int, channel: Channel, store_fd: int, entering: Callable[[str], None]
+    start: Start,
+    *,
+    rank: int,
+    channel: Channel,
+    store_fd: int,
+    mailbox_fd: int,
+    entering: Callable[[str], None],
 ) -> Groups:
     """Join the other ranks, and tell the host so.
 
     Args:
-        store_fd: a file without a name that all ranks share.
+        store_fd: a file without a name that all ranks share, by which they meet.
+        mailbox_fd: another one, through which CPU ranks exchange tensors.
         entering: called with the name of each phase as it begins.
     """
     # Nothing that an import makes is garbage: without this the collector takes a third of the
@@ -73,6 +80,7 @@ def join(
         world_size=start.world_size,
         device=device,
         store_fd=store_fd,
+        mailbox_fd=mailbox_fd,
         join_timeout_s=start.join_timeout_s,
         step_timeout_s=start.step_timeout_s,
         transfer_dtype=start.transfer_dtype,

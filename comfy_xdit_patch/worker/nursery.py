@@ -31,7 +31,7 @@ from comfy_xdit_patch.wire.messages.codec import MAX_START_BYTES, decode
 from comfy_xdit_patch.wire.messages.requests import Start
 from comfy_xdit_patch.worker import process
 
-FDS_OF_A_RANK = 3
+FDS_OF_A_RANK = 4
 BEFORE_CUDA = ("torch", "torch._dynamo", "transformers", "einops", "safetensors.torch")
 """What takes long of ComfyUI's imports, and leaves the GPUs alone."""
 
@@ -62,7 +62,7 @@ class Born:
     variables: dict[str, str | None]
     """Environment variables to set in the rank; None removes one."""
     fds: list[int]
-    """File descriptors of the rank's channel, of the store and of its log."""
+    """File descriptors of the rank's channel, of the store, of the mailboxes and of its log."""
 
 
 def serve(
@@ -170,7 +170,7 @@ def _fork(born: Born, host: socket.socket, ranks: dict[int, int]) -> bool:
 def _become_rank(born: Born, host_pid: int, nursery_pid: int) -> NoReturn:
     try:
         process.die_with(nursery_pid)
-        channel_fd, store_fd, log_fd = born.fds
+        channel_fd, store_fd, mailbox_fd, log_fd = born.fds
         for standard in (1, 2):
             os.dup2(log_fd, standard)
         os.close(log_fd)
@@ -178,7 +178,7 @@ def _become_rank(born: Born, host_pid: int, nursery_pid: int) -> NoReturn:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         for handler in logging.root.handlers[:]:
             logging.root.removeHandler(handler)
-        process.serve(born.rank, channel_fd, store_fd, host_pid)
+        process.serve(born.rank, channel_fd, store_fd, mailbox_fd, host_pid)
     except BaseException:
         log.exception("a rank failed outside of its loop")
     os._exit(1)

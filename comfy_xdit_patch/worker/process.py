@@ -66,8 +66,9 @@ SEND_DEADLINE_S = 30.0
 class Worker:
     """The serve loop of one rank."""
 
-    def __init__(self, *, rank: int, channel: Channel, store_fd: int) -> None:
+    def __init__(self, *, rank: int, channel: Channel, store_fd: int, mailbox_fd: int) -> None:
         self._store_fd = store_fd
+        self._mailbox_fd = mailbox_fd
         self._rank = rank
         self._channel = channel
         self._phase = "start"
@@ -104,6 +105,7 @@ class Worker:
             rank=self._rank,
             channel=self._channel,
             store_fd=self._store_fd,
+            mailbox_fd=self._mailbox_fd,
             entering=self._enter_phase,
         )
         from comfy_xdit_patch.wire.slots import SlotMap
@@ -215,7 +217,7 @@ def be_called(name: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
-def serve(rank: int, channel_fd: int, store_fd: int, host_pid: int) -> NoReturn:
+def serve(rank: int, channel_fd: int, store_fd: int, mailbox_fd: int, host_pid: int) -> NoReturn:
     """Be a rank, from the fork to the end of the process."""
     be_called(f"xdit-rank-{rank}")
     # The host asks a rank that hangs where it is; the answer is the end of its log.
@@ -229,7 +231,7 @@ def serve(rank: int, channel_fd: int, store_fd: int, host_pid: int) -> NoReturn:
     except (ChannelClosedError, OSError) as error:
         log.error("not started by its host: %s", error)
         _leave_at_once(1)
-    Worker(rank=rank, channel=channel, store_fd=store_fd).run()
+    Worker(rank=rank, channel=channel, store_fd=store_fd, mailbox_fd=mailbox_fd).run()
     _leave_at_once(0)
 
 

@@ -4,12 +4,13 @@ Run: PYTHONPATH=tests python tests/bench/overlap.py [--tokens 1280] [--rounds N]
          [--double 1] [--single 2] [--machines 4090 ...]
 
 Two CPU ranks of one thread, each on a core of its own; ComfyUI's own blocks of FLUX.1's real width
-(3072, 24 heads), on random numbers; ``HeadExchange`` over gloo. The link's speed is chosen by what
-this machine multiplies, so that transfers take the part of the computation that they take on the
-machine named (``rig/slow_link.py`` waits). In turn, in every round:
+(3072, 24 heads), on random numbers; ``HeadExchange`` through shared memory. The link's speed is
+chosen by what this machine multiplies, so that transfers take the part of the computation that they
+take on the machine named (``rig/slow_link.py`` waits). In turn, in every round:
 
     alone        nothing is exchanged: the computation of one rank's share
-    gloo         an unslowed link, everything at once, and overlapped: what overlap itself costs
+    memory       an unslowed link, everything at once, and overlapped: what overlap itself costs
+    gloo         the same by torch's own transport between CPU ranks
     NAME         a slowed link, everything at once ("exposed"), and overlapped
 
 Medians of steps. ``can_hide`` is what the model of cost says of these blocks, with the times of the
@@ -31,7 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from bench.ranks import on_ranks
+from bench.ranks import mailboxes_at, on_ranks, shared_memory
 from bench.rows import Row, compared
 from rig.trees import Tree, trees_for_tests
 
@@ -53,8 +54,9 @@ def main() -> None:
     parser.add_argument("--machines", nargs="*", choices=MACHINES, default=list(MACHINES))
     options = parser.parse_args()
     tree = trees_for_tests()[-1]
-    asked = str(tree.path), vars(options), options.machines
-    found = on_ranks(NUM_RANKS, run_rank, *asked, deadline_s=DEADLINE_S)[0]
+    with shared_memory() as path:
+        asked = str(tree.path), path, vars(options), options.machines
+        found = on_ranks(NUM_RANKS, run_rank, *asked, deadline_s=DEADLINE_S)[0]
     del found["rounds_s"]
     json.dump({"comfyui": tree.version, **vars(options), **found}, sys.stdout, indent=1)
 
@@ -64,35 +66,48 @@ def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
     options = {"tokens": 1280, "rounds": 3 if is_quick else 7, "dtype": "bfloat16"}
     options |= {"double": 1, "single": 2}
     machines = ["4090"] if is_quick else [*MACHINES]
-    (found, _) = on_ranks(
-        NUM_RANKS, run_rank, str(tree.path), options, machines, deadline_s=DEADLINE_S
+    with shared_memory() as path:
+        asked = str(tree.path), path, options, machines
+        (found, _) = on_ranks(NUM_RANKS, run_rank, *asked, deadline_s=DEADLINE_S)
+    parity = f"same bits: {found['are_bits_same']}"
+    transports = (
+        compared(
+            f"a double and two single blocks, {kind}: exchanges by shared memory against gloo",
+            "s",
+            *(found["rounds_s"][f"{name} {kind}"] for name in ("memory", "gloo")),
+            parity=parity,
+        )
+        for kind in ("exposed", "overlapped")
     )
     return [
-        compared(
-            f"a double and two single blocks, link as of {name}: overlap on against off",
-            "s",
-            *(found["rounds_s"][f"{name} {kind}"] for kind in ("overlapped", "exposed")),
-            parity=f"same bits: {found['are_bits_same']}",
-        )
-        for name in ("gloo", *machines)
+        *transports,
+        *(
+            compared(
+                f"a double and two single blocks, link as of {name}: overlap on against off",
+                "s",
+                *(found["rounds_s"][f"{name} {kind}"] for kind in ("overlapped", "exposed")),
+                parity=parity,
+            )
+            for name in ("memory", *machines)
+        ),
     ]
 
 
 def run_rank(
-    rank: int, tree: str, options: dict[str, Any], machines: Sequence[str] = tuple(MACHINES)
+    rank: int, tree: str, path: str, options: dict[str, Any], machines: Sequence[str]
 ) -> dict[str, Any]:
     sys.argv = ["bench", "--cpu"]
     sys.path.insert(0, tree)
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    return Bench(rank, options).measured(machines)
+    return Bench(rank, path, options).measured(machines)
 
 
 class Bench:
     """One rank's blocks and its share of the tokens."""
 
-    def __init__(self, rank: int, options: dict[str, Any]) -> None:
+    def __init__(self, rank: int, path: str, options: dict[str, Any]) -> None:
         import comfy.ops
         import torch
         import torch.distributed as dist
@@ -103,6 +118,7 @@ class Bench:
         from comfy_xdit_patch.worker.ranks.groups import PlanGroups
         from comfy_xdit_patch.worker.shard.later_columns import LaterColumns
 
+        self._mailboxes = mailboxes_at(path, rank, NUM_RANKS)
         self._rounds, self._tokens = options["rounds"], options["tokens"]
         dtype = getattr(torch, options["dtype"])
         plan = ParallelPlan(ulysses=NUM_RANKS)
@@ -194,6 +210,7 @@ class Bench:
         from rig.slow_link import SlowLink
 
         from comfy_xdit_patch.planning.cost.cost import exposed_in_parts_s
+        from comfy_xdit_patch.worker.ranks import collectives
 
         linear = self.single_blocks[0].linear1
         both = self.seconds(lambda: linear(self.local))
@@ -203,7 +220,7 @@ class Bench:
         rate = torch.tensor([2 * self.local.numel() * 7 * WIDTH / both / 1e12])
         dist.all_reduce(rate, op=dist.ReduceOp.MIN)  # The same links on both ranks.
         teraflops = float(rate)
-        links = {"gloo": SlowLink(math.inf)}
+        links = {name: SlowLink(math.inf) for name in ("memory", "gloo")}
         speeds = {
             name: gbs * 1e9 * teraflops / tf
             for name, (tf, gbs) in MACHINES.items()
@@ -220,6 +237,7 @@ class Bench:
                 for kind in ("exposed", "overlapped")
             ]
             for name, link, is_later in rows:
+                collectives.mailboxes = None if name.startswith("gloo") else self._mailboxes
                 seconds = self.step_s(link, is_later=is_later, is_alone=link is None)
                 outs[name] = self.out
                 if number:

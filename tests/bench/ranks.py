@@ -79,6 +79,27 @@ def on_ranks(num_ranks: int, body: Callable[..., Any], *args: Any, deadline_s: f
         return ranks.results(deadline_s)
 
 
+@contextmanager
+def shared_memory() -> Iterator[str]:
+    """A path of a file without a name, for ranks of this process."""
+    fd = os.memfd_create("mailboxes")
+    yield f"/proc/{os.getpid()}/fd/{fd}"
+    os.close(fd)
+
+
+def mailboxes_at(path: str, rank: int, num_ranks: int) -> Any:
+    """A rank's mailboxes, ready on all ranks."""
+    import torch.distributed as dist
+
+    from comfy_xdit_patch.worker.ranks.mailboxes import Mailboxes
+
+    fd = os.open(path, os.O_RDWR)
+    made = Mailboxes(fd, rank=rank, world_size=num_ranks, timeout_s=MEET_DEADLINE.total_seconds())
+    os.close(fd)
+    dist.barrier()
+    return made
+
+
 def _run(
     rank: int, num_ranks: int, folder: str, body: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:

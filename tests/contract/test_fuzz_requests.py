@@ -86,7 +86,7 @@ def served(*frames: bytes) -> tuple[int | None, Message | None, bytes]:
         for frame in frames:
             written += frame[: socket.send_fds(ours, [frame], [ours.fileno()])]
     ours.shutdown(socket.SHUT_WR)
-    worker = JoinedWorker(rank=0, channel=Channel(theirs), store_fd=-1)
+    worker = JoinedWorker(rank=0, channel=Channel(theirs), store_fd=-1, mailbox_fd=-1)
     code = None
     try:
         worker.run()

@@ -134,6 +134,7 @@ IMPORTERS = {
         "worker/ranks/collectives.py",
         "worker/ranks/first_exchange.py",
         "worker/ranks/groups.py",
+        "worker/ranks/mailboxes.py",
         "worker/room.py",
         "worker/shard/blocks.py",
         "worker/shard/captured_forwards.py",

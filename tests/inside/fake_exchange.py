@@ -159,9 +159,10 @@ def joined(rank: int, world_size: int, device: torch.device, **settings: Any) ->
         made.append(args)
         return new_group(*args, **kwargs)
 
-    store_fd = os.memfd_create("store")
+    store_fd, mailbox_fd = (os.memfd_create(name) for name in ("store", "mailboxes"))
     with ExitStack() as stack:
-        stack.callback(os.close, store_fd)
+        for fd in (store_fd, mailbox_fd):
+            stack.callback(os.close, fd)
         stack.enter_context(mock.patch.object(groups_module, "_backend", return_value="fake"))
         stack.enter_context(mock.patch.object(groups_module, "wait_for_all"))
         stack.enter_context(mock.patch.object(groups_module, "refuse_strangers"))
@@ -171,6 +172,7 @@ def joined(rank: int, world_size: int, device: torch.device, **settings: Any) ->
             world_size=world_size,
             device=device,
             store_fd=store_fd,
+            mailbox_fd=mailbox_fd,
             join_timeout_s=TIMEOUT_S,
             step_timeout_s=TIMEOUT_S,
             **settings,

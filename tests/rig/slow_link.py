@@ -1,7 +1,8 @@
 """A link between CPU ranks that takes as long as one of given speed would: by waiting.
 
-Runs in: a rank of a benchmark. What is exchanged really crosses, through gloo; then whoever waits
-for it waits until the link would have brought it. An exchange begins when the link is free.
+Runs in: a rank of a benchmark. What is exchanged really crosses, as it would without this; then
+whoever waits for it waits until the link would have brought it. An exchange begins when the link is
+free.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from comfy_xdit_patch.worker.ranks import collectives
 class Transfer:
     """One exchange on its way; it is there at ``end_s`` of the clock, and not before."""
 
-    work: dist.Work
+    work: collectives.Work
     end_s: float
 
     def wait(self) -> None:
-        """Wait for gloo, and then for the link."""
+        """Wait for what was sent, and then for the link."""
         self.work.wait()
         time.sleep(max(0.0, self.end_s - time.perf_counter()))
 
@@ -36,7 +37,7 @@ class SlowLink:
     """One rank's link, each way.
 
     Args:
-        bytes_per_s: of it; infinity for gloo's own.
+        bytes_per_s: of it; infinity for as fast as ranks exchange.
         latency_s: of each exchange.
     """
 

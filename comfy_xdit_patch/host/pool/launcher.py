@@ -89,18 +89,22 @@ def launch_worker(
     *,
     rank: int,
     device: Device,
-    store_fd: int,
+    shared_fds: Sequence[int],
     cpu_threads: int,
     log_dir: Path,
     nursery: Nursery,
     end: float,
     peer_to_peer: bool = True,
 ) -> Worker:
-    """Have the nursery fork a worker."""
+    """Have the nursery fork a worker.
+
+    Args:
+        shared_fds: files without a name that all ranks share: of the store, of the mailboxes.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     log_path = log_dir / f"worker-{rank}.log"
     variables = worker_variables(device, cpu_threads=cpu_threads, peer_to_peer=peer_to_peer)
     with theirs, begin(log_path) as log_file:
-        fds = [theirs.fileno(), store_fd, log_file.fileno()]
+        fds = [theirs.fileno(), *shared_fds, log_file.fileno()]
         process = nursery.fork(rank, variables, fds, end)
     return Worker(rank, device, process, Channel(ours, takes_fds=False), log_path)

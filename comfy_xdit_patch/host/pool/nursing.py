@@ -120,7 +120,7 @@ class Nursery:
 
         Args:
             variables: the whole environment of the rank.
-            fds: of its channel, of the store, of its log.
+            fds: of its channel, of the store, of the mailboxes, of its log.
             end: the deadline, on the monotonic clock.
 
         Raises:

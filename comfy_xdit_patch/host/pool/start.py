@@ -83,14 +83,16 @@ def start_workers(
     """
     begin = time.monotonic()
     workers: list[Worker] = []
-    store_fd = os.memfd_create("comfy-xdit-store")
+    shared_fds = []
     try:
+        for name in ("comfy-xdit-store", "comfy-xdit-mailboxes"):
+            shared_fds.append(os.memfd_create(name))
         for rank, device in enumerate(devices):
             workers.append(
                 launch_worker(
                     rank=rank,
                     device=device,
-                    store_fd=store_fd,
+                    shared_fds=shared_fds,
                     cpu_threads=settings.cpu_threads,
                     log_dir=log_dir,
                     nursery=nursery,
@@ -106,7 +108,8 @@ def start_workers(
         end_workers(workers, grace_s=0)
         raise
     finally:
-        os.close(store_fd)
+        for fd in shared_fds:
+            os.close(fd)
     return Started(tuple(workers), joined, time.monotonic() - begin)
 
 

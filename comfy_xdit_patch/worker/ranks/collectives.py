@@ -40,6 +40,8 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
+from comfy_xdit_patch.worker.ranks.mailboxes import Exchange, Mailboxes, spans
+
 Event = torch.cuda.Event
 Wait: TypeAlias = tuple[Event, Event]
 LAUNCH_PART = 0.8
@@ -158,7 +160,10 @@ class BusyClock:
         return Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+Work = dist.Work | Exchange
 clock = BusyClock()
+mailboxes: Mailboxes | None = None
+"""Where CPU ranks exchange what they do not add up; ``groups.py`` sets it."""
 _num_begun = 0
 _num_open = 0
 
@@ -214,12 +219,17 @@ def all_to_all_async(
     received: Sequence[int],
     sent: Sequence[int],
     group: dist.ProcessGroup,
-) -> dist.Work:
+) -> Work:
     """Begin to send a part of ``data`` to every rank and to fill ``out`` with what they send.
 
     Sizes are elements. ``finish`` the work before ``data`` is changed or ``out`` is read.
     """
     _begin()
+    if mailboxes is not None:
+        ranks = dist.get_process_group_ranks(group)
+        return mailboxes.begin(
+            spans(data, sent, ranks), spans(out, received, ranks), kept=(out, data)
+        )
     work: dist.Work = dist.all_to_all_single(
         out, data, list(received), list(sent), group=group, async_op=True
     )
@@ -228,38 +238,36 @@ def all_to_all_async(
 
 def all_gather_into(whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup) -> None:
     """Fill ``whole`` with the shards of all ranks."""
-    _begin()
-    with clock.waiting():
-        dist.all_gather_into_tensor(whole, shard, group=group)
-    _end()
+    finish([all_gather_into_async(whole, shard, group=group)])
 
 
 def all_gather_into_async(
     whole: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup
-) -> dist.Work:
+) -> Work:
     """Begin the same; ``finish`` the work before the tensors are used."""
     _begin()
+    if mailboxes is not None:
+        ranks = dist.get_process_group_ranks(group)
+        sent = [span for rank in ranks for span in spans(shard, [shard.numel()], [rank])]
+        parts = spans(whole, [shard.numel()] * len(ranks), ranks)
+        return mailboxes.begin(sent, parts, kept=(whole, shard))
     work: dist.Work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
     return work
 
 
 def pass_on_async(
     out: torch.Tensor, data: torch.Tensor, *, to: int, source: int, group: dist.ProcessGroup
-) -> list[dist.Work]:
+) -> list[Work]:
     """Begin to send ``data`` to one rank of the group and to fill ``out`` from another.
 
     ``finish`` all the works before ``data`` is changed or ``out`` is read.
     """
-    _begin()
-    sends = dist.P2POp(dist.isend, data, dist.get_global_rank(group, to), group)
-    receives = dist.P2POp(dist.irecv, out, dist.get_global_rank(group, source), group)
-    works: list[dist.Work] = dist.batch_isend_irecv([sends, receives])
-    return works
+    return _between_pairs([(to, data)], [(source, out)], group)
 
 
 def swap_async(
     edges: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, group: dist.ProcessGroup
-) -> list[dist.Work]:
+) -> list[Work]:
     """Begin to send a tensor to each of some ranks of the group, and to fill one from each.
 
     ``finish`` all the works before what is sent is changed or what is filled is read.
@@ -267,13 +275,8 @@ def swap_async(
     Args:
         edges: a rank, what it is sent, and what is filled from it.
     """
-    _begin()
-    ops = []
-    for rank, data, out in edges:
-        peer = dist.get_global_rank(group, rank)
-        ops += [dist.P2POp(dist.isend, data, peer, group), dist.P2POp(dist.irecv, out, peer, group)]
-    works: list[dist.Work] = dist.batch_isend_irecv(ops)
-    return works
+    sent, received = [edge[:2] for edge in edges], [(edge[0], edge[2]) for edge in edges]
+    return _between_pairs(sent, received, group)
 
 
 def send_async(data: torch.Tensor, *, to: int, group: dist.ProcessGroup) -> dist.Work:
@@ -307,12 +310,34 @@ def all_reduce_max(value: torch.Tensor) -> None:
     _end()
 
 
-def finish(works: Iterable[dist.Work]) -> None:
+def finish(works: Iterable[Work]) -> None:
     """Wait for one exchange that was begun. On CUDA the stream waits, not the CPU."""
     with clock.waiting():
         for work in works:
             work.wait()
     _end()
+
+
+def _between_pairs(
+    sent: Sequence[tuple[int, torch.Tensor]],
+    received: Sequence[tuple[int, torch.Tensor]],
+    group: dist.ProcessGroup,
+) -> list[Work]:
+    """Begin to send tensors to ranks of the group, and to fill others from them."""
+    _begin()
+    sent, received = (
+        [(dist.get_global_rank(group, rank), data) for rank, data in pairs]
+        for pairs in (sent, received)
+    )
+    if mailboxes is not None:
+        parts = (
+            [span for rank, data in pairs for span in spans(data, [data.numel()], [rank])]
+            for pairs in (sent, received)
+        )
+        return [mailboxes.begin(*parts, kept=[data for _, data in (*sent, *received)])]
+    ops = [dist.P2POp(dist.isend, data, rank, group) for rank, data in sent]
+    ops += [dist.P2POp(dist.irecv, out, rank, group) for rank, out in received]
+    return [*dist.batch_isend_irecv(ops)]
 
 
 def _count() -> None:

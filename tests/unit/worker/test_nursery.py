@@ -50,11 +50,12 @@ def fork(nursery, tmp_path, rank=0, **environment):
     """Return a rank that waits for its first message, and the host's end of its channel."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs, open(tmp_path / f"rank-{rank}.log", "wb") as log_file:
-        store_fd = os.memfd_create("store")
-        fds = [theirs.fileno(), store_fd, log_file.fileno()]
+        shared = [os.memfd_create(name) for name in ("store", "mailboxes")]
+        fds = [theirs.fileno(), *shared, log_file.fileno()]
         end = time.monotonic() + DEADLINE_S
         process = nursery.fork(rank, {**os.environ, **environment}, fds, end=end)
-        os.close(store_fd)
+        for fd in shared:
+            os.close(fd)
     return process, ours
 
 
@@ -118,7 +119,7 @@ def test_a_rank_shares_no_descriptor_of_another_one(nursery, tmp_path):
     ranks = [fork(nursery, tmp_path, rank=rank) for rank in range(3)]
     for process, _channel in ranks:
         end = time.monotonic() + DEADLINE_S
-        while kinds_of_descriptors(process.pid) != ["memfd", "socket"]:
+        while kinds_of_descriptors(process.pid) != ["memfd", "memfd", "socket"]:
             assert time.monotonic() < end, kinds_of_descriptors(process.pid)
 
 

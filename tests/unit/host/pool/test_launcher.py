@@ -140,17 +140,18 @@ def launched(tmp_path):
     """Return a real worker process that waits for its first message."""
     environment = worker_variables(CPU, cpu_threads=1)
     nursery = Nursery(log_path=tmp_path / "nursery.log", environment=environment, warm_up=None)
-    store_fd = os.memfd_create("store")
+    shared_fds = [os.memfd_create(name) for name in ("store", "mailboxes")]
     started = launch_worker(
         rank=3,
         device=CPU,
-        store_fd=store_fd,
+        shared_fds=shared_fds,
         cpu_threads=1,
         log_dir=tmp_path,
         nursery=nursery,
         end=time.monotonic() + 20,
     )
-    os.close(store_fd)
+    for fd in shared_fds:
+        os.close(fd)
     yield started
     end_workers([started], grace_s=0)
     nursery.close()
@@ -206,7 +207,7 @@ def test_a_worker_reads_nothing_from_a_channel_that_its_host_did_not_make(host, 
             pytest.skip("only root can take on another user's number")
         script += "os.seteuid(65534); a, b = socket.socketpair(); os.seteuid(0); "
     serve = "import sys; from comfy_xdit_patch.worker.process import serve; "
-    serve += "serve(3, int(sys.argv[1]), -1, int(sys.argv[2]))"
+    serve += "serve(3, int(sys.argv[1]), -1, -1, int(sys.argv[2]))"
     worker = [sys.executable, "-c", serve]
     script += (
         "import subprocess, sys; from comfy_xdit_patch.wire.channel import Channel; "

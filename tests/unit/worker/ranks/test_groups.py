@@ -23,15 +23,16 @@ DEADLINE_S = 120
 RANK = f"""
 import json, sys, time
 import torch, torch.distributed as dist
+from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.ranks.groups import Groups
 from comfy_xdit_patch.planning.plan import ParallelPlan
 
-rank, world_size, store_fd = map(int, sys.argv[1:])
+rank, world_size, store_fd, mailbox_fd = map(int, sys.argv[1:])
 print("imported", flush=True)  # It takes seconds on a busy machine, and no wait here is as long.
 sys.stdin.readline()
 groups = Groups.join(
-    rank=rank, world_size=world_size, device=torch.device("cpu"), store_fd=store_fd,
-    join_timeout_s=60, step_timeout_s={STEP_TIMEOUT_S},
+    rank=rank, world_size=world_size, device=torch.device("cpu"),
+    store_fd=store_fd, mailbox_fd=mailbox_fd, join_timeout_s=60, step_timeout_s={STEP_TIMEOUT_S},
 )
 if world_size == 2:
     print("joined", flush=True)
@@ -47,6 +48,7 @@ found = {{"ranks": {{}}, "waits_s": {{}}}}
 everyone = groups.everyone
 found["is_world"] = everyone is dist.group.WORLD
 found["is_apart"] = groups.weights is not everyone
+found["has_mailboxes"] = collectives.mailboxes is not None
 used = {{"weights": groups.weights}}
 for plan, grid in plans.items():
     made = groups.of_plan(grid)
@@ -75,13 +77,13 @@ print(json.dumps(found), flush=True)
 @contextlib.contextmanager
 def ranks_of(world_size):
     """Ranks that have imported all and wait for a line, and the store that they will share."""
-    store_fd = os.memfd_create("store")
+    store_fd, mailbox_fd = (os.memfd_create(name) for name in ("store", "mailboxes"))
     command = [sys.executable, "-c", RANK]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(world_size), str(store_fd)],
-            pass_fds=[store_fd],
+            [*command, str(rank), str(world_size), str(store_fd), str(mailbox_fd)],
+            pass_fds=[store_fd, mailbox_fd],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -94,6 +96,7 @@ def ranks_of(world_size):
         yield ranks, store_fd
     finally:
         os.close(store_fd)
+        os.close(mailbox_fd)
         for rank in ranks:
             rank.kill()
             rank.wait()
@@ -196,6 +199,10 @@ def test_no_wait_in_any_group_is_longer_than_the_timeout(world):
     assert len(waits) == 4
     for name, seconds in waits.items():
         assert STEP_TIMEOUT_S * 0.9 < seconds < STEP_TIMEOUT_S + 2, name
+
+
+def test_cpu_ranks_exchange_through_memory_that_they_share(world):
+    assert all(found["has_mailboxes"] for found in world)
 
 
 def test_groups_need_no_other_package_than_torch(world):
