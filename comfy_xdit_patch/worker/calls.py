@@ -6,8 +6,9 @@ Runs in: worker process.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 
@@ -54,6 +55,14 @@ Call: TypeAlias = Forward | Control | RunBlock | Fetch | Decode
 Answer: TypeAlias = Done | NoRoom | Controlled | Ran | Fetched | Declined | Raised
 
 
+class _Times(NamedTuple):
+    """How long this rank was busy with a forward, and with which; 0 for none."""
+
+    request: int = 0
+    busy_s: float = 0.0
+    is_launch_bound: bool = False
+
+
 class Calls:
     """What a rank computes with the models that it holds, and what it keeps between calls."""
 
@@ -67,6 +76,9 @@ class Calls:
         self._streams = StreamKeys()
         self._decoders = Decoders(slots, groups)
         self._num_forwards = 0
+        self._times = _Times()
+        self._unread: tuple[int, Callable[[], float]] | None = None
+        """The request that was computed last, and what tells its busy seconds."""
 
     def compute(self, message: Call) -> Answer:
         """Compute this rank's share of a call. Collective: every rank gets the same message.
@@ -90,6 +102,8 @@ class Calls:
                 return self.decode(message)
             return self.fetch(message)
         except (PatchRefusedError, OtherDecoderError) as error:
+            if self._groups.device.type == "cuda":
+                torch.cuda.synchronize()  # Arguments may be on their way from slots.
             return Declined(message.request, str(error))
         except Exception as error:  # noqa: BLE001 - whatever ComfyUI's code raises; see the module
             return answer(
@@ -109,7 +123,7 @@ class Calls:
         collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
         plan = ParallelPlan.of_grid(message.grid, message.weights)
-        arguments = self._slots.fetch(message.arguments)
+        arguments = self._slots.fetch(message.arguments, waits=False)
         patches = self._patches(message.patches)
         rank = self._groups.rank
         # What all ranks share they exchange at once, and stages run different blocks.
@@ -144,10 +158,15 @@ class Calls:
             bytes_written = 0
             if plan.writes_rows(rank):
                 first, end = plan.batch_rows(rank, batch)
-                self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
+                result = self._slots[message.result]
+                is_direct = rows.is_cuda and result.is_registered
+                written = result.view(rows.dtype, shape)[first:end]
+                written.copy_(rows, non_blocking=is_direct)  # The clock's stop waits for it.
                 bytes_written = rows.nbytes
         self._num_forwards += 1
-        busy_s = collectives.clock.stop(is_copied_out=True)
+        self._unread = message.request, collectives.clock.halt(is_copied_out=True)
+        if self._groups.device.type == "cpu":
+            self.read_times()
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
@@ -156,12 +175,22 @@ class Calls:
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
             bytes_written=bytes_written,
-            busy_seconds=busy_s,
-            is_launch_bound=collectives.clock.is_launch_bound,
+            busy_seconds=self._times.busy_s,
+            is_launch_bound=self._times.is_launch_bound,
+            timed=self._times.request,
             num_compiled=compiled.num_compiled,
             num_graphs=compiled.num_graphs,
             uncompiled=compiled.reason,
         )
+
+    def read_times(self) -> None:
+        """Read how long the last call took, which is said with the next answer.
+
+        On GPUs after the answer to that call: the host waits for nothing else.
+        """
+        if self._unread is not None:
+            (request, busy_s), self._unread = self._unread, None
+            self._times = _Times(request, busy_s(), collectives.clock.is_launch_bound)
 
     def control(self, message: Control) -> Controlled:
         """Compute this rank's tokens of a ControlNet's residuals, and keep them.

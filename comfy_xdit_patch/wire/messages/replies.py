@@ -101,8 +101,10 @@ class Done:
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
     ``busy_seconds`` are those in which it did not wait for other ranks; with ``is_launch_bound``
-    its CPU, and not its GPU, was busy in them. ``num_compiled`` blocks ran compiled, ``num_graphs``
-    were compiled meanwhile, and ``uncompiled`` is why blocks that were to run so did not.
+    its CPU, and not its GPU, was busy in them. Both are of the request ``timed``: of this one on a
+    CPU rank, of the one before on a GPU, and of none if that is 0. ``num_compiled`` blocks ran
+    compiled, ``num_graphs`` were compiled meanwhile, and ``uncompiled`` is why blocks that were to
+    run so did not.
     """
 
     request: int
@@ -117,6 +119,7 @@ class Done:
     num_compiled: int = 0
     num_graphs: int = 0
     uncompiled: str = ""
+    timed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

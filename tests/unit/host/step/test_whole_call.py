@@ -32,6 +32,8 @@ class Exchange:
         self.requests = []
         self.lost = None
         self.is_launch_bound = False
+        self.is_late = False
+        """As a GPU, whose times come with the next answer."""
         self.map = SlotMap(torch.device("cpu"))
 
     def settle(self, poll):
@@ -63,7 +65,10 @@ class Exchange:
         self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
         name = str(x.dtype).removeprefix("torch.")
         seconds = 0.1, 11, x.nbytes, 0.08
-        return Done(request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound)
+        timed = {"timed": request.request - self.is_late}
+        return Done(
+            request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound, **timed
+        )
 
 
 @pytest.fixture
@@ -122,6 +127,17 @@ def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
         poll=lambda: None,
     )
     return remote.forward(1, made, ParallelPlan(), room=room, pipeline=pipeline)
+
+
+def test_what_a_gpu_says_with_the_next_answer_is_of_the_call_before(remote):
+    remote.exchange.is_late = True
+    x, other = torch.rand(2, 4, 6, 8), torch.rand(2, 4, 8, 8)
+    for is_launch_bound, of_call in ((False, x), (True, x), (True, x), (True, other)):
+        remote.exchange.is_launch_bound = is_launch_bound
+        call(remote, of_call)
+    call(remote, other)
+    call(remote, x)
+    assert [request.overlaps for request in remote.requests[-2:]] == [True, False]
 
 
 def test_ranks_whose_launches_set_the_pace_again_and_again_overlap_nothing_from_then_on(remote):
