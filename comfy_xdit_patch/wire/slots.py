@@ -13,10 +13,12 @@ Facts that shape this file.
     ComfyUI makes new conditioning tensors for every step, so identity says nothing: all bytes are
         compared before the call. Tensors on a GPU are compared there, for one answer that is waited
         for.
-    ``memcmp`` ends at the first difference, and compares 4 MB that are equal in 0.7 ms;
+    ``memcmp`` ends at the first difference, and compares 4 MB that are equal in 0.2 ms;
         ``torch.equal`` of integers took as long on one thread, and 20 times as long on two threads
         of a machine that has other work.
     The host writes only while no worker computes, so slots need no lock.
+    Between two steps the ranks' work has driven everything out of the caches, and each operation of
+        torch is as slow as at its first use: a slot's view is made once.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire.messages.requests import Tree
+from comfy_xdit_patch.wire.registered import register
 from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES, dtype_name, dtype_of
 from comfy_xdit_patch.wire.values import (
     BASES,
+    Kinds,
     UncarriedValueError,
     as_base,
     decode_value,
@@ -49,6 +54,9 @@ MODULATION = ("shift", "scale", "gate")
 """What ComfyUI's ``ModulationOut`` has: how a block is modulated."""
 ALWAYS_NEW = ("x", "timestep", "timesteps")
 """Arguments that no step has from the one before."""
+NUMBERS = ("timestep", "timesteps", "guidance")
+"""Arguments of a number for each row: in CPU memory, their bytes travel in the message."""
+MOST_BYTES_OF_NUMBERS = 256
 SLOTS_A_PATH = 4
 """How many tensors of one argument are kept: cond and uncond of two regions."""
 LARGE_BYTES = 8 << 20
@@ -65,15 +73,28 @@ class Slot:
         self.size_bytes = size_bytes
         self._memory = mmap.mmap(fd, size_bytes)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._viewed: tuple[Any, torch.Tensor] | None = None
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], *, offset: int = 0) -> torch.Tensor:
         """The slot's bytes from ``offset`` on as a tensor; shared, not copied."""
+        kind = dtype, shape, offset
+        if self._viewed is None or self._viewed[0] != kind:
+            self._viewed = kind, self._view(dtype, shape, offset)
+        return self._viewed[1]
+
+    @cached_property
+    def is_registered(self) -> bool:
+        """Whether a GPU copies from and to it by itself. Asking makes it so, if it can be."""
+        return register(self._bytes, self)
+
+    def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         num_bytes = dtype.itemsize
         for size in shape:
             num_bytes *= size
         if offset + num_bytes > self.size_bytes or min(offset, *shape, 0) < 0:
             raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
-        return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)
+        with torch.inference_mode(False):  # Others could not be written to outside of that mode.
+            return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)
 
 
 def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
@@ -95,17 +116,17 @@ _memcmp.restype = ctypes.c_int
 class _Entry:
     slot: Slot
     version: int = 0
-    dtype: torch.dtype | None = None
-    shape: tuple[int, ...] = ()
+    here: torch.Tensor | None = None
+    """What it holds, in the slot itself."""
     device_copy: torch.Tensor | None = None
     last_used: int = 0
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the slot has this tensor, which lies in CPU memory: its kind, shape and bytes."""
-        if self.dtype != tensor.dtype or self.shape != tuple(tensor.shape):
+        here = self.here
+        if here is None or here.dtype != tensor.dtype or here.shape != tensor.shape:
             return False
-        here = self.slot.view(tensor.dtype, self.shape).data_ptr()
-        return bool(_memcmp(here, tensor.data_ptr(), tensor.nbytes) == 0)
+        return bool(_memcmp(here.data_ptr(), tensor.data_ptr(), tensor.nbytes) == 0)
 
     def may_hold(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor on a device is like the one here, which is there too."""
@@ -145,6 +166,9 @@ class SlotTable:
 
     def _place(self, path: str, value: Any) -> Tree:
         if type(value) in PLAIN_CLASSES and not value.is_sparse:
+            is_small = path in NUMBERS and value.nbytes <= MOST_BYTES_OF_NUMBERS
+            if is_small and not _is_on_device(value):
+                return _in_message(value)
             return self._place_tensor(path, value)
         if isinstance(value, BASES):
             return self.place(path, as_base(value))
@@ -197,7 +221,9 @@ class SlotTable:
         # A ControlNet hands one residual to many blocks: the same object is sent once.
         if id(tensor) in self._placed:
             return self._placed[id(tensor)][1]
-        given, tensor = tensor, tensor.detach().contiguous()
+        given = tensor
+        if not tensor.is_contiguous():
+            tensor = tensor.detach().contiguous()
         self._clock += 1
         is_here = not _is_on_device(tensor)
         if is_here:
@@ -205,15 +231,16 @@ class SlotTable:
         else:
             entry = self._found.get(id(given))
         if entry is None:
+            tensor = tensor.detach()
+            is_one = path in ALWAYS_NEW or tensor.nbytes > LARGE_BYTES
             entry = self._entry_for(
-                path,
-                max(tensor.nbytes, 1),
-                max_entries=1 if tensor.nbytes > LARGE_BYTES else SLOTS_A_PATH,
+                path, max(tensor.nbytes, 1), max_entries=1 if is_one else SLOTS_A_PATH
             )
-            entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
+            if tensor.is_cuda:
+                _ = entry.slot.is_registered  # So the driver copies straight to it.
+            entry.here = entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
             entry.version += 1
-            entry.dtype, entry.shape = tensor.dtype, tuple(tensor.shape)
-            entry.device_copy = None if is_here else tensor.clone()
+            entry.device_copy = None if is_here or path in ALWAYS_NEW else tensor.clone()
             self.bytes_written += tensor.nbytes
         entry.last_used = self._clock
         dtype = dtype_name(tensor.dtype)
@@ -273,20 +300,37 @@ class SlotMap:
     def __getitem__(self, number: int) -> Slot:
         return self._slots[number]
 
-    def fetch(self, tree: Tree) -> Any:
-        """Turn a tree of ``SlotTable.place`` back into arguments."""
-        return decode_value(tree, {"$slot": self._tensor, "$modulation": self._modulation})
+    def fetch(self, tree: Tree, *, waits: bool = True) -> Any:
+        """Turn a tree of ``SlotTable.place`` back into arguments.
 
-    def _tensor(self, place: Tree) -> torch.Tensor:
+        Args:
+            waits: for copies to a GPU. Who does not must see to it that they have ended before the
+                host is answered, which then writes to the slots again.
+        """
+        kinds: Kinds = {
+            "$slot": partial(self._tensor, waits=waits),
+            "$numbers": self._numbers,
+            "$modulation": self._modulation,
+        }
+        return decode_value(tree, kinds)
+
+    def _tensor(self, place: Tree, *, waits: bool) -> torch.Tensor:
         number, placed_version, dtype, shape = place
-        shared = self._slots[number].view(dtype_of(dtype), tuple(shape))
+        slot = self._slots[number]
+        shared = slot.view(dtype_of(dtype), tuple(shape))
         if self._device.type == "cpu":
             return shared
         version, tensor = self._on_device.get(number, (-1, shared))
         if version != placed_version:
-            tensor = shared.to(self._device)
+            is_direct = self._device.type == "cuda" and slot.is_registered
+            tensor = shared.to(self._device, non_blocking=is_direct and not waits)
             self._on_device[number] = (placed_version, tensor)
         return tensor
+
+    def _numbers(self, tree: Tree) -> torch.Tensor:
+        dtype, shape, numbers = tree
+        data = torch.tensor(numbers, dtype=torch.uint8)
+        return data.view(dtype_of(dtype)).view(shape).to(self._device)
 
     def _modulation(self, parts: Tree) -> Any:
         import comfy.ldm.flux.layers
@@ -297,6 +341,12 @@ class SlotMap:
 def _close(created: list[tuple[Slot, int]]) -> None:
     for _, fd in created:
         os.close(fd)
+
+
+def _in_message(tensor: torch.Tensor) -> Tree:
+    """Bytes and not values: a NaN has some of its own."""
+    data = tensor.detach().reshape(-1).view(torch.uint8).tolist()
+    return {"$numbers": [dtype_name(tensor.dtype), list(tensor.shape), data]}
 
 
 def _is_on_device(tensor: torch.Tensor) -> bool:

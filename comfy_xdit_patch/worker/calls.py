@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 
@@ -59,6 +59,14 @@ KEPT = "kept residuals"
 Answer: TypeAlias = Done | NoRoom | Controlled | Ran | Fetched | Declined | Raised
 
 
+class _Times(NamedTuple):
+    """How long this rank was busy with a forward, and with which; 0 for none."""
+
+    request: int = 0
+    busy_s: float = 0.0
+    is_launch_bound: bool = False
+
+
 class Calls:
     """What a rank computes with the models that it holds, and what it keeps between calls."""
 
@@ -74,6 +82,9 @@ class Calls:
         self._num_forwards = 0
         self._model: int | None = None
         """Of the call before, if that was a forward and nobody looked for room."""
+        self._times = _Times()
+        self._unread: tuple[int, Callable[[], float]] | None = None
+        """The request that was computed last, and what tells its busy seconds."""
 
     def compute(self, message: Call) -> Answer:
         """Compute this rank's share of a call. Collective: every rank gets the same message.
@@ -104,6 +115,8 @@ class Calls:
                 return self.decode(message)
             return self.fetch(message)
         except (PatchRefusedError, OtherDecoderError) as error:
+            if self._groups.device.type == "cuda":
+                torch.cuda.synchronize()  # Arguments may be on their way from slots.
             return Declined(message.request, str(error))
         except Exception as error:  # noqa: BLE001 - whatever ComfyUI's code raises; see the module
             return answer(
@@ -123,7 +136,7 @@ class Calls:
         collectives.clock.start(self._groups.device)
         resident = self._resident(message.model)
         plan = ParallelPlan.of_grid(message.grid, message.weights)
-        arguments = self._slots.fetch(message.arguments)
+        arguments = self._slots.fetch(message.arguments, waits=False)
         patches = self._patches(message.patches)
         rank = self._groups.rank
         # What all ranks share they exchange at once, and stages run different blocks.
@@ -165,10 +178,15 @@ class Calls:
             bytes_written = 0
             if plan.writes_rows(rank):
                 first, end = plan.batch_rows(rank, batch)
-                self._slots[message.result].view(rows.dtype, shape)[first:end].copy_(rows)
+                result = self._slots[message.result]
+                is_direct = rows.is_cuda and result.is_registered
+                written = result.view(rows.dtype, shape)[first:end]
+                written.copy_(rows, non_blocking=is_direct)  # The clock's stop waits for it.
                 bytes_written = rows.nbytes
         self._num_forwards += 1
-        busy_s = collectives.clock.stop(is_copied_out=True)
+        self._unread = message.request, collectives.clock.halt(is_copied_out=True)
+        if self._groups.device.type == "cpu":
+            self.read_times()
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
@@ -177,8 +195,9 @@ class Calls:
             seconds=time.perf_counter() - start,
             bytes_between_ranks=outcome.bytes_sent,
             bytes_written=bytes_written,
-            busy_seconds=busy_s,
-            is_launch_bound=collectives.clock.is_launch_bound,
+            busy_seconds=self._times.busy_s,
+            is_launch_bound=self._times.is_launch_bound,
+            timed=self._times.request,
             num_compiled=compiled.num_compiled,
             num_graphs=compiled.num_graphs,
             uncompiled=compiled.reason,
@@ -213,6 +232,15 @@ class Calls:
             how=(*message.grid, *message.weights, message.overlaps),
             places=partial(places_of, resident.flux, device),
         )
+
+    def read_times(self) -> None:
+        """Read how long the last call took, which is said with the next answer.
+
+        On GPUs after the answer to that call: the host waits for nothing else.
+        """
+        if self._unread is not None:
+            (request, busy_s), self._unread = self._unread, None
+            self._times = _Times(request, busy_s(), collectives.clock.is_launch_bound)
 
     def control(self, message: Control) -> Controlled:
         """Compute this rank's tokens of a ControlNet's residuals, and keep them.

@@ -80,6 +80,10 @@ class Engine:
         """Compute this rank's share of a call; see ``Calls``."""
         return self._calls.compute(message)
 
+    def answered(self) -> None:
+        """Do what could wait until the host had the answer."""
+        self._calls.read_times()
+
     def free(self, message: Free) -> Unloaded:
         """Free what PipeFusion kept for streams that are over."""
         return self._calls.free(message)

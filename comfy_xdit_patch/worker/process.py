@@ -155,6 +155,7 @@ class Worker:
         elif isinstance(message, (Forward, Control, RunBlock, Fetch, Decode)):
             self._phase = type(message).__name__
             self._channel.send(engine.compute(message), deadline_s=REPLY_DEADLINE_S)
+            engine.answered()
         elif isinstance(message, Reach):
             self._phase = "looking what a model's code reaches"
             self._channel.send(_reached(message), deadline_s=REPLY_DEADLINE_S)
@@ -247,7 +248,8 @@ class Heartbeat:
         self._channel = channel
         self._count = count
         self._request: int | None = None
-        self._is_busy = threading.Event()
+        self._is_awake = threading.Event()
+        """Stays set between requests that follow each other: to wake a thread holds up a rank."""
 
     def start(self) -> None:
         """Start the thread, which lives as long as the process."""
@@ -257,20 +259,24 @@ class Heartbeat:
     def during(self, request: int) -> Iterator[None]:
         """Beat while this lasts, for this request."""
         self._request = request
-        self._is_busy.set()
+        if not self._is_awake.is_set():
+            self._is_awake.set()
         try:
             yield
         finally:
-            self._is_busy.clear()
             self._request = None
 
     def _run(self) -> None:
         try:
             while True:
-                self._is_busy.wait()
+                self._is_awake.wait()
                 time.sleep(BEAT_S)  # Before the first beat: most steps end earlier.
                 request = self._request
                 if request is not None:
                     self._channel.send(Alive(request, self._count()), deadline_s=SEND_DEADLINE_S)
+                    continue
+                self._is_awake.clear()
+                if self._request is not None:  # It began before it could see that.
+                    self._is_awake.set()
         except (ChannelClosedError, DeadlineExceededError):
             return  # The host is gone or does not read; the serving thread finds out too.

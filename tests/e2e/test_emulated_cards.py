@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 from rig.compare import compare_all
+from rig.emulated_gpu.emulated_ledger import PINNED, Ledger
 from rig.faults import descendants
 from rig.graphs import Graph, with_values
 from rig.pair import EQUAL, STRICT, Bound, latent_error, run, run_stock
-from rig.server import Server
+from rig.server import LEDGER, Server
 from rig.trees import Tree
 from rig.weight_graphs import with_compute_dtype, with_loader, with_loras, with_unet
 from rig.weight_rows import KOHYA, SEED, base_graph
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.needs("comfy/memory_management.py", "aimdo_enabled"),
 ]
 
+SLOTS_BYTES = 8 << 20
 # What is around the model computes in fp32: the CPU takes seconds for fp16 and bf16, and the
 # rounding of a VAE in bf16 would hide the model's.
 EXTRA_ARGS = ("--fp32-vae", "--fp32-text-enc")
@@ -103,6 +105,9 @@ def test_every_step_is_parallel_with_dynamic_vram(
         assert report["steps_parallel"] == report["steps"] > 0, report
         for old, new in zip(before, after["ranks"], strict=True):
             assert new["forwards"] - old["forwards"] == report["steps"]
+        locked = Ledger(ranks.base_dir / LEDGER).by_process(PINNED)
+        for rank in after["ranks"]:
+            assert 0 < locked[rank["pid"]] < SLOTS_BYTES, "slots of calls, and no weights"
         assert difference.max_pixel <= bound.max_pixel, difference
         assert difference.psnr_db >= bound.min_psnr_db, difference
         assert error <= bound.max_latent_error, error

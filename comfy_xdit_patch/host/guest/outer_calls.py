@@ -22,6 +22,7 @@ from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.host.boundary import attempt, our_faults_stay_ours
 from comfy_xdit_patch.host.guest.host import Host
+from comfy_xdit_patch.host.reading.compiled import original
 from comfy_xdit_patch.host.reading.models import flux_of
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.outcome import Step
@@ -46,8 +47,8 @@ def met(host: Host, base_model: Any) -> Iterator[None]:
         yield
     with our_faults_stay_ours("a call that was not seen"):
         model = getattr(base_model, "diffusion_model", None)
-        is_theirs = host.pristine.ways.class_of(getattr(model, "_orig_mod", model)) is None
-        if run is not None and run.is_flux and run.num_calls == before and is_theirs:
+        is_unseen = run is not None and run.is_flux and run.num_calls == before
+        if is_unseen and host.pristine.ways.class_of(original(model)) is None:
             name = origin(model)
             host.refuse(Refusal(f"a node put {name} around the whole model", Scope.STEP))
 
@@ -64,7 +65,7 @@ def watched(host: Host, guider: Any, run: Run | None, num_sigmas: int) -> Iterat
         wrapper = (getattr(guider, "model_options", None) or {}).get("model_function_wrapper")
         if run is not None and run.is_flux and wrapper is not None:
             block = flux_of(guider.model_patcher.model).double_blocks[0]
-            if not hasattr(block, "_orig_mod"):
+            if original(block) is block:
                 watching = own_attribute(block, "forward", _watched_block(host, block, wrapper))
     with watching:
         yield

@@ -261,7 +261,7 @@ class Turn:
             WorkerError: the workers are lost.
         """
         num_bytes = room.num_bytes if room is not None else 0
-        replies = self.ask(replace(message, working_bytes=num_bytes))
+        replies = self.ask(replace(message, working_bytes=num_bytes) if num_bytes else message)
         if not isinstance(replies[0], NoRoom):
             return replies
         assert room is not None, "nobody else is asked for room"

@@ -71,7 +71,8 @@ class Exchange:
 
     def settle(self, poll: Poll) -> None:
         """Wait for the replies to a request that the user interrupted."""
-        self._collect(poll, lambda _, __: None)
+        if self._outstanding:
+            self._collect(poll, lambda _, __: None)
 
     @property
     def next_number(self) -> int:
@@ -279,5 +280,7 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
     if isinstance(tree, dict):
         if "$slot" in tree:
             return [tuple(tree["$slot"][3])]
+        if "$numbers" in tree:
+            return []
         return [shape for item in tree.values() for shape in _shapes(item)]
     return [shape for item in tree for shape in _shapes(item)] if isinstance(tree, list) else []

@@ -59,14 +59,22 @@ def compiled_blocks(base_model: Any) -> Tree | Refusal:
     return {**first, "blocks": None if "" in found else list(found)}
 
 
+def original(module: Any) -> Any:
+    """What a compiled module was made from; any other is itself. Asked of each block in each step.
+
+    A module that is asked for an attribute which it does not have makes an exception's text first.
+    """
+    return getattr(module, "_modules", {}).get("_orig_mod", module)
+
+
 def _stand_ins(base_model: Any) -> Iterator[tuple[str, Any]]:
     model = getattr(base_model, "diffusion_model", None)
-    if hasattr(model, "_orig_mod"):
+    if original(model) is not model:
         yield "", model
         return
     for name in BLOCK_LISTS:
         for number, block in enumerate(getattr(model, name, ())):
-            if hasattr(block, "_orig_mod"):
+            if original(block) is not block:
                 yield f"{name}.{number}", block
 
 

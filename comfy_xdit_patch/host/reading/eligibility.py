@@ -22,6 +22,7 @@ from typing import Any
 
 from comfy_xdit_patch.blame import origin
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.reading.compiled import original
 from comfy_xdit_patch.planning.family import BLOCK_LISTS, CONTROL, MEMBERS
 from comfy_xdit_patch.planning.ways_in import WAYS, WaysIn
 from comfy_xdit_patch.wire.decoders import MODULE as DECODER_MODULE
@@ -102,7 +103,7 @@ class Pristine:
             Refusal(f"a node replaced a block of this model by {origin(block)}")
             for block in (*flux.double_blocks, *flux.single_blocks)
             # A compiled block stands in for the one it was made from.
-            if type(getattr(block, "_orig_mod", block)) not in self._block_classes
+            if type(original(block)) not in self._block_classes
         ]
         if getattr(flux, "skip_mmdit", None) or getattr(flux, "skip_dit", None):
             found.append(Refusal("a node has the model skip blocks", is_around_blocks=True))
@@ -113,7 +114,7 @@ class Pristine:
         found = []
         for name, module in flux.named_modules():
             is_block = name.split(".")[0] in BLOCK_LISTS
-            is_compiled = hasattr(module, "_orig_mod")
+            is_compiled = original(module) is not module
             is_foreign = self.bypass.hooks_on(module) is None
             if is_foreign and not is_compiled and module is not flux:
                 found.append(
@@ -160,7 +161,7 @@ class Pristine:
 
 def _parts(flux: Any) -> Iterator[tuple[str, Any]]:
     parts = ((name, module) for name, module in flux.named_modules() if module is not flux)
-    return ((name, getattr(module, "_orig_mod", module)) for name, module in parts)
+    return ((name, original(module)) for name, module in parts)
 
 
 def _shadowing(module: Any) -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from comfy_xdit_patch.errors import Refusal
+from comfy_xdit_patch.host.reading.compiled import original
 from comfy_xdit_patch.wire.files import file_identity, is_mapped_here
 from comfy_xdit_patch.wire.messages.requests import ModelSource
 from comfy_xdit_patch.wire.values import PLAIN
@@ -125,8 +126,7 @@ class ModelRegistry:
 
 def flux_of(base_model: Any) -> Any:
     """Return the diffusion model itself, also where a compiled one stands in for it."""
-    flux = base_model.diffusion_model
-    return getattr(flux, "_orig_mod", flux)
+    return original(base_model.diffusion_model)
 
 
 def _dtypes(base_model: Any) -> list[str]:

@@ -5,8 +5,10 @@ Runs in: host process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +34,8 @@ from comfy_xdit_patch.wire.messages.replies import Declined, Done, Reply, short
 from comfy_xdit_patch.wire.slots import Slot
 from comfy_xdit_patch.wire.values import UncarriedValueError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:
@@ -39,9 +43,12 @@ class Computed:
 
     out: torch.Tensor
     busy_s: tuple[float, ...]
-    """What each rank computed, without what it waited for others."""
+    """What each rank computed in the call ``timed``, without what it waited for others."""
     is_launch_bound: bool = False
-    """Whether the CPU of a rank, and not its GPU, set its pace. Not known of single blocks."""
+    """Whether a rank's CPU, and not its GPU, set its pace there. Not known of single blocks."""
+    request: int = 0
+    """0 for single blocks."""
+    timed: int = 0
     is_empty: bool = False
     """Whether no block ran on the workers."""
     is_in_making: bool = False
@@ -50,6 +57,12 @@ class Computed:
     """Why blocks that were to run compiled did not."""
     uncaptured: tuple[str, ...] = ()
     """Why ranks that were to make a CUDA graph of the call did not."""
+
+    def timed_of(self, this: T, last: tuple[int, T]) -> T | None:
+        """Which call the times are of: this one, the last one, given by its request, or none."""
+        if self.timed == self.request:
+            return this
+        return last[1] if self.timed and self.timed == last[0] else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +90,9 @@ def checked(step: Step) -> Step | Refusal:
 
 def is_finite(out: torch.Tensor) -> bool:
     """Whether there is neither NaN nor infinity in it."""
-    # A sum is quicker, and says the same unless half precision overflows in it.
-    return bool(out.sum().isfinite() or out.isfinite().all())
+    # A sum is quicker, and says the same unless half precision overflows in it. Of torch's
+    # operations only the sum: each is slow to begin after all that the ranks have computed.
+    return math.isfinite(out.sum().item()) or bool(out.isfinite().all())
 
 
 def result_of(
@@ -99,7 +113,7 @@ def result_of(
     assert isinstance(first, Done)
     check_shape(first, shape)
     shared = slot.view(getattr(torch, first.dtype), first.shape)
-    return torch.empty_like(shared, device=device).copy_(shared)
+    return shared.to(device, copy=True)
 
 
 def lost(error: WorkerError, totals: Totals) -> Refusal:

@@ -28,14 +28,14 @@ from comfy_xdit_patch.host.call import Call
 from comfy_xdit_patch.host.pace.auto import Auto
 from comfy_xdit_patch.host.pool.crew import Crew
 from comfy_xdit_patch.host.reading.arguments import check_arguments, check_grad, misplaced
-from comfy_xdit_patch.host.reading.compiled import as_compiled
+from comfy_xdit_patch.host.reading.compiled import as_compiled, original
 from comfy_xdit_patch.host.reading.eligibility import Pristine, check_patcher
 from comfy_xdit_patch.host.reading.models import KnownModel, flux_of
 from comfy_xdit_patch.host.reading.node_patches import carry
 from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.host.step.block_calls import DrivenForward
 from comfy_xdit_patch.host.step.call_plans import CallPlan, CallPlans
-from comfy_xdit_patch.host.step.outcome import Step, checked, lost, refusal_of
+from comfy_xdit_patch.host.step.outcome import Computed, Step, checked, lost, refusal_of
 from comfy_xdit_patch.host.step.pipefusion import Pipelines
 from comfy_xdit_patch.host.step.whole_call import RemoteForward
 from comfy_xdit_patch.host.weights.holding import Holding
@@ -45,6 +45,23 @@ from comfy_xdit_patch.planning.transfers import TransferDtype
 from comfy_xdit_patch.report.log import note_once
 from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.values import UncarriedValueError
+
+Learn = Callable[..., None]
+"""``CrewBalance.measured`` for one call; takes its times."""
+
+
+class _Untimed:
+    """What is to be learned from the last call's times: on GPUs the next answer has them."""
+
+    def __init__(self, _: Crew) -> None:
+        self._last: tuple[int, Learn | None] = 0, None
+
+    def note(self, computed: Computed, learn: Learn | None) -> None:
+        """Note a call, and learn from the times that its answer brought."""
+        timed = computed.timed_of(learn, self._last)
+        self._last = computed.request, learn
+        if timed is not None:
+            timed(computed.busy_s, is_launch_bound=computed.is_launch_bound)
 
 
 class ParallelSteps:
@@ -153,7 +170,7 @@ class ParallelSteps:
         """Read what decides about a call, but for what only the workers can tell."""
         # A compiled model stands in for the module it was made from.
         own = getattr(base_model, "diffusion_model", None)
-        if flux not in (own, getattr(own, "_orig_mod", None)):
+        if flux is not original(own):
             return Refusal("FLUX was called outside ComfyUI's sampling", Scope.STEP)
         refusal = misplaced(arguments)
         if refusal is not None:
@@ -211,15 +228,16 @@ class ParallelSteps:
         elif self._transfer_dtype != "exact":
             note_once(f"XDIT_TRANSFER_DTYPE changes nothing with {plan.name}")
         balance = crew.of(self._holding.balance)
+        learn: Learn | None = None
         if not (computed.is_empty or computed.is_in_making):
-            balance.measured(
+            learn = partial(
+                balance.measured,
                 plan,
                 call.workload,
-                computed.busy_s,
-                is_launch_bound=computed.is_launch_bound,
                 model=known.number,
                 replan=planned.replan,
             )
+        crew.of(_Untimed).note(computed, learn)
         # Even shares of unequal ranks say nothing about those to come.
         tells = not (call.changes or computed.is_in_making) and balance.is_at_rest
         return Step(

@@ -42,14 +42,24 @@ class _Paces:
 
     def __init__(self, _: Crew) -> None:
         self._held_up: dict[tuple[int, ...], int] = {}
+        self._last: tuple[int, tuple[int, ...] | None] = 0, None
+        """The last call's request, with its shape; None if it says nothing."""
 
     def overlaps(self, shape: tuple[int, ...]) -> bool:
         """Whether the ranks are to compute while tokens are on their way."""
         return self._held_up.get(shape, 0) < PATIENCE
 
-    def note(self, shape: tuple[int, ...], *, is_launch_bound: bool) -> None:
-        if self.overlaps(shape):
-            self._held_up[shape] = self._held_up.get(shape, 0) + 1 if is_launch_bound else 0
+    def note(self, shape: tuple[int, ...] | None, computed: Computed) -> None:
+        """Note a call, and what is known now of one: this or the one before.
+
+        Args:
+            shape: None if its pace says nothing of those to come.
+        """
+        timed = computed.timed_of(shape, self._last)
+        self._last = computed.request, shape
+        if timed is not None and self.overlaps(timed):
+            is_bound = computed.is_launch_bound
+            self._held_up[timed] = self._held_up.get(timed, 0) + 1 if is_bound else 0
 
 
 class RemoteForward:
@@ -120,18 +130,21 @@ class RemoteForward:
         self._totals.bytes_to_workers += crew.control_bytes - control
         done = [reply for reply in replies if isinstance(reply, Done)]
         self._count(done)
-        is_launch_bound = any(reply.is_launch_bound for reply in done)
-        # Calls that are to be a graph soon say nothing of the launches then.
-        if not self._captures or any(reply.is_replayed or reply.uncaptured for reply in done):
-            crew.of(_Paces).note(shape, is_launch_bound=is_launch_bound)
-        return Computed(
+        timed = {reply.timed for reply in done}
+        computed = Computed(
             out,
             busy_s=tuple(reply.busy_seconds for reply in done),
-            is_launch_bound=is_launch_bound,
+            is_launch_bound=any(reply.is_launch_bound for reply in done),
+            request=done[0].request,
+            timed=timed.pop() if len(timed) == 1 else 0,
             is_in_making=any(reply.num_graphs or reply.has_captured for reply in done),
             uncompiled=tuple(short(reply.uncompiled) for reply in done if reply.uncompiled),
             uncaptured=tuple(short(reply.uncaptured) for reply in done if reply.uncaptured),
         )
+        # Calls that are to be a graph soon say nothing of the launches then.
+        tells = not self._captures or any(reply.is_replayed or reply.uncaptured for reply in done)
+        crew.of(_Paces).note(shape if tells else None, computed)
+        return computed
 
     def _count(self, replies: Sequence[Done]) -> None:
         for rank, reply in enumerate(replies):

@@ -76,6 +76,9 @@ class Holding:
         It is not where ComfyUI's own copy of the model stays off the GPU that a worker is to have.
         """
         pool = self._pool
+        crew = pool.crew
+        if crew is not None and not self._is_start_shown:
+            return crew
         pool.start()
         if pool.state is PoolState.STARTING:
             text = f"starting {pool.world_size} {pool.device_word}"

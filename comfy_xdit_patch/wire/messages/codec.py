@@ -97,6 +97,7 @@ _TYPES: dict[str, type[Any]] = {cls.__name__: cls for cls in get_args(Message)}
 _WITH_FIELDS: tuple[type[Any], ...] = (*_TYPES.values(), ModelSource, Residence)
 _CHECKS = {cls: checks_of(cls) for cls in _WITH_FIELDS}
 _READS = {cls: reads_of(cls) for cls in _WITH_FIELDS}
+_encode = json.JSONEncoder(separators=(",", ":"), default=asdict).encode
 
 
 def encode(message: Message) -> bytes:
@@ -104,7 +105,7 @@ def encode(message: Message) -> bytes:
     body: dict[str, Any] = {"type": type(message).__name__}
     for name in message.__slots__:  # Not ``asdict``, which copies the whole tree of a call.
         body[name] = getattr(message, name)
-    return json.dumps(body, separators=(",", ":"), default=asdict).encode()
+    return _encode(body).encode()
 
 
 def decode(data: bytes) -> Message:

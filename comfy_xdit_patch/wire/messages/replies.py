@@ -101,10 +101,11 @@ class Done:
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
     ``busy_seconds`` are those in which it did not wait for other ranks; with ``is_launch_bound``
-    its CPU, and not its GPU, was busy in them. ``num_compiled`` blocks ran compiled, ``num_graphs``
-    were compiled meanwhile, and ``uncompiled`` is why blocks that were to run so did not. With
-    ``is_replayed`` the call was one CUDA graph; with ``has_captured`` it was made one, for the
-    calls to come; ``uncaptured`` is why neither, where it was to be.
+    its CPU, and not its GPU, was busy in them. Both are of the request ``timed``: of this one on a
+    CPU rank, of the one before on a GPU, and of none if that is 0. ``num_compiled`` blocks ran
+    compiled, ``num_graphs`` were compiled meanwhile, and ``uncompiled`` is why blocks that were to
+    run so did not. With ``is_replayed`` the call was one CUDA graph; with ``has_captured`` it was
+    made one, for the calls to come; ``uncaptured`` is why neither, where it was to be.
     """
 
     request: int
@@ -122,6 +123,7 @@ class Done:
     is_replayed: bool = False
     has_captured: bool = False
     uncaptured: str = ""
+    timed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

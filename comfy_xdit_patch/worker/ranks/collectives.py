@@ -31,9 +31,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import TypeAlias
 
@@ -128,13 +129,25 @@ class BusyClock:
                 is done or about to be. Otherwise what is returned is that of the calls which are
                 done by now, and the rest comes with a later one.
         """
+        return self.halt(is_copied_out=is_copied_out)()
+
+    def halt(self, *, is_copied_out: bool) -> Callable[[], float]:
+        """End the call, and wait as ``stop`` does; return what tells its busy seconds.
+
+        That asks the driver for each event of the call. The clock must not be started before.
+        """
         call, self._call = self._call, None
         if call is None:
-            return max(0.0, time.perf_counter() - self._start_s - self._waited_s)
+            busy_s = max(0.0, time.perf_counter() - self._start_s - self._waited_s)
+            return lambda: busy_s
         call.last.record()
         self._ended.append(call)
         if is_copied_out:
             call.last.synchronize()
+        return partial(self._read, call, is_copied_out=is_copied_out)
+
+    def _read(self, call: _Call, *, is_copied_out: bool) -> float:
+        if is_copied_out:
             took_s = float(call.first.elapsed_time(call.last)) / 1e3
             self.is_launch_bound = self._launch_s > LAUNCH_PART * took_s
         busy_s = 0.0

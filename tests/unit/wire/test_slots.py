@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import json
 import os
 
 import pytest
@@ -100,10 +101,10 @@ def test_a_tensor_of_any_layout_arrives_as_it_is(wire, tensor):
 
 
 def test_what_the_worker_sees_is_the_memory_that_the_host_wrote(wire):
-    first = wire.carry("x", torch.zeros(4))
+    first = wire.carry("y", torch.zeros(4))
     for _ in range(SLOTS_A_PATH):  # until the first slot comes round again
-        wire.send("x", torch.rand(4))
-    wire.send("x", torch.ones(4))
+        wire.send("y", torch.rand(4))
+    wire.send("y", torch.ones(4))
     assert not torch.equal(first, torch.zeros(4))
 
 
@@ -170,11 +171,54 @@ def test_conditions_that_alternate_are_written_once_each(wire):
 
 def test_the_slot_that_was_used_longest_ago_is_the_one_written_over(wire):
     tensors = [torch.full((8,), float(n)) for n in range(SLOTS_A_PATH)]
-    slots = [slot_of(wire.send("x", tensor)) for tensor in tensors]
-    wire.send("x", tensors[0])  # now the second one is the oldest
-    assert slot_of(wire.send("x", torch.full((8,), 99.0))) == slots[1]
-    assert wire.written_by("x", tensors[0]) == 0
-    assert wire.written_by("x", tensors[1]) == 32
+    slots = [slot_of(wire.send("y", tensor)) for tensor in tensors]
+    wire.send("y", tensors[0])  # now the second one is the oldest
+    assert slot_of(wire.send("y", torch.full((8,), 99.0))) == slots[1]
+    assert wire.written_by("y", tensors[0]) == 0
+    assert wire.written_by("y", tensors[1]) == 32
+
+
+def test_of_what_every_step_has_anew_one_is_kept(wire):
+    slots = {slot_of(wire.send("x", torch.rand(8))) for _ in range(5)}
+    assert len(slots) == 1
+    same = torch.rand(8)  # as the second condition of a step has it
+    wire.send("x", same)
+    assert wire.written_by("x", same.clone()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize("name", ["timestep", "guidance"])
+def test_numbers_travel_in_the_message_with_all_their_bits(wire, name, dtype):
+    numbers = torch.tensor([0.1, -0.0, 3.0]).to(dtype)
+    tree = json.loads(json.dumps(wire.send(name, numbers)))
+    received = wire.map.fetch(tree)
+    assert (received.dtype, received.shape) == (dtype, numbers.shape)
+    assert torch.equal(received.view(torch.uint8), numbers.view(torch.uint8))
+    assert wire.num_created == 0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_travels_too(wire, number):
+    received = wire.carry("timestep", torch.tensor(number))
+    assert received.shape == ()
+    assert torch.equal(received.view(torch.int32), torch.tensor(number).view(torch.int32))
+
+
+def test_a_number_for_each_token_does_not_travel_in_the_message(wire):
+    per_token = torch.rand(1, 4096)
+    assert torch.equal(wire.carry("timestep", per_token), per_token)
+    assert wire.num_created == 1
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_slot_is_viewed_once_and_written_to_in_any_mode(wire, first):
+    with torch.inference_mode(first):
+        received = wire.carry("x", torch.rand(8))
+    for mode in (not first, first):
+        tensor = torch.rand(8)
+        with torch.inference_mode(mode):
+            assert wire.carry("x", tensor) is received
+        assert torch.equal(received, tensor)
 
 
 def test_paths_do_not_share_slots(wire):
@@ -183,19 +227,19 @@ def test_paths_do_not_share_slots(wire):
 
 
 def test_an_outgrown_slot_is_given_up_on_both_sides(wire):
-    small = [slot_of(wire.send("x", torch.full((8,), float(n)))) for n in range(SLOTS_A_PATH)]
+    small = [slot_of(wire.send("y", torch.full((8,), float(n)))) for n in range(SLOTS_A_PATH)]
     large = torch.rand(100_000)
-    assert torch.equal(wire.carry("x", large), large)
+    assert torch.equal(wire.carry("y", large), large)
     assert wire.dropped == [small[0]]
     with pytest.raises(KeyError):
         wire.map[small[0]]
-    assert wire.written_by("x", torch.full((8,), 1.0)) == 0  # the others are still there
+    assert wire.written_by("y", torch.full((8,), 1.0)) == 0  # the others are still there
 
 
 def test_a_smaller_tensor_reuses_a_larger_slot(wire):
     for n in range(SLOTS_A_PATH):
-        wire.send("x", torch.full((5000,), float(n)))
-    received = wire.carry("x", torch.full((3,), 7.0))
+        wire.send("y", torch.full((5000,), float(n)))
+    received = wire.carry("y", torch.full((3,), 7.0))
     assert torch.equal(received, torch.full((3,), 7.0))
     assert wire.num_created == SLOTS_A_PATH
     assert wire.dropped == []

@@ -6,12 +6,15 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
-from comfy_xdit_patch.wire.messages.requests import RunBlock
+from comfy_xdit_patch.wire.messages.requests import Forward, RunBlock
 from comfy_xdit_patch.wire.slots import SlotMap, SlotTable
+from comfy_xdit_patch.worker import calls as module
 from comfy_xdit_patch.worker.calls import Calls
+from comfy_xdit_patch.worker.ranks import collectives
 from comfy_xdit_patch.worker.shard.blocks import DrivenBlocks
 
 
@@ -54,3 +57,68 @@ def test_patches_of_a_single_block_read_tensors_among_the_options(monkeypatch):
     )
     calls.run_block(message)
     assert torch.equal(read[0], sigmas)
+
+
+class Event:
+    """Is done when it is recorded, and was so 20 ms after the one before."""
+
+    now_ms = 0.0
+
+    def __init__(self, **_):
+        self.at_ms = 0.0
+
+    def record(self):
+        self.at_ms = Event.now_ms = Event.now_ms + 20.0
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return other.at_ms - self.at_ms
+
+
+def forward(calls, slots, request):
+    table = SlotTable()
+    x = torch.rand(1, 4, 8, 8)
+    tree, result = table.place("x", x), table.result_slot(x.nbytes)
+    for slot, fd in table.take_created():
+        slots.add(slot.number, fd, slot.size_bytes)
+    grid = list(ParallelPlan().grid)
+    return calls.forward(Forward(request, 1, grid, [], {"x": tree}, result.number))
+
+
+@pytest.mark.parametrize(
+    ("kind", "timed", "busy"),
+    [("cpu", [7, 8, 9], [True, True, True]), ("cuda", [0, 7, 8], [False, True, True])],
+)
+def test_times_of_a_gpu_come_with_the_next_answer(monkeypatch, kind, timed, busy):
+    monkeypatch.setattr(collectives, "Event", Event)
+    monkeypatch.setattr(collectives, "clock", collectives.BusyClock())
+    monkeypatch.setattr(module, "forward_share", lambda _, arguments, **__: (arguments["x"], 0))
+    compiled = SimpleNamespace(num_compiled=0, num_graphs=0, reason="")
+    resident = SimpleNamespace(
+        begin=lambda *_, **__: 0,
+        bytes_moved=0,
+        scaled_in_place={},
+        is_whole=True,
+        blocks=None,
+        later=None,
+        compiled=SimpleNamespace(of=lambda *_: nullcontext(compiled)),
+        flux=None,
+    )
+    slots = SlotMap(torch.device("cpu"))
+    calls = Calls(
+        groups=SimpleNamespace(device=torch.device(kind), rank=0),
+        slots=slots,
+        residents=SimpleNamespace(get=lambda model: resident),
+    )
+    answers = []
+    for request in (7, 8, 9):
+        answers.append(forward(calls, slots, request))
+        calls.read_times()  # as the worker does when it has answered
+    assert [answer.request for answer in answers] == [7, 8, 9]
+    assert [answer.timed for answer in answers] == timed
+    assert [answer.busy_seconds > 0 for answer in answers] == busy

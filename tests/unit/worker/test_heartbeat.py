@@ -45,3 +45,21 @@ def test_a_quick_request_costs_no_message(ends):
             pass
     with pytest.raises(DeadlineExceededError):
         host.receive(deadline_s=2 * BEAT_S)
+
+
+def test_requests_that_follow_each_other_do_not_wake_the_heart_each_time(ends, monkeypatch):
+    host, worker = ends
+    heartbeat = Heartbeat(worker, lambda: 0)
+    heartbeat.start()
+    woken = []
+    wake = heartbeat._is_awake.set
+    monkeypatch.setattr(heartbeat._is_awake, "set", lambda: (woken.append(None), wake()))
+    for request in range(100):
+        with heartbeat.during(request):
+            pass
+    assert len(woken) == 1
+    while heartbeat._is_awake.is_set():  # until nothing was asked for during a beat
+        time.sleep(BEAT_S / 10)
+    with heartbeat.during(100):
+        assert host.receive(deadline_s=30.0) == Alive(100, 0)
+    assert len(woken) == 2

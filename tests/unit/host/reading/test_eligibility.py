@@ -187,7 +187,7 @@ def test_a_forward_that_was_put_back_is_no_change(world):
 
 def test_a_compiled_block_stands_in_for_its_own(world):
     compiled = Module()
-    compiled.forward, compiled._orig_mod = another, world.flux.double_blocks[0]
+    compiled.forward, compiled._modules = another, {"_orig_mod": world.flux.double_blocks[0]}
     world.flux.double_blocks[0] = compiled
     assert world.pristine.check_step(world.flux) == []
     assert world.pristine.check_modules(world.flux) == []

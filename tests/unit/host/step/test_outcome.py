@@ -6,11 +6,12 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from comfy_xdit_patch.errors import Refusal, Scope
 from comfy_xdit_patch.host.pace.auto import ONE_IS_FASTER
 from comfy_xdit_patch.host.run import Run
-from comfy_xdit_patch.host.step.outcome import Books
+from comfy_xdit_patch.host.step.outcome import Books, Computed
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.report.status import Totals
 
@@ -75,3 +76,14 @@ def test_a_step_that_auto_gave_to_one_gpu_did_not_fall_back(books, caplog):
     books.close(run)
     assert lines(caplog) == ["xDiT: 2 steps on one GPU (the faster, as measured)"]
     assert (run.counts.chose_one, run.counts.fall_backs) == (2, {})
+
+
+@pytest.mark.parametrize(
+    ("request_number", "timed", "whose"),
+    [(8, 8, "this"), (8, 7, "last"), (8, 0, None), (8, 6, None), (0, 0, "this")],
+    ids=["a CPU's", "a GPU's", "a GPU's first", "somebody else's", "single blocks'"],
+)
+def test_times_are_of_the_call_that_they_were_taken_of(request_number, timed, whose):
+    computed = Computed(torch.ones(1), (0.1,), request=request_number, timed=timed)
+    assert computed.timed_of("this", (7, "last")) == whose
+    assert Computed(torch.ones(1), (0.1,), request=1).timed_of("this", (0, "blocks")) is None

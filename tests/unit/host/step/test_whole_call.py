@@ -34,6 +34,8 @@ class Exchange:
         self.lost = None
         self.is_launch_bound = self.is_replayed = False
         self.uncaptured = ""
+        self.is_late = False
+        """As a GPU, whose times come with the next answer."""
         self.map = SlotMap(torch.device("cpu"))
 
     def settle(self, poll):
@@ -66,6 +68,7 @@ class Exchange:
         name = str(x.dtype).removeprefix("torch.")
         seconds = 0.1, 11, x.nbytes, 0.08
         done = Done(request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound)
+        done = replace(done, timed=request.request - self.is_late)
         return replace(done, is_replayed=self.is_replayed, uncaptured=self.uncaptured)
 
 
@@ -128,6 +131,17 @@ def call(remote, x, patches=None, room=None, pipeline=None, **arguments):
         poll=lambda: None,
     )
     return remote.forward(1, made, ParallelPlan(), room=room, pipeline=pipeline)
+
+
+def test_what_a_gpu_says_with_the_next_answer_is_of_the_call_before(remote):
+    remote.exchange.is_late = True
+    x, other = torch.rand(2, 4, 6, 8), torch.rand(2, 4, 8, 8)
+    for is_launch_bound, of_call in ((False, x), (True, x), (True, x), (True, other)):
+        remote.exchange.is_launch_bound = is_launch_bound
+        call(remote, of_call)
+    call(remote, other)
+    call(remote, x)
+    assert [request.overlaps for request in remote.requests[-2:]] == [True, False]
 
 
 def test_ranks_whose_launches_set_the_pace_again_and_again_overlap_nothing_from_then_on(remote):

@@ -40,7 +40,7 @@ class Stream:
     def __init__(self):
         self.now_ms = 0.0
         self.done_ms = 0.0
-        self.events = 0
+        self.events = self.asked = 0
         stream = self
 
         class Event:
@@ -59,6 +59,7 @@ class Stream:
 
             def elapsed_time(self, other):
                 assert max(self.at_ms, other.at_ms) <= stream.done_ms, "not done yet"
+                stream.asked += 1
                 return other.at_ms - self.at_ms
 
         self.Event = Event
@@ -101,6 +102,15 @@ def test_what_came_late_is_not_counted_for_another_kind_of_call(stream):
     clock.stop(is_copied_out=False)
     call(clock, stream, compute_ms=7, wait_ms=70)
     assert clock.stop(is_copied_out=True) == pytest.approx(0.021)
+
+
+def test_events_are_asked_when_the_host_has_its_answer(stream):
+    clock = BusyClock()
+    call(clock, stream, compute_ms=5, wait_ms=70)
+    busy_s = clock.halt(is_copied_out=True)
+    assert stream.done_ms == stream.now_ms, "the result is there"
+    assert stream.asked == 0
+    assert busy_s() == pytest.approx(0.015)
 
 
 def test_events_are_used_again(stream):
