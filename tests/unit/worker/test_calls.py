@@ -107,13 +107,16 @@ def test_times_of_a_gpu_come_with_the_next_answer(monkeypatch, kind, timed, busy
         blocks=None,
         later=None,
         compiled=SimpleNamespace(of=lambda *_: nullcontext(compiled)),
+        enter=None,
         flux=None,
     )
     slots = SlotMap(torch.device("cpu"))
     calls = Calls(
         groups=SimpleNamespace(device=torch.device(kind), rank=0),
         slots=slots,
-        residents=SimpleNamespace(get=lambda model: resident),
+        residents=SimpleNamespace(
+            get=lambda model: resident, captured=SimpleNamespace(drop=lambda: None)
+        ),
     )
     answers = []
     for request in (7, 8, 9):

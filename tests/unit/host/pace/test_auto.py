@@ -15,6 +15,7 @@ from comfy_xdit_patch.host.run import Run
 from comfy_xdit_patch.planning.plan import ParallelPlan, Workload
 from comfy_xdit_patch.planning.strategy import AUTO, parse_strategy
 from comfy_xdit_patch.planning.verdict import NUM_RUNS, NUM_WATCHED, ONE
+from comfy_xdit_patch.settings import read_settings
 
 WORKLOAD = Workload(1, 256, 4096, num_heads=24)
 ULYSSES, RING, TENSOR = "ulysses=4", "ulysses=2,ring=2", "ulysses=2,tensor=2"
@@ -33,7 +34,7 @@ class Driver:
     def __init__(self, seconds: dict[str, float]) -> None:
         device = SimpleNamespace(is_cpu=True)
         pool = SimpleNamespace(devices=[device] * 4, world_size=4, device_word="CPU ranks")
-        settings = SimpleNamespace(strategy=AUTO, strict=False, transfer_dtype="exact")
+        settings = read_settings({})
         self.auto = Auto(settings, pool)  # type: ignore[arg-type]
         self.flux = torch.nn.Linear(2, 2)
         self.seconds = seconds
@@ -200,9 +201,7 @@ def test_sizes_models_and_compiled_ones_are_measured_by_themselves():
     ("strategy", "strict", "is_on"), [("auto", False, True), ("auto", True, False), ("ring", 0, 0)]
 )
 def test_a_named_strategy_and_strict_mode_measure_nothing(strategy, strict, is_on):
-    settings = SimpleNamespace(
-        strategy=parse_strategy(strategy), strict=strict, transfer_dtype="exact"
-    )
+    settings = read_settings({"XDIT_STRATEGY": strategy, "XDIT_STRICT": str(int(strict))})
     assert Auto(settings, SimpleNamespace()).is_on == bool(is_on)  # type: ignore[arg-type]
 
 
