@@ -37,7 +37,8 @@ def calls(
         Our status after each call.
     """
     results, found = [], []
-    plain = patcher_of(path, **(options or {}))
+    with torch.inference_mode():  # as ComfyUI loads; quantised weights cannot be moved otherwise
+        plain = patcher_of(path, **(options or {}))
     for call in calls:
         sizes = {name: value for name, value in call.items() if name not in ("weights", "node")}
         patcher = patched(plain) if call.get("weights") else plain

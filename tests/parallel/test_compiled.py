@@ -16,10 +16,13 @@ import pytest
 import torch
 from exactness import BOUND, STRICT
 from inside.client import Inside
+from rig.quantised import files as quantised_files
 from rig.trees import Tree
+from safetensors.torch import load_file, save_file
 from test_strategies import following
 
 SHARED, SHARDED = "ulysses=2,modulation=2", "ulysses=2,fsdp=2"
+QUANTISED = "comfy/quant_ops.py", "class TensorCoreMXFP8Layout"
 SIZES = {"double": 2, "single": 3}
 NUM_BLOCKS = 5
 CALL = {"height": 9, "width": 13, "batch": 1, "text_tokens": 77}
@@ -52,6 +55,7 @@ def run(
         *calls: dict[str, Any],
         family: str = "",
         strategy: str = "",
+        quantised: str = "",
         options: dict[str, Any] | None = None,
         **compiled: Any,
     ) -> tuple[float, list[dict[str, Any]], str]:
@@ -61,6 +65,10 @@ def run(
             path = str(tmp_path / f"{family}.safetensors")
             model = {"family": family, "hidden": 384, "context": 64, **SIZES}
             stock.call("families:write_model", path=path, **model)
+        if quantised:
+            file = quantised_files(load_file(path))[f"flux1-dev-{quantised}.safetensors"]
+            path = str(tmp_path / f"{quantised}.safetensors")
+            save_file(file.state, path, metadata=file.metadata)
         given = {"path": path, "calls": calls, "options": options}
         stock.call("compiled:calls", out=outs[0], **given)
         ranks.call("compiled:forget")  # What is compiled goes with the models.
@@ -167,6 +175,28 @@ def test_blocks_of_which_a_rank_has_a_part_run_compiled(
     assert compiled(found) == [[NUM_BLOCKS] * 2] * 5
     assert graphs(found) == [[2, 2], [0, 0], [0, 0], [2, 2], [0, 0]]
     assert "run as they are" not in log
+
+
+@pytest.mark.needs(*QUANTISED)
+@pytest.mark.parametrize(
+    "name", ["mixed-fp8", thorough("scaled-fp8"), thorough("mixed-fp8-input"), thorough("mxfp8")]
+)
+def test_weights_quantised_to_8_bits_of_floating_point_run_compiled(run: Run, name: str) -> None:
+    error, found, log = run(CALL, {**CALL, "seed": 1}, quantised=name, backend="aot_eager")
+    assert error <= BOUND
+    assert compiled(found) == [[NUM_BLOCKS] * 2] * 2
+    assert graphs(found) == [[2, 2], [0, 0]]
+    assert "run as they are" not in log
+
+
+@pytest.mark.needs(*QUANTISED)
+def test_weights_quantised_otherwise_run_as_they_are(run: Run) -> None:
+    error, found, log = run(CALL, quantised="nvfp4", backend="aot_eager")
+    assert error <= BOUND
+    assert graphs(found) == [[0, 0]]
+    assert (
+        log.count("blocks of a compiled model run as they are: the model's weights are quant") == 1
+    )
 
 
 @pytest.mark.parametrize("strategy", ["", SHARED])

@@ -26,6 +26,9 @@ from comfy_xdit_patch.worker.weights.shared_modulation import SharedModulation
 from comfy_xdit_patch.worker.weights.stage_blocks import StagedBlocks
 from comfy_xdit_patch.worker.weights.tensor_blocks import TensorBlocks
 
+COMPILE = {f"TensorCore{kind}Layout" for kind in ("FP8", "FP8E4M3", "FP8E5M2", "MXFP8")}
+"""Layouts of ComfyUI's quantised tensors whose layers compile: none looks at other tokens."""
+
 
 @dataclass(slots=True)
 class Resident:
@@ -62,11 +65,14 @@ class Resident:
     later: LaterColumns = field(init=False)
 
     is_quantised: bool = field(init=False)
-    """Whether weights are stored in tensor classes of their own."""
+    """Whether weights are stored in tensor classes of their own, and not in such as compile."""
 
     def __post_init__(self) -> None:
         self.staged = StagedBlocks(self.flux)
-        self.is_quantised = any(type(weight) not in PLAIN for weight in self.stored.values())
+        self.is_quantised = any(
+            type(weight) not in PLAIN and getattr(weight, "_layout_cls", "") not in COMPILE
+            for weight in self.stored.values()
+        )
         self.later = LaterColumns(self.flux)
 
     @property
