@@ -33,7 +33,7 @@ class Driver:
     def __init__(self, seconds: dict[str, float]) -> None:
         device = SimpleNamespace(is_cpu=True)
         pool = SimpleNamespace(devices=[device] * 4, world_size=4, device_word="CPU ranks")
-        settings = SimpleNamespace(strategy=AUTO, strict=False)
+        settings = SimpleNamespace(strategy=AUTO, strict=False, captures=False)
         self.auto = Auto(settings, pool)  # type: ignore[arg-type]
         self.flux = torch.nn.Linear(2, 2)
         self.seconds = seconds
@@ -200,7 +200,7 @@ def test_sizes_models_and_compiled_ones_are_measured_by_themselves():
     ("strategy", "strict", "is_on"), [("auto", False, True), ("auto", True, False), ("ring", 0, 0)]
 )
 def test_a_named_strategy_and_strict_mode_measure_nothing(strategy, strict, is_on):
-    settings = SimpleNamespace(strategy=parse_strategy(strategy), strict=strict)
+    settings = SimpleNamespace(strategy=parse_strategy(strategy), strict=strict, captures=False)
     assert Auto(settings, SimpleNamespace()).is_on == bool(is_on)  # type: ignore[arg-type]
 
 
