@@ -13,7 +13,7 @@ Ranks compile apart from each other: their shards differ in length. A rank that 
 if nobody had asked. Because a block is one graph or none (``fullgraph``), whatever fails in Dynamo
 or behind it fails before the block has run, so no exchange is made twice.
 
-CUDA graphs are left out: exchanges between ranks are counted and timed by this process.
+Inductor's CUDA graphs are left out: a rank has its own (``captured_forwards.py``).
 """
 
 from __future__ import annotations
