@@ -129,7 +129,7 @@ class Resident:
 
     def why_uncompiled(self, patches: ModelPatches | None) -> Refusal | None:
         """Say what keeps its blocks from running compiled in a call with these patches of nodes."""
-        if not (self.residence.is_whole or self.residence == Residence("modulation")):
+        if not (self.residence.is_whole or self.residence.shares_modulation):
             return Refusal("a card does not hold all weights whole")
         if self.scaled or self.overlay.has_bypass:
             return Refusal("layers of the model are changed for each call")
@@ -154,7 +154,8 @@ class Resident:
             return Refusal("ranks on CPUs have no CUDA graphs")
         if getattr(comfy.cli_args.args, "disable_cuda_graphs", False):
             return Refusal("ComfyUI was started with --disable-cuda-graphs")
-        has_all = self.residence.mode in ("full", "modulation") and not self.residence.grid
+        residence = self.residence
+        has_all = residence.shares_modulation or (residence.mode == "full" and not residence.grid)
         if not has_all or message.pipeline is not None:
             return Refusal("a card does not hold all weights whole")
         if self.scaled or self.overlay.has_bypass or self.state.get("hooks") is not None:
