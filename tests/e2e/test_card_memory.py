@@ -301,6 +301,7 @@ def test_cards_too_small_for_a_whole_copy_share_the_modulation(
         assert held == [whole - MODULATION // 2] * 2
 
 
+@pytest.mark.thorough
 def test_fp8_weights_are_cast_once_and_take_what_is_planned(
     tree: Tree, tmp_path: Path, record_property: Record
 ) -> None:

@@ -98,6 +98,7 @@ def test_every_step_is_parallel_with_dynamic_vram(
         difference = compare_all(expected.images, got.images)
         error = latent_error(expected.latents, got.latents)
         record_property(f"{case}, {dtype}", f"{difference}, latent {error:.1e}")
+        assert after["residency"][0].startswith("weights cast once") == ("fp8" in case)
         report = after["last_run"]
         assert report["steps_fell_back"] == 0, report["fall_back_reasons"]
         assert report["steps_parallel"] == report["steps"] > 0, report
