@@ -5,6 +5,7 @@ Runs in: host, worker and the doctor's process. Pure arithmetic: bytes in, a pla
 Per card, with N ranks, S tokens of a rank's rows, D features and e bytes for each value:
 
     weights       full: all; modulation: all, but of the blocks' modulation 1/N;
+                  cast: the same, in the dtype that they are multiplied in;
                   sharded: 1/N of the blocks, all else, two windows of one block;
                   offload: all that is not in blocks, two blocks under way
     activations   (18 + 6) * S/N * D * e, and S * D * e of embedded tokens before they are cut
@@ -42,13 +43,14 @@ one GPU's peak; tests/parallel/test_family.py measures at most 1.4 / N on CPU ra
 NUM_WINDOWS = 2
 """Blocks in whole form at a time: the one that computes, and the one that is gathered or copied."""
 
-Mode = Literal["full", "modulation", "staged", "sharded", "offload", "tensor"]
-MODES: tuple[Mode, ...] = ("full", "modulation", "sharded", "offload")
-ON_CARDS: frozenset[Mode] = frozenset({"full", "modulation", "staged", "tensor"})
+Mode = Literal["cast", "full", "modulation", "staged", "sharded", "offload", "tensor"]
+MODES: tuple[Mode, ...] = ("cast", "full", "modulation", "sharded", "offload")
+ON_CARDS: frozenset[Mode] = frozenset({"cast", "full", "modulation", "staged", "tensor"})
 """Modes in which a rank has on its card all weights that it computes with."""
 PIPELINE_MODES: tuple[Mode, ...] = ("staged", "offload")
 """A shard is gathered by all ranks at once, and the stages of a pipeline run different blocks."""
 MODE_NAMES = {
+    "cast": "weights cast once, modulation shared over the ranks, all else on every card",
     "full": "all weights on every card",
     "modulation": "modulation shared over the ranks, all else on every card",
     "staged": "each stage's weights on its cards",
@@ -71,6 +73,9 @@ class ModelSizes:
     modulation_bytes: int = 0
     """Of the linears that modulate the blocks, where ranks can share them: one row for each image
     goes through them, whatever the number of tokens."""
+    as_cast: ModelSizes | None = None
+    """With the weights that are cast for each call as they are multiplied, where there are some
+    and ranks can share the modulation."""
 
     def part(self, num_blocks: int, of_blocks: int) -> ModelSizes:
         """Return the sizes of a model that has some of the blocks."""
@@ -213,30 +218,37 @@ def plan_residency(
     num_blocks: int,
     cards: tuple[Card, ...],
     first: Mode = "full",
+    may_cast: bool = True,
 ) -> ResidencyPlan | Refusal:
     """Take the first mode that fits on every card: of ``MODES``, as a rule.
 
     In this order because of speed: a whole copy moves nothing, shared modulation moves its outputs
     once a step (2 MB for FLUX.1), a gather moves the blocks over the links between cards, offload
     moves them over the bus to CPU memory. The stages of a pipeline have blocks of their own instead
-    of all, and blocks that are cut by heads and columns lie in no other way.
+    of all, and blocks that are cut by heads and columns lie in no other way. Weights that are cast
+    once take the room of ComfyUI's other models, so it is the user who asks for them.
 
     Args:
         model: the whole model's sizes.
         load: the plan's own, by ``token_load``. It counts as if no activation were cut by heads
             and columns, which they are.
         num_blocks: how many the model has.
-        first: the user wants this mode or a later one.
+        first: the user wants this mode or a later one; of ``modulation``, with weights cast once if
+            they fit so.
+        may_cast: weights may be cast once.
     """
-    modes: tuple[Mode, ...] = MODES if len(cards) > 1 else ("full", "offload")
+    modes: tuple[Mode, ...] = MODES[1:] if len(cards) > 1 else ("full", "offload")
     if not model.modulation_bytes:
         modes = tuple(mode for mode in modes if mode != "modulation")
     if plan.tensor > 1:
         modes, model = ("tensor",), model.part(1, plan.tensor)
     elif plan.pipefusion > 1:
         modes, model = PIPELINE_MODES, model.part(most_blocks(plan, num_blocks), num_blocks)
+    modes = modes[modes.index(first) if first in modes else 0 :]
+    if may_cast and model.as_cast is not None and first == modes[0] == "modulation":
+        modes = ("cast", *modes)
     tried: list[Need] = []
-    for mode in modes[modes.index(first) if first in modes else 0 :]:
+    for mode in modes:
         tried.append(need_of(mode, model, load, cards=cards))
         if tried[-1].fits:
             return ResidencyPlan(tuple(tried))
@@ -247,6 +259,9 @@ def plan_residency(
 
 def need_of(mode: Mode, model: ModelSizes, load: TokenLoad, *, cards: tuple[Card, ...]) -> Need:
     """What one mode takes, on the card where it is tightest."""
+    if mode == "cast":
+        assert model.as_cast is not None, "the model has nothing to cast once"
+        model = model.as_cast
     needs = [
         Need(mode, rank, card, _costs(mode, model, load, card, len(cards)))
         for rank, card in enumerate(cards)
@@ -283,7 +298,7 @@ def _costs(
 def _weights(mode: Mode, model: ModelSizes, num_ranks: int) -> list[Cost]:
     if mode in ("full", "staged", "tensor"):
         return [Cost("weights", model.total_bytes)]
-    if mode == "modulation":
+    if mode in ("cast", "modulation"):
         shared = model.modulation_bytes
         return [
             Cost("weights but for the blocks' modulation", model.total_bytes - shared),

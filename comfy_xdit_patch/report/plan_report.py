@@ -195,6 +195,8 @@ def _cells(option: Option, choice: Choice) -> tuple[str, ...]:
         notes.append("by name only")
     if not option.plan.is_exact:
         notes.append(f"approximate, by name only, {time.num_patches} patches")
+    if option.need.mode == "cast":
+        notes.append("weights cast once")
     if time.is_host_bound:
         notes.append("the CPU's launches set the pace")
     if not option.need.fits:

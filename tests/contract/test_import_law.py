@@ -39,6 +39,7 @@ IMPORTERS = {
         "host/weights/likeness.py",
         "host/weights/one_owner.py",
         "host/weights/residency.py",
+        "wire/casts.py",
         "wire/skeleton.py",
         "wire/slots.py",
         "wire/weight_patches.py",
@@ -47,7 +48,6 @@ IMPORTERS = {
         "worker/decode/lines.py",
         "worker/joining.py",
         "worker/shard/compiled_blocks.py",
-        "worker/shard/later_columns.py",
         "worker/shard/quantised.py",
         "worker/weights/loading.py",
         "worker/weights/overlay.py",
@@ -102,6 +102,7 @@ IMPORTERS = {
         "host/step/whole_call.py",
         "host/weights/residency.py",
         "planning/workload.py",
+        "wire/casts.py",
         "wire/fingerprint.py",
         "wire/packs.py",
         "wire/recipes.py",
@@ -180,6 +181,7 @@ HOLDS_TENSORS = {
     f"wire/{name}.py"
     for name in (
         *(
+            "casts",
             "fingerprint",
             "functions",
             "packs",

@@ -299,3 +299,29 @@ def test_cards_too_small_for_a_whole_copy_share_the_modulation(
         file = load_file(models_directory(SIZES) / "diffusion_models" / "flux1-dev.safetensors")
         whole = sum(tensor.nbytes for tensor in file.values())
         assert held == [whole - MODULATION // 2] * 2
+
+
+@pytest.mark.thorough
+def test_fp8_weights_are_cast_once_and_take_what_is_planned(
+    tree: Tree, tmp_path: Path, record_property: Record
+) -> None:
+    def fp8(graph: Graph) -> Graph:
+        return with_unet(graph, "flux1-dev.safetensors", weight_dtype="fp8_e4m3fn")
+
+    file = load_file(models_directory(SIZES) / "diffusion_models" / "flux1-dev.safetensors")
+    whole = sum(tensor.nbytes for tensor in file.values())
+    named = {**STRICT, "XDIT_STRATEGY": "ulysses=2,modulation=2"}
+    with working(tree, tmp_path, 4, mode=named) as work:
+        for change in (fp8, lambda graph: with_loras(fp8(graph), (KOHYA, 1.0)), fp8):
+            work.ledger.forget_peaks()
+            status = work.make(change)
+            assert status["residency"][0].startswith("weights cast once"), status["residency"]
+            held = [rank["weight_bytes"] for rank in status["ranks"]]
+            # But for the scales of norms, which stay as they are stored, all is bf16.
+            assert held == pytest.approx([whole - MODULATION // 2] * 2, rel=1e-3)
+            peaks = [work.ledger.peak(card) for card in (0, 1)]
+            on_card, planned = work.on_card(1)[1], planned_bytes(status) - RESERVE - CONTEXT
+            record_property("planned, held, peaks", (planned, on_card, held, peaks))
+            assert max(peaks) <= 4 << 30
+            assert abs(on_card - planned) / planned < 0.1
+        assert status["totals"]["loads"] == 1, "it returns from the file's own pages"

@@ -152,6 +152,8 @@ class Holding:
             plan,
             call.dtype,
             first="full" if is_guest else self.strategy.first_mode,
+            # A guest needs the room, hooks whole weights as they are stored.
+            may_cast=not (is_guest or state.is_hooked or state.tree["bypass"]),
         )
         if isinstance(place, Refusal):
             return place

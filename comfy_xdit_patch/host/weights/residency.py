@@ -30,7 +30,8 @@ from comfy_xdit_patch.planning.residency import (
     plan_residency,
     token_load,
 )
-from comfy_xdit_patch.wire.fingerprint import stored_weights
+from comfy_xdit_patch.wire.casts import can_cast_once
+from comfy_xdit_patch.wire.fingerprint import COMPILED, stored_weights
 from comfy_xdit_patch.wire.messages.requests import Residence
 from comfy_xdit_patch.wire.tensors import can_cut
 
@@ -78,8 +79,13 @@ class Residency:
         dtype: torch.dtype,
         *,
         first: Mode = "full",
+        may_cast: bool = True,
     ) -> Placement | Refusal:
-        """Decide where a model's weights lie for a call of this size: ``first``, or a later one."""
+        """Decide where a model's weights lie for a call of this size: ``first``, or a later one.
+
+        Args:
+            may_cast: weights may be held cast, and the modulation shared for it.
+        """
         if first == "modulation" and not self._sizes_of(base_model, dtype).modulation_bytes:
             first = "full"  # It has none that could be shared.
         is_pipeline = plan.pipefusion > 1
@@ -89,7 +95,8 @@ class Residency:
             # CPU ranks: ComfyUI counts no RAM, nor do we.
             mode: Mode = "tensor" if is_tensor else "staged" if is_pipeline else first
             return Placement(_residence(mode, plan), None)
-        choice = self._choice(base_model, workload, plan, dtype, cards, first)
+        may_cast = may_cast and self._modes.get(base_model, "cast") == "cast"
+        choice = self._choice(base_model, workload, plan, dtype, cards, first, may_cast=may_cast)
         if isinstance(choice, Refusal):
             return choice
         self.arithmetic = choice.lines()
@@ -139,6 +146,8 @@ class Residency:
         dtype: torch.dtype,
         cards: tuple[Card, ...],
         first: Mode = "full",
+        *,
+        may_cast: bool = True,
     ) -> ResidencyPlan | Refusal:
         num_blocks = num_blocks_of(base_model)
         load = token_load(
@@ -149,7 +158,15 @@ class Residency:
             bytes_per_value=dtype.itemsize,
         )
         sizes = self._sizes_of(base_model, dtype)
-        return plan_residency(plan, sizes, load, num_blocks=num_blocks, cards=cards, first=first)
+        return plan_residency(
+            plan,
+            sizes,
+            load,
+            num_blocks=num_blocks,
+            cards=cards,
+            first=first,
+            may_cast=may_cast,
+        )
 
     def _sizes_of(self, base_model: Any, dtype: torch.dtype) -> ModelSizes:
         if base_model not in self._sizes:
@@ -202,18 +219,31 @@ def model_sizes(base_model: Any, dtype: torch.dtype) -> ModelSizes:
     Args:
         dtype: that the model computes in.
     """
+    stored, as_cast = (_sizes(base_model, dtype, is_cast=is_cast) for is_cast in (False, True))
+    has_casts = as_cast.total_bytes > stored.total_bytes and stored.modulation_bytes > 0
+    return replace(stored, as_cast=as_cast if has_casts else None)
+
+
+def _sizes(base_model: Any, dtype: torch.dtype, *, is_cast: bool) -> ModelSizes:
+    """Count a model's weights as they are stored, or as they are once they are cast."""
+    flux = flux_of(base_model)
+    modules = {name.replace(COMPILED, ""): module for name, module in flux.named_modules()}
     blocks: dict[str, int] = {}
     outside = cast = modulation = 0
     can_share = True
-    for weight in stored_weights(flux_of(base_model), base_model.current_patcher):
+    for weight in stored_weights(flux, base_model.current_patcher):
         num_bytes = weight.num_bytes
+        # A quantised weight's shape is that of the matrix that it stands for.
+        as_computed = weight.tensor.shape.numel() * dtype.itemsize
+        if is_cast and can_cast_once(
+            modules.get(weight.name.rpartition(".")[0]), weight.tensor, weight.dtype
+        ):
+            num_bytes = as_computed
         block = _BLOCK.match(weight.name)
         if block is None:
             outside += num_bytes
         else:
             blocks[block[1]] = blocks.get(block[1], 0) + num_bytes
-        # A quantised weight's shape is that of the matrix that it stands for.
-        as_computed = weight.tensor.shape.numel() * dtype.itemsize
         if num_bytes < as_computed:
             cast = max(cast, as_computed)
         shared = _MODULATION.match(weight.name)

@@ -95,12 +95,12 @@ def choose(job: Job, machine: Machine, asked: Asked = AUTO) -> Choice | Refusal:
         if refusal is not None:
             dropped.append(Dropped(plan, refusal, is_legal=False))
             continue
-        wanted = need(plan, job, part)
+        wanted, of_held = as_held(plan, job, part)
         if plan != SINGLE and not wanted.fits:
             misfit = Refusal(f"does not fit: {wanted.text}")
             dropped.append(Dropped(plan, misfit, is_legal=True))
             continue
-        time = _time(plan, job, part)
+        time = _time(plan, of_held, part)
         options.append(Option(plan, time, wanted, single_s / time.total_s))
     options.sort(key=lambda option: option.time.total_s)
     allowed = [
@@ -168,6 +168,24 @@ def _impossible(asked: Asked, options: list[Option], dropped: list[Dropped]) -> 
     return Refusal(
         f"{asked.text} is not possible here: {why}. Possible, the fastest first: {possible}"
     )
+
+
+def as_held(plan: Candidate, job: Job, machine: Machine) -> tuple[Need, Job]:
+    """Return what a plan needs, and the job that takes as long.
+
+    Ranks that share the modulation by name hold weights cast, where that fits: they then compute as
+    with a file of the dtype that they are cast to.
+    """
+    as_cast = job.precision.as_cast
+    if (
+        as_cast is not None
+        and plan.weights == "modulation"
+        and job.shape.sizes(job.precision).as_cast is not None
+    ):
+        wanted = need(replace(plan, weights="cast"), job, machine)
+        if wanted.fits:
+            return wanted, replace(job, precision=as_cast)
+    return need(plan, job, machine), job
 
 
 def need(plan: Candidate, job: Job, machine: Machine) -> Need:

@@ -18,7 +18,7 @@ weights, as published, and 74.4 TFLOP for 1024 px and 512 text tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from comfy_xdit_patch.planning.family import HEAD_WIDTH
@@ -56,6 +56,13 @@ class Precision:
     def is_in_groups(self) -> bool:
         """Whether groups of values have a scale, and several values a byte: no weight is cut."""
         return self.bytes_per_weight < 1
+
+    @property
+    def as_cast(self) -> Precision | None:
+        """Of weights that are held as they are multiplied; None where that is not done."""
+        if self.bytes_per_weight != 1 or self.is_fp8_compute:
+            return None
+        return replace(self, bytes_per_weight=self.bytes_per_value)
 
 
 FLOAT32 = Precision("fp32", 4, bytes_per_value=4)
@@ -165,6 +172,7 @@ class ModelShape:
         # A single block's first linear: q, k, v and the way into the MLP.
         widest = self._linear(self.width, (3 + self._mlp_in) * self.width)
         size = precision.bytes_per_weight
+        as_cast = precision.as_cast if self.modulation == "blocks" else None
         return ModelSizes(
             total_bytes=round(size * self.num_weights),
             largest_block_bytes=round(size * largest),
@@ -175,6 +183,7 @@ class ModelShape:
             modulation_bytes=round(size * self.num_modulation_weights)
             if self.modulation == "blocks" and not precision.is_in_groups
             else 0,
+            as_cast=None if as_cast is None else self.sizes(as_cast),
         )
 
     @property

@@ -45,13 +45,14 @@ class Residence:
     """Which of a model's weights a rank has, and where.
 
     ``mode`` says where its blocks lie: on its card, there but for what modulates them, of which it
-    has a part, in shards of their bytes on the cards of all ranks, or in CPU memory.
+    has a part, in shards of their bytes on the cards of all ranks, or in CPU memory. ``cast`` is
+    ``modulation`` with weights in the dtype that ComfyUI would cast them to for each call.
     ``tensor_degree`` is into how many parts each block is cut by heads and columns. ``grid`` and
     ``weights`` are those of the plan whose stages share out the blocks; empty where every rank has
     blocks of all of them.
     """
 
-    mode: Literal["full", "modulation", "sharded", "offload"] = "full"
+    mode: Literal["cast", "full", "modulation", "sharded", "offload"] = "full"
     tensor_degree: int = 1
     grid: tuple[int, ...] = ()
     weights: tuple[int, ...] = ()
@@ -59,7 +60,12 @@ class Residence:
     @property
     def is_cut(self) -> bool:
         """Whether a rank has parts of blocks' weights."""
-        return self.mode in ("modulation", "sharded") or self.tensor_degree > 1
+        return self.shares_modulation or self.mode == "sharded" or self.tensor_degree > 1
+
+    @property
+    def shares_modulation(self) -> bool:
+        """Whether it has a part of what modulates the blocks, and all else on its card."""
+        return self.mode in ("cast", "modulation")
 
     @property
     def is_whole(self) -> bool:

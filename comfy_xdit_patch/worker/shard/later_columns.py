@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit_patch.wire.casts import only_casts
+
 LINEAR, NUM_ATTENDED = "linear1", 3
 """The linear of a single block, and of how many hidden sizes its attended columns are: q, k, v."""
 COLUMNS, ATTENTION = "mlp", "attention"
@@ -137,18 +139,7 @@ def _is_product(linear: Any, x: torch.Tensor) -> bool:
         return False
     if all(one.dtype == x.dtype for one in stored):
         return True
-    return getattr(linear, "comfy_cast_weights", False) and _only_casts(type(linear))
-
-
-def _only_casts(cls: type[Any]) -> bool:
-    """Whether a class of linears casts what it multiplies, as ComfyUI does, and nothing else."""
-    import comfy.ops
-
-    plain = comfy.ops.disable_weight_init.Linear
-    return issubclass(cls, plain) and all(
-        getattr(cls, name) is getattr(plain, name)
-        for name in ("forward", "forward_comfy_cast_weights")
-    )
+    return getattr(linear, "comfy_cast_weights", False) and only_casts(type(linear))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ Runs in: worker process.
     sharded   each block's weights are patched whole, one at a time, and then cut
     tensor    the same; each rank's part is the heads and columns that it computes
     modulation    the same; only what modulates the blocks is cut
+    cast      the same; what ComfyUI would cast for each call is cast before
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit_patch.planning.family import BLOCK_LISTS
+from comfy_xdit_patch.wire.casts import can_cast_once
 from comfy_xdit_patch.wire.fingerprint import PREFIX
 from comfy_xdit_patch.wire.tensors import digest_weight
 from comfy_xdit_patch.worker.weights.sharded_blocks import Bake, ShardedBlocks
@@ -116,6 +118,7 @@ def place_shared(
     world_size: int,
     digests: dict[str, str] | None,
     progress: Progress,
+    is_cast: bool = False,
 ) -> Shared:
     """Patch a model's weights and keep this rank's part of those that all ranks share.
 
@@ -125,7 +128,8 @@ def place_shared(
     Args:
         kind: what is shared: the blocks, or what modulates them.
         group: all ranks.
-        digests: filled with a digest of every weight in use, if they are asked for.
+        digests: filled with a digest of every weight in use, before casts, if they are asked for.
+        is_cast: what ComfyUI casts for each call is cast now (``wire/casts.py``).
     """
     return kind(
         patcher.model.diffusion_model,
@@ -133,7 +137,7 @@ def place_shared(
         index=index,
         world_size=world_size,
         device=patcher.load_device,
-        bake=_place_outside_of_blocks(patcher, digests, progress),
+        bake=_place_outside_of_blocks(patcher, digests, progress, is_cast=is_cast),
     )
 
 
@@ -160,7 +164,7 @@ def place_tensor(
 
 
 def _place_outside_of_blocks(
-    patcher: Any, digests: dict[str, str] | None, progress: Progress
+    patcher: Any, digests: dict[str, str] | None, progress: Progress, *, is_cast: bool = False
 ) -> Bake:
     """Put what is in no block on the device; return what bakes the blocks' weights."""
     import comfy.utils
@@ -168,6 +172,7 @@ def _place_outside_of_blocks(
     model, device = patcher.model, patcher.load_device
     flux = model.diffusion_model
     patcher.patch_model(load_weights=False)
+    cast_dtype = model.manual_cast_dtype if is_cast else None
     total = sum(1 for _ in flux.parameters())
     done = 0
 
@@ -180,6 +185,10 @@ def _place_outside_of_blocks(
             tensor = comfy.utils.get_attr(flux, name)
         if digests is not None:
             digests[name] = digest_weight(tensor)
+        if cast_dtype is not None:
+            owner = flux.get_submodule(name.rpartition(".")[0])
+            if can_cast_once(owner, tensor, tensor.dtype):
+                tensor = tensor.to(cast_dtype)
         return tensor
 
     for name, _ in list(flux.named_parameters()):

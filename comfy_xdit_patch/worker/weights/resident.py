@@ -161,7 +161,8 @@ class Resident:
             return Refusal("ranks on CPUs have no CUDA graphs")
         if getattr(comfy.cli_args.args, "disable_cuda_graphs", False):
             return Refusal("ComfyUI was started with --disable-cuda-graphs")
-        has_all = self.residence.mode in ("full", "modulation") and not self.residence.grid
+        residence = self.residence
+        has_all = residence.shares_modulation or (residence.mode == "full" and not residence.grid)
         if not has_all or message.pipeline is not None:
             return Refusal("not all weights lie on the card")
         if self.scaled or self.overlay.has_bypass or self.state.get("hooks") is not None:

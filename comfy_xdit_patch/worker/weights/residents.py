@@ -186,7 +186,7 @@ class Residents:
                 digests=resident.digests if verify else None,
                 progress=progress,
             )
-        elif residence.mode == "modulation":
+        elif residence.shares_modulation:
             resident.take_off()
             group = self._groups.everyone
             assert group is not None, "a world of one rank shares nothing"
@@ -197,6 +197,7 @@ class Residents:
                 index=self._groups.rank,
                 world_size=self._groups.world_size,
                 digests=resident.digests if verify else None,
+                is_cast=residence.mode == "cast",
                 progress=progress,
             )
         elif residence.tensor_degree > 1:

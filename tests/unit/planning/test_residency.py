@@ -30,6 +30,14 @@ MODEL = ModelSizes(
     outside_blocks_bytes=128 * MIB,
     modulation_bytes=6 * GIB,
 )
+IN_FP8 = ModelSizes(
+    total_bytes=11 * GIB,
+    largest_block_bytes=325 * MIB,
+    outside_blocks_bytes=64 * MIB,
+    cast_bytes=128 * MIB,
+    modulation_bytes=3 * GIB,
+    as_cast=MODEL,
+)
 NUM_BLOCKS = 57
 
 
@@ -61,8 +69,14 @@ def planned(memory_bytes, num_ranks=4, *, has_host=False, **kwargs):
     return planned_on(cards(memory_bytes, num_ranks, has_host=has_host), **kwargs)
 
 
+def asking_for(mode):
+    """A model that can lie so, and what has it lie so where it fits."""
+    return {"model": IN_FP8, "first": "modulation"} if mode == "cast" else {"model": MODEL}
+
+
 def needed(mode, num_ranks=4, **kwargs):
     """Bytes of one mode, found on a card that has room for no mode before it."""
+    kwargs = {**asking_for(mode), **kwargs}
     for memory in range(64 * GIB, 0, -64 * MIB):
         plan = planned(memory, num_ranks, **kwargs)
         if isinstance(plan, ResidencyPlan) and plan.mode == mode:
@@ -76,6 +90,44 @@ def needed(mode, num_ranks=4, **kwargs):
 )
 def test_the_mode_follows_the_card(gib_of_card, mode):
     assert planned(int(gib_of_card * GIB)).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("gib_of_card", "mode"),
+    [(80, "cast"), (20, "cast"), (19, "modulation"), (12, "modulation"), (10, "sharded")],
+)
+def test_weights_are_cast_once_where_that_is_asked_for_and_fits(gib_of_card, mode):
+    assert planned(int(gib_of_card * GIB), model=IN_FP8, first="modulation").mode == mode
+
+
+def test_weights_that_are_cast_once_take_what_those_of_that_dtype_take():
+    assert needed("cast") == needed("modulation")
+    text = planned(24 * GIB, model=IN_FP8, first="modulation").lines()[0]
+    assert text.startswith("weights cast once, modulation shared over the ranks, all else on every")
+
+
+@pytest.mark.parametrize(
+    ("change", "mode"),
+    [
+        ({}, "cast"),
+        ({"first": "full"}, "full"),
+        ({"first": "sharded"}, "sharded"),
+        ({"first": "offload"}, "offload"),
+        ({"may_cast": False}, "modulation"),
+        ({"model": MODEL}, "modulation"),
+        ({"where": cards(80 * GIB, 1)}, "full"),
+        ({"plan": ParallelPlan(tensor=4)}, "tensor"),
+        ({"plan": ParallelPlan(pipefusion=4)}, "staged"),
+    ],
+)
+def test_weights_are_cast_once_by_those_who_share_the_modulation_by_name(change, mode):
+    change = {"where": cards(80 * GIB, 4), "model": IN_FP8, "plan": None, **change}
+    change.setdefault("first", "modulation")
+    where, model = change.pop("where"), change.pop("model")
+    plan = change.pop("plan") or ParallelPlan(ulysses=len(where))
+    load = load_of(len(where))
+    found = plan_residency(plan, model, load, num_blocks=NUM_BLOCKS, cards=where, **change)
+    assert found.mode == mode
 
 
 @pytest.mark.parametrize(
@@ -98,7 +150,7 @@ def test_a_model_whose_blocks_have_no_modulation_goes_on_to_shards(memory):
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_ends_at_the_byte_at_which_it_does_not_fit(mode, num_ranks):
     num_bytes = needed(mode, num_ranks)
-    fits, too_small = planned(num_bytes, num_ranks), planned(num_bytes - 1, num_ranks)
+    fits, too_small = (planned(num_bytes - less, num_ranks, **asking_for(mode)) for less in (0, 1))
     assert fits.mode == mode
     assert isinstance(too_small, Refusal) or too_small.mode != mode
     if mode == MODES[-1]:
@@ -189,7 +241,7 @@ def test_a_refusal_has_the_figures_of_every_mode():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_need_of_one_mode_is_that_of_the_plan_that_has_it(mode):
-    asked = need_of(mode, MODEL, load_of(), cards=cards(24 * GIB, 4))
+    asked = need_of(mode, asking_for(mode)["model"], load_of(), cards=cards(24 * GIB, 4))
     assert asked.num_bytes == needed(mode)
     assert asked.mode == mode
 
@@ -202,7 +254,8 @@ def test_who_asks_for_shards_gets_them_where_copies_fit_too():
     roomy = cards(1 << 40, 4)
     assert planned_on(roomy).mode == "full"
     for mode in MODES:
-        assert planned_on(roomy, first=mode).mode == mode
+        if mode != "cast":
+            assert planned_on(roomy, first=mode).mode == mode
     assert planned_on(cards(1 << 40, 1), first="sharded").mode == "full"
 
 

@@ -87,6 +87,14 @@ def test_approximate_plans_are_marked_and_taken_by_name_only(capsys):
     )
 
 
+def test_plans_whose_weights_are_cast_once_are_marked(capsys):
+    _, out, _ = plan(capsys, "--gpus", "8x4090", "--precision", "fp8", "--all")
+    table = rows(out)
+    assert "weights cast once" in table["ulysses=8,modulation=8"]
+    for name in ("ulysses=8", "single", "pipefusion=8", "ulysses=8,fsdp=8"):
+        assert "cast once" not in table[name]
+
+
 def test_a_chosen_plan_that_is_slow_is_shown_all_the_same(capsys):
     _, out, _ = plan(capsys, "--gpus", "4x4090", "--strategy", "fsdp=2")
     assert "<- taken" in rows(out)["ulysses=2,fsdp=2"]

@@ -118,6 +118,42 @@ def test_modulation_is_shared_where_only_that_fits_or_it_is_asked_for(gib, sizes
     assert made.is_resident(model, IMAGE, EVEN, DTYPE) == (mode in ("full", "modulation"))
 
 
+IN_FP8 = ModelSizes(
+    total_bytes=11 * GIB,
+    largest_block_bytes=325 * MIB,
+    outside_blocks_bytes=64 * MIB,
+    modulation_bytes=3 * GIB,
+    as_cast=WITH_MODULATION,
+)
+
+
+@pytest.mark.parametrize(
+    ("gib", "first", "mode"),
+    [
+        (80, "modulation", "cast"),
+        (20, "modulation", "modulation"),
+        (None, "modulation", "modulation"),
+        (80, "full", "full"),
+    ],
+)
+def test_weights_are_cast_once_by_name_where_memory_is_counted_and_has_room(gib, first, mode):
+    made, model = residency(gib)
+    made._sizes[model] = IN_FP8
+    assert made.place(model, IMAGE, EVEN, DTYPE, first=first).residence == Residence(mode)
+    assert made.is_resident(model, IMAGE, EVEN, DTYPE)
+
+
+def test_weights_that_had_to_be_as_stored_once_stay_so_and_are_counted_so():
+    made, model = residency(80)
+    made._sizes[model] = IN_FP8
+    asked = model, IMAGE, EVEN, DTYPE
+    cast = made.place(*asked, first="modulation")
+    stored = made.place(*asked, first="modulation", may_cast=False)
+    assert (cast.residence, stored.residence) == (Residence("cast"), Residence("modulation"))
+    assert made.place(*asked, first="modulation") == stored
+    assert stored.needed_bytes < cast.needed_bytes
+
+
 def test_larger_shares_may_have_the_modulation_shared():
     made, model = residency(30.5)
     assert not made.has_room_for_shares(model, IMAGE, UNEQUAL, DTYPE)

@@ -169,10 +169,9 @@ def test_two_4090_that_multiply_fp8_gain_little_from_exact_plans():
     assert choice.chosen.plan.is_exact
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp8-compute"])
-def test_eight_4090_want_pipefusion_and_get_it_by_name_only(precision):
+def test_eight_4090_want_pipefusion_and_get_it_by_name_only():
     machine = machine_of("8x4090", num_sockets=2)
-    job = make_job(precision=precision)
+    job = make_job(precision="fp8-compute")
     auto = choose(job, machine)
     named = choose(job, machine, parse_asked("pipefusion"))
     assert isinstance(auto, Choice)
@@ -181,6 +180,25 @@ def test_eight_4090_want_pipefusion_and_get_it_by_name_only(precision):
     assert auto.chosen.plan.is_exact
     assert named.chosen.plan == auto.options[0].plan
     assert named.chosen.time.total_s < auto.chosen.time.total_s
+
+
+@pytest.mark.parametrize(("num_cards", "exact", "int8"), [(2, 1.71, 1.75), (8, 3.45, 4.57)])
+def test_fp8_weights_that_are_cast_once_take_what_bf16_takes(num_cards, exact, int8):
+    """Cards of 24 GiB hold them in bf16 but for modulation, and one GPU casts in each call."""
+    machine, plan = f"{num_cards}x4090", f"ulysses={num_cards},modulation={num_cards}"
+    fp8 = option(chosen(machine, precision="fp8"), plan)
+    assert fp8.time == option(chosen(machine), plan).time
+    assert fp8.need.mode == "cast"
+    assert fp8.speedup == pytest.approx(exact, abs=0.01)
+    narrow = option(chosen(machine, precision="fp8", transfer_dtype="int8"), plan)
+    assert narrow.speedup == pytest.approx(int8, abs=0.01)
+
+
+def test_fp8_weights_are_cast_in_each_call_where_cards_have_no_room_or_nobody_asks():
+    roomy, tight = (chosen("2x4090", precision="fp8", px=px) for px in (1024, 3072))
+    assert option(roomy, "ulysses=2").need.mode == "full"
+    assert option(roomy, "ulysses=2,modulation=2").need.mode == "cast"
+    assert option(tight, "ulysses=2,modulation=2").need.mode == "modulation"
 
 
 @pytest.mark.parametrize("card", ["l20", "l40s"])

@@ -91,3 +91,6 @@ def test_precision_scales_the_bytes_and_only_narrow_weights_are_cast():
     assert sizes["bf16"].outside_blocks_bytes == 2 * 64_124_992
     assert sizes["bf16"].cast_bytes == 0
     assert sizes["fp8"].cast_bytes == 2 * (3072 * 7 * 3072 + 7 * 3072)
+    assert sizes["fp8"].as_cast == sizes["bf16"]
+    assert {name for name, size in sizes.items() if size.as_cast} == {"fp8"}
+    assert FLUX2_DEV.sizes(PRECISIONS["fp8"]).as_cast is None, "it has no modulation to share"
