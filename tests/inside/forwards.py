@@ -18,6 +18,8 @@ import torch
 
 MOST_MODELS = 2
 """Of every one there is a copy in each process. A test uses one after the other, two at most."""
+NUM_FILLING = 10
+"""Forwards after which every slot of a mailbox was used: they are used in turn."""
 _patchers: dict[str, Any] = {}  # the latest one last
 
 
@@ -240,8 +242,10 @@ def resident(field: str, pid: int | str = "self") -> int:
 
 
 def rank_peak_bytes(path: str, **sizes: Any) -> list[int]:
-    """The same for every rank's process."""
-    pids = [rank["pid"] for rank in forward(path, "/dev/null", **sizes)["ranks"]]
+    """The same for every rank's process, when all pages of its mailboxes are there."""
+    for _ in range(NUM_FILLING):
+        after = forward(path, "/dev/null", **sizes)
+    pids = [rank["pid"] for rank in after["ranks"]]
     before = []
     for pid in pids:
         reset_peak(pid)

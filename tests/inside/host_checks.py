@@ -351,7 +351,7 @@ HOST_FUNCTIONS = (
     "comfy_xdit_patch.host.reading.eligibility:Pristine.check_modules",
     "comfy_xdit_patch.wire.slots:SlotTable.place",
     "comfy_xdit_patch.wire.slots:SlotTable.result_slot",
-    "comfy_xdit_patch.host.pool.pool:Pool.wait_until_ready",
+    "comfy_xdit_patch.host.weights.holding:Holding.come_up",
     "comfy_xdit_patch.host.pool.exchange:Exchange._collect",
     "comfy_xdit_patch.host.pool.exchange:Exchange._check",
     "comfy_xdit_patch.host.pool.exchange:Exchange._send_all",
