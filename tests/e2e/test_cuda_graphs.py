@@ -19,7 +19,7 @@ from rig.graphs import Graph, with_seed, with_values
 from rig.pair import STRICT, run
 from rig.server import Server
 from rig.trees import Tree
-from rig.weight_graphs import with_loras
+from rig.weight_graphs import with_loras, with_unet
 from rig.weight_rows import KOHYA, base_graph
 
 Servers = Callable[..., Server]
@@ -117,6 +117,16 @@ def test_every_kind_of_call_has_the_bits_that_it_has_without(servers: Servers, t
     check(server, with_steps(FEATURES["InstantX"].graph()), num_replayed=REPLAYED)
     logged = check(server, with_steps(FEATURES["unknown attn1_patch"].graph()), num_replayed=0)
     assert "steps run without a CUDA graph: a node's patch takes part in the call" in logged
+
+
+@pytest.mark.thorough
+@pytest.mark.slow  # images on emulated cards, each twice
+def test_graphs_read_weights_that_were_cast_once(servers: Servers, tree: Tree) -> None:
+    server = ranks_of(servers, tree, XDIT_STRATEGY="ulysses=2,modulation=2")
+    fp8 = with_unet(base_graph(), "flux1-dev.safetensors", weight_dtype="fp8_e4m3fn")
+    for graph in (fp8, with_loras(fp8, (KOHYA, 1.0)), with_seed(fp8)):
+        check(server, with_steps(graph), num_replayed=REPLAYED)
+        assert server.status()["residency"][0].startswith("weights cast once")
 
 
 @pytest.mark.thorough

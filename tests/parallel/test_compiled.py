@@ -49,16 +49,18 @@ def run(
     Returns:
         The largest error, our status before and after each call, and what was logged.
     """
-    stock, ranks = inside(tree, XDIT_STRATEGY="off"), inside(tree, XDIT_GPUS="cpu:2", **STRICT)
+    stock = inside(tree, XDIT_STRATEGY="off")
 
     def compared(
         *calls: dict[str, Any],
         family: str = "",
         strategy: str = "",
         quantised: str = "",
+        gib: str = "auto",
         options: dict[str, Any] | None = None,
         **compiled: Any,
     ) -> tuple[float, list[dict[str, Any]], str]:
+        ranks = inside(tree, XDIT_GPUS="cpu:2", XDIT_GPU_MEMORY=gib, **STRICT)
         outs = [str(tmp_path / name) for name in ("stock.pt", "ranks.pt")]
         path = flux_dev(hidden=384, **SIZES)
         if family:
@@ -150,11 +152,14 @@ def test_every_kind_of_call_runs_compiled(run: Run, family: str, call: dict[str,
 
 
 @pytest.mark.thorough  # the twin above has the same in bf16
-def test_weights_stored_in_fp8_run_compiled(run: Run) -> None:
+@pytest.mark.parametrize(("gib", "is_cast"), [("auto", False), ("8", True)])
+def test_weights_stored_in_fp8_run_compiled(run: Run, gib: str, is_cast: bool) -> None:
+    how = {"gib": gib, "strategy": "ulysses=2,modulation=2" if is_cast else ""}
     fp8 = {"dtype": "float8_e4m3fn"}
     patched = {**CALL, "weights": True}
-    error, found, _ = run(CALL, patched, CALL, options=fp8, backend="aot_eager")
+    error, found, _ = run(CALL, patched, CALL, options=fp8, backend="aot_eager", **how)
     assert error <= BOUND
+    assert any("weights cast once" in line for line in found[-1]["residency"]) == is_cast
     assert compiled(found) == [[NUM_BLOCKS] * 2] * 3
     assert graphs(found) == [[2, 2], [0, 0], [0, 0]]
 
