@@ -190,7 +190,7 @@ class Calls:
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
-            dtype=_dtype_name(rows),
+            dtype=_dtype_name(rows.dtype),
             shape=shape,
             seconds=time.perf_counter() - start,
             bytes_between_ranks=outcome.bytes_sent,
@@ -262,7 +262,7 @@ class Calls:
         return Controlled(
             request=message.request,
             layout=layout,
-            dtype=_dtype_name(residuals.tensors[0]),
+            dtype=_dtype_name(residuals.tensors[0].dtype),
             shape=(num_rows, sum(residuals.image), features),
             seconds=time.perf_counter() - start,
             bytes_between_ranks=bytes_sent,
@@ -338,7 +338,7 @@ class Calls:
         return Done(
             request=message.request,
             num_forwards=self._num_forwards,
-            dtype=cast(FloatDtype, dtype_name(decoded.dtype)),
+            dtype=_dtype_name(decoded.dtype),
             shape=decoded.shape,
             seconds=time.perf_counter() - start,
             bytes_between_ranks=decoded.bytes_sent,
@@ -365,5 +365,5 @@ class Calls:
         return resident
 
 
-def _dtype_name(tensor: torch.Tensor) -> FloatDtype:
-    return cast(FloatDtype, dtype_name(tensor.dtype))
+def _dtype_name(dtype: torch.dtype) -> FloatDtype:
+    return cast(FloatDtype, dtype_name(dtype))

@@ -84,7 +84,7 @@ class Residency:
         """Decide where a model's weights lie for a call of this size: ``first``, or a later one.
 
         Args:
-            may_cast: weights may be held cast, and the modulation shared for it.
+            may_cast: weights may be held cast, where ``first`` is ``modulation``.
         """
         if first == "modulation" and not self._sizes_of(base_model, dtype).modulation_bytes:
             first = "full"  # It has none that could be shared.

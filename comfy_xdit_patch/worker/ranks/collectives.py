@@ -41,7 +41,7 @@ from typing import TypeAlias
 import torch
 import torch.distributed as dist
 
-from comfy_xdit_patch.worker.ranks.mailboxes import Exchange, Mailboxes, spans
+from comfy_xdit_patch.worker.ranks.mailboxes import Exchange, Mailboxes, span_of, spans
 
 Event = torch.cuda.Event
 Wait: TypeAlias = tuple[Event, Event]
@@ -261,7 +261,7 @@ def all_gather_into_async(
     _begin()
     if mailboxes is not None:
         ranks = dist.get_process_group_ranks(group)
-        sent = [span for rank in ranks for span in spans(shard, [shard.numel()], [rank])]
+        sent = [span_of(shard, rank) for rank in ranks]
         parts = spans(whole, [shard.numel()] * len(ranks), ranks)
         return mailboxes.begin(sent, parts, kept=(whole, shard))
     work: dist.Work = dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)
@@ -343,10 +343,7 @@ def _between_pairs(
         for pairs in (sent, received)
     )
     if mailboxes is not None:
-        parts = (
-            [span for rank, data in pairs for span in spans(data, [data.numel()], [rank])]
-            for pairs in (sent, received)
-        )
+        parts = ([span_of(data, rank) for rank, data in pairs] for pairs in (sent, received))
         return [mailboxes.begin(*parts, kept=[data for _, data in (*sent, *received)])]
     ops = [dist.P2POp(dist.isend, data, rank, group) for rank, data in sent]
     ops += [dist.P2POp(dist.irecv, out, rank, group) for rank, out in received]

@@ -53,11 +53,16 @@ _libc.sem_post.argtypes = _libc.sem_trywait.argtypes = (ctypes.c_void_p,)
 _libc.sem_timedwait.argtypes = ctypes.c_void_p, ctypes.POINTER(_Timespec)
 
 
+def span_of(data: torch.Tensor, rank: int) -> Span:
+    """A whole tensor, for or from one rank."""
+    assert data.is_contiguous(), "bytes are copied as they lie"
+    return rank, data.data_ptr(), data.nbytes
+
+
 def spans(data: torch.Tensor, sizes: Sequence[int], ranks: Sequence[int]) -> list[Span]:
     """The parts of a tensor, so many elements for each of the ranks, one after the other."""
-    assert data.is_contiguous(), "bytes are copied as they lie"
     assert sum(sizes) == data.numel(), f"{sizes} are not {data.numel()} elements"
-    first, item = data.data_ptr(), data.element_size()
+    (_, first, _), item = span_of(data, 0), data.element_size()
     return [
         (rank, first + (end - size) * item, size * item)
         for rank, size, end in zip(ranks, sizes, accumulate(sizes), strict=True)
