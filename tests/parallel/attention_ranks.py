@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked_ranks import met, run_and_exit
 
 from comfy_xdit_patch.planning.plan import ParallelPlan
 from comfy_xdit_patch.planning.transfers import TransferDtype, values_per_scale
@@ -338,15 +338,8 @@ def make_groups(plan: ParallelPlan, rank: int) -> PlanGroups:
     return PlanGroups(sequence=None, ulysses=made[0], ring=made[1])
 
 
-def main(rank: int, folder: Path, problems: list[Problem]) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), WORLD_SIZE),
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=DEADLINE,
-    )
-    found = []
+def run(rank: int, problems: list[Problem]) -> list[list[dict[str, Any]]]:
+    found: list[dict[str, Any]] = []
     in_8_bits: list[dict[str, Any]] = []
     for plan in (*PLANS, *WEIGHTED):
         groups = make_groups(plan, rank)
@@ -358,17 +351,15 @@ def main(rank: int, folder: Path, problems: list[Problem]) -> None:
                     for sizes in (EVEN, UNEVEN, FEW_HEADS):
                         for of in (torch.float32, torch.bfloat16):
                             in_8_bits += exchange_in_8_bits(plan, groups, rank, sizes, of)
-    (folder / f"{rank}.json").write_text(json.dumps([found, in_8_bits]))
-    dist.destroy_process_group()
+    return [found, in_8_bits]
+
+
+def main(rank: int, folder: Path, problems: list[Problem]) -> None:
+    with met(rank, WORLD_SIZE, folder, DEADLINE):
+        (folder / f"{rank}.json").write_text(json.dumps(run(rank, problems)))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # before anything computes: threads do not survive a fork
     given = Path(sys.argv[1]), [pose(**case) for case in cases()]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=main, args=(rank, *given)) for rank in range(WORLD_SIZE)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in ranks))
+    run_and_exit(main, WORLD_SIZE, *given)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_ranks import met, run_and_exit
 
 from comfy_xdit_patch.worker.ranks import collectives, mailboxes
 
@@ -129,28 +129,13 @@ def ended(exchange: tuple[str, Any, Any, Any]) -> list[str]:
 
 def main(rank: int, folder: Path, fd: int) -> None:
     rooms = mailboxes.Mailboxes(fd, rank=rank, world_size=WORLD_SIZE, timeout_s=TIMEOUT_S)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(folder / "store"), WORLD_SIZE),
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S),
-    )
-    found = run(rank, rooms)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    with met(rank, WORLD_SIZE, folder, datetime.timedelta(seconds=TIMEOUT_S)):
+        found = run(rank, rooms)
+        (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # before anything computes: threads do not survive a fork
     mailboxes.SLOT_BYTES = int(sys.argv[2])
     mailboxes.MEMORY_BYTES = 0
-    context = multiprocessing.get_context("fork")
-    memory_fd = os.memfd_create("mailboxes")
-    given = Path(sys.argv[1]), memory_fd
-    processes = [context.Process(target=main, args=(rank, *given)) for rank in range(WORLD_SIZE)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+    run_and_exit(main, WORLD_SIZE, Path(sys.argv[1]), os.memfd_create("mailboxes"))

@@ -45,25 +45,25 @@ HALVED = (4458, 1805, 402)
 WHOLE = {1: (2182, 1478, 170), 2: HALVED, 4: HALVED, 8: (3204, 1634, 288)}
 
 
+def counted(process: Inside, num_ranks: int, **how: object) -> dict[str, list[int]]:
+    """Count by ``inside/counted_calls.py``: a double block, a single one, and outside of both."""
+    call = process.call("counted_calls:calls", num_ranks=num_ranks, text=TEXT_TOKENS, **how)
+    return dict(call)
+
+
 def test_a_forward_makes_these_calls_and_no_other(
     tree: Tree, inside: Callable[..., Inside], record_property: Callable[[str, object], None]
 ) -> None:
     process = inside(tree, XDIT_STRATEGY="off")
-
-    def counted(num_ranks: int, *, overlaps: bool = True) -> dict[str, list[int]]:
-        counts = process.call(
-            "counted_calls:calls", num_ranks=num_ranks, text=TEXT_TOKENS, overlaps=overlaps
-        )
-        record_property(f"{tree.version}, {num_ranks} ranks", counts)
-        return dict(counts)
-
-    stock = counted(1)
+    stock = counted(process, 1)
+    record_property(f"{tree.version}, 1 rank", stock)
     assert [counts.pop() for counts in stock.values()] == [0, 0, 0]
     if tree.version in STOCK:
         assert [tuple(counts) for counts in stock.values()] == list(STOCK[tree.version])
     for num_ranks in SEVERAL:
         for overlaps, expected in ((False, AT_ONCE), (True, ADDED[num_ranks])):
-            found = counted(num_ranks, overlaps=overlaps)
+            found = counted(process, num_ranks, overlaps=overlaps)
+            record_property(f"{tree.version}, {num_ranks} ranks", found)
             halves = 2 if expected is IN_HALVES else 1
             exchanges = {name: counts.pop() for name, counts in found.items()}
             assert exchanges == {
@@ -95,13 +95,7 @@ def test_shared_modulation_adds_these_calls_once_a_forward(
     process = inside(tree, XDIT_STRATEGY="off")
     for num_ranks in SEVERAL:
         whole, shared = (
-            process.call(
-                "counted_calls:calls",
-                num_ranks=num_ranks,
-                text=TEXT_TOKENS,
-                shares_modulation=is_shared,
-            )
-            for is_shared in (False, True)
+            counted(process, num_ranks, shares_modulation=is_shared) for is_shared in (False, True)
         )
         added = {
             name: tuple(now - before for now, before in zip(shared[name], whole[name], strict=True))
@@ -122,13 +116,7 @@ def test_transfers_in_8_bits_add_these_calls_and_no_exchange(
     process = inside(tree, XDIT_STRATEGY="off")
     for num_ranks in SEVERAL:
         exact, narrow = (
-            process.call(
-                "counted_calls:calls",
-                num_ranks=num_ranks,
-                text=TEXT_TOKENS,
-                transfer_dtype=dtype,
-            )
-            for dtype in ("exact", transfer_dtype)
+            counted(process, num_ranks, transfer_dtype=dtype) for dtype in ("exact", transfer_dtype)
         )
         num_exchanges = 4 if ADDED[num_ranks] is IN_HALVES else 2
         for block in ("double", "single"):
