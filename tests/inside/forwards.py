@@ -18,8 +18,6 @@ import torch
 
 MOST_MODELS = 2
 """Of every one there is a copy in each process. A test uses one after the other, two at most."""
-NUM_FILLING = 10
-"""Forwards after which every slot of a mailbox was used: they are used in turn."""
 _patchers: dict[str, Any] = {}  # the latest one last
 
 
@@ -220,38 +218,47 @@ def run_of_calls(path: str, calls: int, **sizes: Any) -> list[dict[str, Any]]:
 
 
 def peak_bytes(path: str, **sizes: Any) -> int:
-    """Peak of resident memory that one forward adds in this process."""
+    """Peak of memory that one forward adds in this process."""
     forward(path, "/dev/null", **sizes)
-    reset_peak()
-    before = resident("VmRSS")
+    before = reset_peak()
     forward(path, "/dev/null", **sizes)
-    return resident("VmHWM") - before
-
-
-def reset_peak(pid: int | str = "self") -> None:
-    """Have the kernel forget a process's peak of resident memory (proc(5), clear_refs)."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-def resident(field: str, pid: int | str = "self") -> int:
-    """Return ``VmRSS`` (now) or ``VmHWM`` (peak) of a process in bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise ValueError(field)
+    return added_at_peak(before)
 
 
 def rank_peak_bytes(path: str, **sizes: Any) -> list[int]:
-    """The same for every rank's process, when all pages of its mailboxes are there."""
-    for _ in range(NUM_FILLING):
-        after = forward(path, "/dev/null", **sizes)
+    """The same for every rank's process."""
+    after = forward(path, "/dev/null", **sizes)
     pids = [rank["pid"] for rank in after["ranks"]]
-    before = []
-    for pid in pids:
-        reset_peak(pid)
-        before.append(resident("VmRSS", pid))
+    before = [reset_peak(pid) for pid in pids]
     forward(path, "/dev/null", **sizes)
-    return [resident("VmHWM", pid) - old for pid, old in zip(pids, before, strict=True)]
+    return [added_at_peak(old, pid) for old, pid in zip(before, pids, strict=True)]
+
+
+def reset_peak(pid: int | str = "self") -> int:
+    """Have the kernel forget a process's peak (proc(5), clear_refs), return what it holds now.
+
+    Anonymous memory, in bytes: tensors are that.
+    """
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return resident("RssAnon", pid)
+
+
+def added_at_peak(before: int, pid: int | str = "self") -> int:
+    """Anonymous memory at the peak, above what was held before, in bytes.
+
+    The kernel keeps a peak of all memory only. Pages of files and of shared memory (the mailboxes
+    of ranks) stay once they are there, so what there is of them now is taken off the peak.
+    """
+    shared = resident("RssFile", pid) + resident("RssShmem", pid)
+    return resident("VmHWM", pid) - shared - before
+
+
+def resident(field: str, pid: int | str = "self") -> int:
+    """Return a field of a process's memory (``VmRSS``, ``VmHWM``...) in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(field)
 
 
 def status() -> dict[str, Any]:
