@@ -24,7 +24,7 @@ import torch
 from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.system_memory import available_bytes
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.slots import Slot
+from comfy_xdit_patch.wire.slot import Slot
 from comfy_xdit_patch.wire.tensors import digest, dtype_name, dtype_of
 
 ALIGNMENT = 64

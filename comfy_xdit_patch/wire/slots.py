@@ -8,8 +8,6 @@ Runs in: host and worker.
        "context" holds these very bytes already
 
 Facts that shape this file.
-    A slot is an anonymous file (memfd): no name in /dev/shm, no limit of /dev/shm, and the kernel
-        frees it when the last process that maps it ends, however that process ends.
     ComfyUI makes new conditioning tensors for every step, so identity says nothing: all bytes are
         compared before the call. Tensors on a GPU are compared there, for one answer that is waited
         for.
@@ -24,20 +22,17 @@ Facts that shape this file.
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import mmap
 import os
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 
-from comfy_xdit_patch.errors import MessageError
 from comfy_xdit_patch.wire.messages.requests import Tree
-from comfy_xdit_patch.wire.registered import register
+from comfy_xdit_patch.wire.slot import Slot
 from comfy_xdit_patch.wire.tensors import PLAIN_CLASSES, dtype_name, dtype_of
 from comfy_xdit_patch.wire.values import (
     BASES,
@@ -61,40 +56,8 @@ SLOTS_A_PATH = 4
 """How many tensors of one argument are kept: cond and uncond of two regions."""
 LARGE_BYTES = 8 << 20
 """Of larger tensors, such as a ControlNet's residuals, one is kept."""
-# A slot that another process made shorter would end this one with SIGBUS.
-SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-class Slot:
-    """One piece of shared memory, as seen by this process."""
-
-    def __init__(self, number: int, fd: int, size_bytes: int) -> None:
-        self.number = number
-        self.size_bytes = size_bytes
-        self._memory = mmap.mmap(fd, size_bytes)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._viewed: tuple[Any, torch.Tensor] | None = None
-
-    def view(self, dtype: torch.dtype, shape: tuple[int, ...], *, offset: int = 0) -> torch.Tensor:
-        """The slot's bytes from ``offset`` on as a tensor; shared, not copied."""
-        kind = dtype, shape, offset
-        if self._viewed is None or self._viewed[0] != kind:
-            self._viewed = kind, self._view(dtype, shape, offset)
-        return self._viewed[1]
-
-    @cached_property
-    def is_registered(self) -> bool:
-        """Whether a GPU copies from and to it by itself. Asking makes it so, if it can be."""
-        return register(self._bytes, self)
-
-    def _view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
-        if offset + num_bytes > self.size_bytes or min(offset, *shape, 0) < 0:
-            raise MessageError(f"{num_bytes} bytes do not fit slot {self.number}.")
-        with torch.inference_mode(False):  # Others could not be written to outside of that mode.
-            return self._bytes[offset : offset + num_bytes].view(dtype).view(shape)
+SPARE_RESULTS = 2
+"""Slots of results that nobody has any more, at most: cond and uncond may be two calls."""
 
 
 def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
@@ -143,6 +106,7 @@ class SlotTable:
 
     def __init__(self) -> None:
         self._entries: dict[str, list[_Entry]] = {}
+        self._results: list[Slot] = []
         self._created: list[tuple[Slot, int]] = []
         # Ranks that are lost take over no slot any more.
         weakref.finalize(self, _close, self._created).atexit = False
@@ -205,8 +169,17 @@ class SlotTable:
                     self._found[id(tensor)] = entry
 
     def result_slot(self, size_bytes: int) -> Slot:
-        """Return the slot for results, large enough."""
-        return self._entry_for("result", size_bytes, max_entries=1).slot
+        """Return a slot for results, large enough, in which nothing lies that somebody has."""
+        spare = [slot for slot in self._results if not slot.is_lent]
+        kept = [slot for slot in spare if slot.size_bytes >= size_bytes][:SPARE_RESULTS]
+        for slot in spare:
+            if slot not in kept:
+                self._results.remove(slot)
+                self._dropped.append(slot.number)
+        if not kept:
+            kept = [self.create(size_bytes)]
+            self._results += kept
+        return kept[0]
 
     def take_created(self) -> list[tuple[Slot, int]]:
         """Slots made since the last call, with their file descriptors, which the caller closes."""
@@ -222,8 +195,8 @@ class SlotTable:
         if id(tensor) in self._placed:
             return self._placed[id(tensor)][1]
         given = tensor
-        if not tensor.is_contiguous():
-            tensor = tensor.detach().contiguous()
+        if not tensor.is_contiguous() or tensor.is_neg():
+            tensor = tensor.detach().resolve_neg().contiguous()
         self._clock += 1
         is_here = not _is_on_device(tensor)
         if is_here:
@@ -238,7 +211,11 @@ class SlotTable:
             )
             if tensor.is_cuda:
                 _ = entry.slot.is_registered  # So the driver copies straight to it.
-            entry.here = entry.slot.view(tensor.dtype, tuple(tensor.shape)).copy_(tensor)
+            entry.here = entry.slot.view(tensor.dtype, tuple(tensor.shape))
+            if is_here:
+                ctypes.memmove(entry.here.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+            else:
+                entry.here.copy_(tensor)
             entry.version += 1
             entry.device_copy = None if is_here or path in ALWAYS_NEW else tensor.clone()
             self.bytes_written += tensor.nbytes
@@ -266,11 +243,7 @@ class SlotTable:
 
     def create(self, size_bytes: int) -> Slot:
         """Make a slot; ``take_created`` hands it out to be sent."""
-        size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        fd = os.memfd_create("comfy-xdit-slot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, size_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS)
-        slot = Slot(self._num_slots, fd, size_bytes)
+        slot, fd = Slot.create(self._num_slots, size_bytes)
         self._num_slots += 1
         self._created.append((slot, fd))
         return slot

@@ -139,6 +139,12 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it; a GPU is waited for."""
+    # A sum is quicker, and says the same unless half precision overflows in it.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
 def class_name(cls: type[Any]) -> str:
     """``module.QualifiedName`` of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"

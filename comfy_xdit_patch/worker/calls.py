@@ -37,7 +37,7 @@ from comfy_xdit_patch.wire.messages.requests import (
     Tree,
 )
 from comfy_xdit_patch.wire.slots import SlotMap
-from comfy_xdit_patch.wire.tensors import dtype_name
+from comfy_xdit_patch.wire.tensors import dtype_name, is_finite
 from comfy_xdit_patch.worker.answering import answer
 from comfy_xdit_patch.worker.decode.decoders import Decoders, OtherDecoderError
 from comfy_xdit_patch.worker.forward import forward_share
@@ -175,14 +175,14 @@ class Calls:
             rows = outcome.rows
             collectives.clock.launched()
             shape = (batch, *rows.shape[1:])
-            bytes_written = 0
+            bytes_written, is_whole = 0, True
             if plan.writes_rows(rank):
                 first, end = plan.batch_rows(rank, batch)
                 result = self._slots[message.result]
                 is_direct = rows.is_cuda and result.is_registered
                 written = result.view(rows.dtype, shape)[first:end]
                 written.copy_(rows, non_blocking=is_direct)  # The clock's stop waits for it.
-                bytes_written = rows.nbytes
+                bytes_written, is_whole = rows.nbytes, is_finite(rows)
         self._num_forwards += 1
         self._unread = message.request, collectives.clock.halt(is_copied_out=True)
         if self._groups.device.type == "cpu":
@@ -197,6 +197,7 @@ class Calls:
             bytes_written=bytes_written,
             busy_seconds=self._times.busy_s,
             is_launch_bound=self._times.is_launch_bound,
+            is_finite=is_whole,
             timed=self._times.request,
             num_compiled=compiled.num_compiled,
             num_graphs=compiled.num_graphs,
@@ -345,6 +346,7 @@ class Calls:
             bytes_written=sum(part.nbytes for _, part in decoded.parts),
             busy_seconds=busy_s,
             is_launch_bound=collectives.clock.is_launch_bound,
+            is_finite=all(is_finite(part) for _, part in decoded.parts),
         )
 
     def forget_decoder(self) -> None:

@@ -68,7 +68,7 @@ NO_LOG = Path("/nowhere/worker.log")
 X = torch.ones(2, 4, 16, 8)  # a whole page
 Chroma = type("Chroma", (), {"__module__": "comfy.ldm.chroma.model"})
 CALL = Call(Chroma(), None, {"x": X}, Run(), poll=lambda: None)
-DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes, 0.1, False)
+DONE = replies.Done(1, 5, "float32", (2, 4, 16, 8), 0.1, 0, X.nbytes, 0.1, False, True)
 CONTROLLED = replies.Controlled(
     1, {"input": [0, 0, None], "output": [1, 2]}, "float32", (2, 12, 16), 0.1, 0
 )

@@ -63,7 +63,7 @@ def all_faults(num_ranks: int) -> list[Fault]:
         faults += [
             Fault("exchange", kind, rank, (NOT_STARTED, LOST)) for kind in ("hang", "other data")
         ]
-        faults += [Fault("after", "nan", rank, (NOT_FINITE,))]
+        faults += [Fault("before", "nan", rank, (NOT_FINITE,))]
         faults += [Fault("reply", kind, rank) for kind in ("torn", "half", "garbage", "too long")]
     faults += [
         Fault(point, kind, "nursery", (NOT_STARTED, LOST))
@@ -83,7 +83,7 @@ SOME_FAULTS = (
     Fault("within", "dead link", 1),
     Fault("reply", "torn", 0),
     Fault("reply", "garbage", 1),
-    Fault("after", "nan", 0, (NOT_FINITE,)),
+    Fault("before", "nan", 1, (NOT_FINITE,)),
     Fault("load", "oom", 1, (NOT_LOADED,)),
     Fault("join", "exception", 0, (NOT_STARTED, LOST)),
     Fault("exchange", "other data", 1, (NOT_STARTED, LOST)),

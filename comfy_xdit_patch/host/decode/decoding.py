@@ -42,7 +42,7 @@ from comfy_xdit_patch.host.pool.pool import Pool
 from comfy_xdit_patch.host.reading.arguments import check_grad
 from comfy_xdit_patch.host.reading.eligibility import Pristine
 from comfy_xdit_patch.host.run import Run
-from comfy_xdit_patch.host.step.outcome import is_finite, lost, result_of
+from comfy_xdit_patch.host.step.outcome import lost, result_of
 from comfy_xdit_patch.host.weights.likeness import Likeness
 from comfy_xdit_patch.host.weights.one_owner import SharedMemory
 from comfy_xdit_patch.report.log import note_once, say
@@ -340,11 +340,11 @@ class Decoding:
             )
             out = result_of(replies, result, picture.shape, latent.device)
         self._totals.bytes_to_workers += slots.bytes_written - written
-        for reply in replies:
-            assert isinstance(reply, Done)
+        done = [reply for reply in replies if isinstance(reply, Done)]
+        for reply in done:
             self._totals.bytes_between_ranks += reply.bytes_between_ranks
             self._totals.bytes_from_workers += reply.bytes_written
-        if not is_finite(out):
+        if not all(reply.is_finite for reply in done):
             return Refusal("the workers' picture has NaN or infinity in it", Scope.STEP)
         return out
 

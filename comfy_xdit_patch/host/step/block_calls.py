@@ -37,6 +37,7 @@ from comfy_xdit_patch.report.status import Totals
 from comfy_xdit_patch.wire.messages.replies import Declined, Fetched, Ran, Reply, short
 from comfy_xdit_patch.wire.messages.requests import Fetch, RunBlock, Tree
 from comfy_xdit_patch.wire.own_attribute import own_attribute
+from comfy_xdit_patch.wire.tensors import is_finite
 
 EMBEDDERS = {"img_in": "image", "txt_in": "text"}
 """What the first block is given: ComfyUI's blocks change it in place, and so must ours."""
@@ -96,7 +97,12 @@ class DrivenForward:
             out = _computed(compute, step)
             if isinstance(out, RemoteTokens):
                 out = out.numbers()
-        return Computed(out, tuple(step.busy_s), is_empty=step.num_blocks == 0)
+        return Computed(
+            out,
+            tuple(step.busy_s),
+            is_finite=is_finite(out),
+            is_empty=step.num_blocks == 0,
+        )
 
 
 def _computed(compute: Callable[[], torch.Tensor], step: DrivenStep) -> torch.Tensor:
@@ -319,8 +325,7 @@ class DrivenStep:
                     result=result.number,
                 )
             )
-            shared = result.view(tokens.dtype, tuple(tokens.shape))
-            out = torch.empty_like(shared, device=tokens.device).copy_(shared)
+            out = result.handed_out(tokens.dtype, tuple(tokens.shape), tokens.device)
         for reply in replies:
             assert isinstance(reply, Fetched)
             self._totals.bytes_between_ranks += reply.bytes_between_ranks

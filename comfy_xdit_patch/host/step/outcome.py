@@ -5,7 +5,6 @@ Runs in: host process.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -31,7 +30,7 @@ from comfy_xdit_patch.report.log import say, say_unheard, summary, warn_once
 from comfy_xdit_patch.report.status import RunCounts, Totals
 from comfy_xdit_patch.wire.messages.answers import check_shape
 from comfy_xdit_patch.wire.messages.replies import Declined, Done, Reply, short
-from comfy_xdit_patch.wire.slots import Slot
+from comfy_xdit_patch.wire.slot import Slot
 from comfy_xdit_patch.wire.values import UncarriedValueError
 
 T = TypeVar("T")
@@ -49,6 +48,8 @@ class Computed:
     request: int = 0
     """0 for single blocks."""
     timed: int = 0
+    is_finite: bool = True
+    """Whether there is neither NaN nor infinity in it."""
     is_empty: bool = False
     """Whether no block ran on the workers."""
     is_in_making: bool = False
@@ -75,6 +76,7 @@ class Step:
 
     out: torch.Tensor
     gathered_for: str | None = None
+    is_finite: bool = True
     is_empty: bool = False
     is_one: bool = False
     kind: Kind | None = None
@@ -83,22 +85,15 @@ class Step:
 
 def checked(step: Step) -> Step | Refusal:
     """Refuse a result that is no image. Whether ComfyUI's own is one, ComfyUI finds out."""
-    if not is_finite(step.out):
+    if not step.is_finite:
         return Refusal("the workers' result has NaN or infinity in it")
     return step
-
-
-def is_finite(out: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in it."""
-    # A sum is quicker, and says the same unless half precision overflows in it. Of torch's
-    # operations only the sum: each is slow to begin after all that the ranks have computed.
-    return math.isfinite(out.sum().item()) or bool(out.isfinite().all())
 
 
 def result_of(
     replies: Sequence[Reply], slot: Slot, shape: Sequence[int], device: torch.device
 ) -> torch.Tensor:
-    """Copy what the ranks wrote to a slot.
+    """Return what the ranks wrote to a slot.
 
     Args:
         shape: that a right answer has.
@@ -112,8 +107,7 @@ def result_of(
         raise DeclinedError(short(first.reason))
     assert isinstance(first, Done)
     check_shape(first, shape)
-    shared = slot.view(getattr(torch, first.dtype), first.shape)
-    return shared.to(device, copy=True)
+    return slot.handed_out(getattr(torch, first.dtype), first.shape, device)
 
 
 def lost(error: WorkerError, totals: Totals) -> Refusal:

@@ -243,6 +243,7 @@ class ParallelSteps:
         return Step(
             computed.out,
             gathered_for=gathered_for,
+            is_finite=computed.is_finite,
             is_empty=computed.is_empty,
             kind=planned.kind if tells else None,
         )

@@ -137,6 +137,7 @@ class RemoteForward:
             is_launch_bound=any(reply.is_launch_bound for reply in done),
             request=done[0].request,
             timed=timed.pop() if len(timed) == 1 else 0,
+            is_finite=all(reply.is_finite for reply in done),
             is_in_making=any(reply.num_graphs or reply.has_captured for reply in done),
             uncompiled=tuple(short(reply.uncompiled) for reply in done if reply.uncompiled),
             uncaptured=tuple(short(reply.uncaptured) for reply in done if reply.uncaptured),

@@ -100,6 +100,7 @@ class Done:
 
     ``num_forwards`` counts this rank's calls since it started. ``dtype`` and ``shape`` describe
     the whole result; ``bytes_between_ranks`` is what this rank sent to other ranks in this call.
+    ``is_finite`` says that neither NaN nor infinity is in what this rank has written of it.
     ``busy_seconds`` are those in which it did not wait for other ranks; with ``is_launch_bound``
     its CPU, and not its GPU, was busy in them. Both are of the request ``timed``: of this one on a
     CPU rank, of the one before on a GPU, and of none if that is 0. ``num_compiled`` blocks ran
@@ -117,6 +118,7 @@ class Done:
     bytes_written: int
     busy_seconds: float
     is_launch_bound: bool
+    is_finite: bool
     num_compiled: int = 0
     num_graphs: int = 0
     uncompiled: str = ""

@@ -91,8 +91,12 @@ def test_a_tensor_of_any_dtype_arrives_as_it_is(wire, dtype):
         torch.rand(3, 1).expand(3, 5),
         torch.nn.Parameter(torch.rand(3)),
         torch.rand(3, requires_grad=True),
+        torch._neg_view(torch.rand(3)),
     ],
-    ids=["no axes", "no elements", "transposed", "strided", "expanded", "parameter", "with grad"],
+    ids=[
+        *("no axes", "no elements", "transposed", "strided", "expanded", "parameter", "with grad"),
+        "negated when read",
+    ],
 )
 def test_a_tensor_of_any_layout_arrives_as_it_is(wire, tensor):
     received = wire.carry("x", tensor)
@@ -142,6 +146,12 @@ def test_a_changed_tensor_never_arrives_under_a_slot_and_version_used_before(wir
 def test_values_that_compare_oddly_are_compared_by_their_bytes(wire, value):
     wire.send("x", torch.full((8,), value))
     assert wire.written_by("x", torch.full((8,), value)) == 0
+
+
+def test_a_tensor_that_is_negated_when_it_is_read_is_not_its_own_opposite(wire):
+    tensor = torch.rand(8)
+    wire.send("context", tensor)
+    assert torch.equal(wire.carry("context", torch._neg_view(tensor)), -tensor)
 
 
 def test_zero_and_minus_zero_are_not_the_same_bytes(wire):
@@ -322,6 +332,73 @@ def test_the_result_slot_is_kept_until_it_is_too_small(wire):
     assert second.size_bytes >= 100_000
     wire.deliver()
     assert wire.dropped == [first.number]
+
+
+def handed_out(slot, value):
+    slot.view(torch.float32, (4, 4)).fill_(value)
+    return slot.handed_out(torch.float32, (4, 4), torch.device("cpu"))
+
+
+def test_a_result_in_cpu_memory_is_the_slot_itself(wire):
+    slot = wire.table.result_slot(64)
+    result = handed_out(slot, 1.0)
+    assert result.data_ptr() == slot.view(torch.float32, (4, 4)).data_ptr()
+    assert torch.equal(result, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    "part", [lambda r: r, lambda r: r[1:, 1:], lambda r: r.untyped_storage(), torch.Tensor.numpy]
+)
+def test_a_slot_is_not_written_to_for_as_long_as_somebody_has_a_part_of_its_result(wire, part):
+    slot = wire.table.result_slot(64)
+    kept = [part(handed_out(slot, 1.0))]
+    gc.collect()
+    other = wire.table.result_slot(64)
+    assert other is not slot
+    kept.clear()
+    gc.collect()
+    assert wire.table.result_slot(64) is slot, "the first one that is spare"
+
+
+def test_results_that_are_used_at_once_have_slots_that_are_used_again(wire):
+    numbers = []
+    for _ in range(3):
+        results = []
+        for value in (1.0, 2.0):  # cond and uncond
+            slot = wire.table.result_slot(64)
+            numbers.append(slot.number)
+            results.append(handed_out(slot, value))
+        assert [result[0, 0].item() for result in results] == [1.0, 2.0]
+        del results
+        gc.collect()
+    assert numbers == [0, 1] * 3
+    wire.deliver()
+    assert wire.dropped == []
+
+
+def test_slots_of_results_that_were_kept_for_long_are_given_up(wire):
+    results = [handed_out(wire.table.result_slot(64), float(n)) for n in range(8)]
+    assert [result[0, 0].item() for result in results] == list(range(8))
+    del results
+    gc.collect()
+    slot = wire.table.result_slot(64)
+    wire.deliver()
+    assert slot.number == 0
+    assert wire.dropped == list(range(2, 8))
+
+
+def test_a_result_outlives_the_table(wire):
+    result = handed_out(wire.table.result_slot(64), 3.0)
+    wire.table = None
+    gc.collect()
+    assert torch.equal(result, torch.full((4, 4), 3.0))
+
+
+def test_a_result_larger_than_its_slot_is_an_error(wire):
+    slot = wire.table.result_slot(4096)
+    with pytest.raises(MessageError, match=r"^4100 bytes do not fit slot 0\.$"):
+        slot.handed_out(torch.float32, (1025,), torch.device("cpu"))
+    assert not slot.is_lent
 
 
 def test_a_view_larger_than_its_slot_is_an_error(wire):

@@ -95,9 +95,41 @@ def forward(calls, slots, request):
     [("cpu", [7, 8, 9], [True, True, True]), ("cuda", [0, 7, 8], [False, True, True])],
 )
 def test_times_of_a_gpu_come_with_the_next_answer(monkeypatch, kind, timed, busy):
+    slots = SlotMap(torch.device("cpu"))
+    calls = calls_of(monkeypatch, slots, kind, lambda x: x)
+    answers = []
+    for request in (7, 8, 9):
+        answers.append(forward(calls, slots, request))
+        calls.read_times()  # as the worker does when it has answered
+    assert [answer.request for answer in answers] == [7, 8, 9]
+    assert [answer.timed for answer in answers] == timed
+    assert [answer.busy_seconds > 0 for answer in answers] == busy
+
+
+@pytest.mark.parametrize(
+    ("share", "is_finite"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.masked_fill(x == x.max(), torch.nan), False),
+        (lambda x: x.masked_fill(x == x.max(), -torch.inf), False),
+        # The sum of these is more than half precision has a number for.
+        (lambda x: torch.full_like(x, 60_000.0, dtype=torch.float16), True),
+    ],
+    ids=["finite", "a NaN", "an infinity", "a sum that overflows"],
+)
+def test_a_rank_says_whether_what_it_writes_is_finite(monkeypatch, share, is_finite):
+    slots = SlotMap(torch.device("cpu"))
+    calls = calls_of(monkeypatch, slots, "cpu", share)
+    assert forward(calls, slots, 7).is_finite == is_finite
+
+
+def calls_of(monkeypatch, slots, kind, share):
+    """Calls of a model that is ``share``, of a latent."""
     monkeypatch.setattr(collectives, "Event", Event)
     monkeypatch.setattr(collectives, "clock", collectives.BusyClock())
-    monkeypatch.setattr(module, "forward_share", lambda _, arguments, **__: (arguments["x"], 0))
+    monkeypatch.setattr(
+        module, "forward_share", lambda _, arguments, **__: (share(arguments["x"]), 0)
+    )
     compiled = SimpleNamespace(num_compiled=0, num_graphs=0, reason="")
     resident = SimpleNamespace(
         begin=lambda *_, **__: 0,
@@ -110,18 +142,10 @@ def test_times_of_a_gpu_come_with_the_next_answer(monkeypatch, kind, timed, busy
         enter=None,
         flux=None,
     )
-    slots = SlotMap(torch.device("cpu"))
-    calls = Calls(
+    return Calls(
         groups=SimpleNamespace(device=torch.device(kind), rank=0),
         slots=slots,
         residents=SimpleNamespace(
             get=lambda model: resident, captured=SimpleNamespace(drop=lambda: None)
         ),
     )
-    answers = []
-    for request in (7, 8, 9):
-        answers.append(forward(calls, slots, request))
-        calls.read_times()  # as the worker does when it has answered
-    assert [answer.request for answer in answers] == [7, 8, 9]
-    assert [answer.timed for answer in answers] == timed
-    assert [answer.busy_seconds > 0 for answer in answers] == busy

@@ -33,6 +33,7 @@ class Exchange:
         self.requests = []
         self.lost = None
         self.is_launch_bound = self.is_replayed = False
+        self.is_finite = True
         self.uncaptured = ""
         self.is_late = False
         """As a GPU, whose times come with the next answer."""
@@ -67,7 +68,8 @@ class Exchange:
         self.map[request.result].view(x.dtype, x.shape).copy_(2 * x)
         name = str(x.dtype).removeprefix("torch.")
         seconds = 0.1, 11, x.nbytes, 0.08
-        done = Done(request.request, 7, name, tuple(x.shape), *seconds, self.is_launch_bound)
+        flags = self.is_launch_bound, self.is_finite
+        done = Done(request.request, 7, name, tuple(x.shape), *seconds, *flags)
         done = replace(done, timed=request.request - self.is_late)
         return replace(done, is_replayed=self.is_replayed, uncaptured=self.uncaptured)
 
@@ -177,6 +179,15 @@ def test_launches_of_calls_that_are_a_graph_soon_count_for_nothing(
 def test_the_answer_is_what_the_workers_wrote(remote, dtype):
     x = torch.rand(2, 4, 6, 8).to(dtype)
     assert torch.equal(call(remote, x), 2 * x)
+
+
+def test_an_answer_says_whether_all_that_the_workers_wrote_is_finite(remote):
+    remote.exchange.is_finite = False
+    made = Call(Chroma(), None, {"x": torch.ones(1, 4, 2, 2)}, Run(), poll=lambda: None)
+    forward = RemoteForward(remote.totals).forward
+    assert not forward(remote.crew, 1, made, ParallelPlan()).is_finite
+    remote.exchange.is_finite = True
+    assert forward(remote.crew, 1, made, ParallelPlan()).is_finite
 
 
 def test_an_answer_does_not_change_when_the_next_one_is_written(remote):
