@@ -43,7 +43,7 @@ def chosen() -> list[Fault]:
 def on_cards() -> list[Fault]:
     """Out of memory wherever a rank can run out of it, and ranks lost at work and at rest."""
     ooms = [fault for fault in all_faults(2) if fault.kind == "oom"]
-    some = [fault for fault in SOME_FAULTS if fault.point in ("within", "reply", "after", "idle")]
+    some = [fault for fault in SOME_FAULTS if fault.point in ("within", "reply", "before", "idle")]
     some += [Fault("idle", "kill", 0), Fault("load", "kill", 1)]
     pattern = os.environ.get("FAULTS_CASES", "")
     return [fault for fault in (*ooms, *some) if re.search(pattern, fault.name)]

@@ -185,7 +185,7 @@ def adapt_calls(calls: Any) -> None:
         _num_exchanges = 0
         kind = taken("before")
         calls.forward_share = share_of_nan if kind == "nan" else share
-        obey(kind)
+        obey(None if kind == "nan" else kind)
         done = forward(self, message)
         obey(taken("after"))
         return done
