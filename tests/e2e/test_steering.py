@@ -149,8 +149,8 @@ class Watched:
         """See that just what belongs to these settings is there."""
         is_off, is_idle = (status["state"] == state for state in ("off", "idle"))
         pids = {rank["pid"] for rank in status["ranks"]} - {None}
-        num_ranks = int(value(self.server, "XDIT_GPUS").partition(":")[2])
-        assert len(pids) == (0 if is_off or is_idle else num_ranks)
+        wanted = value(self.server, "XDIT_GPUS")  # "0" switches off
+        assert len(pids) == (0 if is_off or is_idle else int(wanted.removeprefix("cpu:")))
         has_ended = is_off or (is_idle and value(self.server, "XDIT_START") == "first")
         of_nursery = 0 if has_ended else 1
         wait_until(

@@ -5,6 +5,7 @@ Runs in: a ComfyUI process of ``process.py``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import gc
@@ -21,6 +22,7 @@ from comfy.ldm.modules.diffusionmodules import model
 from forwards import status
 from sharding import gloo
 
+from comfy_xdit_patch.errors import WorkerError
 from comfy_xdit_patch.worker.decode.lines import Lines, share
 from comfy_xdit_patch.worker.ranks.groups import Groups
 
@@ -106,10 +108,13 @@ def lines(
 
 
 def start() -> None:
-    """Have the ranks ready, as a model of FLUX's has them."""
+    """Have the ranks ready, as a model of FLUX's has them; after losses that takes a while."""
     pool = sys.modules["comfy_xdit_patch.host.guest.activation"].ACTIVATION.host.pool
-    pool.start()
-    pool.wait_until_ready(lambda: None)
+    while pool.crew is None:
+        with contextlib.suppress(WorkerError):
+            pool.start()
+            pool.wait_until_ready(lambda: None)
+        time.sleep(0.1)
 
 
 def decode(

@@ -13,6 +13,8 @@ from pathlib import Path
 
 KIB = 1024
 SHARED_MEMORY = ("/memfd:", "/dev/shm/")
+MAILBOXES = "/memfd:comfy-xdit-mailboxes"
+"""Of a size that does not change; pages are there from their first use on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,14 @@ def own_memory(pid: int) -> int:
     """Return the bytes of a process that do not depend on what else runs.
 
     Its anonymous pages, also those that a fork left it to share until one of the two writes, and
-    all pages of shared memory that it maps. A process that has ended is an error.
+    all pages of shared memory that it maps, but for mailboxes: which of them have been used says
+    nothing of what grows. A process that has ended is an error.
 
     PSS will not do to find a leak: its part of a library grows when another program ends.
     """
-    mapped = shared_memory([pid])
+    mapped = _sum_mappings(
+        [pid], lambda name: name.startswith(SHARED_MEMORY) and not name.startswith(MAILBOXES)
+    )
     private = mapped.private_clean + mapped.private_dirty
     return sum(amounts["Anonymous"] for _, amounts in _mappings(pid)) + private + mapped.shared
 

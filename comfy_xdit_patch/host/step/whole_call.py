@@ -38,25 +38,25 @@ ranks launch slowly at first, and without overlap there are fewer launches."""
 
 
 class _Paces:
-    """Of calls by their shape: how many of the last ones that overlapped a rank's CPU held up."""
+    """Of calls by their kind: how many of the last ones that overlapped a rank's CPU held up."""
 
     def __init__(self, _: Crew) -> None:
         self._held_up: dict[tuple[int, ...], int] = {}
         self._last: tuple[int, tuple[int, ...] | None] = 0, None
-        """The last call's request, with its shape; None if it says nothing."""
+        """The last call's request, with its kind; None if it says nothing."""
 
-    def overlaps(self, shape: tuple[int, ...]) -> bool:
+    def overlaps(self, kind: tuple[int, ...]) -> bool:
         """Whether the ranks are to compute while tokens are on their way."""
-        return self._held_up.get(shape, 0) < PATIENCE
+        return self._held_up.get(kind, 0) < PATIENCE
 
-    def note(self, shape: tuple[int, ...] | None, computed: Computed) -> None:
+    def note(self, kind: tuple[int, ...] | None, computed: Computed) -> None:
         """Note a call, and what is known now of one: this or the one before.
 
         Args:
-            shape: None if its pace says nothing of those to come.
+            kind: None if its pace says nothing of those to come.
         """
-        timed = computed.timed_of(shape, self._last)
-        self._last = computed.request, shape
+        timed = computed.timed_of(kind, self._last)
+        self._last = computed.request, kind
         if timed is not None and self.overlaps(timed):
             is_bound = computed.is_launch_bound
             self._held_up[timed] = self._held_up.get(timed, 0) + 1 if is_bound else 0
@@ -100,6 +100,8 @@ class RemoteForward:
         slots = crew.slots
         x = call.arguments["x"]
         shape = (x.shape[0], num_out_channels(call.module, x.shape[1]), *x.shape[2:])
+        # Where calls become graphs, launches before that was wanted say nothing.
+        kind = (self._captures, *shape)
         with crew.turn(call.poll) as turn:
             written, control = slots.bytes_written, crew.control_bytes
             tree = _tree(turn, call, plan, kept=crew.of(calls_kept))
@@ -120,7 +122,7 @@ class RemoteForward:
                     pipeline=None if pipeline is None else pipeline.tree(tree),
                     patches=patches,
                     compiled=None if isinstance(compiled, Refusal) else compiled,
-                    overlaps=crew.of(_Paces).overlaps(shape),
+                    overlaps=crew.of(_Paces).overlaps(kind),
                     captures=self._captures,
                 ),
                 room=room,
@@ -144,7 +146,7 @@ class RemoteForward:
         )
         # Calls that are to be a graph soon say nothing of the launches then.
         tells = not self._captures or any(reply.is_replayed or reply.uncaptured for reply in done)
-        crew.of(_Paces).note(shape if tells else None, computed)
+        crew.of(_Paces).note(kind if tells else None, computed)
         return computed
 
     def _count(self, replies: Sequence[Done]) -> None:

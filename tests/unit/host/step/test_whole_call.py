@@ -175,6 +175,18 @@ def test_launches_of_calls_that_are_a_graph_soon_count_for_nothing(
     assert remote.requests[-1].overlaps != counts
 
 
+def test_launches_of_calls_that_were_no_graphs_say_nothing_of_those_that_are(remote):
+    x = torch.rand(2, 4, 6, 8)
+    remote.exchange.is_launch_bound = True
+    for captures in (False, False, False, True, True):
+        remote.captures = captures
+        call(remote, x)
+    assert [request.overlaps for request in remote.requests] == [True] * 5
+    remote.captures = False
+    call(remote, x)
+    assert not remote.requests[-1].overlaps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_answer_is_what_the_workers_wrote(remote, dtype):
     x = torch.rand(2, 4, 6, 8).to(dtype)
