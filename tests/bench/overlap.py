@@ -83,12 +83,15 @@ def rows(tree: Tree, *, is_quick: bool) -> list[Row]:
         *transports,
         *(
             compared(
-                f"a double and two single blocks, link as of {name}: overlap on against off",
+                f"a double and two single blocks, {link}: overlap on against off",
                 "s",
                 *(found["rounds_s"][f"{name} {kind}"] for kind in ("overlapped", "exposed")),
                 parity=parity,
             )
-            for name in ("memory", *machines)
+            for name, link in (
+                ("memory", "not slowed"),
+                *((name, f"link as of {name}") for name in machines),
+            )
         ),
     ]
 
