@@ -67,7 +67,7 @@ def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tenso
     """
     assert other is not None
     bits = BITS[one.element_size()]
-    return (one.detach().contiguous().view(bits) == other.view(bits)).all()
+    return (one.detach().resolve_neg().contiguous().view(bits) == other.view(bits)).all()
 
 
 _memcmp = ctypes.CDLL(None).memcmp

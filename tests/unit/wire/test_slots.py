@@ -151,7 +151,10 @@ def test_values_that_compare_oddly_are_compared_by_their_bytes(wire, value):
 def test_a_tensor_that_is_negated_when_it_is_read_is_not_its_own_opposite(wire):
     tensor = torch.rand(8)
     wire.send("context", tensor)
-    assert torch.equal(wire.carry("context", torch._neg_view(tensor)), -tensor)
+    negated = torch._neg_view(tensor)
+    assert torch.equal(wire.carry("context", negated), -tensor)
+    found = [module.are_same_bytes(negated, other).item() for other in (tensor, -tensor)]
+    assert found == [False, True], "as tensors on a device are compared"
 
 
 def test_zero_and_minus_zero_are_not_the_same_bytes(wire):
