@@ -60,6 +60,13 @@ SPARE_RESULTS = 2
 """Slots of results that nobody has any more, at most: cond and uncond may be two calls."""
 
 
+def _as_it_reads(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in whose memory its values lie, as they are and in their order; itself if it is."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.detach().resolve_neg().contiguous()
+
+
 def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
     """Whether two tensors of a kind are alike, as a tensor: nothing is waited for.
 
@@ -67,7 +74,7 @@ def are_same_bytes(one: torch.Tensor, other: torch.Tensor | None) -> torch.Tenso
     """
     assert other is not None
     bits = BITS[one.element_size()]
-    return (one.detach().resolve_neg().contiguous().view(bits) == other.view(bits)).all()
+    return (_as_it_reads(one).detach().view(bits) == other.view(bits)).all()
 
 
 _memcmp = ctypes.CDLL(None).memcmp
@@ -194,9 +201,7 @@ class SlotTable:
         # A ControlNet hands one residual to many blocks: the same object is sent once.
         if id(tensor) in self._placed:
             return self._placed[id(tensor)][1]
-        given = tensor
-        if not tensor.is_contiguous() or tensor.is_neg():
-            tensor = tensor.detach().resolve_neg().contiguous()
+        given, tensor = tensor, _as_it_reads(tensor)
         self._clock += 1
         is_here = not _is_on_device(tensor)
         if is_here:

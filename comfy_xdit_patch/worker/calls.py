@@ -175,14 +175,14 @@ class Calls:
             rows = outcome.rows
             collectives.clock.launched()
             shape = (batch, *rows.shape[1:])
-            bytes_written, is_whole = 0, True
+            bytes_written, has_image = 0, True
             if plan.writes_rows(rank):
                 first, end = plan.batch_rows(rank, batch)
                 result = self._slots[message.result]
                 is_direct = rows.is_cuda and result.is_registered
                 written = result.view(rows.dtype, shape)[first:end]
                 written.copy_(rows, non_blocking=is_direct)  # The clock's stop waits for it.
-                bytes_written, is_whole = rows.nbytes, is_finite(rows)
+                bytes_written, has_image = rows.nbytes, is_finite(rows)
         self._num_forwards += 1
         self._unread = message.request, collectives.clock.halt(is_copied_out=True)
         if self._groups.device.type == "cpu":
@@ -197,7 +197,7 @@ class Calls:
             bytes_written=bytes_written,
             busy_seconds=self._times.busy_s,
             is_launch_bound=self._times.is_launch_bound,
-            is_finite=is_whole,
+            is_finite=has_image,
             timed=self._times.request,
             num_compiled=compiled.num_compiled,
             num_graphs=compiled.num_graphs,

@@ -5,7 +5,6 @@ Runs in: a ComfyUI process of ``process.py``.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import gc
@@ -23,6 +22,7 @@ from forwards import status
 from sharding import gloo
 
 from comfy_xdit_patch.errors import WorkerError
+from comfy_xdit_patch.host.pool.pool import AFTER_LOSS_S
 from comfy_xdit_patch.worker.decode.lines import Lines, share
 from comfy_xdit_patch.worker.ranks.groups import Groups
 
@@ -110,11 +110,15 @@ def lines(
 def start() -> None:
     """Have the ranks ready, as a model of FLUX's has them; after losses that takes a while."""
     pool = sys.modules["comfy_xdit_patch.host.guest.activation"].ACTIVATION.host.pool
+    end = time.monotonic() + AFTER_LOSS_S[2]
     while pool.crew is None:
-        with contextlib.suppress(WorkerError):
-            pool.start()
+        pool.start()
+        try:
             pool.wait_until_ready(lambda: None)
-        time.sleep(0.1)
+        except WorkerError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def decode(

@@ -7,7 +7,7 @@ PSS divides every shared page by the number of processes that map it, so PSS may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,29 +47,20 @@ def own_memory(pid: int) -> int:
 
     PSS will not do to find a leak: its part of a library grows when another program ends.
     """
-    mapped = _sum_mappings(
-        [pid], lambda name: name.startswith(SHARED_MEMORY) and not name.startswith(MAILBOXES)
-    )
-    private = mapped.private_clean + mapped.private_dirty
-    return sum(amounts["Anonymous"] for _, amounts in _mappings(pid)) + private + mapped.shared
+    total = 0
+    for name, amounts in _mappings(pid):
+        total += amounts["Anonymous"]
+        if name.startswith(SHARED_MEMORY) and not name.startswith(MAILBOXES):
+            total += amounts["Rss"]
+    return total
 
 
 def mapped_file(pids: Iterable[int], path: Path) -> Mapped:
     """Return what these processes together hold of one mapped file."""
-    wanted = str(path.resolve())
-    return _sum_mappings(pids, lambda name: name == wanted)
-
-
-def shared_memory(pids: Iterable[int]) -> Mapped:
-    """Return what these processes together hold of memfds and of files in /dev/shm."""
-    return _sum_mappings(pids, lambda name: name.startswith(SHARED_MEMORY))
-
-
-def _sum_mappings(pids: Iterable[int], wanted: Callable[[str], bool]) -> Mapped:
-    total = Mapped()
+    wanted, total = str(path.resolve()), Mapped()
     for pid in pids:
         for name, amounts in _mappings(pid):
-            if wanted(name):
+            if name == wanted:
                 total += Mapped(
                     pss=amounts["Pss"],
                     private_clean=amounts["Private_Clean"],

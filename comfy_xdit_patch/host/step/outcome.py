@@ -43,13 +43,13 @@ class Computed:
     out: torch.Tensor
     busy_s: tuple[float, ...]
     """What each rank computed in the call ``timed``, without what it waited for others."""
+    is_finite: bool
+    """Whether there is neither NaN nor infinity in ``out``."""
     is_launch_bound: bool = False
     """Whether a rank's CPU, and not its GPU, set its pace there. Not known of single blocks."""
     request: int = 0
     """0 for single blocks."""
     timed: int = 0
-    is_finite: bool = True
-    """Whether there is neither NaN nor infinity in it."""
     is_empty: bool = False
     """Whether no block ran on the workers."""
     is_in_making: bool = False
@@ -71,7 +71,8 @@ class Step:
     """A call that is computed.
 
     ``gathered_for`` is why a part of it ran here; ``is_empty`` says that no block ran on the
-    workers: a node left them out, or computed them itself. ``is_one``: it ran here, to be timed.
+    workers: a node left them out, or computed them itself. ``is_one``: it ran here, to be timed,
+    and nobody looked whether it ``is_finite``.
     """
 
     out: torch.Tensor

@@ -84,6 +84,6 @@ def test_a_step_that_auto_gave_to_one_gpu_did_not_fall_back(books, caplog):
     ids=["a CPU's", "a GPU's", "a GPU's first", "somebody else's", "single blocks'"],
 )
 def test_times_are_of_the_call_that_they_were_taken_of(request_number, timed, whose):
-    computed = Computed(torch.ones(1), (0.1,), request=request_number, timed=timed)
+    computed = Computed(torch.ones(1), (0.1,), True, request=request_number, timed=timed)
     assert computed.timed_of("this", (7, "last")) == whose
-    assert Computed(torch.ones(1), (0.1,), request=1).timed_of("this", (0, "blocks")) is None
+    assert Computed(torch.ones(1), (0.1,), True, request=1).timed_of("this", (0, "blocks")) is None
