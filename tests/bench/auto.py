@@ -1,5 +1,7 @@
 """How often ``auto`` takes the fastest way, and what that costs: a quiet and a loaded machine.
 
+Runs in: the rig's environment; ComfyUI and its ranks are processes of their own.
+
 Two CPU ranks, one core each, and ComfyUI alone on one core. On the loaded machine a process pinned
 to core 0 works a third of the time. On each of the two, every way is timed by name, and then
 ``auto`` forgets, measures anew in an image, and makes another one as it decided, so many times:

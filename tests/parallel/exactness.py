@@ -1,5 +1,7 @@
 """Run one forward in stock ComfyUI and on ranks, and compare.
 
+Runs in: pytest; stock ComfyUI, and the one with ranks, are processes of their own.
+
 Bound (design section 11): relative max error 1e-5 in float32.
 """
 

@@ -1,5 +1,7 @@
 """Machines that planning is tested on, and the tables of docs/planning.md.
 
+Runs in: pytest, or a process of its own; no ComfyUI.
+
 python -m rig.planning_tables      from tests/: write the tables into the page
 """
 

@@ -1,5 +1,7 @@
 """Published times of FLUX on one and several GPUs, and what the cost model says of each.
 
+Runs in: pytest and ``planning_tables.py``; no ComfyUI.
+
 Rows are data: who, on what, with which plan, how long. ``outside_s`` is what a published time of a
 whole image has beside its steps (text encoder, VAE, start), fitted for each source; 0 where the
 source gives the time of a step.

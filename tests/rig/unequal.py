@@ -1,4 +1,7 @@
-"""Ranks of different speed, simulated: what calls of FLUX.1 at 1024 px take under a balance."""
+"""Ranks of different speed, simulated: what calls of FLUX.1 at 1024 px take under a balance.
+
+Runs in: pytest and ``planning_tables.py``; no ComfyUI, no rank.
+"""
 
 from __future__ import annotations
 

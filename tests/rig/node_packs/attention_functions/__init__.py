@@ -1,4 +1,7 @@
-"""Node packs that choose another attention function through ComfyUI's extension point."""
+"""Node packs that choose another attention function through ComfyUI's extension point.
+
+Runs in: ComfyUI, as a pack of ``custom_nodes``.
+"""
 
 from .nodes import NODE_CLASS_MAPPINGS
 

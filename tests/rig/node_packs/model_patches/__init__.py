@@ -1,4 +1,7 @@
-"""Node packs that hang closures on ComfyUI's patches and wrappers."""
+"""Node packs that hang closures on ComfyUI's patches and wrappers.
+
+Runs in: ComfyUI, as a pack of ``custom_nodes``.
+"""
 
 from .nodes import NODE_CLASS_MAPPINGS
 
